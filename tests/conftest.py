@@ -1,0 +1,15 @@
+"Shared set-up: tests draw no windows and ask no network."
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    "The root of the checkout."
+    return Path(__file__).resolve().parents[1]

@@ -1,0 +1,447 @@
+"Tests of training: decay groups, schedule, accumulation, exact resumption, damage, divergence, several processes."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ['ACCELERATE_USE_CPU'] = 'true'  # on a CPU, repeated computations agree bit for bit
+from accelerate import Accelerator
+
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, damage,
+                             decay_product, evaluate, learning_rate, load_result, lock_folder, make_optimizer,
+                             parameter_groups, read_log, sequences_per_step, summarize_watch, train)
+
+V = 64
+MODEL = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, context_length=16)
+CONFIG = TrainConfig(steps=30, tokens_per_step=128, lr=1e-2, log_every=3, checkpoint_every=5)
+
+
+class ToyCorpus:
+    "Endless text from a Markov chain in which each token has four successors; can run a function at one step."
+    vocab_size, fingerprint = V, 'toy'
+
+    def __init__(self, at=None, then=None):
+        self.at, self.then = at, then
+        self.successors = torch.randint(V, (V, 4), generator=torch.Generator().manual_seed(1))  # (V, 4)
+
+    def batch(self, step, n_sequences, T, seed):
+        if step == self.at: self.then()
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        tokens = [torch.randint(V, (n_sequences,), generator=generator)]
+        for _ in range(T):
+            tokens.append(self.successors[tokens[-1], torch.randint(4, (n_sequences,), generator=generator)])
+        return torch.stack(tokens, 1)  # (N, T + 1)
+
+
+def quiet(folder, corpus=None, model=MODEL, config=CONFIG, **options):
+    "Train without a progress bar."
+    return train(model, config, corpus or ToyCorpus(), folder, progress=False, **options)
+
+
+def numbers(log):
+    "A log without the measured speed."
+    return [{k: v for k, v in record.items() if k != 'tokens_per_s'} for record in log]
+
+
+def same_run(a, b):
+    "Whether two results agree in every digit."
+    weights = zip(a.model.parameters(), b.model.parameters())
+    return numbers(a.log) == numbers(b.log) and all(torch.equal(p, q) for p, q in weights)
+
+
+def script(folder, code, processes=0, **options):
+    "Run this file's functions in a Python process of its own (or in several, as accelerate would launch them)."
+    path = folder / 'script.py'
+    path.write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+                    f'import os, signal, torch; torch.set_num_threads({torch.get_num_threads()})\n'
+                    f'from test_train import *\n{code}\n')
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    root = str(Path(__file__).parents[1])
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, *launch, str(path)], env=env, **options)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run that was never interrupted."
+    return quiet(tmp_path_factory.mktemp('whole'))
+
+
+# ---------------------------------------------------------------- configuration
+
+@pytest.mark.parametrize('changes', [
+    dict(steps=0), dict(steps=1.5), dict(tokens_per_step=-1), dict(micro_batch_tokens=0), dict(lr=0.0), dict(lr=math.nan),
+    dict(min_lr_ratio=2.0), dict(warmup_steps=31), dict(weight_decay=-0.1), dict(decay_groups='biases'), dict(betas=(0.9, 1.0)),
+    dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
+    dict(keep_checkpoints=0)])
+def test_config_names_what_is_wrong(changes):
+    with pytest.raises(ValueError) as error: CONFIG.replace(**changes)
+    (field, value), = changes.items()
+    assert f'{field}={value!r} must' in str(error.value)
+
+
+def test_config_round_trip():
+    config = CONFIG.replace(betas=(0.8, 0.9), micro_batch_tokens=64, warmup_steps=3)
+    assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match='learning_rate'): TrainConfig.from_dict(dict(steps=1, learning_rate=1.0))
+
+
+def test_steps_must_divide():
+    assert sequences_per_step(CONFIG, 16) == 8 == sequences_per_step(CONFIG, 16, processes=4)
+    for T, processes in ((24, 1), (16, 3)):
+        with pytest.raises(ValueError, match='tokens_per_step=128'): sequences_per_step(CONFIG, T, processes)
+    with pytest.raises(ValueError, match='micro_batch_tokens=40'): sequences_per_step(CONFIG.replace(micro_batch_tokens=40), 16)
+
+
+def test_vocabulary_must_fit(tmp_path):
+    with pytest.raises(ValueError, match='vocab_size=32'): quiet(tmp_path, model=MODEL.replace(vocab_size=32))
+
+
+# ---------------------------------------------------------------- optimiser and schedule
+
+BLOCK_MATRICES = ['attention.query', 'attention.key', 'attention.value', 'attention.output',
+                  'feed_forward.gate', 'feed_forward.up', 'feed_forward.down']
+
+def test_decay_groups_match_a_list_by_hand():
+    decaying, fixed = parameter_groups(Transformer(MODEL), 0.1)
+    assert set(decaying['names']) == {f'blocks.{i}.{m}.weight' for i in (0, 1) for m in BLOCK_MATRICES} | {'head.weight'}
+    assert set(fixed['names']) == {'embedding.weight', 'final_norm.weight'} | {
+        f'blocks.{i}.{part}_norm.weight' for i in (0, 1) for part in ('attention', 'feed_forward')}
+    assert (decaying['weight_decay'], fixed['weight_decay']) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(norm='peri_ln'), dict(tie_embeddings=True), dict(n_kv_heads=1)])
+def test_every_parameter_is_in_one_group(changes):
+    model = Transformer(MODEL.replace(**changes))
+    for decay_groups in ('matrices', 'all'):
+        groups = parameter_groups(model, 0.1, decay_groups)
+        assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
+        by_name = dict(model.named_parameters())
+        assert all(by_name[n] is p for g in groups for n, p in zip(g['names'], g['params']))
+    assert not groups[1]['params']  # all
+
+
+def test_a_tied_head_is_an_embedding():
+    decaying, fixed = parameter_groups(Transformer(MODEL.replace(tie_embeddings=True)), 0.1)
+    assert 'embedding.weight' in fixed['names'] and not any('head' in n for n in decaying['names'] + fixed['names'])
+
+
+def test_schedule_has_known_values():
+    config = TrainConfig(steps=110, lr=2.0, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(s, config) for s in range(110)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)  # a straight line
+    assert rates[9] == max(rates) == pytest.approx(2.0)                       # the peak ends the warm-up
+    assert rates[59] == pytest.approx(1.1)                                    # half way: mean of peak and floor
+    assert rates[34] == pytest.approx(0.2 + 1.8 * (1 + math.sqrt(.5)) / 2)    # a quarter: cosine of 45 degrees
+    assert rates[109] == min(rates[10:]) == pytest.approx(0.2)                # the floor at the last step
+    flat = TrainConfig(steps=5, lr=1.0, warmup_steps=0, min_lr_ratio=1.0)
+    assert {learning_rate(s, flat) for s in range(5)} == {1.0}
+    climb = TrainConfig(steps=4, lr=1.0, warmup_steps=4)
+    assert [learning_rate(s, climb) for s in range(4)] == [.25, .5, .75, 1.0]
+
+
+@pytest.mark.parametrize('decay_groups', ['matrices', 'all'])
+def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
+    config = TrainConfig(steps=50, weight_decay=0.5, decay_groups=decay_groups)
+    model = Transformer(MODEL)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config)
+    for s in range(config.steps):
+        for p in model.parameters(): p.grad = torch.zeros_like(p)
+        for group in optimizer.param_groups: group['lr'] = learning_rate(s, config)
+        optimizer.step()
+    factor = math.exp(-decay_product(config))
+    assert factor < 0.97
+    for name, p in model.named_parameters():
+        decays = decay_groups == 'all' or 'norm' not in name and 'embedding' not in name
+        assert torch.allclose(p, before[name] * (factor if decays else 1), rtol=1e-3), name
+
+
+# ---------------------------------------------------------------- gradients and the watch
+
+@pytest.mark.parametrize('sequences', [4, 3, 1])
+def test_accumulation_does_not_change_the_gradient(sequences):
+    torch.manual_seed(0)
+    model, windows = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, 0)
+    def gradient(sequences):
+        model.zero_grad()
+        loss = accumulate_gradients(model, windows, Accelerator(), sequences)
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+    (loss, whole), (summed, parts) = gradient(8), gradient(sequences)
+    by_hand = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    assert torch.allclose(loss, by_hand) and torch.allclose(summed, by_hand)  # divided by the number of targets
+    assert (whole - parts).norm() < 1e-5 * whole.norm()
+
+
+def test_watch_reports_the_variance_of_every_layer():
+    torch.manual_seed(0)
+    model, windows, watch = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, 0), StreamWatch(MODEL)
+    watch.see_embedding(model.embed(windows[:, :-1]))
+    model(windows[:, :-1], targets=windows[:, 1:], watch=watch)
+    summary = summarize_watch(watch, Accelerator())
+    assert [len(v) for v in summary.values()] == [3, 3, 3, 2, 2]
+    with torch.no_grad(): streams = [model.run(model.embed(windows[:, :-1]), stop=l) for l in range(3)]
+    for l, h in enumerate(streams):
+        v = h.var(-1)
+        assert summary['variance_mean'][l] == pytest.approx(v.mean().item(), rel=1e-4)
+        assert summary['variance_median'][l] == pytest.approx(v.median().item(), rel=1e-4)
+        assert summary['variance_without_first'][l] == pytest.approx(v[:, 1:].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(micro_batch_tokens=48)])
+def test_a_mixture_of_experts_logs_its_cross_entropy_apart(changes, tmp_path):
+    model_config = MODEL.replace(n_experts=4, experts_per_token=2, balance_weight=1.0)
+    result = quiet(tmp_path, model=model_config, config=CONFIG.replace(**changes))
+    torch.manual_seed(CONFIG.seed)
+    model, windows = Transformer(model_config), ToyCorpus().batch(0, 8, 16, CONFIG.seed)
+    assert evaluate(model, windows).mean().item() == pytest.approx(result.log[0]['loss'], abs=1e-4)
+    if not changes:
+        total = model(windows[:, :-1], targets=windows[:, 1:]).item()
+        assert result.log[0]['loss'] + result.log[0]['auxiliary'] == pytest.approx(total, abs=1e-4)
+    assert result.log[0]['auxiliary'] > 0.9                      # a balanced block costs balance_weight / L
+    assert all(len(r['busiest_expert']) == 2 and 1 <= min(r['busiest_expert']) <= max(r['busiest_expert']) <= 2 for r in result.log)
+    assert result.log[-1]['loss'] < result.log[0]['loss']
+
+
+def test_channel_variance_is_fp32_and_unbiased():
+    x = torch.randn(3, 5, 64)
+    assert torch.allclose(channel_variance(x), x.var(-1))
+    assert channel_variance(x.bfloat16()).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- a run
+
+def test_it_learns_more_than_how_frequent_tokens_are(tmp_path):
+    config = CONFIG.replace(steps=200, tokens_per_step=256, lr=2e-2)
+    result = quiet(tmp_path, config=config)
+    held_out = ToyCorpus().batch(10 ** 6, 64, 16, 7)
+    frequency = torch.bincount(ToyCorpus().batch(0, 1000, 16, 3).flatten(), minlength=V) + 1.0
+    unigram = -(frequency / frequency.sum()).log()[held_out[:, 1:]].mean()
+    loss = evaluate(result.model, held_out)
+    assert loss.shape == (64,) and loss.mean() < unigram - 1
+    assert loss.mean() > math.log(4) - 0.1  # no model can know more than which four tokens may follow
+
+
+def test_the_log_is_complete(whole):
+    assert [r['step'] for r in whole.log] == [1, *range(3, 31, 3)]
+    assert [r['tokens'] for r in whole.log] == [128 * r['step'] for r in whole.log]
+    assert abs(whole.log[0]['loss'] - math.log(V)) < 0.05
+    assert all(r['lr'] == learning_rate(r['step'] - 1, CONFIG) and r['tokens_per_s'] > 0 for r in whole.log)
+    assert (whole.status, whole.step, whole.tokens) == ('finished', 30, 30 * 128) and whole.seconds > 0
+    assert [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text().splitlines()] == whole.log
+
+
+def test_a_finished_run_is_read_back(whole):
+    never = ToyCorpus(at=0, then=lambda: pytest.fail('trained again'))
+    again = quiet(whole.folder, never)
+    assert same_run(again, whole) and again.seconds == whole.seconds
+    assert same_run(load_result(whole.folder), whole)
+
+
+def test_micro_batches_and_bf16_train_alike(whole, tmp_path):
+    small = quiet(tmp_path / 'small', config=CONFIG.replace(micro_batch_tokens=32))
+    half = quiet(tmp_path / 'half', config=CONFIG.replace(precision='bf16'))
+    for result, tolerance in ((small, 1e-3), (half, 5e-2)):
+        assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], rel=tolerance)
+        assert all(p.dtype == torch.float32 for p in result.model.parameters())
+    assert [r['loss'] for r in half.log] != [r['loss'] for r in whole.log]
+
+
+def test_seeds_decide_everything_and_leave_the_caller_alone(whole, tmp_path):
+    torch.manual_seed(123)
+    expected = torch.randn(3)
+    torch.manual_seed(123)
+    other = quiet(tmp_path, config=CONFIG.replace(seed=1))
+    assert torch.equal(torch.randn(3), expected)
+    assert other.log[0]['loss'] != whole.log[0]['loss']
+
+
+def test_evaluate_is_the_mean_loss_of_each_sequence():
+    torch.manual_seed(0)
+    model, windows = Transformer(MODEL), ToyCorpus().batch(0, 7, 16, 0)
+    losses = evaluate(model, windows, batch_tokens=33)
+    for window, loss in zip(windows, losses):
+        by_hand = torch.nn.functional.cross_entropy(model(window[None, :-1])[0], window[1:])
+        assert torch.allclose(loss, by_hand, atol=1e-5)
+    with pytest.raises(ValueError, match='float32|fp32'): evaluate(model.bfloat16(), windows)
+
+
+# ---------------------------------------------------------------- interruptions
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('at', [0, 13, 14, 29])
+def test_a_signal_saves_and_the_run_continues_exactly(number, at, whole, tmp_path):
+    before = signal.getsignal(number)
+    stopped = quiet(tmp_path, ToyCorpus(at, lambda: signal.raise_signal(number)))
+    assert signal.getsignal(number) is before
+    if at == 29: assert stopped.status == 'finished'  # the step was the last one
+    else:
+        assert (stopped.status, stopped.step) == ('interrupted', at + 1)
+        assert checkpoints(tmp_path)[-1].name == f'step-{at + 1:08d}'
+    assert same_run(quiet(tmp_path), whole)
+
+
+def test_a_second_signal_stops_at_once(whole, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): quiet(tmp_path, ToyCorpus(13, twice))
+    assert same_run(quiet(tmp_path), whole)
+
+
+@pytest.mark.parametrize('at', [2, 13])
+def test_kill_9_continues_from_the_last_checkpoint(at, whole, tmp_path):
+    kill = f'quiet({str(tmp_path)!r}, ToyCorpus({at}, lambda: os.kill(os.getpid(), signal.SIGKILL)))'
+    assert script(tmp_path, kill).wait() == -signal.SIGKILL
+    assert not (tmp_path / 'result.json').exists()
+    assert [c.name for c in checkpoints(tmp_path)] == ([] if at < 5 else ['step-00000005', 'step-00000010'])
+    assert same_run(quiet(tmp_path), whole)
+
+
+def test_a_process_that_gets_sigterm_leaves_in_good_order(whole, tmp_path):
+    wait = f'print(quiet({str(tmp_path)!r}, ToyCorpus(8, lambda: (print("ready", flush=True), time.sleep(2)))).status)'
+    process = script(tmp_path, wait, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=90)[0] == 'interrupted\n' and process.returncode == 0
+    assert same_run(quiet(tmp_path), whole)
+
+
+def test_a_torn_log_line_is_dropped(whole, tmp_path):
+    quiet(tmp_path, ToyCorpus(13, lambda: signal.raise_signal(signal.SIGTERM)))
+    with open(tmp_path / 'log.jsonl', 'a') as log: log.write('{"step": 15, "loss": 3.')
+    assert read_log(tmp_path)[-1]['step'] == 12
+    assert same_run(quiet(tmp_path), whole)
+
+
+# ---------------------------------------------------------------- damage
+
+def truncate(path): path.write_bytes(path.read_bytes()[:-10])
+def remove(path): path.unlink()
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('harm', [truncate, remove, flip])
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.safetensors', 'state.json', 'manifest.json'])
+def test_a_damaged_checkpoint_is_named_and_passed_over(harm, name, whole, tmp_path):
+    quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
+    older, newest = checkpoints(tmp_path)
+    harm(newest / name)
+    with pytest.warns(UserWarning, match=f'checkpoint {newest.name} is damaged .*{name}'): result = quiet(tmp_path)
+    assert same_run(result, whole)
+
+
+def test_with_all_checkpoints_damaged_a_run_starts_again(whole, tmp_path):
+    quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
+    for checkpoint in checkpoints(tmp_path): truncate(checkpoint / 'model.safetensors')
+    with pytest.warns(UserWarning, match='damaged'): result = quiet(tmp_path)
+    assert same_run(result, whole)
+
+
+def test_old_checkpoints_go(tmp_path):
+    quiet(tmp_path, config=CONFIG.replace(keep_checkpoints=3))
+    assert [c.name for c in checkpoints(tmp_path)] == ['step-00000015', 'step-00000020', 'step-00000025']
+    assert all(damage(c) is None for c in checkpoints(tmp_path))
+    assert not list(tmp_path.glob('**/*.draft'))
+
+
+# ---------------------------------------------------------------- the folder
+
+@pytest.mark.parametrize('changes, field', [(dict(config=CONFIG.replace(lr=0.02)), 'lr=0.01'),
+                                            (dict(config=CONFIG.replace(betas=(.9, .99))), 'betas='),
+                                            (dict(model=MODEL.replace(n_layers=3)), 'n_layers=2')])
+def test_another_run_is_refused_by_field(changes, field, whole):
+    with pytest.raises(ValueError, match=field): quiet(whole.folder, **changes)
+
+
+def test_another_corpus_is_refused(whole):
+    corpus = ToyCorpus()
+    corpus.fingerprint = 'other'
+    with pytest.raises(ValueError, match="fingerprint='toy'"): quiet(whole.folder, corpus)
+
+
+def test_afresh_erases_the_old_run_and_nothing_else(tmp_path):
+    quiet(tmp_path)
+    (tmp_path / 'notes.txt').write_text('mine')
+    other = quiet(tmp_path, config=CONFIG.replace(seed=1), resume=False)
+    assert other.status == 'finished' and [r['step'] for r in other.log] == [1, *range(3, 31, 3)]
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+def test_how_a_run_is_carried_out_may_change(whole, tmp_path):
+    quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
+    result = quiet(tmp_path, config=CONFIG.replace(micro_batch_tokens=32, checkpoint_every=7, keep_checkpoints=1))
+    assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with lock_folder(tmp_path, Accelerator()), pytest.raises(RuntimeError, match='in use'): quiet(tmp_path)
+
+
+# ---------------------------------------------------------------- divergence
+
+def test_divergence_is_a_result(tmp_path, capfd):
+    config = CONFIG.replace(lr=30.0, warmup_steps=0, steps=200)  # lr x weight_decay = 3: weights double at every step
+    result = train(MODEL, config, ToyCorpus(), tmp_path)         # with a bar
+    assert result.status == 'diverged' and 1 < result.step < 200
+    assert result.log[-1]['step'] == result.step
+    assert None in (result.log[-1]['loss'], result.log[-1]['grad_norm'])
+    assert [r['step'] for r in result.log[:-1]] == [1, *range(3, result.step, 3)]
+    assert capfd.readouterr().err.endswith('\n')                 # the bar was closed
+    again = quiet(tmp_path, config=config)
+    assert (again.status, again.step, again.log) == (result.status, result.step, result.log)
+
+
+def test_a_nan_in_the_weights_ends_the_run_before_an_update(tmp_path, monkeypatch):
+    import sparsecod.train as module
+    start = module.start_run
+    def spoiled(*args):
+        run = start(*args)
+        with torch.no_grad(): run.model.head.weight[0, 0] = math.nan
+        return run
+    monkeypatch.setattr(module, 'start_run', spoiled)
+    result = quiet(tmp_path)
+    assert (result.status, result.step) == ('diverged', 1) and result.log[0]['loss'] is None
+    assert result.model.head.weight.isnan().sum() == 1           # no update spread it
+
+
+# ---------------------------------------------------------------- progress and processes
+
+def test_the_bar_shows_what_matters(tmp_path, capfd):
+    train(MODEL, CONFIG, ToyCorpus(), tmp_path / 'loud')
+    shown = capfd.readouterr().err
+    assert all(part in shown for part in ('30/30', 'loss', 'lr', 'tok/s', 'loud'))
+    quiet(tmp_path / 'silent')
+    assert load_result(tmp_path / 'silent').status == 'finished'
+    assert capfd.readouterr() == ('', '')
+
+
+def test_two_processes_compute_what_one_does(whole, tmp_path):
+    config = 'CONFIG.replace(micro_batch_tokens=32)'
+    assert script(tmp_path, f'quiet({str(tmp_path / "run")!r}, config={config})', processes=2).wait() == 0
+    both = load_result(tmp_path / 'run')
+    assert (both.status, both.step) == ('finished', 30)
+    assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
+    for p, q in zip(both.model.parameters(), whole.model.parameters()): assert torch.allclose(p, q, atol=1e-2)
+
+
+def test_two_processes_stop_together(whole, tmp_path):
+    stop = (f'rank = int(os.environ["RANK"])\n'
+            f'corpus = ToyCorpus(12, (lambda: signal.raise_signal(signal.SIGTERM)) if rank == 1 else (lambda: None))\n'
+            f'assert quiet({str(tmp_path / "run")!r}, corpus).status == "interrupted"\n'
+            f'result = quiet({str(tmp_path / "run")!r})\n'
+            f'assert result.status == "finished"')
+    assert script(tmp_path, stop, processes=2).wait() == 0
+    both = load_result(tmp_path / 'run')
+    assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
