@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABSOLUTE', 'RELATIVE', 'weight_sparsity', 'participation', 'sublayer_matrices', 'weight_density', 'keys_for_mass',
-           'normalised_entropy', 'attention_sparsity', 'expert_loads', 'load_entropy', 'effective_density',
-           'measure_sparsity']
+           'normalised_entropy', 'head_sparsity', 'attention_sparsity', 'expert_loads', 'load_entropy',
+           'effective_density', 'measure_sparsity']
 
 # %% ../nbs/build/07_sparsity.ipynb #bd800c62
 import math
@@ -72,22 +72,31 @@ def normalised_entropy(
     return entropy / torch.arange(1, p.shape[-1] + 1, device=p.device).log()             # (B, H, T)
 
 # %% ../nbs/build/07_sparsity.ipynb #b7004924
+def head_sparsity(
+    p: Tensor,              # attention maps, (B, H, T, T)
+    mass: float = 0.9,      # see `keys_for_mass`
+) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (H,): means over sequences and positions 1 .. T-1
+    "The three numbers for every head of one block."
+    values = dict(keys=keys_for_mass(p, mass), entropy=normalised_entropy(p), first=p[..., 0])    # (B, H, T) each
+    return {name: v[..., 1:].double().mean((0, 2)).cpu() for name, v in values.items()}
+
 @torch.no_grad()
 def attention_sparsity(
     model: Transformer,     # the model to measure
     tokens: Tensor,         # (B, T)
     mass: float = 0.9,      # see `keys_for_mass`
-) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H): means over sequences and positions 1 .. T-1
-    "Sparsity of every head's attention on some text."
-    c, rows = model.config, []
-    h = model.embed(tokens)                                                              # (B, T, D)
-    rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
-    for block in model.blocks:
-        p = attention_weights(block.attention, block.attention_norm(h), rope)            # (B, H, T, T)
-        values = dict(keys=keys_for_mass(p, mass), entropy=normalised_entropy(p), first=p[..., 0])  # (B, H, T) each
-        rows.append({name: v[..., 1:].double().mean((0, 2)).cpu() for name, v in values.items()})   # (H,) each
-        h = block(h, rope).stream                                                        # (B, T, D)
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
+    "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
+    c, total = model.config, None
+    for sequence in tokens.split(1):
+        h, rows = model.embed(sequence), []                                               # (1, T, D)
+        rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
+        for block in model.blocks:
+            rows.append(head_sparsity(attention_weights(block.attention, block.attention_norm(h), rope), mass))
+            h = block(h, rope).stream                                                     # (1, T, D)
+        found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}  # (L, H) each
+        total = found if total is None else {name: total[name] + found[name] for name in found}
+    return total
 
 # %% ../nbs/build/07_sparsity.ipynb #32f45284
 @torch.no_grad()

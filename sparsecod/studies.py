@@ -9,14 +9,14 @@ __all__ = ['PARTS', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'CLAIMS', 
            'final_loss', 'make_record', 'work_folder', 'write_record', 'read_record', 'fit_vocabulary', 'Place',
            'locate', 'forget', 'label_folder', 'run', 'Study', 'seed_list', 'depth_variants', 'study_named',
            'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars',
-           'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'supervise', 'plan', 'RunsFailed',
+           'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed',
            'default_jobs', 'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results',
            'read_metric', 'results_table', 't_interval', 'over_seeds', 'summarise', 'judge', 'slope', 'trend', 'ranks',
-           'rank_correlation', 'deepest', 'along_blocks', 'relative_update', 'gain_shrinks', 'fall_from_peak', 'Claim',
-           'complete_seeds', 'claim_row', 'rising_variance', 'falling_jacobian', 'falling_score', 'PageCheck',
-           'check_row', 'size_ratios', 'check_size_ratio', 'check_usefulness_counts', 'check_wasted_layers',
-           'check_moe_gain', 'check_percent', 'ledger', 'number', 'ours_text', 'statistic_text', 'ledger_cells',
-           'ledger_table', 'verdict_counts', 'ledger_markdown']
+           'rank_correlation', 'deepest', 'along_blocks', 'relative_update', 'gain_shrinks', 'peak_and_end',
+           'fall_from_peak', 'Claim', 'complete_seeds', 'mean_span', 'claim_row', 'rising_variance', 'falling_jacobian',
+           'falling_score', 'PageCheck', 'check_row', 'size_ratios', 'check_size_ratio', 'check_usefulness_counts',
+           'check_wasted_layers', 'check_moe_gain', 'check_percent', 'ledger', 'number', 'ours_text', 'statistic_text',
+           'ledger_cells', 'ledger_table', 'verdict_counts', 'ledger_markdown']
 
 # %% ../nbs/build/09_studies.ipynb #0e76a0d1
 import hashlib
@@ -38,6 +38,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
+# %% ../nbs/build/09_studies.ipynb #065a9228
 import numpy as np
 import torch
 from scipy.special import stdtrit
@@ -146,6 +147,7 @@ def run_name(
     m, t = config.model, config.train
     parts = [f'L{m.n_layers}', f'D{m.d_model}', f'T{m.context_length}']
     if m.n_kv_heads != m.n_heads: parts.append(f'K{m.n_kv_heads}')
+    if m.n_experts: parts.append(f"E{m.n_experts}k{m.experts_per_token}{'_renormalised' if m.renormalise_gates else ''}")
     if m.norm != 'pre_ln': parts.append(m.norm)
     if t.weight_decay != 0.1: parts.append(f'wd{t.weight_decay:g}')
     if t.decay_groups != 'matrices': parts.append(t.decay_groups)
@@ -163,7 +165,7 @@ SCALES['tiny'] = RunConfig(
 SCALES['laptop'] = RunConfig(
     scale='laptop', data=DataConfig(vocab_size=2048),
     model=ModelConfig(vocab_size=2048, d_model=64, n_heads=4, context_length=128),
-    train=TrainConfig(steps=400, tokens_per_step=4096, lr=3e-3, weight_decay=0.1, checkpoint_every=40))
+    train=TrainConfig(steps=400, tokens_per_step=4096, micro_batch_tokens=2048, lr=3e-3, weight_decay=0.1, checkpoint_every=40))
 
 SCALES['gpu'] = RunConfig(
     scale='gpu', data=DataConfig('site', vocab_size=16384),
@@ -349,6 +351,7 @@ def fit_vocabulary(
     "Give the model the vocabulary of the corpus."
     return vary(config, {'model.vocab_size': corpus.vocab_size})
 
+# %% ../nbs/build/09_studies.ipynb #651bdb61
 class Place(NamedTuple):
     "A run that knows its corpus."
     config: RunConfig  # with the vocabulary of its corpus
@@ -481,6 +484,7 @@ class Job(NamedTuple):
     place: Place       # where its files are
     cost: float        # operations of its training, for the order and for the progress bar
 
+# %% ../nbs/build/09_studies.ipynb #3e6aad9e
 def start_worker(
     job: Job,            # what to do
     out: str | Path,     # where records go
@@ -523,6 +527,7 @@ def progress_of(
     if not newest: return 0, 'starting'
     return newest['step'], '' if newest['loss'] is None else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s"
 
+# %% ../nbs/build/09_studies.ipynb #8ba6d670
 def complaint(
     job: Job,        # a run that has ended
     code: int,       # exit status of its process
@@ -544,12 +549,12 @@ class Bars:
         "Show the operations done, and for each slot at work name, step, steps and a remark."
         for slot in [s for s in self.slots if s not in states]: self.slots.pop(slot).close()
         for slot, (name, step, steps, remark) in states.items():
-            bar = self.slots.get(slot)
-            if bar is None or bar.desc != f'{name}: ':
-                if bar is not None: bar.close()
-                bar = self.slots[slot] = tqdm(total=steps, desc=name, initial=step, position=slot + 1, dynamic_ncols=True, leave=False, unit='step')
-            bar.n = step
-            bar.set_postfix_str(remark)
+            name = name.rsplit('-', 1)[0]
+            if slot in self.slots and self.slots[slot].desc != name: self.slots.pop(slot).close()
+            if slot not in self.slots:
+                self.slots[slot] = tqdm(total=steps, desc=name, initial=step, position=slot + 1, dynamic_ncols=True, leave=False, unit='step')
+            self.slots[slot].n = step
+            self.slots[slot].set_postfix_str(remark)
         self.total.n = done
         self.total.set_description_str(title)
 
@@ -622,6 +627,7 @@ def result_line(
     outcome = f"diverged at step {record['step']}" if loss is None else f"held-out loss {loss['value']:.3f}"
     return f'{job.name}: {outcome}, {seconds:.0f} s'
 
+# %% ../nbs/build/09_studies.ipynb #2d0556ae
 def collect(
     s: Supervisor,    # its workers are looked at
     display,          # Bars, Lines or Silence
@@ -640,6 +646,22 @@ def collect(
         display.say(result_line(job, time.perf_counter() - start) if code == 0 else f'{job.name} failed: {s.failed[job.name]}')
 
 # %% ../nbs/build/09_studies.ipynb #5e325172
+def show(
+    s: Supervisor,  # at work
+    display,        # Bars, Lines or Silence
+    done: float,    # operations of runs that were done before
+    n_done: int,    # runs that were done before
+):
+    "Show how far everything is."
+    states, cost = {}, done + sum(job.cost for job in s.finished)
+    for slot, (job, _, _) in s.active.items():
+        step, remark = progress_of(job)
+        states[slot] = job.name, step, job.config.train.steps, remark
+        cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
+    total = n_done + len(s.finished) + len(s.failed) + len(s.active) + len(s.waiting)
+    display.update(cost, states, f'{s.title}, {n_done + len(s.finished)} of {total} runs done')
+
+# %% ../nbs/build/09_studies.ipynb #91ac0b5f
 def supervise(
     s: Supervisor,  # with all jobs waiting
     display,        # Bars, Lines or Silence
@@ -647,18 +669,13 @@ def supervise(
     n_done: int,    # runs that were done before
 ):
     "Run all jobs; Ctrl-C stops them with their checkpoints saved."
-    total = n_done + len(s.waiting)
     try:
         while s.waiting or s.active:
             s.fill()
-            states, cost = {}, done + sum(job.cost for job in s.finished)
-            for slot, (job, _, _) in s.active.items():
-                step, remark = progress_of(job)
-                states[slot] = job.name, step, job.config.train.steps, remark
-                cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
-            display.update(cost, states, f'{s.title}, {n_done + len(s.finished)} of {total} runs done')
-            time.sleep(0.5 if s.active else 0)
+            show(s, display, done, n_done)
+            time.sleep(0.5)
             collect(s, display)
+        show(s, display, done, n_done)
     except KeyboardInterrupt:
         display.say('stopping; every run at work saves a checkpoint')
         raise
@@ -913,12 +930,20 @@ def gain_shrinks(
     gains = [(y0 - y1) / (x1 - x0) for (x0, y0), (x1, y1) in zip(found, found[1:])]
     return gains[0] - gains[-1]
 
+# %% ../nbs/build/09_studies.ipynb #3083dd42
+def peak_and_end(
+    record: dict,      # of a run
+) -> list[float]:
+    "The largest and the last variance of the last layer during training."
+    last = [v[-1] for v in record['curve']['variance_mean'] if v]
+    return [max(last), last[-1]]
+
 def fall_from_peak(
     runs: list[dict],  # of one seed
 ) -> float | None:
     "Statistic: doublings of the last layer's variance from its peak to the end of training, in the deepest model."
-    last = [v[-1] for v in deepest(runs)['curve']['variance_mean'] if v]
-    return math.log2(last[-1] / max(last)) if last and last[-1] > 0 else None
+    peak, end = peak_and_end(deepest(runs))
+    return math.log2(end / peak) if end > 0 else None
 
 # %% ../nbs/build/09_studies.ipynb #f850fa2e
 @dataclass(frozen=True)
@@ -934,6 +959,7 @@ class Claim:
     side: int          # +1: the statistic is above the bound, -1: below
     rule: str          # the statistic in words
     bound: float = 0.0 # what the statistic is compared with
+    span: Callable[[dict], list[float]] | None = None  # shown in the place of the metric: the first and the last of these numbers
 
 # %% ../nbs/build/09_studies.ipynb #90baff5e
 def complete_seeds(
@@ -949,6 +975,15 @@ def complete_seeds(
     seeds = sorted({seed for seed, _ in runs})
     return {seed: [runs[seed, label] for label in labels] for seed in seeds if all((seed, label) in runs for label in labels)}
 
+# %% ../nbs/build/09_studies.ipynb #558f04b8
+def mean_span(
+    span: Callable[[dict], list[float]],  # of a claim
+    group: list[dict],                    # records of one variant
+) -> list[float]:                         # first and last number, mean over seeds; empty if there is none
+    "The two ends of what a claim shows."
+    found = [span(r) for r in group if r['status'] == 'finished']
+    return [float(np.mean([f[i] for f in found])) for i in (0, -1)] if found else []
+
 def claim_row(
     claim: Claim,          # the claim
     records: list[dict],   # of one scale
@@ -956,12 +991,13 @@ def claim_row(
 ) -> dict:                 # a row of the ledger
     "Judge a claim by the runs that there are."
     values = [claim.statistic(runs) for runs in complete_seeds(claim.study, records, base).values()]
-    values = [v for v in values if v is not None]
+    values, groups = [v for v in values if v is not None], by_variant(claim.study, records, base)
     summary = summarise(claim.study, records, [claim.metric], base)
     ours = {label: row[claim.metric] for label, row in summary.items() if claim.metric in row}
+    spans = {label: mean_span(claim.span, group) for label, group in groups.items()} if claim.span else None
     side = f"confirmed if {'above' if claim.side > 0 else 'below'} {claim.bound:.3g}"
     return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control', published=claim.published,
-                study=claim.study, metric=claim.metric, ours=ours, statistic=judge(values, claim.side, claim.bound),
+                study=claim.study, metric=claim.metric, ours=ours, spans=spans, statistic=judge(values, claim.side, claim.bound),
                 verdict=judge(values, claim.side, claim.bound)['verdict'], rule=f'{claim.rule}; {side} (95 % interval over seeds)')
 
 # %% ../nbs/build/09_studies.ipynb #8b9088a7
@@ -977,19 +1013,20 @@ CLAIMS = [
     rising_variance('final_variance_without_first', "that variance without position 0", 'control'),
     Claim('depth-variance-decay', "The last layer's variance peaks during training and ends more than 10 % below its peak.",
           'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth', 'final_variance',
-          fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9)),
+          fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9), span=peak_and_end),
     Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1', '', 'depth',
           'final_variance', along_blocks(relative_update), -1,
-          'rank correlation of update / stream (standard deviations) with the block in the deepest model'),
+          'rank correlation of update / stream (standard deviations) with the block in the deepest model', span=relative_update),
 ]
 
 # %% ../nbs/build/09_studies.ipynb #1e38b56e
 def falling_jacobian(kind: str, metric: str, source: str) -> list[Claim]:
     "Two claims about a form of the Jacobian deviation: it falls along the blocks, and with depth."
     published = 'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002' if source != 'control' else ''
+    by_block = lambda record: record['scores']['arrays'][f"jacobian_{kind.replace('-', '_')}"]
     return [Claim(f'depth-jacobian-{kind}-layers', f"Later blocks are closer to the identity (Jacobian deviation, {kind.replace('-', ' ')}).",
-                  source, published, 'depth', metric, along_blocks(lambda r: r['scores']['arrays'][f"jacobian_{kind.replace('-', '_')}"]), -1,
-                  'rank correlation of the deviation with the block in the deepest model'),
+                  source, published, 'depth', metric, along_blocks(by_block), -1,
+                  'rank correlation of the deviation with the block in the deepest model', span=by_block),
             Claim(f'depth-jacobian-{kind}-mean', f"The deeper the model, the closer its blocks are to the identity on average ({kind.replace('-', ' ')}).",
                   source, published, 'depth', metric, trend(metric, log=True), -1, f'doublings of {metric} for each doubling of L')]
 
@@ -1014,14 +1051,13 @@ CLAIMS += [
     falling_score('skip_loss_increase', 'The deeper the model, the less it costs on average to skip a block.', source='control'),
 ]
 
-# %% ../nbs/build/09_studies.ipynb #5af04019
+# %% ../nbs/build/09_studies.ipynb #144fbb55
 CLAIMS += [
     Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth', 'val_loss', trend('val_loss'), -1,
           'change of the loss for each doubling of L'),
     Claim('depth-loss-gain', 'Each doubling of the depth takes less off the loss than the one before.', 'argument, step 1', '', 'depth', 'val_loss',
           gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)'),
 ]
-assert len({c.id for c in CLAIMS}) == len(CLAIMS)
 
 # %% ../nbs/build/09_studies.ipynb #c32ecc1a
 @dataclass(frozen=True)
@@ -1040,7 +1076,7 @@ def check_row(
     "Do the sum."
     ours, agrees = check.compute()
     return dict(id=check.id, statement=check.statement, source=check.source, control=False, published=check.published, study=None, metric=None,
-                ours=ours, statistic=None, verdict='confirmed' if agrees else 'contradicted', rule=check.rule)
+                ours=ours, spans=None, statistic=None, verdict='confirmed' if agrees else 'contradicted', rule=check.rule)
 
 # %% ../nbs/build/09_studies.ipynb #1221f086
 def size_ratios() -> dict[str, float]:
@@ -1116,6 +1152,7 @@ def ours_text(
 ) -> str:
     "Our numbers, by variant."
     if not isinstance(row['ours'], dict): return row['ours']
+    if row['spans']: return ', '.join(f'{label}: {number(ends[0])} to {number(ends[1])}' for label, ends in row['spans'].items() if ends)
     return ', '.join(f"{label}: {number(m['value'])}" for label, m in row['ours'].items()) or 'no runs'
 
 def statistic_text(

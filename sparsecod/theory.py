@@ -6,9 +6,12 @@
 __all__ = ['SUBLAYERS', 'masked_std', 'update_variance', 'gaussian_mean', 'GateMoments', 'gate_moments', 'by_layer',
            'magnitude_mask', 'apply_masks', 'random_stack', 'simulate_stream', 'mean_interval', 'block_updates',
            'stream_variance', 'relative_update', 'gate_gain', 'jacobian_deviation', 'simulate_jacobian',
-           'weighted_variance']
+           'weighted_variance', 'attention_averaging', 'variance_budget', 'own_update_variance', 'measure_averaging',
+           'predict_variance', 'gaussian_dependence', 'mask_weight_dependence', 'coherence', 'masked_power',
+           'masked_updates']
 
 # %% ../nbs/build/08_theory.ipynb #91840dd8
+import copy
 import math
 from statistics import NormalDist
 from typing import Callable, NamedTuple, Sequence
@@ -109,12 +112,13 @@ def apply_masks(
     "Mask every matrix in the blocks of a model."
     if how not in ('random', 'magnitude'): raise ValueError(f'how={how!r} must be random or magnitude')
     generator = torch.Generator().manual_seed(seed)
+    if how == 'random' and p == 1: return model                                    # nothing to remove
     matrices = [(w, density) for block, pair in zip(model.blocks, by_layer(p, len(model.blocks)))
                 for sublayer, density in zip((block.attention, block.feed_forward), pair)
                 for w in sublayer.parameters() if w.dim() > 1]
     for w, density in matrices:
-        random = lambda: (torch.rand(w.shape, generator=generator) < density).to(w.device)
-        mask = random() if how == 'random' else magnitude_mask(w, density)
+        random = torch.rand(w.shape, generator=generator) < density                # drawn on the CPU on every machine
+        mask = random.to(w.device) if how == 'random' else magnitude_mask(w, density)
         w.mul_(mask / max(density, 1e-12) ** rescale)
     return model
 
@@ -130,7 +134,7 @@ def random_stack(
     "A random model that fulfils the assumptions of the theory at its first position."
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = apply_masks(Stack(config), p, rescale=rescale, seed=seed + 1)
+        model = apply_masks(Stack(config), p, rescale=rescale, seed=10 ** 6 + seed)  # other numbers than the weights
     if sublayers == 'linear':
         for block in model.blocks:
             nn.init.eye_(block.attention.value.weight)      # needs as many key/value heads as query heads
@@ -142,7 +146,7 @@ def random_stack(
 def simulate_stream(
     config: ModelConfig,               # the architecture
     p=1.0,                             # density, see `by_layer`
-    n_models: int = 12,                # independent models
+    n_models: int = 8,                 # independent models
     n_tokens: int = 64,                # sequences of one token, all different; at most V
     **options,                         # as in `random_stack`
 ) -> Tensor:                           # mean over tokens of the stream variance, (n_models, L + 1)
@@ -204,6 +208,7 @@ def gate_gain(
     m = gate_moments(s2)
     return (1 + s2 * m.slope_square / m.mean_square) / tokens + (1 - 1 / tokens) * m.mean ** 2 / m.mean_square
 
+# %% ../nbs/build/08_theory.ipynb #3e977665
 def jacobian_deviation(
     config: ModelConfig,       # D, F, L, initial scale and norm placement
     p=1.0,                     # density, see `by_layer`
@@ -254,3 +259,140 @@ def weighted_variance(
 ) -> Tensor:                   # variance of the sum relative to that of one term, (...)
     "Variance of a weighted sum of terms with equal variance."
     return correlation * weights.sum(-1) ** 2 + (1 - correlation) * weights.square().sum(-1)
+
+# %% ../nbs/build/08_theory.ipynb #019217ee
+def attention_averaging(
+    attention: nn.Module,         # an `Attention` layer
+    x: Tensor,                    # its input, the normalised stream, (B, T, D)
+    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, C/2)
+) -> Tensor:                      # mean over heads, (B, T); 1 at position 0
+    "Variance of the attention average relative to that of a single value, for random value matrices."
+    weights = attention_weights(attention, x, rope)                                # (B, H, T, T)
+    n = x / x.square().mean(-1, keepdim=True).sqrt()                               # (B, T, D)
+    overlap = n @ n.transpose(1, 2) / x.shape[-1]                                  # (B, T, T)
+    return torch.einsum('bhtj,bjk,bhtk->bht', weights, overlap, weights).mean(1)   # (B, T)
+
+# %% ../nbs/build/08_theory.ipynb #fddb7968
+@torch.no_grad()
+def variance_budget(
+    model: Stack,     # any model
+    tokens: Tensor,   # text, (B, T), T > 1
+) -> dict[str, Tensor]:  # before, attention, feed_forward, covariance, after; each (L, B), means over positions 1..T-1
+    "What every block adds to the variance of the stream."
+    mean = lambda x: channel_variance(x)[:, 1:].mean(1).double()                   # (B, T, D) -> (B,)
+    rows, last = [], [model.embed(tokens)]
+    def keep(l, out):
+        a, f, before, after = (mean(x) for x in (out.attention, out.feed_forward, last[0], out.stream))
+        rows.append(dict(before=before, attention=a, feed_forward=f, covariance=after - before - a - f, after=after))
+        last[0] = out.stream
+    model.run(last[0], watch=keep)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+# %% ../nbs/build/08_theory.ipynb #2fd4c501
+@torch.no_grad()
+def own_update_variance(
+    block: Block,             # any block with a SwiGLU
+    averaging: float = 1.0,   # variance of the attention average relative to one value, see `attention_averaging`
+    p: tuple[float, float] = (1.0, 1.0),  # density of random masks on the matrices of both sublayers
+) -> tuple[float, float]:     # attention update, feed-forward update
+    "Update variances if the block's matrices were random, with the mean squares that they have."
+    if not isinstance(block.feed_forward, SwiGLU):
+        raise TypeError(f'the feed-forward layer is {type(block.feed_forward).__name__}; the closed form is for SwiGLU')
+    square = lambda w: w.float().square().mean().item()
+    outs = block.attention_out_norm, block.feed_forward_out_norm
+    if isinstance(outs[0], RMSNorm): return square(outs[0].weight), square(outs[1].weight)
+    through = lambda linear, p: p * linear.in_features * square(linear.weight)      # variance out / mean square in
+    a, f, (c_a, c_f) = block.attention, block.feed_forward, (
+        norm.scale ** 2 * square(norm.weight) for norm in (block.attention_norm, block.feed_forward_norm))
+    gate = gate_moments(c_f * through(f.gate, p[1])).mean_square
+    return (c_a * through(a.value, p[0]) * through(a.output, p[0]) * averaging,
+            c_f * through(f.up, p[1]) * gate * through(f.down, p[1]))
+
+# %% ../nbs/build/08_theory.ipynb #7d344e11
+@torch.no_grad()
+def measure_averaging(
+    model: Stack,      # any model
+    tokens: Tensor,    # text, (B, T), T > 1
+) -> list[float]:      # L numbers, means over sequences, heads and positions 1..T-1
+    "`attention_averaging` of every block on some text."
+    c, inputs = model.config, [model.embed(tokens)]
+    model.run(inputs[0], watch=lambda l, out: inputs.append(out.stream))
+    rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
+    return [attention_averaging(block.attention, block.attention_norm(h), rope)[:, 1:].mean().item()
+            for block, h in zip(model.blocks, inputs)]
+
+# %% ../nbs/build/08_theory.ipynb #cbd3ba25
+@torch.no_grad()
+def predict_variance(
+    model: Stack,               # any model with SwiGLU blocks
+    p=1.0,                      # density, see `by_layer`
+    v0: float | None = None,    # variance of the embedding; None: mean over the vocabulary
+    averaging: Sequence[float] | None = None,  # from `measure_averaging`; None: first position, 1 in all blocks
+    masks: str = 'matrices',    # what p lies on: 'matrices', all of a block's, or 'sublayers', one factor p each
+) -> list[float]:               # L + 1 numbers
+    "Stream variance that the theory predicts from the size of a model's weights."
+    if masks not in ('matrices', 'sublayers'): raise ValueError(f'masks={masks!r} must be matrices or sublayers')
+    L = len(model.blocks)
+    v = [channel_variance(model.embedding.weight).mean().item() if v0 is None else v0]
+    for block, average, pair in zip(model.blocks, averaging or [1.0] * L, by_layer(p, L)):
+        u = own_update_variance(block, average, pair if masks == 'matrices' else (1.0, 1.0))
+        v.append(v[-1] + sum(u if masks == 'matrices' else (x * q for x, q in zip(u, pair))))
+    return v
+
+# %% ../nbs/build/08_theory.ipynb #e6b1d8e9
+def gaussian_dependence(
+    p: float,  # share of entries that a magnitude mask keeps, above 0
+) -> float:    # E[W^2 | M = 1] / E[W^2]
+    "Dependence of a magnitude mask on normal weights."
+    t = NormalDist().inv_cdf(1 - p / 2)
+    return 1 + 2 * t * NormalDist().pdf(t) / p
+
+def mask_weight_dependence(
+    weight: Tensor,      # a matrix
+    mask: Tensor,        # bool, same shape; True where an entry counts
+) -> dict[str, float]:   # density p; energy, the share of the squared weights that is kept; ratio = energy / density
+    "How far a mask and the weights under it are from independent; the ratio is 1 if they are."
+    square, mask = weight.detach().double().square(), mask.bool()
+    density, energy = mask.double().mean().item(), (square[mask].sum() / square.sum()).item()
+    if density == 0: raise ValueError('the mask keeps nothing, so there is no ratio')
+    return dict(density=density, energy=energy, ratio=energy / density)
+
+# %% ../nbs/build/08_theory.ipynb #f5f3cf9b
+def coherence(
+    weight: Tensor,  # (out, in)
+    x: Tensor,       # inputs, (..., in)
+) -> float:          # 1 for random weights, at most the number of inputs
+    "Power of a matrix's output relative to the sum of the powers of its terms."
+    return ((x @ weight.T).square().sum() / (x.square() @ weight.square().T).sum()).item()
+
+def masked_power(
+    weight: Tensor,  # (out, in)
+    x: Tensor,       # inputs, (..., in)
+    p: float,        # density of a random mask
+) -> float:          # relative to the power without a mask
+    "Expected power of a randomly masked matrix's output, for fixed weights."
+    return p ** 2 + p * (1 - p) / coherence(weight, x)
+
+# %% ../nbs/build/08_theory.ipynb #c86e76c9
+@torch.no_grad()
+def masked_updates(
+    model: Stack,              # left as it is
+    tokens: Tensor,            # text, (B, T), T > 1
+    p: float,                  # density of the masks
+    how: str = 'magnitude',    # as in `apply_masks`
+    seed: int = 0,             # of random masks
+) -> Tensor:                   # attention and feed-forward, (2, L, B); variances relative to those without masks
+    "Variance that masks leave of every update, each block reading the stream of the intact model."
+    c, masked = model.config, apply_masks(copy.deepcopy(model), p, how, seed=seed)
+    rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
+    mean = lambda x: channel_variance(x)[:, 1:].mean(1).double()                    # (B, T, D) -> (B,)
+    rows, last = [], [model.embed(tokens)]
+    def compare(l, out):
+        block, h = masked.blocks[l - 1], last[0]
+        a = block.attention_out_norm(block.attention(block.attention_norm(h), rope))  # (B, T, D)
+        f = block.feed_forward(block.feed_forward_norm(h + out.attention))
+        f = block.feed_forward_out_norm(f[0] if isinstance(f, tuple) else f)          # (B, T, D)
+        rows.append(torch.stack([mean(a) / mean(out.attention), mean(f) / mean(out.feed_forward)]))
+        last[0] = out.stream
+    model.run(last[0], watch=compare)
+    return torch.stack(rows, 1)

@@ -19,8 +19,8 @@ def curve(L: int, rng: random.Random, steps: int) -> dict:
                 lr=[3e-3] * len(step), grad_norm=[1.] * len(step), variance_mean=grow,
                 variance_median=[[v * .9 for v in row] for row in grow],
                 variance_without_first=[[v * .85 for v in row] for row in grow],
-                attention_variance=[[v * .2 for v in row[1:]] for row in grow],
-                feed_forward_variance=[[v * .5 for v in row[1:]] for row in grow])
+                attention_update=[[v * .2 for v in row[1:]] for row in grow],
+                feed_forward_update=[[v * .5 for v in row[1:]] for row in grow])
 
 
 def scores(L: int, rng: random.Random, variance: list) -> dict:
@@ -74,7 +74,9 @@ def ends_early(made: dict) -> dict:
     half = len(made['curve']['step']) // 2
     for name, values in made['curve'].items(): made['curve'][name] = values[:half]
     made['curve']['loss'][-1] = None
-    made.update(status='diverged', step=made['curve']['step'][-1], final=None)
+    made.update(status='diverged', step=made['curve']['step'][-1])
+    made['final'].update(val_loss=None, perplexity=None)
+    made['curve']['variance_mean'][-1] = None  # the step that found the loss infinite measured no variances
     del made['scores']
     return made
 

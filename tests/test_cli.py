@@ -1,0 +1,188 @@
+"The command line: help, mistakes, and every command at the smallest scale."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sparsecod
+from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.studies import CHECKS, CLAIMS, SCALES, STUDIES, RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
+COMMANDS = ('train', 'score', 'study', 'reproduce', 'report')
+
+
+@pytest.fixture
+def type_in(capsys):
+    "Type a command; get its exit code, output and error output."
+    def typed(line):
+        capsys.readouterr()
+        try: code = main(line.split())
+        except SystemExit as stop: code = stop.code
+        return code, *capsys.readouterr()
+    return typed
+
+
+def process(line: str) -> subprocess.Popen:
+    "A command in a process of its own."
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from sparsecod.cli import main; sys.exit(main())'
+    return subprocess.Popen([sys.executable, '-c', code, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ---- help and mistakes
+
+def test_every_option_says_what_it_is_for():
+    for command, sub in parser()._subparsers._group_actions[0].choices.items():
+        assert command in COMMANDS and sub.description
+        for action in sub._actions:
+            assert action.help, (command, action.dest)
+            assert not action.option_strings or '-h' in action.option_strings or '(default: ' in action.help, (command, action.dest)
+            assert 'None' not in action.help, (command, action.dest)
+
+
+def test_help_names_what_there_is(type_in):
+    assert set(re.findall(r'\w+', SCALE_NAMES)) - {'or'} == set(SCALES)
+    code, text, _ = type_in('--help')
+    assert code == 0 and all(command in text for command in COMMANDS)
+    config = SCALES['laptop'].to_dict()
+    for path, _, _ in SHORT.values():
+        part, _, name = path.rpartition('.')
+        assert name in (config[part] if part else config)
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = ("import sys; from sparsecod.cli import main\ntry: main(['reproduce', '--help'])\nexcept SystemExit: pass\n"
+            "print(*sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {'torch', 'numpy', 'scipy', 'matplotlib', 'tqdm'} & set(done.stdout.split())
+
+
+def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {sparsecod.__version__}\n')
+
+
+@pytest.mark.parametrize('line, says', [
+    ('', 'required: COMMAND'), ('fly', "invalid choice: 'fly'"), ('study', 'required: study'), ('study width', "study='width' must be one of depth"),
+    ('study depth --scale huge', "scale='huge' must be one of"), ('study depth --seeds 0', "'0' must be a positive whole number"),
+    ('study depth --jobs x', "'x' must be a positive whole number"), ('reproduce --study width', "study='width'"), ('report --scale huge', "scale='huge'"),
+    ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
+    ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
+    ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
+    ('score DIR', 'holds no saved model'), ('report --results DIR', 'there are no records in')])
+def test_mistakes_get_one_line(type_in, line, says, tmp_path):
+    code, text, errors = type_in(line.replace('DIR', str(tmp_path / 'new')))
+    assert code == 2 and text == '' and says in errors and errors.startswith('sparsecod') and errors.count('\n') == 1
+
+
+def test_debug_shows_where(type_in, tmp_path):
+    with pytest.raises(FileNotFoundError): main(['score', str(tmp_path), '--debug'])
+
+
+def test_errors_of_ours_get_one_line_too(type_in, monkeypatch):
+    import sparsecod.studies
+    def broken(*args): raise KeyError('oops')
+    monkeypatch.setattr(sparsecod.studies, 'load_results', broken)
+    assert type_in('report') == (1, '', "sparsecod: KeyError: 'oops' (--debug shows where)\n")
+
+
+def test_settings():
+    assert [setting(f'a.b={v}')[1] for v in ('3', '1e-3', 'true', 'null', 'None', 'text', '"3"', 'a=b')] == [3, 1e-3, True, None, None, 'text', '3', 'a=b']
+
+
+# ---- commands
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "The folder of a training."
+    folder = tmp_path_factory.mktemp('trained')
+    assert main(f'train {folder} --scale tiny --layers 2 --lr 0.02 --seed 3 --set model.n_kv_heads=1 {QUICK}'.split()) == 0
+    return folder
+
+
+def test_train(trained, type_in):
+    config = RunConfig.from_json((trained / 'run.json').read_text())
+    assert (config.model.n_layers, config.model.n_kv_heads, config.train.lr, config.train.steps, config.seed) == (2, 1, .02, 6, 3)
+    model = Transformer.from_pretrained(trained / 'model')
+    assert model.config == config.model
+    again = type_in(f'train {trained} --scale tiny --layers 2 --lr 0.02 --seed 3 --set model.n_kv_heads=1 {QUICK}')
+    assert again[0] == 0 and 'finished at step 6 of 6' in again[1] and 'held-out loss' in again[1]
+    other = type_in(f'train {trained} --scale tiny --layers 3 {QUICK}')
+    assert other[0] == 2 and 'holds another run' in other[2] and '--restart' in other[2]
+
+
+def test_show_trains_nothing(type_in, tmp_path):
+    code, text, _ = type_in(f'train {tmp_path}/new --scale paper --steps 5 --set train.warmup_steps=1 --show')
+    config = RunConfig.from_json(text)
+    assert code == 0 and config.train.steps == 5 and config.model == SCALES['paper'].model and not (tmp_path / 'new').exists()
+
+
+def test_a_training_that_diverges_says_so(type_in, tmp_path):
+    code, text, _ = type_in(f'train {tmp_path} --scale tiny --layers 2 --lr 300 --set train.warmup_steps=0 --quiet')
+    assert code == 1 and text.startswith('diverged at step')
+
+
+def test_score(trained, type_in, tmp_path):
+    code, text, errors = type_in(f'score {trained} --sequences 4 --quiet')
+    assert code == 0 and errors == '' and 'permutation' in text
+    scores = json.loads((trained / 'scores.json').read_text())
+    assert set(scores['scalars']) >= {'causal', 'usefulness'} and len(scores['arrays']['causal']) == 2
+    assert scores['config']['score']['n_sequences'] == 4 and scores['config']['model']['n_layers'] == 2
+    text_file = tmp_path / 'own.txt'
+    text_file.write_text('\n'.join(f'def number_{i}(): return {i * i}' for i in range(20000)))
+    code, _, errors = type_in(f'score {trained} --sequences 4 --data {text_file} --json {tmp_path}/own.json --quiet')
+    assert code == 0, errors
+    own = json.loads((tmp_path / 'own.json').read_text())
+    assert own['corpus'] != scores['corpus'] and own['config']['data']['tokenizer'] == str(trained / 'tokenizer.json')
+
+
+def test_score_a_model_without_a_training(type_in, tmp_path):
+    Transformer(ModelConfig(vocab_size=300, n_layers=2, d_model=16, n_heads=2, context_length=16)).save_pretrained(tmp_path / 'bare')
+    (tmp_path / 'texts').mkdir()
+    for i in range(40): (tmp_path / 'texts' / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 400)))
+    code, text, errors = type_in(f"score {tmp_path / 'bare'} --data {tmp_path / 'texts'} --sequences 4 --fit 8 --quiet")
+    assert code == 0 and 'usefulness' in text, errors
+    Transformer(ModelConfig(vocab_size=290, n_layers=2, d_model=16, n_heads=2, context_length=16)).save_pretrained(tmp_path / 'bare')
+    (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text())['config']).to_json())
+    code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
+    assert code == 2 and 'the model knows 290' in errors
+
+
+def test_reproduce_and_report(type_in, tmp_path):
+    code, text, errors = type_in(f'reproduce --scale tiny --out {tmp_path} --jobs 2')
+    report = tmp_path / 'tiny' / 'report.html'
+    assert code == 0 and f'of {len(CLAIMS) + len(CHECKS)}' in text and str(report) in text, errors
+    assert errors.count('held-out loss') == len(STUDIES['depth'].runs('tiny')) == len(list(tmp_path.glob('tiny/*.json')))
+    page = report.read_text()
+    assert '<html' in page and 'contradicted' in page and not re.findall(r'(?:src|href)="https?:', page)
+    report.unlink()
+    code, text, errors = type_in(f'report --results {tmp_path} --scale tiny --markdown --out {tmp_path}/mine.html')
+    assert code == 0 and text.startswith('| verdict |') and (tmp_path / 'mine.html').exists() and not report.exists()
+    code, text, errors = type_in(f'study depth --scale tiny --out {tmp_path}')
+    assert code == 0 and errors == '' and 'L=3' in text and 'one seed' in text
+
+
+def test_failed_runs_end_in_exit_code_1(type_in, tmp_path, monkeypatch):
+    import sparsecod.studies
+    def failing(*args): raise sparsecod.studies.RunsFailed({'L2': 'no luck'})
+    monkeypatch.setattr(sparsecod.studies, 'run_study', failing)
+    code, text, errors = type_in(f'study depth --scale tiny --out {tmp_path}')
+    assert code == 1 and '1 run(s) failed: L2: no luck' in errors
+
+
+@pytest.mark.parametrize('line', ['train DIR/model --scale tiny --layers 2 --steps 4000 --set train.checkpoint_every=2 --quiet',
+                                  'study depth --scale tiny --out DIR'])
+def test_ctrl_c_says_how_to_go_on(line, tmp_path):
+    running = process(line.replace('DIR', str(tmp_path)))
+    end = time.time() + 120
+    while not list(tmp_path.glob('**/log.jsonl')) and time.time() < end: time.sleep(.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130 and errors.strip().splitlines()[-1] == 'sparsecod: stopped; what is done is kept, and the same command continues from there'
+    assert 'Traceback' not in errors

@@ -1,0 +1,89 @@
+"""Mixture of experts inside the model: references, precision, invariance."""
+import pytest
+import torch
+from torch.nn import functional
+
+from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
+from sparsecod.moe import MixtureOfExperts, balance_loss, experts_grouped, experts_loop, route, router_z_loss
+
+
+def weights(E, D, F, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [.2 * torch.randn(*shape, generator=g) for shape in ((E, D, F), (E, D, F), (E, F, D))]
+
+
+@pytest.mark.parametrize('E, k', [(1, 1), (4, 1), (4, 4), (8, 3)])
+@pytest.mark.parametrize('renormalise', [False, True])
+def test_grouped_equals_loop(E, k, renormalise):
+    torch.manual_seed(0)
+    results = []
+    x, logits, ws = torch.randn(33, 16), torch.randn(33, E), weights(E, 16, 8)
+    for run in (experts_loop, experts_grouped):
+        leaves = [t.clone().requires_grad_() for t in (x, logits, *ws)]
+        out = run(leaves[0], route(leaves[1], k, renormalise), *leaves[2:])
+        out.pow(2).sum().backward()
+        results.append([out.detach()] + [t.grad for t in leaves])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_layer_equals_the_equation():
+    "Every token by hand: top-k of the softmax, weighted SwiGLU outputs, shared expert averaged in."
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(16, 8, E=4, k=2, shared=12)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=.3)
+    x = torch.randn(2, 5, 16)
+    got, routing = layer(x)
+    for b in range(2):
+        for t in range(5):
+            p = (layer.router.weight @ x[b, t]).softmax(0)
+            top = p.argsort(descending=True)[:2]
+            swiglu = lambda e: (functional.silu(x[b, t] @ layer.gate[e]) * (x[b, t] @ layer.up[e])) @ layer.down[e]
+            want = (layer.shared(x[b, t]) + 2 * sum(p[e] * swiglu(e) for e in top)) / 3
+            assert torch.allclose(got[b, t], want, atol=1e-5)
+            assert set(routing.experts[5 * b + t].tolist()) == set(top.tolist())
+
+
+def test_widths_that_are_not_aligned_still_work():
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(16, 21, E=4, k=3)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=.3)
+    x = torch.randn(1, 7, 16)
+    want = experts_loop(x[0], route(layer.router(x[0]), 3, False), layer.gate, layer.up, layer.down)
+    assert torch.allclose(layer(x)[0][0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize('d_expert', [32, 21])
+def test_autocast_runs_and_stays_close(d_expert):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=61, n_layers=2, d_model=16, n_heads=2, n_experts=4, d_expert=d_expert, init_std=.2))
+    tokens = torch.randint(61, (2, 9))
+    exact = model(tokens[:, :-1], tokens[:, 1:])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        rounded = model(tokens[:, :-1], tokens[:, 1:])
+    rounded.backward()
+    assert torch.isclose(exact, rounded, rtol=.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_trap_7_every_block_has_the_same_auxiliary_weight():
+    "Blocks with equal routers add equal auxiliary losses, each w/L."
+    torch.manual_seed(0)
+    L = 3
+    model = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, n_experts=4, init_std=.3))
+    tokens = torch.randint(61, (4, 9))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    seen = []
+    total = model(inputs, targets, watch=lambda l, out: seen.append(out.routing))
+    plain = model.token_losses(model.run(model.embed(inputs)), targets).mean()
+    by_hand = sum(.01 * balance_loss(r) + .001 * router_z_loss(r) for r in seen) / L
+    assert torch.isclose(total - plain, by_hand, atol=1e-6) and by_hand > 0
+    assert torch.isclose(auxiliary_loss(model.config, seen[0]) * L, .01 * balance_loss(seen[0]) + .001 * router_z_loss(seen[0]))
+
+
+def test_renormalised_gates_sum_to_one_and_published_ones_do_not():
+    logits = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(route(logits, 2, True).gates.sum(-1), torch.ones(100))
+    assert (route(logits, 2, False).gates.sum(-1) < 1).all()

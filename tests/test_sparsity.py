@@ -1,0 +1,80 @@
+"""Sparsity: known answers beyond those of the chapter."""
+import math
+
+import pytest
+import torch
+
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.layers import attention_weights, rope_angles
+from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass, measure_sparsity,
+                                participation, weight_sparsity)
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**dict(dict(vocab_size=61, n_layers=3, d_model=16, n_heads=4, context_length=12), **changes))).eval()
+
+
+TOKENS = torch.randint(61, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_weight_sparsity_counts_strictly_below():
+    assert weight_sparsity(torch.tensor([0., -1., 2., -3.]), [.5, 1., 2.5, 10.]).tolist() == [.25, .25, .75, 1.]
+
+
+@pytest.mark.parametrize('factor', [1e-3, 7.])
+def test_relative_measures_ignore_scale(factor):
+    W = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weight_sparsity(W, [.1, 1.], relative=True), weight_sparsity(factor * W, [.1, 1.], relative=True))
+    assert math.isclose(participation(W), participation(factor * W), rel_tol=1e-5)
+
+
+def test_keys_for_mass_of_a_hand_made_row():
+    p = torch.zeros(1, 1, 4, 4)
+    p[0, 0, 3] = torch.tensor([.5, .05, .3, .15])     # .5 + .3 = .8 is not enough, with .15 it is
+    assert keys_for_mass(p, .9)[0, 0, 3] == 3 / 4
+    assert keys_for_mass(p, .5)[0, 0, 3] == 1 / 4
+
+
+def test_attention_sparsity_looks_at_the_maps_that_the_model_uses():
+    "Maps taken block by block agree with those computed from the model's own streams."
+    m, streams = model(n_kv_heads=2, init_std=.3), []
+    with torch.no_grad():
+        h0 = m.embed(TOKENS)
+        m.run(h0, watch=lambda l, out: streams.append(out.stream))
+        got = attention_sparsity(m, TOKENS)
+        for l, (block, h) in enumerate(zip(m.blocks, [h0, *streams])):
+            p = attention_weights(block.attention, block.attention_norm(h), rope_angles(12, 4))
+            assert torch.allclose(got['first'][l], p[..., 1:, 0].double().mean((0, 2)), atol=1e-6)
+
+
+def test_a_head_that_only_sees_itself_needs_one_key():
+    m = model()
+    with torch.no_grad():
+        for block in m.blocks:                        # equal keys everywhere: attention is flat
+            block.attention.key.weight.zero_()
+        flat = attention_sparsity(m, TOKENS)
+    assert torch.allclose(flat['entropy'], torch.ones(3, 4, dtype=torch.float64), atol=1e-5)
+    assert (flat['keys'] >= .9).all()
+
+
+def test_sharing_lowers_the_density_of_attention_only():
+    full, shared = effective_density(model(), TOKENS), effective_density(model(n_kv_heads=1), TOKENS)
+    assert all(s < f for s, f in zip(shared['attention'], full['attention']))
+    assert shared['feed_forward'] == pytest.approx(full['feed_forward'], rel=.05)
+
+
+def test_expert_loads_sum_to_k():
+    loads = expert_loads(model(n_experts=4, experts_per_token=3), TOKENS)
+    assert loads.shape == (3, 4) and torch.allclose(loads.sum(1), torch.full((3,), 3.)) and (loads <= 1).all()
+
+
+@pytest.mark.parametrize('changes', [{}, dict(n_experts=4), dict(n_kv_heads=1), dict(norm='peri_ln')])
+def test_summary_is_plain_and_complete(changes):
+    import json
+    s = json.loads(json.dumps(measure_sparsity(model(**changes), TOKENS)))
+    assert all(0 <= v <= 1 for v in s['scalars'].values())
+    assert len(s['arrays']['density_attention']) == len(s['arrays']['density_feed_forward']) == 3
+    assert ('expert_load' in s['arrays']) == bool(changes.get('n_experts'))
+    sweep = s['arrays']['weights_below_absolute']
+    assert sweep == sorted(sweep)

@@ -1,0 +1,402 @@
+"Runs, studies, results on disk, intervals and verdicts."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import sparsecod.studies as module
+from sparsecod.core import Config, ModelConfig
+from sparsecod.studies import (CHECKS, CLAIMS, DEPTHS, SCALES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
+                               complete_seeds, identity, judge, ledger, ledger_markdown, ledger_table, load_results, locate, over_seeds,
+                               rank_correlation, results_table, run, run_name, run_study, slope, summarise, t_interval, variant_key, vary,
+                               work_folder, write_record)
+from synthetic import ends_early, record as made_up_record
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = vary(SCALES['tiny'], {'model.n_layers': 2, 'train.steps': 6, 'train.checkpoint_every': 2, 'train.log_every': 2, 'score.n_sequences': 4,
+                              'score.n_fit': 4, 'score.n_bootstrap': 20, 'n_eval': 8})
+LONG = vary(QUICK, {'train.steps': 4000})  # will not finish while a test waits
+
+
+def made_up(L: int, seed: int = 0, **values) -> dict:
+    "A made-up record that belongs to the depth study at laptop, with some scalar scores set by hand."
+    record = made_up_record(L, seed)
+    record.update(config=vary(SCALES['laptop'], {'model.n_layers': L, 'seed': seed}).to_dict(), name=f'L{L}_seed{seed}')
+    for name, value in values.items():
+        if name == 'val_loss': record['final'][name] = dict(value=value, low=value, high=value)
+        else: record['scores']['scalars'][name] = dict(value=value, low=value, high=value)
+    return record
+
+
+def without_times(record: dict) -> dict:
+    "What two runs of the same configuration have in common."
+    return {k: v for k, v in record.items() if k not in ('seconds', 'provenance')}
+
+
+# ---- configurations and identity
+
+def test_configs_go_through_json():
+    for config in (*SCALES.values(), QUICK):
+        again = RunConfig.from_json(config.to_json())
+        assert again == config and isinstance(again.model, ModelConfig) and again.train.seed == again.seed
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'model.depth': 3}, 'there is no field model.depth=3'), ({'model': {}}, 'there is no field model='), ({'x.y.z': 3}, 'there is no field'),
+    ({'train.lr': 'fast'}, "train.lr='fast' must be a number"), ({'train.compile': 1}, 'train.compile=1 must be true or false'),
+    ({'model.n_layers': True}, 'must be a number'), ({'train.seed': 1}, 'set seed'), ({'model.n_layers': 2.5}, 'whole number'),
+    ({'data.max_tokens': 'many'}, 'many'), ({'n_eval': 0}, 'n_eval=0')])
+def test_wrong_changes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message): vary(QUICK, changes)
+
+
+def test_changes_keep_what_follows():
+    assert vary(QUICK, {'model.d_model': 64}).model.d_ff == 256
+    assert vary(QUICK, {'model.d_model': 64, 'model.d_ff': 100}).model.d_ff == 100
+    assert vary(vary(QUICK, {'model.d_ff': 100}), {'model.d_model': 64}).model.d_ff == 100
+    assert vary(QUICK, {'model.n_heads': 4}).model.n_kv_heads == 4
+    assert vary(vary(QUICK, {'model.n_kv_heads': 1}), {'model.n_heads': 4}).model.n_kv_heads == 1
+    assert vary(QUICK, {'train.steps': 1e3}).train.steps == 1000
+
+
+def test_new_fields_with_a_default_keep_identities():
+    @dataclass(frozen=True)
+    class Old(Config):
+        a: int
+        b: int = 1
+    @dataclass(frozen=True)
+    class New(Old):
+        c: int = 2
+    assert changed_fields(Old(5)) == changed_fields(New(5)) == {'a': 5}
+    assert changed_fields(New(5, c=3)) == {'a': 5, 'c': 3}
+
+
+def test_identity_is_what_decides_the_outcome():
+    base = identity(QUICK, 'f')
+    same = ({'train.micro_batch_tokens': 32}, {'train.checkpoint_every': 3}, {'scale': 'own'}, {'data.source': 'elsewhere'})
+    other = ({'seed': 1}, {'model.norm': 'peri_ln'}, {'train.weight_decay': .2}, {'score.threshold': 1.2}, {'n_eval': 9}, {'train.steps': 7})
+    assert {identity(vary(QUICK, c), 'f') for c in same} == {base}
+    assert len({base, identity(QUICK, 'g'), *(identity(vary(QUICK, c), 'f') for c in other)}) == len(other) + 2
+    assert run_name(QUICK, 'f') == f'L2_D32_T32_seed0-{base}'
+    assert variant_key(vary(QUICK, {'seed': 1, 'model.vocab_size': 400})) == variant_key(QUICK)
+
+
+def test_scales_and_studies():
+    assert {'tiny', 'laptop', 'gpu', 'paper'} <= set(SCALES) == set(DEPTHS)
+    paper = SCALES['paper']
+    assert (paper.train.steps, paper.train.tokens_per_step, paper.train.decay_groups) == (19073, 256 * 1024, 'all')
+    assert abs(paper.train.steps * paper.train.tokens_per_step - 5e9) < 1e6 and paper.model.vocab_size == 50280
+    for study in STUDIES.values():
+        for scale in SCALES:
+            runs = study.runs(scale, [0, 5])
+            keys = [(variant_key(c), c.seed) for _, c in runs]
+            assert len(set(keys)) == len(keys) and {c.scale for _, c in runs} == {scale} and {c.seed for _, c in runs} == {0, 5}
+    for wrong in (0, [], [-1]):
+        with pytest.raises(ValueError, match='seeds='): STUDIES['depth'].runs('tiny', wrong)
+    with pytest.raises(ValueError, match="scale='huge' must be one of"): STUDIES['depth'].runs('huge')
+
+
+def test_work_never_goes_into_results(tmp_path):
+    assert work_folder('runs') == Path('runs/.work')
+    assert work_folder(tmp_path / 'results') == tmp_path / 'runs' / '.work'
+    assert work_folder('results', 'here') == Path('here')
+
+
+# ---- runs and records
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "A finished run: its folder, its record and the record's file."
+    out = tmp_path_factory.mktemp('runs')
+    record = run(QUICK, out, progress=False)
+    return out, record, out / 'tiny' / f"{record['name']}.json"
+
+
+def test_a_record_holds_everything(done):
+    out, record, path = done
+    assert json.loads(path.read_text()) == record
+    assert set(record) == {'schema', 'name', 'id', 'scale', 'config', 'seed', 'status', 'step', 'tokens', 'seconds', 'final', 'scores', 'sparsity', 'curve', 'provenance'}
+    assert record['schema'] == 1 and record['status'] == 'finished' and record['step'] == 6 and record['tokens'] == 6 * 512
+    assert record['name'].endswith(record['id']) and set(record['config']) >= {'model', 'train', 'data', 'score'}
+    assert set(record['final']) == {'val_loss', 'perplexity', 'unigram_loss'}
+    loss = record['final']['val_loss']
+    assert loss['low'] <= loss['value'] <= loss['high'] and math.isclose(record['final']['perplexity'], math.exp(loss['value']))
+    assert {'hardware', 'cores', 'threads', 'device', 'python', 'torch', 'sparsecod', 'versions', 'commit', 'dirty', 'date', 'corpus_fingerprint',
+            'corpus_stats'} <= set(record['provenance'])
+    curve = record['curve']
+    assert curve['step'] == [1, 2, 4, 6] and {len(v) for v in curve.values()} == {4}
+    assert all(len(row) == 3 for name in ('variance_mean', 'variance_median', 'variance_without_first') for row in curve[name])
+    assert all(len(row) == 2 for name in ('attention_update', 'feed_forward_update') for row in curve[name])
+
+
+def test_files_of_a_run(done):
+    out, record, path = done
+    work = out / '.work' / record['name']
+    assert [p.name for p in path.parent.iterdir()] == [path.name]               # no drafts
+    assert {'model', 'run.json', 'tokenizer.json', 'log.jsonl'} <= {p.name for p in work.iterdir()} and not (work / 'checkpoints').exists()
+    assert RunConfig.from_json((work / 'run.json').read_text()) == RunConfig.from_dict(record['config'])
+
+
+def test_a_finished_run_is_read_back_and_force_runs_it_again(done, monkeypatch):
+    out, record, path = done
+    with monkeypatch.context() as m:
+        m.setattr(module, 'train', lambda *a, **k: pytest.fail('trained again'))
+        assert run(QUICK, out, progress=False) == record
+    forced = run(QUICK, out, force=True, progress=False)
+    assert without_times(forced) == without_times(record)
+    path.write_text(json.dumps(record))
+
+
+def test_an_interrupted_run_continues(done, tmp_path, monkeypatch):
+    train, asked = module.train, []
+    def interrupted(model, config, corpus, folder, progress):
+        class Interrupting:
+            vocab_size, fingerprint = corpus.vocab_size, corpus.fingerprint
+            def batch(self, step, *sizes):
+                if step == 3: signal.raise_signal(signal.SIGTERM)
+                return corpus.batch(step, *sizes)
+        asked.append(folder)
+        return train(model, config, Interrupting(), folder, progress=progress)
+    monkeypatch.setattr(module, 'train', interrupted)
+    with pytest.raises(KeyboardInterrupt): run(QUICK, tmp_path, progress=False)
+    assert not list(tmp_path.glob('tiny/*')) and list(asked[0].glob('checkpoints/*'))
+    monkeypatch.setattr(module, 'train', train)
+    assert without_times(run(QUICK, tmp_path, progress=False)) == without_times(done[1])
+
+
+def test_divergence_is_recorded(tmp_path):
+    record = run(vary(QUICK, {'train.lr': 300.0, 'train.steps': 100, 'train.warmup_steps': 0}), tmp_path, progress=False)
+    assert record['status'] == 'diverged' and 'scores' not in record and record['final']['val_loss'] is None and record['final']['unigram_loss'] > 0
+    assert record['curve']['step'][-1] == record['step'] < 100 and record['curve']['variance_mean'][0] is not None
+    assert json.loads(next(tmp_path.glob('tiny/*.json')).read_text()) == record
+    assert results_table([record])[0]['status'] == 'diverged'
+
+
+@pytest.mark.parametrize('damage', [lambda text: text[:200], lambda text: '', lambda text: '[]', lambda text: json.dumps({'schema': 1}),
+                                    lambda text: text.replace('"n_layers"', '"n_floors"')])
+def test_a_damaged_record_is_named_and_left_out(done, damage, tmp_path):
+    _, record, path = done
+    (tmp_path / 'tiny').mkdir()
+    (tmp_path / 'tiny' / 'sound.json').write_text(path.read_text())
+    (tmp_path / 'tiny' / 'torn.json').write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=r'tiny/torn.json is damaged'): records = load_results(tmp_path, 'tiny')
+    assert records == [record]
+
+
+def test_runs_on_several_corpora_are_not_mixed(done, tmp_path):
+    record = done[1]
+    old = record | dict(name='old', provenance=record['provenance'] | dict(date='2001-01-01', corpus_fingerprint='other'))
+    for r in (old, record): write_record(tmp_path / 'tiny' / f"{r['name']}.json", r)
+    with pytest.warns(UserWarning, match='1 of 2 records are on another corpus'): assert load_results(tmp_path, 'tiny') == [record]
+
+
+def test_held_out_windows_are_apart(done):
+    place = locate(QUICK, done[0], progress=False)
+    windows, to_score, to_fit = module.held_out(place.config, place.corpus)
+    assert len(windows) == 8 and len(to_score) == 4 and len(to_fit) <= 4
+    assert not {tuple(w) for w in to_score.tolist()} & {tuple(w) for w in to_fit.tolist()}
+    again = module.held_out(vary(place.config, {'seed': 3}), place.corpus)
+    assert all((a == b).all() for a, b in zip((windows, to_score, to_fit), again))  # the same for all seeds
+
+
+# ---- studies in several processes
+
+def two_depths(base): return {f'L={L}': {'model.n_layers': L} for L in (1, 2)}
+
+
+def test_a_study_runs_what_is_missing(done, tmp_path, capfd):
+    study = Study('two', 'Which?', two_depths)
+    write_record(tmp_path / 'tiny' / done[2].name, done[1])
+    records = run_study(study, QUICK, 1, tmp_path, jobs=2)
+    assert [r['config']['model']['n_layers'] for r in records] == [1, 2] and records[1] == done[1]
+    assert records[0]['provenance']['threads'] >= 1 and capfd.readouterr().err.count('held-out loss') == 1
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('tiny/*')}
+    assert run_study(study, QUICK, 1, tmp_path) == records and capfd.readouterr() == ('', '')
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob('tiny/*')} == before
+    assert [r['name'] for r in by_variant(study, load_results(tmp_path, 'tiny'), QUICK)['L=2']] == [done[1]['name']]
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
+    study = Study('bad', 'What fails?', lambda base: {'good': {}, 'bad': {'train.tokens_per_step': 100}})
+    with pytest.raises(RunsFailed, match='tokens_per_step=100 must be a multiple') as error: run_study(study, QUICK, 1, tmp_path, jobs=2)
+    assert len(error.value.failed) == 1 and len(list(tmp_path.glob('tiny/*.json'))) == 1
+    assert 'failed: ValueError' in capfd.readouterr().err
+
+
+def test_a_killed_run_is_named(tmp_path, monkeypatch):
+    start = module.start_worker
+    def doomed(*args):
+        process = start(*args)
+        process.kill()
+        return process
+    monkeypatch.setattr(module, 'start_worker', doomed)
+    with pytest.raises(RunsFailed, match='SIGKILL'): run_study(Study('one', '?', lambda base: {'only': {}}), QUICK, 1, tmp_path, progress=False)
+
+
+def start_long_study(tmp_path) -> subprocess.Popen:
+    "A process with a study of two long runs that are both at work."
+    code = (f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\n'
+            f'from test_studies import LONG, Study, run_study, two_depths\n'
+            f'run_study(Study("long", "?", two_depths), LONG, 1, {str(tmp_path)!r}, jobs=2)')
+    process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.glob('.work/*/checkpoints/step-*'))) >= 2 and len(workers(tmp_path)) == 2, process)
+    return process
+
+
+def wait_for(ready, process=None, seconds=120):
+    "Wait until something is the case."
+    end = time.time() + seconds
+    while not ready():
+        assert time.time() < end and (process is None or process.poll() is None), 'waited in vain'
+        time.sleep(.1)
+
+
+def workers(tmp_path) -> list[int]:
+    "Processes whose complaints go to this folder."
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try: target = os.readlink(f'/proc/{pid}/fd/2')
+        except OSError: continue
+        if target.startswith(str(tmp_path / '.work')): found.append(int(pid))
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='processes are found through /proc')
+
+
+@needs_proc
+def test_ctrl_c_stops_all_and_keeps_checkpoints(tmp_path):
+    process = start_long_study(tmp_path)
+    steps = {p.parent.parent.name: p.name for p in sorted(tmp_path.glob('.work/*/checkpoints/step-*'))}
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and 'stopping' in errors and not workers(tmp_path)
+    after = {p.parent.parent.name: p.name for p in sorted(tmp_path.glob('.work/*/checkpoints/step-*'))}
+    assert len(after) == 2 and all(after[name] >= steps[name] for name in after) and not list(tmp_path.glob('tiny/*'))
+
+
+@needs_proc
+def test_workers_stop_when_the_supervisor_is_killed(tmp_path):
+    process = start_long_study(tmp_path)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not workers(tmp_path))
+    assert len(list(tmp_path.glob('.work/*/checkpoints/step-*'))) >= 2
+
+
+def test_plain_lines_now_and_then(capfd):
+    lines = Lines('title', 10., 0., every=0.0)
+    lines.update(5., {0: ('L2-12345678', 3, 6, 'loss 4.00')}, 'depth at tiny, 1 of 2 runs done')
+    assert '50%] depth at tiny, 1 of 2 runs done; L2 step 3/6 loss 4.00' in capfd.readouterr().err
+    quiet = Lines('title', 10., 0.)
+    quiet.update(5., {}, '')
+    assert capfd.readouterr().err == ''
+
+
+def test_bars_follow_the_runs(capfd):
+    bars = module.Bars('depth', 10., 2.)
+    bars.update(4., {0: ('first', 1, 6, ''), 1: ('second', 0, 6, 'starting')}, 'depth, 0 of 3')
+    bars.update(8., {0: ('third', 2, 6, 'loss 4.00')}, 'depth, 2 of 3')
+    assert set(bars.slots) == {0} and bars.slots[0].desc == 'third' and bars.slots[0].n == 2
+    bars.say('a line')
+    bars.close()
+    shown = capfd.readouterr().err
+    assert all(text in shown for text in ('depth, 2 of 3', 'second', 'third', 'a line'))
+
+
+# ---- intervals and statistics
+
+@pytest.mark.parametrize('n', [2, 3, 7])
+def test_t_interval_is_the_one_of_scipy(n):
+    x = np.random.default_rng(n).normal(3, 2, n)
+    mean, low, high = t_interval(x)
+    assert (low, high) == pytest.approx(stats.t.interval(.95, n - 1, loc=x.mean(), scale=stats.sem(x))) and mean == pytest.approx(x.mean())
+
+
+def test_too_few_seeds_have_no_interval():
+    assert t_interval([2.])[0] == 2 and all(map(math.isnan, t_interval([2.])[1:])) and all(map(math.isnan, t_interval([])))
+    assert over_seeds([dict(value=1., low=0., high=2.)]) == dict(value=1., low=0., high=2., n=1, over='sequences')
+    assert over_seeds([dict(value=1., low=0., high=9.), dict(value=3., low=0., high=9.)])['over'] == 'seeds'
+
+
+def test_statistics_are_those_of_scipy_and_numpy():
+    rng = np.random.default_rng(0)
+    for y in (rng.normal(size=9), rng.integers(0, 3, 9).astype(float)):
+        assert rank_correlation(y.tolist()) == pytest.approx(stats.spearmanr(np.arange(9), y).statistic)
+        assert slope(range(9), y) == pytest.approx(np.polyfit(range(9), y, 1)[0])
+    assert rank_correlation([1., 1., 1.]) is None and rank_correlation([1.]) is None and rank_correlation([1., math.nan]) is None
+
+
+@pytest.mark.parametrize('values, side, bound, verdict', [
+    ([1., 1.1, .9], 1, 0, 'confirmed'), ([1., 1.1, .9], -1, 0, 'contradicted'), ([-1., -1.1, -.9], -1, 0, 'confirmed'),
+    ([-1., -1.1, -.9], 1, 0, 'contradicted'), ([1., -1., .2], 1, 0, 'open'), ([1.], 1, 0, 'open'), ([], 1, 0, 'open'),
+    ([1., 1.1, .9], 1, 2, 'contradicted'), ([1., 1.1, .9], -1, 2, 'confirmed'), ([0., 0.], 1, 0, 'open'), ([1., 1.], 1, 0, 'confirmed')])
+def test_verdicts(values, side, bound, verdict):
+    assert judge(values, side, bound)['verdict'] == verdict
+
+
+# ---- the ledger
+
+def curse(L: int, seed: int, sign: float) -> dict:
+    "A made-up run in which every score moves with depth as claimed (sign 1), or against it (sign -1)."
+    x, noise = math.log2(L), 1 + .01 * (seed - 1)
+    falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'permutation', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
+                                                             'jacobian_deviation', 'jacobian_deviation_published')}
+    rising = {name: noise * 2 ** (sign * x) for name in ('final_variance', 'final_variance_median', 'final_variance_without_first')}
+    return made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
+
+
+def test_the_ledger_follows_the_runs():
+    trends = {c.id for c in CLAIMS if c.rule.startswith(('change', 'doublings of')) or c.id == 'depth-loss-gain'}
+    assert len(trends) >= 12
+    for sign, verdict in ((1, 'confirmed'), (-1, 'contradicted')):
+        rows = {r['id']: r for r in ledger([curse(L, seed, sign) for L in (2, 4, 8, 16) for seed in range(3)])}
+        assert {rows[i]['verdict'] for i in trends} == {verdict}
+        assert all(r['statistic']['n'] == 3 and 'confirmed if' in r['rule'] for r in rows.values() if r['study'])
+
+
+def test_seeds_that_are_not_complete_do_not_count():
+    records = [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(3)]
+    assert set(complete_seeds('depth', records)) == {0, 1, 2}
+    assert set(complete_seeds('depth', records[:-1])) == {0, 1}
+    assert set(complete_seeds('depth', [*records[:-1], ends_early(records[-1])])) == {0, 1}
+    one_seed = ledger([r for r in records if r['seed'] == 0])
+    assert {r['verdict'] for r in one_seed if r['study']} == {'open'}
+    other = [r | dict(config=vary(RunConfig.from_dict(r['config']), {'train.weight_decay': .5}).to_dict()) for r in records]
+    assert ledger(records + other) == ledger(records) and set(by_variant('depth', other)) == set()
+
+
+def test_sums_of_the_published_page():
+    verdicts = {r['id']: r['verdict'] for r in ledger([]) if not r['study']}
+    assert len(verdicts) == len(CHECKS)
+    assert verdicts['page-size-ratio'] == verdicts['page-moe-gain'] == verdicts['page-percent'] == 'contradicted'
+    assert verdicts['page-usefulness-counts'] == verdicts['page-wasted-layers'] == 'confirmed'
+
+
+def test_the_ledger_as_text():
+    for records in ([], [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(2)], [curse(2, 0, 1)]):
+        rows = ledger(records)
+        table, markdown = ledger_table(rows, width=110), ledger_markdown(rows).splitlines()
+        assert max(map(len, table.splitlines())) <= 110 and f'of {len(rows)}' in table
+        assert len(markdown) == len(rows) + 2 and {line.replace(r'\|', '').count('|') for line in markdown} == {7}
+    with pytest.raises(ValueError, match='several scales'): ledger([dict(scale='tiny'), dict(scale='laptop')])
+
+
+def test_summaries():
+    records = [curse(L, seed, 1) for L in (2, 4) for seed in range(3)]
+    summary = summarise('depth', records)
+    assert list(summary) == ['L=2', 'L=4'] and summary['L=4']['final_variance']['n'] == 3
+    values = [r['scores']['scalars']['final_variance']['value'] for r in records if r['config']['model']['n_layers'] == 4]
+    assert summary['L=4']['final_variance']['value'] == pytest.approx(np.mean(values))
+    row = results_table(records)[0]
+    assert row['n_layers'] == 2 and row['val_loss'] == records[0]['final']['val_loss']['value'] and not any(isinstance(v, (dict, list)) for v in row.values())
