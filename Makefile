@@ -28,7 +28,7 @@ ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 STUDY_CHAPTERS := $(wildcard nbs/reproduce/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test docs export clean-notebooks clean
+.PHONY: help env reproduce test docs readme export clean-notebooks clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	@touch README.md
 	$(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
+
+readme: $(STAMP)  ## Write what README.md says of results/, and its figure
+	$(BIN)/python tests/readme.py
 
 export: $(STAMP)  ## Write the package sparsecod/ from the notebooks
 	$(BIN)/nbdev_export

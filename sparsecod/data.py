@@ -26,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .core import Config
 
 # %% ../nbs/build/04_data.ipynb #963b2029
 EOS = "<|endoftext|>"
@@ -395,7 +397,7 @@ def split_number(
 
 # %% ../nbs/build/04_data.ipynb #62776ea9
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     "What a corpus is made of: where the text comes from, how it is split, and how it becomes tokens."
     source: str = "stdlib"                 # 'stdlib', 'site', 'fineweb-edu', 'hf:NAME[@REVISION]', or a file, folder or glob
     subset: str | None = None              # named configuration of a Hugging Face dataset
@@ -413,9 +415,6 @@ class DataConfig:
 
     def __post_init__(self):
         check_config(self)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 # %% ../nbs/build/04_data.ipynb #b8b059c6
 def check_config(

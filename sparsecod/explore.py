@@ -232,7 +232,7 @@ def draw_series(
         s = series[value]
         ax.plot(s.x, s.mean, color=color, marker=marker if markers else None, label=label(value, by))
         if s.seeds > 1: ax.fill_between(s.x, s.low, s.high, color=color, alpha=.2, lw=0)
-    if series: ax.legend()
+    if series: ax.legend(ncols=1 if markers or len(series) < 4 else 2)   # a flat legend leaves room for curves
     else: nothing_here(ax, 'nothing to draw' if finished(records) else 'no finished run')
 
 # %% ../nbs/build/10_explore.ipynb #28ca309f
@@ -646,7 +646,7 @@ def plot_distance(
     "Score of pairs without block 1 against their distance: a line a setting, a band over seeds."
     ax = own_axes(ax)
     draw_series(ax, distance_series(records, name, by), records, by)
-    ax.set(ylabel='mean over pairs without block 1', title=f'{METRICS[name][0]} by distance')
+    ax.set(ylabel='mean over pairs', title=f'{METRICS[name][0]} by distance\n(pairs without block 1)')
     whole_layers(ax, 'distance between the blocks')
     return ax
 
@@ -694,6 +694,7 @@ def plot_thresholds(
     ticks = [.001, .01, .1, 1]
     ax.set(xscale='log', xlabel='threshold of the loss ratio (dashed: the published one)', ylabel='share of useful blocks', ylim=(-.03, 1.03), title='Usefulness by threshold')
     ax.set_xticks(ticks, [f'{1 + t:g}' for t in ticks])
+    if series: ax.legend(loc='upper right')
     return ax
 
 # %% ../nbs/build/10_explore.ipynb #6c7d009d

@@ -7,14 +7,15 @@ __all__ = ['PARTS', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'CLAIMS', 
            'whole', 'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config',
            'hardware', 'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'held_out',
            'final_loss', 'make_record', 'work_folder', 'write_record', 'read_record', 'fit_vocabulary', 'Place',
-           'locate', 'forget', 'label_folder', 'run', 'Study', 'seed_list', 'depth_variants', 'study_named',
-           'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars',
-           'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed',
-           'default_jobs', 'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results',
-           'read_metric', 'results_table', 't_interval', 'over_seeds', 'summarise', 'judge', 'slope', 'trend', 'ranks',
-           'rank_correlation', 'deepest', 'along_blocks', 'relative_update', 'gain_shrinks', 'peak_and_end',
-           'fall_from_peak', 'Claim', 'complete_seeds', 'mean_span', 'claim_row', 'rising_variance', 'falling_jacobian',
-           'falling_score', 'PageCheck', 'check_row', 'size_ratios', 'check_size_ratio', 'check_usefulness_counts',
+           'locate', 'forget', 'label_folder', 'run', 'Study', 'seed_list', 'depth_variants', 'gqa_variants',
+           'moe_variants', 'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record',
+           'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show',
+           'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key',
+           'by_variant', 'one_corpus', 'load_results', 'read_metric', 'results_table', 't_interval', 'over_seeds',
+           'summarise', 'judge', 'slope', 'trend', 'ranks', 'rank_correlation', 'deepest', 'along_blocks',
+           'relative_update', 'gain_shrinks', 'peak_and_end', 'fall_from_peak', 'Claim', 'complete_seeds', 'mean_span',
+           'claim_row', 'rising_variance', 'falling_jacobian', 'falling_score', 'contrast', 'source_claims',
+           'PageCheck', 'check_row', 'size_ratios', 'check_size_ratio', 'check_usefulness_counts',
            'check_wasted_layers', 'check_moe_gain', 'check_percent', 'ledger', 'number', 'ours_text', 'statistic_text',
            'ledger_cells', 'ledger_table', 'verdict_counts', 'ledger_markdown']
 
@@ -69,7 +70,7 @@ class RunConfig(Config):
     def __post_init__(self):
         for name, kind in PARTS.items():
             value = getattr(self, name)
-            if isinstance(value, dict): object.__setattr__(self, name, kind(**value))
+            if isinstance(value, dict): object.__setattr__(self, name, kind.from_dict(value))
         object.__setattr__(self, 'train', self.train.replace(seed=self.seed))
         require(isinstance(self.n_eval, int) and self.n_eval > 0, self, 'n_eval', 'must be a positive whole number')
 
@@ -448,6 +449,33 @@ def depth_variants(
 
 STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants)
 
+# %% ../nbs/build/09_studies.ipynb #cf225a68
+def gqa_variants(
+    base: RunConfig,     # the scale's configuration, with a key/value head for every query head
+) -> dict[str, dict]:    # label -> changes
+    "Query heads per key/value head: 1, 2 and all, plain and with the saved parameters given back."
+    D, H, F = base.model.d_model, base.model.n_heads, base.model.d_ff
+    groups = [G for G in dict.fromkeys((2, H)) if 1 < G <= H and H % G == 0]
+    wider = lambda G: F + round(2 * D * (1 - 1 / G) / 3)
+    variants = {'G=1': {}}
+    for G in groups:
+        variants[f'G={G}'] = {'model.n_kv_heads': H // G}
+        variants[f'G={G}, matched'] = variants[f'G={G}'] | {'model.d_ff': wider(G)}
+    return variants
+
+STUDIES['gqa'] = Study('gqa', 'What does it change if query heads share keys and values?', gqa_variants)
+
+# %% ../nbs/build/09_studies.ipynb #bcb70c43
+def moe_variants(
+    base: RunConfig,     # the scale's configuration, dense
+) -> dict[str, dict]:    # label -> changes
+    "Dense, and 2 of 8 experts of equal active width with both kinds of gates."
+    experts = {'model.n_experts': 8, 'model.experts_per_token': 2}
+    return {'dense': {}, 'gates as published': experts, 'gates renormalised': experts | {'model.renormalise_gates': True}}
+
+STUDIES['moe'] = Study('moe', 'What does a mixture of experts change, and is it the sparsity or the gates?', moe_variants)
+
+# %% ../nbs/build/09_studies.ipynb #bb3d1e03
 def study_named(
     study: str | Study,  # a key of STUDIES, or a study
 ) -> Study:
@@ -1058,6 +1086,45 @@ CLAIMS += [
     Claim('depth-loss-gain', 'Each doubling of the depth takes less off the loss than the one before.', 'argument, step 1', '', 'depth', 'val_loss',
           gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)'),
 ]
+
+# %% ../nbs/build/09_studies.ipynb #5af04019
+def contrast(
+    metric: str,      # 'val_loss' or the name of a scalar score
+    a: int,           # index of the first variant of the study
+    b: int,           # index of the second
+    log: bool = False # binary logarithm of the ratio, instead of the difference
+) -> Callable[[list[dict]], float | None]:  # from the runs of one seed to the contrast
+    "Statistic: what changes from variant a to variant b."
+    def statistic(runs):
+        x, y = (read_metric(runs[i], metric) for i in (a, b))
+        if not (x and y): return None
+        return math.log2(y['value'] / x['value']) if log else y['value'] - x['value']
+    return statistic
+
+# %% ../nbs/build/09_studies.ipynb #fbbb2d13
+def source_claims(
+    study: str,        # a key of STUDIES
+    what: str,         # the change, as the subject of a sentence
+    b: int,            # index of the changed variant, from the end if negative; the unchanged one is the first
+    published: dict[str, str],  # metric -> the paper's numbers; all others, and all of a control, have none
+    name: str = '',    # ends the claims' ids
+) -> list[Claim]:
+    "The claims about a source of sparsity, for one variant of a study."
+    ends = dict(final_variance=('lowers the variance of the last layer', -1), val_loss=('lowers the held-out loss', -1),
+                usefulness=('makes more blocks useful', +1), linear_loss_increase=('makes blocks harder to replace by affine maps', +1),
+                causal=('makes blocks depend more on earlier ones', +1), permutation=('makes the order of blocks matter more', +1))
+    return [Claim(f"{study}-{metric.replace('_', '-')}{name}", f'{what} {end}.', f'{study} study' if metric in published else 'control',
+                  published.get(metric, ''), study, metric, contrast(metric, 0, b, metric == 'final_variance'), side,
+                  f"{'log2 ratio' if metric == 'final_variance' else 'change'} of {metric}") for metric, (end, side) in ends.items()]
+
+# %% ../nbs/build/09_studies.ipynb #f6c281a6
+CLAIMS += source_claims('gqa', 'Sharing keys and values among all heads', -2, dict(
+    final_variance='T=4096, G=1: 220, G=4: 122, G=16: 103', usefulness='G=1: 0.81, G=4: 0.87, G=16: 0.87',
+    val_loss='perplexity G=1: 14.52, G=4: 14.50, G=16: 14.47'))
+CLAIMS += source_claims('gqa', 'Sharing them and giving the saved parameters back', -1, {}, '-matched')
+CLAIMS += source_claims('moe', 'A mixture of experts with gates as published', 1, dict(
+    final_variance='dense: 220, MoE: 75', usefulness='dense: 0.81, MoE: 0.94', val_loss='perplexity dense: 14.52, MoE: 13.82'))
+CLAIMS += source_claims('moe', 'A mixture of experts with renormalised gates', 2, {}, '-renormalised')
 
 # %% ../nbs/build/09_studies.ipynb #c32ecc1a
 @dataclass(frozen=True)

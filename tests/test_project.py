@@ -364,3 +364,9 @@ def test_drift_is_found(small_project):
         assert sentence in drift
     module.unlink()
     assert any('sparsecod/one.py is missing' in d for d in find_drift(small_project))
+
+
+def test_readme_says_what_results_say():
+    import readme
+    _, inside, _ = readme.parts(readme.README.read_text(encoding='utf-8'))
+    assert inside == readme.findings(), 'run `make readme`'
