@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'PAPER', 'PRESETS', 'LOGITS_AT_ONCE', 'Config', 'require', 'ExpertsConfig', 'following_fields', 'ModelConfig',
-           'validate_model', 'feed_forward_params', 'param_counts', 'flops_per_token', 'preset', 'BlockOutput',
-           'make_feed_forward', 'Block', 'init_matrices', 'Stack', 'initial_update_variance', 'cross_entropy',
-           'StackWithHead', 'auxiliary_loss', 'Transformer', 'next_tokens']
+           'validate_sizes', 'validate_model', 'feed_forward_params', 'param_counts', 'flops_per_token', 'preset',
+           'BlockOutput', 'make_feed_forward', 'Block', 'init_matrices', 'Stack', 'initial_update_variance',
+           'cross_entropy', 'StackWithHead', 'auxiliary_loss', 'Transformer', 'next_tokens']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
@@ -79,7 +79,7 @@ def following_fields(
     config: 'ModelConfig',  # with or without these fields set
 ) -> dict:                  # their default values
     "Fields whose default depends on other fields."
-    d_ff = config.d_ff or 4 * config.d_model
+    d_ff = 4 * config.d_model if config.d_ff is None else config.d_ff
     return dict(n_kv_heads=config.n_heads, d_ff=4 * config.d_model,
                 d_expert=d_ff // (config.experts_per_token or 1) if config.n_experts else None)
 
@@ -103,28 +103,36 @@ class ModelConfig(ExpertsConfig):
     tie_embeddings: bool = False   # whether the head shares the embedding's matrix
 
     def __post_init__(self):
-        for name, value in following_fields(self).items():
-            if getattr(self, name) is None: object.__setattr__(self, name, value)
+        validate_sizes(self, ('vocab_size', 'n_layers', 'd_model', 'n_heads', 'context_length', 'experts_per_token'))
+        free = [name for name in following_fields(self) if getattr(self, name) is None]
+        object.__setattr__(self, '_free', free)                   # which fields follow others
+        for name in free: object.__setattr__(self, name, following_fields(self)[name])
         validate_model(self)
 
     def replace(self, **changes):
-        "A copy with some fields changed; a field that has its default value follows the others again."
-        free = {name: None for name, value in following_fields(self).items() if getattr(self, name) == value}
-        return super().replace(**{**free, **changes})
+        "A copy with some fields changed; a field that was not given follows the others again."
+        return super().replace(**{**dict.fromkeys(self._free), **changes})
 
 # %% ../nbs/build/03_core.ipynb #e29e9aa9
+def validate_sizes(
+    config: ModelConfig,  # the configuration to check
+    names: tuple,         # fields that must be positive whole numbers
+):
+    "Raise a ValueError for the first of these fields that is no size."
+    for name in names:
+        value = getattr(config, name)
+        require(type(value) is int and value > 0, config, name, 'must be a positive whole number')
+
 def validate_model(
     config: ModelConfig,  # the configuration to check
 ):
     "Raise a ValueError for the first field that breaks a rule."
-    whole = ('vocab_size', 'n_layers', 'd_model', 'n_heads', 'n_kv_heads', 'd_ff', 'context_length', 'experts_per_token')
-    for name in whole + ('d_expert',) * (config.n_experts != 0):
-        value = getattr(config, name)
-        require(isinstance(value, int) and value > 0, config, name, 'must be a positive whole number')
-    for name in ('n_experts', 'd_shared_expert', 'balance_weight', 'router_z_weight'):
-        require(getattr(config, name) >= 0, config, name, 'must not be negative')
-    for name in ('norm_eps', 'rope_theta', 'init_std'):
-        require(getattr(config, name) > 0, config, name, 'must be positive')
+    for name in ('n_experts', 'd_shared_expert'):
+        require(type(getattr(config, name)) is int and getattr(config, name) >= 0, config, name, 'must be a whole number, 0 or more')
+    for name in ('balance_weight', 'router_z_weight', 'norm_eps', 'rope_theta', 'init_std'):
+        value, least = getattr(config, name), 'not be negative' if name.endswith('weight') else 'be positive'
+        require(isinstance(value, (int, float)) and (value > 0 or value == 0 and name.endswith('weight')), config, name, f'must {least}')
+    validate_sizes(config, ('n_kv_heads', 'd_ff', 'd_expert') if config.n_experts else ('n_kv_heads', 'd_ff'))
     D, H, K, E = config.d_model, config.n_heads, config.n_kv_heads, config.n_experts
     require(D % H == 0, config, 'n_heads', f'must divide d_model={D}')
     require(H % K == 0, config, 'n_kv_heads', f'must divide n_heads={H}')
@@ -239,8 +247,7 @@ class Stack(nn.Module):
     "Embedding and L blocks, with access to the stream between any two blocks."
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.config, self.embedding = config, nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, l) for l in range(1, config.n_layers + 1))
         init_matrices(self, config.init_std)
 
@@ -255,7 +262,8 @@ class Stack(nn.Module):
         watch: Callable[[int, BlockOutput], None] | None = None,  # called after each block with l and its output
     ) -> Tensor:                  # h_stop, (B, T, D)
         "Carry the stream through blocks start + 1 .. stop."
-        c = self.config
+        c, L = self.config, len(self.blocks)
+        if not 0 <= start <= L: raise ValueError(f'start={start} must be the index of a stream, 0 to {L}')
         rope = rope_angles(h.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)  # each (T, C/2)
         for l, block in enumerate(self.blocks[start:stop], start + 1):
             out = block(h, rope)
@@ -265,11 +273,12 @@ class Stack(nn.Module):
 
 # %% ../nbs/build/03_core.ipynb #a1d1cfdc
 def initial_update_variance(
-    config: ModelConfig,  # a pre-LN or LayerNorm Scaling model
+    config: ModelConfig,  # a dense model
     l: int = 1,           # block number, 1..L
 ) -> tuple[float, float]: # expected variance a channel: attention update (first position), feed-forward update
     "Variance that block l adds to the stream at random initialisation, in closed form."
-    if config.norm == 'peri_ln': return 1.0, 1.0
+    if config.n_experts: raise ValueError(f'n_experts={config.n_experts} must be 0: the closed form is for dense models')
+    if config.norm == 'peri_ln': return 1.0, 1.0                   # whatever the sublayer returns is normalised
     scale = 1 / l if config.norm == 'layernorm_scaling' else 1.0   # mean square of the normalised input
     s2 = scale * config.d_model * config.init_std ** 2             # variance of a pre-activation
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)           # standard normal, on a grid
@@ -289,7 +298,7 @@ def cross_entropy(
         return functional.cross_entropy(head(h).float(), targets, reduction='none')  # (chunk,)
     if len(h) <= chunk: return slice_loss(h, targets)
     slices = zip(h.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(slice_loss, *s, use_reentrant=False) if torch.is_grad_enabled() else slice_loss(*s)
+    return torch.cat([checkpoint(slice_loss, *s, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else slice_loss(*s)
                       for s in slices])
 
 # %% ../nbs/build/03_core.ipynb #01206925
@@ -355,9 +364,11 @@ def next_tokens(
     tokens: Tensor,             # text so far, (B, T)
     temperature: float = 1.0,   # 0: always the most likely token
     top_k: int | None = None,   # draw among the k most likely only
-    generator: torch.Generator | None = None,  # for reproducible draws
+    generator: torch.Generator | None = None,  # for reproducible draws, on the model's device
 ) -> Tensor:                    # one more token for each text, (B, 1)
     "Draw the next token of each text."
+    if temperature < 0 or top_k is not None and top_k < 1:
+        raise ValueError(f'temperature={temperature} must not be negative, and top_k={top_k} must be at least 1')
     window = tokens[:, -model.config.context_length:]                          # (B, up to context_length)
     logits = model.logits(model.run(model.embed(window))[:, -1])               # (B, V)
     if temperature == 0: return logits.argmax(-1, keepdim=True)                # (B, 1)

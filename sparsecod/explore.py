@@ -378,6 +378,8 @@ def estimates(
 # %% ../nbs/build/10_explore.ipynb #9b201c28
 METRICS = {
     'causal': ('Causal score', 'relative change of updates'), 'causal_max': ('Causal score (largest, later tokens)', 'relative change of updates'),
+    'causal_without_block_1': ('Causal score without block 1', 'relative change of updates'),
+    'permutation_without_block_1': ('Permutation score without block 1', 'relative change of the loss'),
     'permutation': ('Permutation score', 'relative change of the loss'), 'usefulness': ('Usefulness', 'share of blocks'),
     'linear_loss_increase': ('Cost of an affine block', 'loss increase (nats a token)'),
     'skip_loss_increase': ('Cost of skipping a block', 'loss increase (nats a token)'),
@@ -389,6 +391,7 @@ METRICS = {
 }
 LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first')
 
+# %% ../nbs/build/10_explore.ipynb #36e84600
 def spread(
     ax,            # axes whose x axis shows a setting
     values: list,  # the setting's values

@@ -43,13 +43,13 @@ def rope_angles(
 
 # %% ../nbs/build/01_layers.ipynb #ce20c144
 def rotate(
-    x: Tensor,    # queries or keys, (B, H, T, C)
+    x: Tensor,    # queries (B, H, T, C) or keys (B, K, T, C)
     cos: Tensor,  # cosines, (T, C/2)
     sin: Tensor,  # sines, (T, C/2)
-) -> Tensor:      # rotated, (B, H, T, C)
+) -> Tensor:      # rotated, same shape
     "Rotate channel pairs (i, i + C/2) by the angle of their position."
-    a, b = x.chunk(2, dim=-1)                                                # two of (B, H, T, C/2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (B, H, T, C)
+    a, b = x.chunk(2, dim=-1)                                                # two of (..., T, C/2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (..., T, C)
 
 # %% ../nbs/build/01_layers.ipynb #a7d73860
 class Attention(nn.Module):
@@ -60,24 +60,23 @@ class Attention(nn.Module):
         K: int,  # key/value heads; divides H
     ):
         super().__init__()
+        if D % H or H % K: raise ValueError(f'H={H} must divide D={D}, and K={K} must divide H={H}')
         self.H, self.K, self.C = H, K, D // H
         self.query = nn.Linear(D, H * self.C, bias=False)
         self.key = nn.Linear(D, K * self.C, bias=False)
         self.value = nn.Linear(D, K * self.C, bias=False)
         self.output = nn.Linear(H * self.C, D, bias=False)
 
-    def heads(self,
-        x: Tensor,                   # normalised stream, (B, T, D)
-        rope: tuple[Tensor, Tensor], # from `rope_angles`, each (T, C/2)
-    ) -> tuple[Tensor, Tensor, Tensor]:  # queries (B, H, T, C), keys and values (B, K, T, C)
-        "Project to heads and rotate queries and keys."
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        "From the stream (B, T, D) and rotary tables (T, C/2) to queries (B, H, T, C), keys and values (B, K, T, C)."
         q, k, v = (proj(x).unflatten(-1, (-1, self.C)).transpose(1, 2)  # (B, H or K, T, C)
                    for proj in (self.query, self.key, self.value))
         return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = self.heads(x, rope)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.K < self.H)  # (B, H, T, C)
+        if q.dtype == torch.float32 and self.K < self.H: k, v = (x.repeat_interleave(self.H // self.K, 1) for x in (k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.H)  # (B, H, T, C)
         return self.output(out.transpose(1, 2).flatten(2))                                          # (B, T, D)
 
 # %% ../nbs/build/01_layers.ipynb #2daa3595

@@ -63,12 +63,12 @@ def experts_grouped(
     k, E = routing.experts.shape[1], len(gate)
     order = routing.experts.flatten().argsort(stable=True)                            # (N*k,) assignments by expert
     ends = torch.bincount(routing.experts.flatten(), minlength=E).cumsum(0).int()     # (E,) last row of each expert
-    token = order // k                                                                # (N*k,)
-    rows = x[token]                                                                   # (N*k, D)
+    rows = x[order // k]                                                              # (N*k, D)
     mm = lambda a, weights: functional.grouped_mm(a, weights.to(a.dtype), offs=ends)
     hidden = functional.silu(mm(rows, gate)) * mm(rows, up)                           # (N*k, F)
     weight = routing.gates.flatten()[order, None].to(x.dtype)                         # (N*k, 1)
-    return torch.zeros_like(x).index_add(0, token, weight * mm(hidden, down))         # (N, D)
+    outputs = (weight * mm(hidden, down))[order.argsort()]                            # (N*k, D), back in the order of tokens
+    return outputs.view(len(x), k, -1).sum(1)                                         # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #fcc0854b
 def working_precision(
@@ -119,16 +119,16 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.k, self.renormalise = k, renormalise
         self.router = nn.Linear(D, E, bias=False)
-        self.gate, self.up = nn.Parameter(torch.empty(E, D, F)), nn.Parameter(torch.empty(E, D, F))
-        self.down = nn.Parameter(torch.empty(E, F, D))
+        shapes = (E, D, F), (E, D, F), (E, F, D)
+        self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape)) for shape in shapes)
         self.shared = SwiGLU(D, shared) if shared else None
 
     def forward(self,
         x: Tensor,  # normalised stream, (B, T, D)
     ) -> tuple[Tensor, Routing]:  # the update, (B, T, D), and where the tokens went
-        "Route, run the chosen experts, add up."
         flat = x.flatten(0, -2)                                                   # (N, D), N = B*T
-        routing = route(self.router(flat), self.k, self.renormalise)
+        with torch.autocast(x.device.type, enabled=False):                        # near-ties must not hang on rounding
+            routing = route(functional.linear(flat.float(), self.router.weight.float()), self.k, self.renormalise)
         routed = run_experts(working_precision(flat), routing, self.gate, self.up, self.down).view_as(x)  # (B, T, D)
         if self.shared is None: return routed, routing
         return (self.shared(x) + self.k * routed) / (self.k + 1), routing

@@ -11,6 +11,7 @@ __all__ = ['ScoreConfig', 'Trace', 'sequence_loss', 'trace', 'token_variances', 
 
 # %% ../nbs/build/06_scores.ipynb #3c5c7ea9
 import copy
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -54,6 +55,7 @@ def sequence_loss(
     "Loss of each sequence, from the last stream."
     return model.token_losses(h, targets).double().mean(-1)
 
+@torch.no_grad()
 def trace(
     model: Transformer,  # in eval mode, fp32
     windows: Tensor,     # tokens, (B, T + 1)
@@ -103,10 +105,11 @@ def jacobian_deviation(
     return average, squares.sqrt().mean() / D
 
 # %% ../nbs/build/06_scores.ipynb #655beb60
+@torch.no_grad()
 def skip_effects(
     model: Transformer,        # the model of the trace
     t: Trace,                  # from `trace`
-    until: int | None = None,  # skip at positions before this one only; None: at all positions
+    until: int | None = None,  # skip at positions before this one only, and leave the losses out; None: at all positions
 ) -> tuple[Tensor, Tensor]:    # ||change of u_l|| of each token, (L, L, B, T) at [s-1, l-1]; loss with s skipped, (L, B)
     "Skip every block in turn; measure the change of all later updates, and the loss."
     L, (B, T) = len(t.updates), t.targets.shape
@@ -116,7 +119,8 @@ def skip_effects(
         h[:, :until] = t.streams[s - 1][:, :until]                                   # without u_s
         def compare(l, out):
             change[s - 1, l - 1] = (out.update - t.updates[l - 1]).norm(dim=-1)      # (B, T)
-        loss[s - 1] = sequence_loss(model, model.run(h, start=s, watch=compare), t.targets)
+        h = model.run(h, start=s, watch=compare)                                     # (B, T, D)
+        if until is None: loss[s - 1] = sequence_loss(model, h, t.targets)
     return change, loss
 
 def update_sizes(t: Trace) -> Tensor:
@@ -145,6 +149,7 @@ def future_effects(
     return causal_ratio(change, update_sizes(t)[..., middle:]).amax(-1)      # (L, L, B)
 
 # %% ../nbs/build/06_scores.ipynb #2e950ba8
+@torch.no_grad()
 def swapped_run(
     model: Transformer,  # the model
     h: Tensor,           # the stream h_{i-1}, (B, T, D)
@@ -157,6 +162,7 @@ def swapped_run(
     h = model.run(h, start=i - 1, stop=i)                # block i in the place of j
     return model.run(h, start=j)                         # blocks j+1 .. L
 
+@torch.no_grad()
 def swap_losses(
     model: Transformer,  # the model of the trace
     t: Trace,            # from `trace`
@@ -195,6 +201,7 @@ class AffineFit:
         return A.float(), (my - mx @ A).float(), int(kept.sum())
 
 # %% ../nbs/build/06_scores.ipynb #28167ee6
+@torch.no_grad()
 def fit_blocks(
     model: Transformer,    # in eval mode, fp32
     windows: Tensor,       # sequences to fit on, (M, T + 1), none of them scored later
@@ -212,6 +219,7 @@ def fit_blocks(
     return [fit.solve() for fit in fits]
 
 # %% ../nbs/build/06_scores.ipynb #00fce027
+@torch.no_grad()
 def linear_losses(
     model: Transformer,  # the model of the trace
     t: Trace,            # from `trace`
@@ -271,7 +279,8 @@ def measure_jacobians(
     "Jacobian deviations of every block on a few sequences."
     L, n = len(model.blocks), len(windows)
     published, per_token = torch.zeros(2, L, n, dtype=torch.float64)
-    streams = trace(model, windows).streams
+    streams = [model.embed(windows[:, :-1])]                                  # h_0 .. h_L, each (n, T, D)
+    model.run(streams[0], watch=lambda l, out: streams.append(out.stream))
     for l in range(1, L + 1):
         block = lambda h: model.run(h, start=l - 1, stop=l)
         for i in range(n):
@@ -300,6 +309,7 @@ def intervention_scores(
     permutation = (average(m['swap_loss']) - loss).abs() / loss                        # (L, L, R + 1)
     linear, skip = average(m['linear_loss']), average(m['skip_loss'])                  # (L, R + 1)
     scalars = dict(loss=loss, causal=pair_mean(causal), causal_max=pair_mean(future), permutation=pair_mean(permutation),
+                   causal_without_block_1=pair_mean(causal[1:, 1:]), permutation_without_block_1=pair_mean(permutation[1:, 1:]),
                    usefulness=(linear / loss > threshold).double().mean(0), linear_loss_increase=(linear - loss).mean(0),
                    skip_loss_increase=(skip - loss).mean(0))
     arrays = dict(causal=causal, causal_max=future, permutation=permutation, usefulness_ratio=linear / loss,
@@ -340,14 +350,13 @@ def scoring_model(
     return copy.deepcopy(model).float()
 
 def to_lists(x):
-    "Tensors to nested lists, NaN to None, for JSON."
+    "Tensors to nested lists, and numbers that are not finite to None, for JSON."
     if isinstance(x, dict): return {k: to_lists(v) for k, v in x.items()}
     if isinstance(x, Tensor): return to_lists(x.tolist())
     if isinstance(x, list): return [to_lists(v) for v in x]
-    return None if isinstance(x, float) and x != x else x
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../nbs/build/06_scores.ipynb #927fa4f8
-@torch.no_grad()
 def measure(
     model: Transformer,   # in eval mode, fp32
     windows: Tensor,      # sequences to score, (N, T + 1)
@@ -376,19 +385,21 @@ def score_model(
     fit_windows: Tensor,   # other held-out sequences, to fit the affine maps on, (M, T + 1)
     config: ScoreConfig = ScoreConfig(),  # how to score
     progress: bool = True, # show a progress bar
-) -> dict:                 # 'scalars': value, low and high each; 'arrays': by layer or pair
+) -> dict:                 # 'scalars': value, low and high each; 'arrays': by layer or pair; 'settings': what was used
     "Layer effectiveness of a model: stream variance, Jacobian deviation, causal, permutation and usefulness scores."
     check_windows(model, windows, fit_windows)
-    was_training = model.training
+    modes, device = {part: part.training for part in model.modules()}, next(model.parameters()).device.type
     try:
-        m, j = measure(scoring_model(model).eval(), windows, fit_windows, config, progress)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            m, j = measure(scoring_model(model).eval(), windows, fit_windows, config, progress)
     finally:
-        model.train(was_training)
+        for part, mode in modes.items(): part.training = mode
     W = resamples(len(windows), config.n_bootstrap, config.seed)
     W_few = resamples(min(config.n_jacobian, len(windows)), config.n_bootstrap, config.seed)
     parts = [intervention_scores(m, W, config.threshold), stream_scores(m['variance'], W), jacobian_scores(j, W_few)]
+    settings = config.to_dict() | dict(n_sequences=len(windows), n_fit=len(fit_windows), n_jacobian=W_few.shape[1], T=windows.shape[1] - 1)
     return to_lists(dict(scalars={k: estimate(v) for scalars, _ in parts for k, v in scalars.items()},
-                         arrays={k: v for _, arrays in parts for k, v in arrays.items()}))
+                         arrays={k: v for _, arrays in parts for k, v in arrays.items()}, settings=settings))
 
 # %% ../nbs/build/06_scores.ipynb #e56732d5
 def check_windows(
@@ -398,7 +409,7 @@ def check_windows(
 ):
     "Raise a ValueError unless the sequences fit the model and the affine fits are determined."
     for name, w in dict(windows=windows, fit_windows=fit_windows).items():
-        if w.dim() != 2 or w.shape[1] < 3:
+        if w.dim() != 2 or w.shape[1] < 3 or not len(w):
             raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, T + 1) with T of at least 2')
         if w.max() >= model.config.vocab_size or w.min() < 0:
             raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')

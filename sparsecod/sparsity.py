@@ -24,11 +24,10 @@ def weight_sparsity(
     relative: bool = False,  # thresholds in units of the matrix's root mean square
 ) -> Tensor:                 # share of entries under each threshold, fp64, (len(thresholds),)
     "Share of a matrix's entries whose magnitude lies under each threshold."
-    size = matrix.detach().double().abs().flatten()                                    # (n,)
-    limits = torch.tensor(thresholds, dtype=torch.float64, device=size.device)
-    if relative: limits = limits * size.square().mean().sqrt()
-    below = torch.searchsorted(size.sort().values, limits)                             # entries under each limit
-    return (below.double() / len(size)).cpu()
+    size = matrix.detach().float().abs()                                               # same shape
+    unit = size.square().mean().sqrt().item() if relative else 1.
+    if unit == 0: return torch.ones(len(thresholds), dtype=torch.float64)              # a matrix of zeros is sparse
+    return torch.stack([(size < threshold * unit).double().mean() for threshold in thresholds]).cpu()
 
 # %% ../nbs/build/07_sparsity.ipynb #62973fce
 def participation(
@@ -36,15 +35,15 @@ def participation(
 ) -> float:          # between 1/n and 1; 1/3 for Gaussian entries
     "Participation ratio of a matrix's entries: the share that effectively carries the energy."
     square = matrix.detach().double().square().flatten()                               # (n,)
-    return (square.sum() ** 2 / (len(square) * square.square().sum())).item()
+    return (square.sum() ** 2 / (len(square) * square.square().sum()).clamp(min=1e-300)).item()
 
 # %% ../nbs/build/07_sparsity.ipynb #fb2a738d
 def sublayer_matrices(
     model: Transformer,  # the model to look into
 ) -> list[dict[str, list[Tensor]]]:  # for each block: 'attention' and 'feed_forward'
     "The weight matrices of both sublayers of every block."
-    return [{name: [p for p in getattr(block, name).parameters() if p.dim() > 1] for name in ('attention', 'feed_forward')}
-            for block in model.blocks]
+    matrices = lambda layer: [m for p in layer.parameters() if p.dim() > 1 for m in (p.unbind(0) if p.dim() == 3 else [p])]
+    return [{name: matrices(getattr(block, name)) for name in ('attention', 'feed_forward')} for block in model.blocks]
 
 def weight_density(
     matrices: list[Tensor],   # of one sublayer
@@ -61,8 +60,9 @@ def keys_for_mass(
 ) -> Tensor:            # share of the visible keys that is needed, (B, H, T)
     "How many of its keys a query needs for most of its attention."
     collected = p.double().sort(-1, descending=True).values.cumsum(-1)                   # (B, H, T, T)
-    needed = (collected < mass - 1e-9).sum(-1) + 1                                       # (B, H, T)
-    return needed / torch.arange(1, p.shape[-1] + 1, device=p.device)                    # (B, H, T)
+    visible = torch.arange(1, p.shape[-1] + 1, device=p.device)                          # (T,)
+    needed = (collected < mass - 1e-6).sum(-1) + 1                                       # (B, H, T)
+    return needed.minimum(visible) / visible                                             # (B, H, T)
 
 def normalised_entropy(
     p: Tensor,          # attention maps, (B, H, T, T)
@@ -88,7 +88,7 @@ def attention_sparsity(
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
     "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
     c, total = model.config, None
-    for sequence in tokens.split(1):
+    for sequence in tokens.to(next(model.parameters()).device).split(1):
         h, rows = model.embed(sequence), []                                               # (1, T, D)
         rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
         for block in model.blocks:
@@ -106,7 +106,9 @@ def expert_loads(
 ) -> Tensor:             # assignments to each expert per token, (L, E); rows sum to k
     "Measured load of every expert of every block."
     loads = []
-    model.run(model.embed(tokens), watch=lambda l, out: loads.append(expert_load(out.routing).cpu()))
+    if not model.config.n_experts: raise ValueError('n_experts=0: a dense model has no expert load')
+    h = model.embed(tokens.to(next(model.parameters()).device))                          # (B, T, D)
+    model.run(h, watch=lambda l, out: loads.append(expert_load(out.routing).cpu()))
     return torch.stack(loads)
 
 def load_entropy(
@@ -122,12 +124,15 @@ def effective_density(
     tokens: Tensor,           # text for the attention maps, (B, T)
     threshold: float = 0.1,   # of a small weight, in units of its matrix's root mean square
     mass: float = 0.9,        # of attention to collect
+    attention: dict | None = None,  # from `attention_sparsity` with this mass, if it is there already
 ) -> dict[str, list[float]]:  # 'attention' and 'feed_forward': density of each block, L numbers each
     "Share of active connections of both sublayers, block by block."
     c = model.config
-    keys = attention_sparsity(model, tokens, mass)['keys'].mean(1).tolist()              # L numbers
-    shared = (2 + 2 * c.n_kv_heads / c.n_heads) / 4
-    routed = c.experts_per_token / c.n_experts if c.n_experts else 1
+    keys = (attention or attention_sparsity(model, tokens, mass))['keys'].mean(1).tolist()  # L numbers
+    shared, routed = (2 + 2 * c.n_kv_heads / c.n_heads) / 4, 1.
+    if c.n_experts:
+        width = lambda experts: experts * c.d_expert + c.d_shared_expert
+        routed = width(c.experts_per_token) / width(c.n_experts)
     weights = [{name: weight_density(ms, threshold) for name, ms in block.items()} for block in sublayer_matrices(model)]
     return dict(attention=[w['attention'] * k * shared for w, k in zip(weights, keys)],
                 feed_forward=[w['feed_forward'] * routed for w in weights])
@@ -140,20 +145,20 @@ def measure_sparsity(
     tokens: Tensor,      # text for attention maps and routing, (B, T)
 ) -> dict:               # 'scalars' and 'arrays' of plain numbers
     "Weight, attention, sharing and routing sparsity of a model, with threshold sweeps."
-    c, attention, density = model.config, attention_sparsity(model, tokens), effective_density(model, tokens)
-    matrices = [m.detach().flatten() for block in sublayer_matrices(model) for ms in block.values() for m in ms]
-    everything = torch.cat(matrices)
-    relative = torch.stack([weight_sparsity(m, RELATIVE, relative=True) * len(m) for m in matrices]).sum(0) / len(everything)
-    arrays = dict(thresholds_absolute=ABSOLUTE, weights_below_absolute=weight_sparsity(everything, ABSOLUTE).tolist(),
-                  thresholds_relative=RELATIVE, weights_below_relative=relative.tolist(),
+    c, attention = model.config, attention_sparsity(model, tokens)
+    density = effective_density(model, tokens, attention=attention)
+    matrices = [m for block in sublayer_matrices(model) for ms in block.values() for m in ms]
+    pooled = lambda measure: sum(measure(m) * m.numel() for m in matrices) / sum(m.numel() for m in matrices)
+    arrays = dict(thresholds_absolute=ABSOLUTE, weights_below_absolute=pooled(lambda m: weight_sparsity(m, ABSOLUTE)).tolist(),
+                  thresholds_relative=RELATIVE, weights_below_relative=pooled(lambda m: weight_sparsity(m, RELATIVE, True)).tolist(),
                   keys_for_90_percent=attention['keys'].tolist(), attention_entropy=attention['entropy'].tolist(),
                   mass_on_first=attention['first'].tolist(),
                   density_attention=density['attention'], density_feed_forward=density['feed_forward'])
     if c.n_experts: arrays['expert_load'] = expert_loads(model, tokens).tolist()
     mean = lambda name: float(torch.tensor(arrays[name]).mean())
     scalars = dict(weights_below_0_01=arrays['weights_below_absolute'][3], weights_below_0_1_rms=arrays['weights_below_relative'][2],
-                   participation=sum(participation(m) * len(m) for m in matrices) / len(everything),
-                   kv_sharing=c.n_kv_heads / c.n_heads, expert_density=c.experts_per_token / c.n_experts if c.n_experts else 1.,
+                   participation=pooled(participation),
+                   kv_density=c.n_kv_heads / c.n_heads, expert_density=c.experts_per_token / c.n_experts if c.n_experts else 1.,
                    **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy', 'mass_on_first',
                                                     'density_attention', 'density_feed_forward')})
     return dict(scalars=scalars, arrays=arrays)

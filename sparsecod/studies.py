@@ -1079,6 +1079,12 @@ CLAIMS += [
     falling_score('skip_loss_increase', 'The deeper the model, the less it costs on average to skip a block.', source='control'),
 ]
 
+# %% ../nbs/build/09_studies.ipynb #25712c39
+CLAIMS += [
+    falling_score('causal_without_block_1', 'The same for the pairs of blocks 2 to L: less dependence on a skipped earlier block.', source='control'),
+    falling_score('permutation_without_block_1', 'The same for the pairs of blocks 2 to L: it matters less if two are swapped.', source='control'),
+]
+
 # %% ../nbs/build/09_studies.ipynb #144fbb55
 CLAIMS += [
     Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth', 'val_loss', trend('val_loss'), -1,

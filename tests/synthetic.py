@@ -41,6 +41,9 @@ def scores(L: int, rng: random.Random, variance: list) -> dict:
                   jacobian_deviation_published=sum(arrays['jacobian_published']) / L, causal=mean('causal'), causal_max=mean('causal_max'),
                   permutation=mean('permutation'), usefulness=useful, linear_loss_increase=sum(arrays['linear_loss_increase']) / L,
                   skip_loss_increase=sum(arrays['skip_loss_increase']) / L)
+    for name in ('causal', 'permutation'):  # blocks 2 .. L only
+        rest = [v for row in arrays[name][1:] for v in row[1:] if v is not None]
+        if rest: values[f'{name}_without_block_1'] = sum(rest) / len(rest)
     return dict(scalars={k: interval(v, .1 * abs(v)) for k, v in values.items()}, arrays=arrays)
 
 

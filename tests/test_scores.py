@@ -107,6 +107,8 @@ def test_scalars_are_means_of_arrays(model):
     pairs = lambda name: [x for row in s['arrays'][name] for x in row if x is not None]
     assert s['scalars']['causal']['value'] == pytest.approx(sum(pairs('causal')) / 6)
     assert s['scalars']['permutation']['value'] == pytest.approx(sum(pairs('permutation')) / 12)
+    rest = [x for row in s['arrays']['causal'][1:] for x in row if x is not None]
+    assert len(rest) == 3 and s['scalars']['causal_without_block_1']['value'] == pytest.approx(sum(rest) / 3)
     ratios = s['arrays']['usefulness_ratio']
     assert s['scalars']['usefulness']['value'] == sum(r > 1.10 for r in ratios) / 4
     assert s['scalars']['final_variance']['value'] == pytest.approx(s['arrays']['variance_mean'][-1])
@@ -248,3 +250,37 @@ def test_undetermined_fit_reports_its_rank():
 def test_config_errors_name_the_field(field, value):
     with pytest.raises(ValueError, match=f'{field}={value}'):
         ScoreConfig(**{field: value})
+
+
+def test_surroundings_do_not_change_scores(model):
+    "Autocast would round, inference mode would forbid Jacobians."
+    want = score(model)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert score(model) == want
+    with torch.inference_mode():
+        assert score(model) == want
+
+
+def test_modes_of_all_parts_are_restored(model):
+    model.train()
+    model.blocks[1].eval()
+    before = [m.training for m in model.modules()]
+    score(model)
+    assert [m.training for m in model.modules()] == before and len(set(before)) == 2
+
+
+def test_interventions_keep_no_graph(model):
+    t = trace(model, windows(4))
+    change, loss = skip_effects(model, t)
+    assert not any(x.requires_grad for x in (*t.streams, t.loss, change, loss, swap_losses(model, t), fit_blocks(model, windows(40, 3))[0][0]))
+
+
+@pytest.mark.parametrize('changes', [dict(n_kv_heads=2), dict(n_experts=4), dict(norm='peri_ln'), dict(tie_embeddings=True), dict(context_length=2)])
+def test_every_kind_of_model_is_scored(changes):
+    torch.manual_seed(0)
+    base = dict(vocab_size=61, n_layers=3, d_model=16, n_heads=2, context_length=10, init_std=.3)
+    m = Transformer(ModelConfig(**{**base, **changes})).eval()
+    T = m.config.context_length
+    s = score_model(m, windows(6, 1, T), windows(60, 2, T), SETTINGS, progress=False)
+    assert all(e['value'] is not None and e['low'] <= e['high'] for e in s['scalars'].values())
+    assert s['settings']['n_sequences'] == 6 and s['settings']['T'] == T

@@ -350,7 +350,7 @@ def test_verdicts(values, side, bound, verdict):
 def curse(L: int, seed: int, sign: float) -> dict:
     "A made-up run in which every score moves with depth as claimed (sign 1), or against it (sign -1)."
     x, noise = math.log2(L), 1 + .01 * (seed - 1)
-    falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'permutation', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
+    falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'causal_without_block_1', 'permutation', 'permutation_without_block_1', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
                                                              'jacobian_deviation', 'jacobian_deviation_published')}
     rising = {name: noise * 2 ** (sign * x) for name in ('final_variance', 'final_variance_median', 'final_variance_without_first')}
     return made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
