@@ -1101,7 +1101,7 @@ def write_report(
 ) -> Path:                  # the file
     "Write all figures, their data, the ledger and the provenance into one HTML file that needs nothing else."
     by = by or varied_field(records)
-    with plt.ioff(): sections = [panel_html(panel(records, by)) for panel in PANELS]
+    with plt.rc_context({'interactive': False}): sections = [panel_html(panel(records, by)) for panel in PANELS]
     body = '\n'.join([summary_html(records, by), ledger_html(ledger_rows), *sections, runs_html(records, by), provenance_html(records, by)])
     page = (f'<!DOCTYPE html>\n<html lang="en-GB">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{html.escape(title)}: sparsecod</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n')

@@ -886,7 +886,8 @@ def judge(
 ) -> dict:                # verdict, and the statistic's value, low, high and n
     "Hold the interval over seeds against the claim."
     mean, low, high = t_interval(values)
-    if low > bound or high < bound: verdict = 'confirmed' if (low > bound) == (side > 0) else 'contradicted'
+    alike = len(values) > 1 and low == high              # equal numbers say nothing about how far seeds scatter
+    if not alike and (low > bound or high < bound): verdict = 'confirmed' if (low > bound) == (side > 0) else 'contradicted'
     else: verdict = 'open'
     return dict(verdict=verdict, value=float(mean), low=float(low), high=float(high), n=len(values))
 
@@ -907,6 +908,7 @@ def trend(
     "Statistic: change of a metric for each doubling of the depth."
     def statistic(runs):
         found = [(math.log2(r['config']['model']['n_layers']), m['value']) for r in runs if (m := read_metric(r, metric))]
+        if log: found = [(x, y) for x, y in found if 0 < y < math.inf]
         if len(found) < 2: return None
         x, y = zip(*found)
         return slope(x, np.log2(y) if log else y)
@@ -936,8 +938,11 @@ def deepest(
 def along_blocks(
     measure: Callable[[dict], list[float]],  # from a record to one number a block
 ) -> Callable[[list[dict]], float | None]:   # from the runs of one seed to the correlation
-    "Statistic: rank correlation of a measurement with the block's number, in the deepest model."
-    return lambda runs: rank_correlation(measure(deepest(runs)))
+    "Statistic: Fisher's z of the rank correlation of a measurement with the block's number, in the deepest model."
+    def statistic(runs):
+        r = rank_correlation(measure(deepest(runs)))
+        return None if r is None else math.atanh(max(-.999, min(.999, r)))
+    return statistic
 
 # %% ../nbs/build/09_studies.ipynb #d9d1e956
 def relative_update(
@@ -1044,7 +1049,7 @@ CLAIMS = [
           fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9), span=peak_and_end),
     Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1', '', 'depth',
           'final_variance', along_blocks(relative_update), -1,
-          'rank correlation of update / stream (standard deviations) with the block in the deepest model', span=relative_update),
+          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=relative_update),
 ]
 
 # %% ../nbs/build/09_studies.ipynb #1e38b56e
@@ -1054,7 +1059,7 @@ def falling_jacobian(kind: str, metric: str, source: str) -> list[Claim]:
     by_block = lambda record: record['scores']['arrays'][f"jacobian_{kind.replace('-', '_')}"]
     return [Claim(f'depth-jacobian-{kind}-layers', f"Later blocks are closer to the identity (Jacobian deviation, {kind.replace('-', ' ')}).",
                   source, published, 'depth', metric, along_blocks(by_block), -1,
-                  'rank correlation of the deviation with the block in the deepest model', span=by_block),
+                  "Fisher's z of the rank correlation of the deviation with the block in the deepest model", span=by_block),
             Claim(f'depth-jacobian-{kind}-mean', f"The deeper the model, the closer its blocks are to the identity on average ({kind.replace('-', ' ')}).",
                   source, published, 'depth', metric, trend(metric, log=True), -1, f'doublings of {metric} for each doubling of L')]
 
@@ -1081,15 +1086,15 @@ CLAIMS += [
 
 # %% ../nbs/build/09_studies.ipynb #25712c39
 CLAIMS += [
-    falling_score('causal_without_block_1', 'The same for the pairs of blocks 2 to L: less dependence on a skipped earlier block.', source='control'),
-    falling_score('permutation_without_block_1', 'The same for the pairs of blocks 2 to L: it matters less if two are swapped.', source='control'),
+    falling_score('causal_without_block_1', 'The same for the pairs of blocks 2 to L (added after a look at the runs): less dependence on a skipped earlier block.', source='control'),
+    falling_score('permutation_without_block_1', 'The same for the pairs of blocks 2 to L (added after a look at the runs): it matters less if two are swapped.', source='control'),
 ]
 
 # %% ../nbs/build/09_studies.ipynb #144fbb55
 CLAIMS += [
     Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth', 'val_loss', trend('val_loss'), -1,
           'change of the loss for each doubling of L'),
-    Claim('depth-loss-gain', 'Each doubling of the depth takes less off the loss than the one before.', 'argument, step 1', '', 'depth', 'val_loss',
+    Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.', 'control', '', 'depth', 'val_loss',
           gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)'),
 ]
 
@@ -1103,7 +1108,7 @@ def contrast(
     "Statistic: what changes from variant a to variant b."
     def statistic(runs):
         x, y = (read_metric(runs[i], metric) for i in (a, b))
-        if not (x and y): return None
+        if not (x and y) or log and not (0 < x['value'] < math.inf and 0 < y['value'] < math.inf): return None
         return math.log2(y['value'] / x['value']) if log else y['value'] - x['value']
     return statistic
 

@@ -8,15 +8,22 @@ README, FIGURE = ROOT / 'README.md', ROOT / 'results' / 'laptop' / 'headline.png
 MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end of findings -->'
 
 
+def table(rows: list[dict]) -> list[str]:
+    "Rows of the ledger, a line a claim."
+    from sparsecod.studies import statistic_text
+    lines = ['| verdict | claim | statistic, 95 % interval over seeds |', '|---|---|---|']
+    return lines + [f"| {r['verdict']} | {'control: ' * r['control']}{r['statement']} | {r['rule'].split('; confirmed')[0]}: {statistic_text(r)} |"
+                    for r in rows]
+
+
 def findings() -> str:
-    "The ledger in short: what was judged by runs, a line a claim."
-    from sparsecod.studies import ledger, load_results, statistic_text, verdict_counts
+    "What was judged by runs: the paper's claims and what our controls contradict, then, folded, the other controls."
+    from sparsecod.studies import ledger, load_results, verdict_counts
     records = load_results(ROOT / 'results', 'laptop')
     rows = [r for r in ledger(records) if r['statistic'] and r['statistic']['n']]
-    lines = ['| verdict | claim | statistic, 95 % interval over seeds |', '|---|---|---|']
-    lines += [f"| {r['verdict']} | {'control: ' * r['control']}{r['statement']} | {r['rule'].split('; confirmed')[0]}: {statistic_text(r)} |"
-              for r in rows]
-    return '\n'.join([*lines, '', f'In short: {verdict_counts(rows)}.'])
+    first = [r for r in rows if not r['control'] or r['verdict'] == 'contradicted']
+    return '\n'.join([*table(first), '', f'All of it: {verdict_counts(rows)}.', '', '<details><summary>The other controls</summary>', '',
+                      *table([r for r in rows if r not in first]), '', '</details>'])
 
 
 def parts(text: str) -> tuple[str, str, str]:
