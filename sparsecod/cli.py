@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCALE_NAMES', 'SHORT', 'SUMMARY', 'Parser', 'option', 'flag', 'count', 'setting', 'add_common', 'add_scale',
-           'add_running', 'add_train', 'train_config', 'do_train', 'add_score', 'model_folder', 'scoring_setup',
-           'score_lines', 'do_score', 'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study',
-           'do_reproduce', 'add_report', 'do_report', 'show_results', 'one_line_warning', 'failure', 'parser', 'main']
+           'add_running', 'add_train', 'train_config', 'do_train', 'add_score', 'model_folder', 'training_folder',
+           'load_model', 'training_config', 'scoring_setup', 'score_lines', 'do_score', 'add_study', 'add_reproduce',
+           'summary_lines', 'run_studies', 'do_study', 'do_reproduce', 'add_report', 'do_report', 'show_results',
+           'one_line_warning', 'failure', 'parser', 'main']
 
 # %% ../nbs/build/11_cli.ipynb #21c0a55b
 import argparse
 import json
+import re
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -162,6 +164,7 @@ def add_score(
     add_common(p)
     p.set_defaults(do=do_score)
 
+# %% ../nbs/build/11_cli.ipynb #28070971
 def model_folder(
     folder: Path,  # of a training or of a model
 ) -> Path:         # of the model
@@ -170,18 +173,52 @@ def model_folder(
         if (place / 'config.json').exists() and (place / 'model.safetensors').exists(): return place
     raise FileNotFoundError(f'{folder} holds no saved model (config.json and model.safetensors)')
 
-# %% ../nbs/build/11_cli.ipynb #28070971
+def training_folder(
+    folder: Path,  # of a training, or of the model in it
+) -> Path:         # of the training, if there is one
+    "The folder that knows how a model was trained; a training that diverged has no scores."
+    if folder.name == 'model' and (folder.parent / 'run.json').exists(): folder = folder.parent
+    if (folder / 'result.json').exists() and json.loads((folder / 'result.json').read_text()).get('status') == 'diverged':
+        raise ValueError(f'{folder} holds a training that diverged: there is nothing to score')
+    return folder
+
+# %% ../nbs/build/11_cli.ipynb #1cc6e42e
+def load_model(
+    place: Path,   # folder of the model
+    device: str,   # where to put it
+    debug: bool,   # let the loader print
+):                 # the model
+    "A saved model on a device."
+    import torch
+    from sparsecod.core import Transformer
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', device) or device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} is not available here; allowed are cpu{', cuda' * torch.cuda.is_available()}")
+    try:
+        with redirect_stdout(sys.stderr if debug else StringIO()): return Transformer.from_pretrained(place).to(device)  # it prints
+    except Exception as error: raise ValueError(f'{place} holds no readable model ({error})') from error
+
+# %% ../nbs/build/11_cli.ipynb #77314804
+def training_config(
+    folder: Path,  # of a training or of a model
+    model,         # the model in it
+):                 # a RunConfig
+    "How a model was trained, or the defaults if nobody knows."
+    from sparsecod.data import DataConfig
+    from sparsecod.studies import RunConfig, SCALES
+    if (folder / 'run.json').exists(): return RunConfig.from_json((folder / 'run.json').read_text())
+    print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is trained, '
+          "so the scores are of that text and not of the model's own", file=sys.stderr)
+    return RunConfig(model.config, DataConfig(vocab_size=model.config.vocab_size), SCALES['laptop'].train)
+
+# %% ../nbs/build/11_cli.ipynb #5eacf212
 def scoring_setup(
     folder: Path,  # of a training or of a model
     model,         # the model in it
     args,          # of the command
 ):                 # a RunConfig whose data, model and score parts are right
     "How a model is to be scored: as its training says, with what was asked to be different."
-    from sparsecod.data import DataConfig
-    from sparsecod.studies import RunConfig, SCALES, vary
-    if (folder / 'run.json').exists(): config = RunConfig.from_json((folder / 'run.json').read_text())
-    else: config = RunConfig(model.config, DataConfig(vocab_size=model.config.vocab_size), SCALES['laptop'].train)
-    changes = {}
+    from sparsecod.studies import vary
+    config, changes = training_config(folder, model), {}
     if args.data and args.data != config.data.source:
         changes['data.source'] = args.data
         if (folder / 'tokenizer.json').exists(): changes['data.tokenizer'] = str(folder / 'tokenizer.json')
@@ -193,7 +230,7 @@ def score_lines(
     scores: dict,   # from `score_model`
 ) -> list[str]:
     "The scalar scores as a table."
-    rows = [f"{name:30s} {s['value']:10.4f}   [{s['low']:.4f}, {s['high']:.4f}]" if s['value'] is not None else f'{name:30s}          -'
+    rows = [f"{name:30s} {s['value']:10.4g}   [{s['low']:.4g}, {s['high']:.4g}]" if s['value'] is not None else f'{name:30s}          -'
             for name, s in scores['scalars'].items()]
     return [f"{'score':30s} {'value':>10s}   95 % interval over sequences", *rows]
 
@@ -202,13 +239,11 @@ def do_score(
     args,    # of the command
 ) -> int:    # exit code
     "Score a saved model."
-    folder = Path(args.folder)
-    place = model_folder(folder)
-    from sparsecod.core import Transformer
+    folder = training_folder(Path(args.folder))
+    model = load_model(model_folder(folder), args.device, args.debug)
     from sparsecod.data import prepare
     from sparsecod.scores import score_model
     from sparsecod.studies import held_out
-    with redirect_stdout(sys.stderr if args.debug else StringIO()): model = Transformer.from_pretrained(place).to(args.device)  # it prints
     config = scoring_setup(folder, model, args)
     corpus = prepare(config.data, progress=not args.quiet)
     if corpus.vocab_size > model.config.vocab_size:
@@ -226,7 +261,7 @@ def add_study(
 ):
     "The command `study`."
     p = commands.add_parser('study', help='run a study', description='Run what is missing of a study and print its summary.')
-    p.add_argument('study', help='name of the study, such as depth')
+    p.add_argument('study', help='name of the study: depth, gqa, moe or all')
     add_running(p)
     add_common(p)
     p.set_defaults(do=do_study)
@@ -237,7 +272,7 @@ def add_reproduce(
     "The command `reproduce`."
     p = commands.add_parser('reproduce', help='run a study, print the ledger of claims, write a report',
                             description='Run what is missing of a study, print the ledger of claims and write OUT/<scale>/report.html.')
-    option(p, '--study', default='depth', metavar='NAME', help='name of the study, or all')
+    option(p, '--study', default='depth', metavar='NAME', help='name of the study: depth, gqa, moe or all')
     add_running(p)
     add_common(p)
     p.set_defaults(do=do_reproduce)
@@ -245,6 +280,7 @@ def add_reproduce(
 # %% ../nbs/build/11_cli.ipynb #5477861d
 SUMMARY = ('val_loss', 'final_variance', 'jacobian_deviation', 'causal', 'permutation', 'usefulness')
 
+# %% ../nbs/build/11_cli.ipynb #503e6110
 def summary_lines(
     study: str,           # its name
     records: list[dict],  # of one scale
@@ -252,12 +288,13 @@ def summary_lines(
     "The summary of a study as a table."
     from sparsecod.studies import number, summarise
     table = summarise(study, records, SUMMARY)
-    lines = [f'{study:20s}' + ''.join(f'{label:>24s}' for label in table)]
+    lines = [f'{study:22s}' + ''.join(f'{label:>32s}' for label in table)]
     for name in SUMMARY:
         cells = [f"{number(m['value'])} [{number(m['low'])}, {number(m['high'])}]" if (m := row.get(name)) else '-' for row in table.values()]
-        lines.append(f'{name:20s}' + ''.join(f'{cell:>24s}' for cell in cells))
-    n = max((m['n'] for row in table.values() for m in row.values()), default=0)
-    return [*lines, '95 % intervals over held-out sequences (one seed)' if n == 1 else f'95 % intervals over {n} seeds']
+        lines.append(f'{name:22s}' + ''.join(f'{cell:>32s}' for cell in cells))
+    seeds = [max((m['n'] for m in row.values()), default=0) for row in table.values()]
+    lines.append(f"{'seeds':22s}" + ''.join(f'{n:32d}' for n in seeds))
+    return [*lines, '95 % intervals: over seeds, or over held-out sequences where there is one seed']
 
 def run_studies(
     names: list[str],  # of studies
@@ -331,6 +368,7 @@ def show_results(
     from sparsecod.studies import ledger, ledger_markdown, ledger_table, load_results
     records = load_results(folder, scale)
     if not records: raise ValueError(f'there are no records in {Path(folder) / scale}; sparsecod study makes some')
+    if out and Path(out).is_dir(): raise ValueError(f'out={out!r} is a folder; it must be the name of the HTML file')
     rows = ledger(records, study)
     print(ledger_markdown(rows) if markdown else ledger_table(rows))
     from sparsecod.explore import write_report

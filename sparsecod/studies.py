@@ -6,8 +6,8 @@
 __all__ = ['PARTS', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'CLAIMS', 'USEFULNESS', 'CHECKS', 'HEADS', 'RunConfig',
            'whole', 'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config',
            'hardware', 'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'held_out',
-           'final_loss', 'make_record', 'work_folder', 'write_record', 'read_record', 'fit_vocabulary', 'Place',
-           'locate', 'forget', 'label_folder', 'run', 'Study', 'seed_list', 'depth_variants', 'gqa_variants',
+           'final_loss', 'make_record', 'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary',
+           'Place', 'locate', 'forget', 'label_folder', 'run', 'Study', 'seed_list', 'depth_variants', 'gqa_variants',
            'moe_variants', 'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record',
            'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show',
            'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key',
@@ -41,6 +41,7 @@ from typing import Callable, Iterable, NamedTuple
 
 # %% ../nbs/build/09_studies.ipynb #065a9228
 import numpy as np
+from filelock import FileLock, Timeout
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
@@ -330,6 +331,19 @@ def write_record(
 # %% ../nbs/build/09_studies.ipynb #22861791
 NEEDED = ('schema', 'name', 'scale', 'config', 'seed', 'status', 'final', 'curve', 'provenance')
 
+def check_shapes(
+    record: dict,  # with all it needs
+):
+    "Raise a ValueError if a part of a record is not what it should be."
+    finished = record['status'] == 'finished'
+    good = dict(final=isinstance(record['final'], dict) and (not finished or isinstance(record['final'].get('val_loss'), dict)),
+                curve=isinstance(record['curve'], dict) and all(isinstance(v, list) for v in record['curve'].values()),
+                scores=not finished or all(isinstance(record.get('scores', {}).get(part), dict) for part in ('scalars', 'arrays')),
+                scale=record['scale'] == record['config']['scale'], seed=record['seed'] == record['config']['seed'])
+    wrong = [name for name, ok in good.items() if not ok]
+    if wrong: raise ValueError(f'its {", ".join(wrong)} cannot be right')
+
+# %% ../nbs/build/09_studies.ipynb #6a1d3c13
 def read_record(
     path: Path,     # a record's file
 ) -> dict | None:   # None, with a warning, if it is damaged
@@ -339,6 +353,7 @@ def read_record(
         missing = [key for key in NEEDED if key not in record]
         if missing: raise ValueError(f'it lacks {", ".join(missing)}')
         RunConfig.from_dict(record['config'])
+        check_shapes(record)
         return record
     except (OSError, ValueError, TypeError) as error:
         warnings.warn(f'the record {path} is damaged and left out ({error})', stacklevel=3)
@@ -372,10 +387,15 @@ def locate(
     name = run_name(config, corpus.fingerprint)
     return Place(config, corpus, Path(out) / config.scale / f'{name}.json', work_folder(out, work) / name)
 
+# %% ../nbs/build/09_studies.ipynb #3fc6203a
 def forget(
     place: Place,  # of the run
 ):
-    "Delete the record of a run and all work on it."
+    "Delete the record of a run and all work on it, unless another process is at work there."
+    place.work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place.work / 'run.lock', timeout=0): pass
+    except Timeout: raise ValueError(f'{place.work} is in use by another process') from None
     place.record.unlink(missing_ok=True)
     shutil.rmtree(place.work, ignore_errors=True)
 
@@ -400,6 +420,8 @@ def run(
     progress: bool = True,           # show progress bars
 ) -> dict:                           # the record
     "Prepare the corpus, train, evaluate, score, and store one record; a finished run is read back."
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    if processes > 1: raise ValueError(f'WORLD_SIZE={processes} must be 1: a run of a study is one process; to train on several use `sparsecod train`')
     place = locate(config, out, work, progress)
     if force: forget(place)
     record = read_record(place.record) if place.record.exists() else None
@@ -772,7 +794,9 @@ def run_study(
         threads = max(1, n_cores() // slots) if slots > 1 else None
         s = Supervisor(waiting, Path(out), work, slots, threads, f'{study.name} at {base.scale}')
         supervise(s, choose_display(progress)(s.title, total, total - missing), total - missing, len(every) - len(waiting))
-        if s.failed: raise RunsFailed(s.failed)
+        done = {job.place.work.name for job in every if job.place.record.exists()}    # by another process, perhaps
+        failed = {name: why for name, why in s.failed.items() if name not in done}
+        if failed: raise RunsFailed(failed)
     return [read_record(job.place.record) for job in every]
 
 # %% ../nbs/build/09_studies.ipynb #6e347c96

@@ -9,8 +9,9 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'CHECKPOINT_FILES', 'OWN_FILES', 'FREE_
            'uses_bf16', 'start_run', 'step_windows', 'Measured', 'training_step', 'logs_at', 'without_infinities',
            'write_record', 'read_log', 'flush', 'atomic_folder', 'write_text', 'optimizer_tensors',
            'load_optimizer_tensors', 'sha256', 'checkpoints', 'save_checkpoint', 'damage', 'newest_checkpoint',
-           'restore', 'refuse_other_run', 'open_folder', 'lock_folder', 'StopSignal', 'progress_bar', 'show_record',
-           'run_steps', 'TrainResult', 'finish', 'load_result', 'train', 'evaluate']
+           'set_aside', 'restore', 'read_label', 'refuse_other_run', 'erase_run', 'remove_drafts', 'open_folder',
+           'lock_folder', 'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'finish',
+           'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import hashlib
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -63,7 +65,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = 2              # newest checkpoints that are kept
 
     def __post_init__(self):
-        object.__setattr__(self, 'betas', tuple(self.betas))  # JSON has lists only
+        if isinstance(self.betas, list): object.__setattr__(self, 'betas', tuple(self.betas))  # JSON has lists only
         validate_training(self)
 
 # %% ../nbs/build/05_train.ipynb #f0b7cd15
@@ -83,7 +85,8 @@ def validate_training(
             f'must be a whole number from 0 to steps={c.steps}')
     require(0 <= c.min_lr_ratio <= 1, c, 'min_lr_ratio', 'must lie between 0 and 1')
     require(0 <= c.weight_decay < math.inf, c, 'weight_decay', 'must be finite and not negative')
-    require(len(c.betas) == 2 and all(0 <= b < 1 for b in c.betas), c, 'betas', 'must be two numbers in [0, 1)')
+    pair = isinstance(c.betas, tuple) and len(c.betas) == 2 and all(isinstance(b, (int, float)) for b in c.betas)
+    require(pair and all(0 <= b < 1 for b in c.betas), c, 'betas', 'must be two numbers in [0, 1)')
     require(isinstance(c.seed, int) and c.seed >= 0, c, 'seed', 'must be a whole number, 0 or more')
     require(c.decay_groups in DECAY_GROUPS, c, 'decay_groups', f'must be one of {", ".join(DECAY_GROUPS)}')
     require(c.precision in PRECISIONS, c, 'precision', f'must be one of {", ".join(PRECISIONS)}')
@@ -437,12 +440,14 @@ def save_checkpoint(
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process: return
     state = dict(step=run.step, seconds=run.seconds, seed=run.config.seed, mark=run.mark)
-    with atomic_folder(run.folder / 'checkpoints' / f'step-{run.step:08d}') as draft:
+    target = run.folder / 'checkpoints' / f'step-{run.step:08d}'
+    with atomic_folder(target) as draft:
         save_model(run.model, str(draft / 'model.safetensors'))
         save_file(optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
         (draft / 'state.json').write_text(json.dumps(state))
         (draft / 'manifest.json').write_text(json.dumps({name: sha256(draft / name) for name in CHECKPOINT_FILES}))
-    for old in checkpoints(run.folder)[:-run.config.keep_checkpoints]: shutil.rmtree(old)
+    older = [path for path in checkpoints(run.folder) if path.name < target.name]
+    for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
 
 # %% ../nbs/build/05_train.ipynb #b9b5c285
 def damage(
@@ -464,6 +469,18 @@ def newest_checkpoint(
         if problem is None: return path
         warnings.warn(f'checkpoint {path.name} is damaged ({problem}); trying the one before it', stacklevel=2)
 
+# %% ../nbs/build/05_train.ipynb #d8862ff6
+def set_aside(
+    folder: Path,      # of a run
+    used: Path | None, # the checkpoint that the run continues from; None: it starts anew
+):
+    "Rename every checkpoint that is newer than the one used, so that it counts no more."
+    for path in checkpoints(folder):
+        if used is not None and path.name <= used.name: continue
+        target = path.with_name(path.name + '.damaged')
+        if target.exists(): shutil.rmtree(target)
+        path.rename(target)
+
 # %% ../nbs/build/05_train.ipynb #8ccd0ae9
 def restore(
     run: Run,  # a fresh run; its folder may hold an earlier attempt
@@ -477,6 +494,7 @@ def restore(
         run.step, run.seconds, run.mark = state['step'], state['seconds'], tuple(state['mark'])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
+        set_aside(run.folder, path)
         kept = [json.dumps(r) + '\n' for r in read_log(run.folder) if r['step'] <= run.step]
         write_text(run.folder / 'log.jsonl', ''.join(kept))
 
@@ -484,6 +502,19 @@ def restore(
 OWN_FILES = ('config.json', 'log.jsonl', 'result.json', 'checkpoints', 'model')
 FREE_FIELDS = ('micro_batch_tokens', 'compile', 'checkpoint_every', 'keep_checkpoints')
 
+def read_label(
+    folder: Path,    # perhaps of a run
+) -> dict | None:    # 'model', 'train' and 'corpus'; None without a config.json
+    "What config.json says about the run in a folder; a ValueError if it is not that of a training."
+    path = folder / 'config.json'
+    if not path.exists(): return None
+    try: label = json.loads(path.read_text())
+    except (ValueError, IsADirectoryError): label = None
+    if not (isinstance(label, dict) and 'corpus' in label and all(isinstance(label.get(k), dict) for k in ('model', 'train'))):
+        raise ValueError(f'{path} is not that of a training; choose another folder')
+    return label
+
+# %% ../nbs/build/05_train.ipynb #a63b54fe
 def refuse_other_run(
     folder: Path,              # of a run
     model_config: ModelConfig, # of the run that is wanted
@@ -491,18 +522,44 @@ def refuse_other_run(
     fingerprint: str,          # of its corpus
 ):
     "Raise a ValueError if the folder holds a run with another configuration or corpus."
-    if not (folder / 'config.json').exists(): return
-    found = json.loads((folder / 'config.json').read_text())
+    found = read_label(folder)
+    if found is None: return
     pairs = {'corpus fingerprint': (found['corpus'], fingerprint)}
     for name, wanted in (('model', model_config), ('train', config)):
-        there = type(wanted).from_dict(found[name])
+        try: there = type(wanted).from_dict(found[name])
+        except TypeError: raise ValueError(f"{folder / 'config.json'} is not that of a training; choose another folder") from None
         pairs |= {f.name: (getattr(there, f.name), getattr(wanted, f.name)) for f in fields(wanted)}
     for name, (there, wanted) in pairs.items():
         if name not in FREE_FIELDS and there != wanted:
             raise ValueError(f'{folder} holds another run: {name}={there!r} there, {name}={wanted!r} here; '
                              'choose another folder, or resume=False to erase it and start afresh')
 
-# %% ../nbs/build/05_train.ipynb #a63b54fe
+# %% ../nbs/build/05_train.ipynb #1648d4a8
+def erase_run(
+    folder: Path,              # of a run, or empty of runs
+    accelerator: Accelerator,  # the main process erases for all
+):
+    "Erase the run in a folder and nothing else; files of the same names that no run has made raise a ValueError."
+    mine = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    if read_label(folder) is None and mine:
+        raise ValueError(f'{folder} holds {", ".join(path.name for path in mine)}, but no config.json of a training; '
+                         'nothing was erased: choose another folder')
+    accelerator.wait_for_everyone()
+    for path in sorted(mine, key=lambda path: path.name == 'config.json') if accelerator.is_main_process else ():
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink()
+    accelerator.wait_for_everyone()
+
+def remove_drafts(
+    folder: Path,  # of a run
+):
+    "Remove what an earlier call of `train` had begun to write when it was killed."
+    drafts = [folder / f'{name}.draft' for name in OWN_FILES if name != 'checkpoints']
+    for draft in [*drafts, *(folder / 'checkpoints').glob('step-[0-9]*[0-9].draft')]:
+        if draft.is_dir(): shutil.rmtree(draft)
+        else: draft.unlink(missing_ok=True)
+
+# %% ../nbs/build/05_train.ipynb #db5fc25d
 def open_folder(
     folder: Path,              # of the run; created if need be
     model_config: ModelConfig, # the model to train
@@ -512,16 +569,13 @@ def open_folder(
     accelerator: Accelerator,  # device and processes
 ):
     "Make the folder ready: erased if asked to, checked against the configuration, and labelled with it."
-    if accelerator.is_main_process and not resume:
-        for path in (folder / name for name in OWN_FILES):
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    if not resume: erase_run(folder, accelerator)
     refuse_other_run(folder, model_config, config, corpus.fingerprint)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         label = dict(model=model_config.to_dict(), train=config.to_dict(), corpus=corpus.fingerprint)
         write_text(folder / 'config.json', json.dumps(label, indent=1))
-        for draft in folder.glob('**/*.draft'): shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        remove_drafts(folder)
     accelerator.wait_for_everyone()
 
 # %% ../nbs/build/05_train.ipynb #b814bea6
@@ -619,6 +673,18 @@ def finish(
     run.accelerator.wait_for_everyone()
     return TrainResult(run.model, read_log(run.folder), folder=run.folder, **result)
 
+def read_result(
+    folder: Path,  # of a run that has ended
+) -> dict:         # status, step, tokens, seconds
+    "What result.json says; a ValueError if it is damaged."
+    path = folder / 'result.json'
+    try: result = json.loads(path.read_text())
+    except ValueError: result = None
+    if not (isinstance(result, dict) and set(result) == {'status', 'step', 'tokens', 'seconds'}):
+        raise ValueError(f'{path} is damaged')
+    return result
+
+# %% ../nbs/build/05_train.ipynb #c79f8c13
 def load_result(
     folder: str | Path,  # of a run
     device='cpu',        # where to put the model
@@ -626,10 +692,28 @@ def load_result(
     "The result of a run that has finished or diverged, read from its folder."
     folder = Path(folder)
     if not (folder / 'result.json').exists(): return None
-    model = Transformer(ModelConfig.from_dict(json.loads((folder / 'config.json').read_text())['model']))
-    load_model(model, str(folder / 'model' / 'model.safetensors'))
-    result = json.loads((folder / 'result.json').read_text())
+    result, label, weights = read_result(folder), read_label(folder), folder / 'model' / 'model.safetensors'
+    if label is None: raise ValueError(f'{folder} holds a result, but its config.json is missing')
+    model = Transformer(ModelConfig.from_dict(label['model']))
+    try: load_model(model, str(weights))
+    except FileNotFoundError: raise ValueError(f'{weights} is missing') from None
+    except (SafetensorError, RuntimeError) as error: raise ValueError(f'{weights} is damaged ({error})') from error
     return TrainResult(model.to(device), read_log(folder), folder=folder, **result)
+
+# %% ../nbs/build/05_train.ipynb #f8592a78
+def ended_result(
+    folder: Path,              # of a run
+    accelerator: Accelerator,  # device and processes
+) -> TrainResult | None:       # None if there are steps to do
+    "The result of a run that has ended; a damaged one is reported and removed."
+    try: return load_result(folder, accelerator.device)
+    except ValueError as error:
+        warnings.warn(f'{error}; the end of this run is computed again from its last checkpoint, if it has one', stacklevel=3)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (folder / 'result.json').unlink()
+        shutil.rmtree(folder / 'model', ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 # %% ../nbs/build/05_train.ipynb #60361c99
 def train(
@@ -637,7 +721,7 @@ def train(
     train_config: TrainConfig,  # how to train it
     corpus,                     # what to train it on, a `Corpus`
     folder: str | Path,         # where log, checkpoints and the final model go
-    resume: bool = True,        # whether to continue a run found in the folder; otherwise it is erased
+    resume: bool = True,        # whether to continue a run found in the folder; otherwise that run is erased
     progress: bool = True,      # whether to show a progress bar
 ) -> TrainResult:               # the model, its log, and how the run ended
     "Train a model, from the beginning or from where an earlier call stopped."
@@ -649,7 +733,7 @@ def train(
     gpus = [accelerator.device] if accelerator.device.type == 'cuda' else []
     with lock_folder(folder, accelerator), torch.random.fork_rng(gpus):
         open_folder(folder, model_config, train_config, corpus, resume, accelerator)
-        if (folder / 'result.json').exists(): return load_result(folder, accelerator.device)
+        if ended := ended_result(folder, accelerator): return ended
         run = start_run(model_config, train_config, corpus, folder, accelerator)
         restore(run)
         with progress_bar(run, progress) as bar, StopSignal() as stop: status = run_steps(run, stop, bar)

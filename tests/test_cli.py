@@ -34,7 +34,9 @@ def type_in(capsys):
 def process(line: str) -> subprocess.Popen:
     "A command in a process of its own."
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from sparsecod.cli import main; sys.exit(main())'
-    return subprocess.Popen([sys.executable, '-c', code, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hears_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell tells its background jobs to ignore it
+    return subprocess.Popen([sys.executable, '-c', code, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=hears_ctrl_c)
 
 
 # ---- help and mistakes
@@ -157,7 +159,7 @@ def test_score_a_model_without_a_training(type_in, tmp_path):
 def test_reproduce_and_report(type_in, tmp_path):
     code, text, errors = type_in(f'reproduce --scale tiny --out {tmp_path} --jobs 2')
     report = tmp_path / 'tiny' / 'report.html'
-    assert code == 0 and f'of {len(CLAIMS) + len(CHECKS)}' in text and str(report) in text, errors
+    assert code == 0 and f"of {sum(c.study == 'depth' for c in CLAIMS) + len(CHECKS)}" in text and str(report) in text, errors
     assert errors.count('held-out loss') == len(STUDIES['depth'].runs('tiny')) == len(list(tmp_path.glob('tiny/*.json')))
     page = report.read_text()
     assert '<html' in page and 'contradicted' in page and not re.findall(r'(?:src|href)="https?:', page)
@@ -186,3 +188,32 @@ def test_ctrl_c_says_how_to_go_on(line, tmp_path):
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 130 and errors.strip().splitlines()[-1] == 'sparsecod: stopped; what is done is kept, and the same command continues from there'
     assert 'Traceback' not in errors
+
+
+def test_scoring_the_model_folder_is_scoring_the_training(trained, tmp_path, type_in):
+    for folder, name in ((trained, 'a'), (Path(trained) / 'model', 'b')):
+        assert type_in(f'score {folder} --sequences 4 --json {tmp_path}/{name}.json --quiet')[0] == 0
+    a, b = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'ab')
+    assert a['corpus'] == b['corpus'] and a['scalars'] == b['scalars']
+
+
+def test_a_training_that_diverged_has_no_scores(tmp_path, type_in):
+    code, _, _ = type_in(f'train {tmp_path}/x --scale tiny --set train.lr=1e6 {QUICK}')
+    assert code == 1
+    code, _, errors = type_in(f'score {tmp_path}/x --quiet')
+    assert code == 2 and 'diverged' in errors and not (tmp_path / 'x' / 'scores.json').exists()
+
+
+@pytest.mark.parametrize('device', ['nope', 'cuda:99'])
+def test_a_device_that_is_not_there_is_named(trained, device, type_in):
+    code, _, errors = type_in(f'score {trained} --device {device} --quiet')
+    assert code == 2 and f"device='{device}'" in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_damaged_model_is_named(trained, tmp_path, type_in):
+    import shutil
+    shutil.copytree(trained, tmp_path / 'copy')
+    path = tmp_path / 'copy' / 'model' / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:100])
+    code, _, errors = type_in(f'score {tmp_path}/copy --quiet')
+    assert code == 2 and 'holds no readable model' in errors

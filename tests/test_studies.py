@@ -243,12 +243,18 @@ def test_a_killed_run_is_named(tmp_path, monkeypatch):
     with pytest.raises(RunsFailed, match='SIGKILL'): run_study(Study('one', '?', lambda base: {'only': {}}), QUICK, 1, tmp_path, progress=False)
 
 
+def hears_ctrl_c():
+    "A shell may have told its background jobs to ignore SIGINT, and children inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_long_study(tmp_path) -> subprocess.Popen:
     "A process with a study of two long runs that are both at work."
     code = (f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\n'
             f'from test_studies import LONG, Study, run_study, two_depths\n'
             f'run_study(Study("long", "?", two_depths), LONG, 1, {str(tmp_path)!r}, jobs=2)')
-    process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=hears_ctrl_c)
     wait_for(lambda: len(list(tmp_path.glob('.work/*/checkpoints/step-*'))) >= 2 and len(workers(tmp_path)) == 2, process)
     return process
 
@@ -389,6 +395,13 @@ def test_gqa_claims_speak_of_all_heads_sharing(H):
     changes = list(STUDIES['gqa'].variants(base).values())
     assert vary(base, changes[-2]).model.n_kv_heads == vary(base, changes[-1]).model.n_kv_heads == 1
     assert vary(base, changes[-1]).model.d_ff > vary(base, changes[-2]).model.d_ff == base.model.d_ff
+
+
+def test_a_run_refuses_to_be_launched_several_times_over(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='WORLD_SIZE=2 must be 1'):
+        run(QUICK, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_seeds_that_are_not_complete_do_not_count():

@@ -2,10 +2,13 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('changes', [
     dict(steps=0), dict(steps=1.5), dict(tokens_per_step=-1), dict(micro_batch_tokens=0), dict(lr=0.0), dict(lr=math.nan),
     dict(min_lr_ratio=2.0), dict(warmup_steps=31), dict(weight_decay=-0.1), dict(decay_groups='biases'), dict(betas=(0.9, 1.0)),
+    dict(betas=3), dict(betas=None), dict(betas=('a', 0.9)), dict(betas=(0.9,)),
     dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
     dict(keep_checkpoints=0)])
 def test_config_names_what_is_wrong(changes):
@@ -363,6 +367,50 @@ def test_with_all_checkpoints_damaged_a_run_starts_again(whole, tmp_path):
     assert same_run(result, whole)
 
 
+@pytest.mark.parametrize('keep', [1, 2])
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(keep, whole, tmp_path):
+    def interrupted(at): return quiet(tmp_path, ToyCorpus(at, lambda: signal.raise_signal(signal.SIGTERM)), config=config)
+    config = CONFIG.replace(keep_checkpoints=keep)
+    interrupted(22)
+    names = [c.name for c in checkpoints(tmp_path)]
+    assert len(names) == keep
+    for checkpoint in checkpoints(tmp_path): truncate(checkpoint / 'model.safetensors')
+    with pytest.warns(UserWarning, match='damaged'): assert interrupted(2).step == 3  # from the beginning
+    assert [c.name for c in checkpoints(tmp_path)] == ['step-00000003']
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*.damaged')) == [f'{name}.damaged' for name in names]
+    assert interrupted(6).step == 7                                                   # from step 3, without a warning
+    assert [c.name for c in checkpoints(tmp_path)][-1] == 'step-00000007'
+    assert same_run(quiet(tmp_path, config=config), whole)
+
+
+def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(whole, tmp_path):
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)
+            quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
+        truncate(checkpoints(tmp_path)[-1] / 'model.safetensors')
+    with pytest.warns(UserWarning, match='step-00000013 is damaged'): result = quiet(tmp_path)
+    assert same_run(result, whole)
+
+
+@pytest.mark.parametrize('harm', [truncate, remove])
+@pytest.mark.parametrize('name', ['model/model.safetensors', 'result.json'])
+@pytest.mark.parametrize('with_checkpoints', [True, False])
+def test_a_damaged_ending_is_named_and_computed_again(harm, name, with_checkpoints, whole, tmp_path):
+    if (harm, name) == (remove, 'result.json'): harm = lambda path: path.write_text('[]')
+    quiet(tmp_path)
+    harm(tmp_path / name)
+    if not with_checkpoints: shutil.rmtree(tmp_path / 'checkpoints')
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))): load_result(tmp_path)
+    steps = []
+    corpus = ToyCorpus()
+    batch = corpus.batch
+    corpus.batch = lambda step, *sizes: steps.append(step) or batch(step, *sizes)
+    with pytest.warns(UserWarning, match=re.escape(str(tmp_path / name))): result = quiet(tmp_path, corpus)
+    assert steps == list(range(25 if with_checkpoints else 0, 30))
+    assert same_run(result, whole) and same_run(load_result(tmp_path), whole)
+
+
 def test_old_checkpoints_go(tmp_path):
     quiet(tmp_path, config=CONFIG.replace(keep_checkpoints=3))
     assert [c.name for c in checkpoints(tmp_path)] == ['step-00000015', 'step-00000020', 'step-00000025']
@@ -391,6 +439,45 @@ def test_afresh_erases_the_old_run_and_nothing_else(tmp_path):
     other = quiet(tmp_path, config=CONFIG.replace(seed=1), resume=False)
     assert other.status == 'finished' and [r['step'] for r in other.log] == [1, *range(3, 31, 3)]
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+def contents(folder):
+    "Every file below a folder, with its bytes; the lock is left out."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file() and p.name != 'run.lock'}
+
+
+def test_afresh_erases_no_folder_that_no_training_made(tmp_path):
+    for name in ('model/weights.bin', 'checkpoints/mine', 'log.jsonl'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('mine')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + '.*choose another'): quiet(tmp_path, resume=False)
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match='not that of a training; choose another folder'): quiet(tmp_path, resume=False)
+    (tmp_path / 'config.json').unlink()
+    assert contents(tmp_path) == before
+    assert quiet(tmp_path / 'new', resume=False).status == 'finished'  # nothing there to erase
+
+
+@pytest.mark.parametrize('text', ['', '{"model": ', '[1]', '{}', '{"model_type": "llama"}', '{"model": "a", "train": {}, "corpus": "b"}',
+                                  '{"model": {}, "train": {}, "corpus": "b"}', b'\xff\xfe'])
+def test_a_config_of_something_else_is_refused(text, tmp_path):
+    (tmp_path / 'config.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as error: quiet(tmp_path)
+    assert str(error.value) == f"{tmp_path / 'config.json'} is not that of a training; choose another folder"
+    assert contents(tmp_path) == before
+
+
+def test_only_drafts_of_the_training_are_removed(whole, tmp_path):
+    quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
+    own = ['config.json.draft', 'log.jsonl.draft', 'result.json.draft', 'model.draft/x', 'checkpoints/step-00000015.draft/x']
+    foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft', 'checkpoints.draft']
+    for name in own + foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('text')
+    assert same_run(quiet(tmp_path), whole)
+    assert not any((tmp_path / name).exists() for name in own) and all((tmp_path / name).exists() for name in foreign)
 
 
 def test_how_a_run_is_carried_out_may_change(whole, tmp_path):
