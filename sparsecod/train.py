@@ -9,9 +9,9 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'CHECKPOINT_FILES', 'OWN_FILES', 'FREE_
            'uses_bf16', 'start_run', 'step_windows', 'Measured', 'training_step', 'logs_at', 'without_infinities',
            'write_record', 'read_log', 'flush', 'atomic_folder', 'write_text', 'optimizer_tensors',
            'load_optimizer_tensors', 'sha256', 'checkpoints', 'save_checkpoint', 'damage', 'newest_checkpoint',
-           'set_aside', 'restore', 'read_label', 'refuse_other_run', 'erase_run', 'remove_drafts', 'open_folder',
-           'lock_folder', 'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'finish',
-           'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'set_aside', 'restore', 'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts',
+           'open_folder', 'lock_folder', 'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult',
+           'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import hashlib
@@ -535,15 +535,23 @@ def refuse_other_run(
                              'choose another folder, or resume=False to erase it and start afresh')
 
 # %% ../nbs/build/05_train.ipynb #1648d4a8
+def run_files(
+    folder: Path,    # of a run, or empty of runs
+) -> list[Path]:     # what a run has left there
+    "Files and folders of a run; some with the same names that no run has made raise a ValueError."
+    found = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    if found and read_label(folder) is None:
+        raise ValueError(f'{folder} holds {", ".join(path.name for path in found)}, but no config.json of a training; '
+                         'nothing was erased: choose another folder')
+    return found
+
+# %% ../nbs/build/05_train.ipynb #0c750884
 def erase_run(
     folder: Path,              # of a run, or empty of runs
     accelerator: Accelerator,  # the main process erases for all
 ):
-    "Erase the run in a folder and nothing else; files of the same names that no run has made raise a ValueError."
-    mine = [folder / name for name in OWN_FILES if (folder / name).exists()]
-    if read_label(folder) is None and mine:
-        raise ValueError(f'{folder} holds {", ".join(path.name for path in mine)}, but no config.json of a training; '
-                         'nothing was erased: choose another folder')
+    "Erase the run in a folder and nothing else."
+    mine = run_files(folder)
     accelerator.wait_for_everyone()
     for path in sorted(mine, key=lambda path: path.name == 'config.json') if accelerator.is_main_process else ():
         if path.is_dir(): shutil.rmtree(path)
@@ -569,6 +577,7 @@ def open_folder(
     accelerator: Accelerator,  # device and processes
 ):
     "Make the folder ready: erased if asked to, checked against the configuration, and labelled with it."
+    run_files(folder)                                # raises if somebody else's files stand in the way
     if not resume: erase_run(folder, accelerator)
     refuse_other_run(folder, model_config, config, corpus.fingerprint)
     accelerator.wait_for_everyone()

@@ -546,3 +546,14 @@ def test_two_processes_stop_together(whole, tmp_path):
     assert script(tmp_path, stop, processes=2).wait() == 0
     both = load_result(tmp_path / 'run')
     assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
+
+
+@pytest.mark.parametrize('resume', [True, False])
+@pytest.mark.parametrize('name', ['model', 'log.jsonl', 'result.json', 'checkpoints'])
+def test_files_that_no_training_made_are_left_alone(name, resume, tmp_path):
+    "A folder of somebody else's, with names that a training uses too, is refused in both modes."
+    mine = tmp_path / name / 'mine' if name in ('model', 'checkpoints') else tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text('precious')
+    with pytest.raises(ValueError, match='choose another folder'): quiet(tmp_path, resume=resume)
+    assert mine.read_text() == 'precious'
