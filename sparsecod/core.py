@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Attention, RMSNorm, SwiGLU, rope_angles
-from .moe import MixtureOfExperts, Routing, balance_loss, moe_params, router_z_loss
+from .moe import GATES, MixtureOfExperts, Routing, balance_loss, moe_params, router_z_loss
 
 # %% ../nbs/build/03_core.ipynb #57c8b747
 class Config:
@@ -70,7 +70,7 @@ class ExpertsConfig(Config):
     experts_per_token: int = 2       # k, experts that a token uses
     d_expert: int | None = None      # width of one expert; None: d_ff / k, equal active width
     d_shared_expert: int = 0         # width of an expert that all tokens use; 0: none
-    renormalise_gates: bool = False  # whether a token's k gates sum to 1; the published runs do not
+    gates: str = 'published'         # what a token's k gates sum to, one of GATES
     balance_weight: float = 0.01     # weight of the load-balancing loss, divided by L in every block
     router_z_weight: float = 0.001   # weight of the router z-loss, divided by L in every block
 
@@ -138,6 +138,7 @@ def validate_model(
     require(H % K == 0, config, 'n_kv_heads', f'must divide n_heads={H}')
     require(D // H % 2 == 0, config, 'n_heads', f'must leave an even number of channels a head (d_model={D}), for rotary pairs')
     require(E == 0 or config.experts_per_token <= E, config, 'experts_per_token', f'must be at most n_experts={E}')
+    require(config.gates in GATES, config, 'gates', f'must be one of {", ".join(GATES)}')
     require(config.norm in NORMS, config, 'norm', f'must be one of {", ".join(NORMS)}')
 
 # %% ../nbs/build/03_core.ipynb #58e0ec53
@@ -212,7 +213,7 @@ def make_feed_forward(
     "The feed-forward layer of a block."
     c = config
     if not c.n_experts: return SwiGLU(c.d_model, c.d_ff)
-    return MixtureOfExperts(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert, c.renormalise_gates)
+    return MixtureOfExperts(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert, c.gates)
 
 class Block(nn.Module):
     "One transformer block: normalise, attend, add; normalise, transform, add."
@@ -327,9 +328,10 @@ class StackWithHead(Stack):
 def auxiliary_loss(
     config: ModelConfig,  # the model
     routing: Routing,     # of one block
+    sequences: int,       # in the batch
 ) -> Tensor:              # what the block adds to the loss, a scalar
     "Weighted load-balancing and router z-loss of one block, divided by L."
-    balance, z = config.balance_weight * balance_loss(routing), config.router_z_weight * router_z_loss(routing)
+    balance, z = config.balance_weight * balance_loss(routing, sequences), config.router_z_weight * router_z_loss(routing)
     return (balance + z) / config.n_layers
 
 # %% ../nbs/build/03_core.ipynb #1e157528
@@ -346,7 +348,7 @@ class Transformer(StackWithHead, PyTorchModelHubMixin, library_name='sparsecod',
         "Logits, or the mean cross-entropy plus the auxiliary losses of a mixture of experts."
         extra = []
         def collect(l, out):
-            if out.routing is not None: extra.append(auxiliary_loss(self.config, out.routing))
+            if out.routing is not None: extra.append(auxiliary_loss(self.config, out.routing, len(tokens)))
             if watch is not None: watch(l, out)
         h = self.run(self.embed(tokens), watch=collect if self.config.n_experts else watch)  # (B, T, D)
         return self.logits(h) if targets is None else self.token_losses(h, targets).mean() + sum(extra)

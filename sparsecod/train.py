@@ -207,7 +207,7 @@ class StreamWatch:
             self.attention.append(channel_variance(out.attention))
             self.feed_forward.append(channel_variance(out.feed_forward))
             if out.routing is not None: self.load.append(expert_load(out.routing))
-        if out.routing is not None: self.auxiliary += B * auxiliary_loss(self.config, out.routing).detach()
+        if out.routing is not None: self.auxiliary += B * auxiliary_loss(self.config, out.routing, B).detach()
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
 def summarize_watch(

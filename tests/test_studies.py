@@ -378,7 +378,7 @@ def test_a_source_of_sparsity_is_judged_by_contrasts_within_seeds():
     def record(changes, seed, value):
         config = vary(base, changes | {'seed': seed})
         return made_up(base.model.n_layers, seed, val_loss=value, final_variance=2 ** value) | {'config': config.to_dict()}
-    variants = list(STUDIES['moe'].variants(base).values())
+    variants = list(STUDIES['moe'].changes(base).values())
     records = [record(v, seed, 4 + seed + shift + .001 * seed * i) for seed in range(3)
                for i, (v, shift) in enumerate(zip(variants, (0, -.1, .1)))]
     rows = {r['id']: r for r in ledger(records, 'moe')}
@@ -392,7 +392,7 @@ def test_a_source_of_sparsity_is_judged_by_contrasts_within_seeds():
 def test_gqa_claims_speak_of_all_heads_sharing(H):
     base = scale_config('laptop')
     base = vary(base, {'model.n_heads': H})
-    changes = list(STUDIES['gqa'].variants(base).values())
+    changes = list(STUDIES['gqa'].changes(base).values())
     assert vary(base, changes[-2]).model.n_kv_heads == vary(base, changes[-1]).model.n_kv_heads == 1
     assert vary(base, changes[-1]).model.d_ff > vary(base, changes[-2]).model.d_ff == base.model.d_ff
 
