@@ -439,3 +439,130 @@ def test_summaries():
     assert summary['L=4']['final_variance']['value'] == pytest.approx(np.mean(values))
     row = results_table(records)[0]
     assert row['n_layers'] == 2 and row['val_loss'] == records[0]['final']['val_loss']['value'] and not any(isinstance(v, (dict, list)) for v in row.values())
+
+
+def test_equivalent_decay_has_the_published_product():
+    train = SCALES['laptop'].train
+    for published in (.01, .1, 3):
+        mine = train.replace(weight_decay=equivalent_decay(train, published))
+        assert decay_product(mine) == pytest.approx(published * decay_product(PUBLISHED_DECAY), rel=1e-3)
+    assert equivalent_decay(PUBLISHED_DECAY, .1) == pytest.approx(.1) and equivalent_decay(train, 0) == 0
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
+    base = scale_config(scale)
+    fixed = vary(base, source_setting(base))
+    baselines = {variant_key(c) for name in ('gqa', 'moe', 'remedies', 'context') for c in [STUDIES[name].runs(base)[0][1]]}
+    assert baselines == {variant_key(fixed)}
+    for label, c in STUDIES['context'].runs(base):
+        assert c.train.steps * c.train.tokens_per_step == pytest.approx(fixed.train.steps * fixed.train.tokens_per_step, rel=.02)
+        assert c.score.n_sequences * c.model.context_length == fixed.score.n_sequences * fixed.model.context_length
+        same_tokens, same_sequences = c.train.tokens_per_step == fixed.train.tokens_per_step, (
+            c.train.tokens_per_step // c.model.context_length == fixed.train.tokens_per_step // fixed.model.context_length)
+        assert same_sequences if 'sequences fixed' in label else same_tokens
+    gqa = {label: param_counts(c.model)['total'] for label, c in STUDIES['gqa'].runs(base)}
+    assert all(abs(n / gqa['G=1'] - 1) < .01 for label, n in gqa.items() if 'matched' in label)
+    ladder = list(STUDIES['ladder'].changes(base).values())
+    assert all(set(ladder[i]) <= set(ladder[j]) for i, j in ((1, 2), (2, 4), (4, 7), (7, 8)))  # a rung keeps what the one before had
+    every = set(variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base))
+    assert {variant_key(c) for _, c in STUDIES['sources'].runs(base)} == every and len(STUDIES['sources'].runs(base)) == len(every)
+
+
+def test_claims_compare_the_variants_that_they_speak_of():
+    labels = {name: list(study.changes(scale_config('laptop'))) for name, study in STUDIES.items()}
+    pairs = {c.id: [labels[c.study][i] for i in c.needs] for c in CLAIMS if c.needs}
+    assert pairs['decay-final-variance'] == ['λ=0', 'λ=0.1'] and pairs['decay-final-variance-all'] == ['λ=0', 'λ=0.1, all']
+    assert pairs['decay-val-loss-overshoot'] == ['λ=0.1', 'λ=1'] and pairs['decay-val-loss-collapse-all'] == ['λ=1, all', 'λ=3, all']
+    assert pairs['context-final-variance'] == ['T=32, sequences fixed', 'T=512, sequences fixed']
+    assert pairs['context-final-variance-tokens-fixed'] == ['T=32', 'T=512']
+    assert pairs['gqa-usefulness'] == ['G=1', 'G=4'] and pairs['gqa-usefulness-matched'] == ['G=1', 'G=4, matched']
+    assert pairs['moe-causal-scale-matched'] == ['dense', 'gates scale-matched']
+    assert pairs['remedies-causal-sparse-peri-ln'] == ['Peri-LN', 'Peri-LN, sparse']
+    assert pairs['ladder-accuracy-depth'] == ['L=4', 'L=8'] and pairs['ladder-accuracy-recipe'] == ['L=8', '+ MoE']
+    assert pairs['ladder-accuracy-decay-overshoot'] == ['+ λ=0.3', '(+ λ=0.6)'] and pairs['ladder-accuracy-gqa'] == ['+ λ=0.3', '+ G=2']
+    paper = list(STUDIES['context'].changes(scale_config('paper')))
+    assert [paper[i] for i in (1, 2, -2, -1)] == ['T=256', 'T=8192', 'T=256, sequences fixed', 'T=8192, sequences fixed']
+
+
+def test_a_diverged_variant_takes_its_seed_only_from_claims_that_need_it():
+    base = scale_config('laptop')
+    def record(changes, seed, value):
+        return made_up(8, seed, val_loss=value) | {'config': vary(base, changes | {'seed': seed}).to_dict()}
+    changes = STUDIES['decay'].changes(base)
+    records = [record(c, seed, 4 - .1 * i + .01 * seed * i) for seed in range(3) for i, c in enumerate(changes.values())]
+    gone = next(i for i, r in enumerate(records) if r['seed'] == 1 and r['config']['train']['weight_decay'] > 30)
+    records[gone] = ends_early(records[gone])
+    rows = {r['id']: r for r in ledger(records, 'decay')}
+    assert rows['decay-val-loss']['statistic']['n'] == 3 and not rows['decay-val-loss']['left_out']
+    assert rows['decay-val-loss-collapse']['statistic']['n'] == 2
+    assert rows['decay-val-loss-collapse']['left_out'] == ['λ=3, seed 1 (diverged)']
+    assert 'without λ=3, seed 1 (diverged)' in statistic_text(rows['decay-val-loss-collapse'])
+
+
+def test_correlations_across_variants():
+    base = scale_config('laptop')
+    records = []
+    for seed in range(3):
+        for i, changes in enumerate(STUDIES['decay'].changes(base).values()):
+            r = made_up(8, seed, final_variance=2. ** i, causal=1 - .1 * i) | {'config': vary(base, changes | {'seed': seed}).to_dict()}
+            r['sparsity'] = dict(scalars=dict(density_attention=.1 * i, density_feed_forward=.1 * i + (i % 2) * .01 * seed), arrays={})
+            records.append(r)
+    rows = {(r['x'], r['y']): r for r in correlations('decay', records, [('final_variance', 'causal'), ('density', 'final_variance'), ('val_loss', 'causal')])}
+    assert rows['final_variance', 'causal']['value'] == pytest.approx(-.999) and rows['density', 'final_variance']['value'] > .95
+    assert math.isnan(rows['val_loss', 'causal']['value']) and rows['val_loss', 'causal']['n'] == 0   # all alike
+    assert rows['density', 'final_variance']['variants'] == 9 and rows['density', 'final_variance']['n'] == 3
+
+
+def test_metrics_by_name():
+    r = made_up(4, 0, val_loss=4.) | {'sparsity': dict(scalars=dict(density_attention=.2, density_feed_forward=.6)),
+                                      'cloze': dict(accuracy=dict(value=.4, low=.3, high=.5)),
+                                      'lengths': {str(T): dict(val_loss=dict(value=T / 100, low=0, high=9)) for T in (32, 128, 512)}}
+    value = lambda name: read_metric(r, name)['value']
+    assert value('density') == pytest.approx(.4) and value('density_attention') == .2 and value('accuracy') == .4
+    assert value('perplexity') == pytest.approx(math.exp(4)) and value('val_loss@32') == .32 and value('val_loss@common') == 1.28
+    assert read_metric(r, 'val_loss@64') is None and read_metric(r, 'final_variance@32') is None and read_metric(made_up(4, 0), 'accuracy') is None
+
+
+SHORT = vary(SCALES['tiny'], {'train.steps': 4, 'score.n_bootstrap': 20, 'score.n_jacobian': 1, 'score.n_sequences': 8, 'score.n_fit': 8,
+                              'score.batch_size': 8, 'n_eval': 16, 'n_questions': 20})
+
+
+@pytest.mark.parametrize('name', [name for name in STUDIES if name != 'sources'])
+def test_every_study_runs_at_tiny_size(name, tmp_path_factory):
+    "Each variant trains for a few steps, is scored and measured, and lands in the ledger."
+    out = tmp_path_factory.getbasetemp() / 'every-study'            # studies share runs
+    records = [run(config, out, progress=False) for _, config in STUDIES[name].runs(SHORT)]
+    assert all(r['status'] == 'finished' and r['scores']['scalars'] and r['sparsity']['scalars'] for r in records)
+    if name != 'depth':
+        assert all(set(r['config']['measures']) == set(MEASURES) <= set(r) and len(r['lengths']) == 3 for r in records)
+        assert all(r['cloze']['accuracy']['low'] <= r['cloze']['accuracy']['value'] for r in records)
+    assert list(by_variant(name, records, SHORT)) == list(STUDIES[name].changes(SHORT))
+    rows = ledger(records, name, SHORT)
+    assert {r['statistic']['n'] for r in rows if r['study']} <= {0, 1} and {r['verdict'] for r in rows if r['study']} == {'open'}
+    assert all(r['ours'] for r in rows if r['study'])
+
+
+def test_measures_are_added_to_a_finished_run_and_change_nothing_else(tmp_path):
+    plain = run(SHORT, tmp_path, progress=False)
+    more = run(vary(SHORT, {'measures': ('lengths', 'sample'), 'lengths': (16, 32)}), tmp_path, progress=False)
+    kept = {k: v for k, v in more.items() if k not in ('lengths', 'sample', 'measured', 'config')}
+    assert kept == {k: v for k, v in plain.items() if k not in ('config', 'measured')} and set(more['lengths']) == {'16', '32'}
+    assert more['measured'].keys() == {'lengths', 'sample'} and len(list((tmp_path / 'tiny').glob('*.json'))) == 1
+    own = more['lengths']['32']['val_loss']
+    assert own['low'] <= own['value'] <= own['high'] and len(more['sample']['tokens']) == 24
+    assert run(SHORT, tmp_path, progress=False) == more                              # asking for less takes nothing away
+    assert run_study(Study('one', '?', lambda base: {'only': {'measures': ('theory',)}}), SHORT, 1, tmp_path, progress=False)[0]['theory']
+
+
+def test_a_record_says_how_its_model_was_trained_and_not_how_it_is_asked_for(tmp_path):
+    first = run(vary(SHORT, {'train.micro_batch_tokens': 64}), tmp_path, progress=False)
+    (tmp_path / 'tiny' / f"{first['name']}.json").unlink()
+    again = run(vary(SHORT, {'train.micro_batch_tokens': 128}), tmp_path, progress=False)
+    assert again['config']['train']['micro_batch_tokens'] == 64 and again['scores'] == first['scores']
+    assert again['provenance']['trained_date'] == first['provenance']['trained_date']
+
+
+@pytest.mark.parametrize('change', [{'measures': ('nonsense',)}, {'lengths': (0,)}, {'n_questions': 0}])
+def test_bad_measures_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))): vary(SHORT, change)
