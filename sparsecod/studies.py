@@ -351,7 +351,7 @@ def add_measures(
     wanted = missing_measures(record, config)
     if not wanted: return record
     found = {name: MEASURES[name](model, config, corpus) for name in wanted}
-    asked = {name: getattr(config, name) for name in ('lengths', 'n_questions')} | dict(measures=[*record['config'].get('measures', []), *wanted])
+    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=[*record['config'].get('measures', []), *wanted])
     return record | dict(config=record['config'] | asked) | shortened(without_infinities(found)) | dict(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
@@ -492,12 +492,11 @@ def note_training(
     write_text(path, json.dumps({f'trained_{key}': value for key, value in state.items()}))
 
 def as_trained(
-    place: Place,  # of a run that has been trained
-) -> tuple[RunConfig, dict]:  # its configuration as it was trained, and what `note_training` wrote
+    place: Place,    # of a run
+) -> RunConfig:      # the configuration as asked for, or, if the training has ended, as it was trained
     "How a model was trained; micro-batches and the like may differ from what is asked for now."
-    label, note = read_label(place.work), place.work / 'training.json'
-    config = place.config.replace(train=TrainConfig.from_dict(label['train'])) if label else place.config
-    return config, json.loads(note.read_text()) if note.exists() else {}
+    label = read_label(place.work) if (place.work / 'result.json').exists() else None
+    return place.config.replace(train=TrainConfig.from_dict(label['train'])) if label else place.config
 
 # %% ../nbs/build/10_studies.ipynb #261c96af
 def complete(
@@ -532,11 +531,11 @@ def run(
     if record is not None and (record := complete(place, record)) is not None: return record
     label_folder(place.work, place.config, place.corpus)
     note_training(place)
-    result = train(place.config.model, place.config.train, place.corpus, place.work, progress=progress)
+    config = as_trained(place)
+    result = train(config.model, config.train, place.corpus, place.work, progress=progress)
     if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
-    config, trained = as_trained(place)
     record = make_record(config, place.corpus, result, progress)
-    record['provenance'] |= trained
+    record['provenance'] |= json.loads((place.work / 'training.json').read_text())
     write_record(place.record, record)
     shutil.rmtree(place.work / 'checkpoints', ignore_errors=True)
     return record
@@ -621,7 +620,7 @@ def decay_variants(
     base: RunConfig,     # the study's configuration
 ) -> dict[str, dict]:    # label -> changes; labels name the published lambda
     "No decay, then the published ones on matrices, then on all parameters."
-    changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p)} for p in DECAYS}
+    changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p), 'train.decay_groups': 'matrices'} for p in DECAYS}
     return changes | {f'{label}, all': c | {'train.decay_groups': 'all'} for label, c in changes.items() if label != 'λ=0'}
 
 STUDIES['decay'] = Study('decay', 'What does weight decay change, and does it matter which weights decay?', decay_variants, source_setting)

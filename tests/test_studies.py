@@ -15,11 +15,12 @@ import pytest
 from scipy import stats
 
 import sparsecod.studies as module
-from sparsecod.core import Config, ModelConfig
-from sparsecod.studies import (CHECKS, CLAIMS, DEPTHS, SCALES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
+from sparsecod.core import Config, ModelConfig, param_counts
+from sparsecod.studies import (CHECKS, CLAIMS, DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                complete_seeds, identity, judge, ledger, ledger_markdown, ledger_table, load_results, locate, over_seeds,
-                               rank_correlation, results_table, run, run_name, run_study, scale_config, slope, summarise, t_interval, variant_key, vary,
+                               correlations, equivalent_decay, rank_correlation, read_metric, results_table, run, run_name, run_study, source_setting, statistic_text, scale_config, slope, summarise, t_interval, variant_key, vary,
                                work_folder, write_record)
+from sparsecod.train import decay_product
 from synthetic import ends_early, record as made_up_record
 
 ROOT = Path(__file__).resolve().parents[1]
