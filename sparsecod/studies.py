@@ -56,6 +56,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sparsecod
+from .cloze import measure_cloze
 from .core import PRESETS, Config, ModelConfig, Transformer, flops_per_token, param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
@@ -317,7 +318,6 @@ def lengths_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
 
 def cloze_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Accuracy in multiple-choice questions from held-out documents."
-    from sparsecod.cloze import measure_cloze
     return measure_cloze(model, corpus, config.n_questions, config.score.seed)
 
 def theory_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
