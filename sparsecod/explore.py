@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEASURED', 'NUMBERED', 'STATISTICS', 'UPDATES',
-           'JACOBIANS', 'METRICS', 'LOGARITHMIC', 'ENTRY', 'PAIRS', 'SCORES', 'PANELS', 'CSS', 'use_style', 'styled',
-           'setting_colors', 'setting', 'label', 'flat_config', 'differences', 'varied_field', 'by_setting',
-           'label_variants', 'family_colors', 'looks', 'Series', 'combined', 'finished', 'profile', 'layer_series',
-           'curve', 'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here', 'whole_layers',
-           'plot_variance', 'plot_updates', 'draw_diverged', 'plot_curve', 'plot_final_variance', 'plot_loss',
-           'plot_jacobian', 'estimates', 'logarithmic', 'metric_text', 'name_ticks', 'spread', 'seeds_text',
-           'fit_limits', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes',
-           'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means',
-           'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series',
-           'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure',
-           'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table',
-           'verdict_text', 'runs_text', 'results_folder', 'interval_note', 'not_run', 'study_cells', 'study_table',
-           'published_numbers', 'published_columns', 'published_rows', 'beside_table', 'small_axes', 'plot_study',
-           'seed_changes', 'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes', 'reference',
-           'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths',
-           'Panel', 'describe', 'series_table', 'ends_table', 'variance_panel', 'updates_panel', 'jacobian_panel',
-           'training_panel', 'loss_panel', 'describe_score', 'score_panel', 'effectiveness_panel',
-           'final_variance_panel', 'pairs_panel', 'usefulness_panel', 'table_html', 'folded', 'picture_html',
-           'panel_html', 'ledger_html', 'runs_html', 'plain', 'provenance_html', 'summary_html', 'write_report']
+           'JACOBIANS', 'METRICS', 'LOGARITHMIC', 'ENTRY', 'PAIRS', 'SCORES', 'CHANGES', 'SPARSITY', 'RELATIONS',
+           'PANELS', 'CSS', 'use_style', 'styled', 'setting_colors', 'setting', 'label', 'flat_config', 'differences',
+           'varied_field', 'by_setting', 'label_variants', 'family_colors', 'looks', 'Series', 'combined', 'finished',
+           'profile', 'layer_series', 'curve', 'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here',
+           'whole_layers', 'plot_variance', 'plot_updates', 'draw_diverged', 'plot_curve', 'plot_final_variance',
+           'plot_loss', 'plot_jacobian', 'estimates', 'logarithmic', 'metric_text', 'name_ticks', 'spread',
+           'seeds_text', 'fit_limits', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published',
+           'paper_axes', 'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian',
+           'pair_means', 'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance',
+           'distance_series', 'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores',
+           'headline_figure', 'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table',
+           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'interval_note', 'not_run', 'study_cells',
+           'study_table', 'published_numbers', 'published_columns', 'published_rows', 'beside_table', 'small_axes',
+           'plot_study', 'seed_changes', 'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes',
+           'reference', 'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter', 'correlation_table',
+           'length_series', 'plot_lengths', 'Panel', 'describe', 'series_table', 'ends_table', 'variance_panel',
+           'updates_panel', 'jacobian_panel', 'training_panel', 'loss_panel', 'describe_score', 'score_panel',
+           'effectiveness_panel', 'final_variance_panel', 'few', 'pairs_panel', 'usefulness_panel', 'known_metrics',
+           'changes_panel', 'sparsity_panel', 'relations_panel', 'table_html', 'folded', 'picture_html', 'panel_html',
+           'ledger_html', 'runs_html', 'plain', 'provenance_html', 'summary_html', 'report_setting', 'write_report']
 
 # %% ../nbs/build/11_explore.ipynb #108bec8f
 import base64
@@ -41,8 +42,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 
-from . import studies
-from .studies import CLAIMS, HEADS, SCALES, STUDIES, RunConfig, Study, by_variant, ledger_cells, number, over_seeds, read_metric, scale_config, study_named, t_interval, verdict_counts, write_text
+from .studies import CLAIMS, HEADS, PUBLISHED, SCALES, STUDIES, RunConfig, Study, by_variant, ledger_cells, number, over_seeds, read_metric, scale_config, study_named, t_interval, verdict_counts, write_text
 from .train import FREE_FIELDS
 
 # %% ../nbs/build/11_explore.ipynb #258976eb
@@ -168,7 +168,7 @@ def label_variants(
 NUMBERED = re.compile(r'\S+=([\d.]+)')   # such as "λ=0.1"
 
 def family_colors(
-    families: list[str],  # labels without what follows a comma
+    families: list[str],  # labels without what follows a comma or a colon
 ) -> dict:                # family -> colour
     "Colours for families of variants: in order of their numbers, or unordered."
     numbers = [NUMBERED.fullmatch(f) for f in families]
@@ -180,7 +180,7 @@ def looks(
     by: str = DEPTH,  # the setting's field
 ) -> dict:            # value -> color, marker and ls of its line
     "How the lines of settings are told apart."
-    family = {v: v.split(', ')[0] if by == VARIANT else v for v in values}
+    family = {v: re.split(', |: ', v)[0] if by == VARIANT else v for v in values}
     names = list(dict.fromkeys(family.values()))
     colors = family_colors(names) if by == VARIANT else setting_colors(names)
     nth = {v: sum(family[w] == family[v] for w in values[:i]) for i, v in enumerate(values)}   # in its family
@@ -263,6 +263,7 @@ def own_axes(
     "The axes handed in, or those of a new figure."
     return plt.subplots(**size)[1] if ax is None else ax
 
+# %% ../nbs/build/11_explore.ipynb #ee6ccae1
 def add_legend(
     ax,               # axes with lines
     by: str = DEPTH,  # the field that tells the lines apart
@@ -447,9 +448,11 @@ METRICS = {
     'density_feed_forward': ('Effective density, feed-forward', 'share of connections'),
     'keys_for_90_percent': ('Keys for 90 % of the mass', 'share of visible keys'), 'attention_entropy': ('Attention entropy', 'share of the largest possible'),
     'mass_on_first': ('Attention on position 0', 'share of the mass'), 'weights_below_0_01': ('Weights below 0.01', 'share of weights'),
-    'weights_below_0_1_rms': ('Weights below 0.1 RMS', 'share of weights'), 'participation': ('Participation of weights', 'share of weights'),
+    'weights_below_0_1_rms': ('Weights below 0.1 RMS', 'share of weights'), 'participation': ('Participation ratio of weights', 'share of weights'),
     'kv_density': ('Key/value density 1/G', 'heads K / heads H'), 'expert_density': ('Expert density k/E', 'share of experts'),
 }
+
+# %% ../nbs/build/11_explore.ipynb #10949128
 LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first')
 
 def logarithmic(
@@ -460,13 +463,13 @@ def logarithmic(
 
 # %% ../nbs/build/11_explore.ipynb #9d86542b
 def metric_text(
-    name: str,            # a key of METRICS, with @T if it was evaluated at another length, as val_loss@128
+    name: str,            # a key of METRICS; at another length of evaluation with @T or @common, as val_loss@128
 ) -> tuple[str, str]:     # title and label of the axis
     "A metric in words."
     base, _, T = name.partition('@')
     if base not in METRICS: raise ValueError(f'name={name!r} must be one of {", ".join(METRICS)}, or one of them at a length, as in val_loss@128')
     title, axis = METRICS[base]
-    return title + (f' (evaluated at T = {T})' if T else ''), axis
+    return title + (' (evaluated at a common length)' if T == 'common' else f' (evaluated at T = {T})' if T else ''), axis
 
 # %% ../nbs/build/11_explore.ipynb #36e84600
 def name_ticks(
@@ -953,6 +956,7 @@ def not_run(
     wanted = study_named(study).changes(base or scale_config(runs[0]['scale'])) if runs else {}
     return [name for name in wanted if name not in {r[VARIANT] for r in runs}]
 
+# %% ../nbs/build/11_explore.ipynb #acb429a4
 def study_cells(
     runs: list[dict],    # from `label_variants`
     names: list[str],    # of metrics
@@ -986,7 +990,7 @@ def published_numbers(
     study: str | Study,    # which study
 ) -> dict[str, dict]:      # the paper's row -> metric -> number; empty if it has none
     "The paper's numbers for a study."
-    return getattr(studies, 'PUBLISHED', {}).get(study_named(study).name, {})
+    return PUBLISHED.get(study_named(study).name, {})
 
 def published_columns(
     study: str | Study,    # which study
@@ -1102,11 +1106,13 @@ def fit_width(
 ):
     "Show zero, all seeds, and intervals as far as they are not many times longer."
     seeds = [0, *(x for c in found.values() for x in c['by_seed'].values())]
-    room = max(1.5 * (max(seeds) - min(seeds)), 1e-9)
+    room = 1.5 * (max(seeds) - min(seeds))
     ends = [x for c in found.values() if c['n'] > 1 for x in (c['low'], c['high'])]
     low, high = max(min([*ends, *seeds]), min(seeds) - room), min(max([*ends, *seeds]), max(seeds) + room)
-    ax.set_xlim(low - .06 * (high - low) - 1e-9, high + .06 * (high - low) + 1e-9)
+    if max(seeds) == min(seeds): low, high = -.1, .1                # nothing changed at all
+    ax.set_xlim(low - .06 * (high - low), high + .06 * (high - low))
 
+# %% ../nbs/build/11_explore.ipynb #57f5905f
 @styled
 def draw_changes(
     ax,                  # axes to draw on
@@ -1121,7 +1127,7 @@ def draw_changes(
     ax.set_yticks(range(len(found)), [textwrap.fill(v, 22) for v in found])
     seeds = seeds_text(found).split(',')[0] if found else ''
     ax.set(title=textwrap.fill(title, 44) + f'\n({seeds})', ylim=(max(len(found), 1) - .5, -.5),
-           xlabel=f"{'doublings' if logarithmic(name) else textwrap.fill(f'change ({unit})', 40)} from {against}")
+           xlabel=textwrap.fill(f"change from {against} ({'doublings' if logarithmic(name) else unit})", 42))
     ax.grid(False, axis='y')
     if any(c['n'] for c in found.values()): fit_width(ax, found)
     else: nothing_here(ax, f'no seed with {against} and another variant')
@@ -1173,6 +1179,29 @@ def changes_table(
 
 # %% ../nbs/build/11_explore.ipynb #dbd59f07
 @styled
+def draw_scatter(
+    ax,                  # axes to draw on
+    runs: list[dict],    # from `label_variants`
+    x: str,              # a metric
+    y: str,              # another
+):
+    "A point a run, a colour and marker a variant; variants with diverged runs say so."
+    groups, drawn = by_setting(runs, VARIANT), 0
+    for v, look in looks(list(groups), VARIANT).items():
+        pairs = [(read_metric(r, x), read_metric(r, y)) for r in finished(groups[v])]
+        points = [(a['value'], b['value']) for a, b in pairs if a and b]
+        lost = len(groups[v]) - len(finished(groups[v]))
+        text = f'{v} (' + (f'{lost} of {len(groups[v])} ' if points else '') + 'diverged)' if lost else v
+        if points or lost: ax.plot(*zip(*points) if points else ([], []), **look | dict(ls='', ms=6, alpha=.85), label=text)
+        drawn += len(points)
+    for set_label, set_scale, name in ((ax.set_xlabel, ax.set_xscale, x), (ax.set_ylabel, ax.set_yscale, y)):
+        set_label(metric_text(name)[0])
+        if logarithmic(name) and drawn: set_scale('log')
+    ax.set_title(f'{drawn} runs')
+    if ax.get_legend_handles_labels()[1]: ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+    if not drawn: nothing_here(ax, 'nothing to draw')
+
+# %% ../nbs/build/11_explore.ipynb #bfc1387f
 def plot_scatter(
     study: str | Study,    # which study
     records: list[dict],   # of one scale
@@ -1182,21 +1211,11 @@ def plot_scatter(
     base: RunConfig | None = None,  # None: the scale that the records name
 ):                         # the axes
     "One metric against another, a point a run."
-    groups = by_setting(label_variants(study, records, base), VARIANT)
-    ax, drawn = own_axes(ax, figsize=(6.2, 3.4)), 0
-    for v, look in looks(list(groups), VARIANT).items():
-        pairs = [(read_metric(r, x), read_metric(r, y)) for r in finished(groups[v])]
-        points = [(a['value'], b['value']) for a, b in pairs if a and b]
-        lost = len(groups[v]) - len(finished(groups[v]))
-        if not points and not lost: continue
-        drawn += len(points)
-        ax.plot(*zip(*points) if points else ([], []), **look | dict(ls='', ms=6, alpha=.85), label=v + (f' ({lost} diverged)' if lost else ''))
-    for set_label, set_scale, name in ((ax.set_xlabel, ax.set_xscale, x), (ax.set_ylabel, ax.set_yscale, y)):
-        set_label(metric_text(name)[0])
-        if logarithmic(name) and drawn: set_scale('log')
-    ax.set_title(f'{drawn} runs')
-    if ax.get_legend_handles_labels()[1]: ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
-    return ax if drawn else nothing_here(ax, 'nothing to draw') or ax
+    runs = label_variants(study, records, base)
+    n = len(by_setting(runs, VARIANT))
+    with use_style(): ax = own_axes(ax, figsize=(6.4, max(3.4, .3 + .215 * n)))
+    draw_scatter(ax, runs, x, y)
+    return ax
 
 # %% ../nbs/build/11_explore.ipynb #0ca276e9
 def correlation_table(
@@ -1223,6 +1242,7 @@ def length_series(
         if lengths: series[value] = combined(lengths, [[line[T] for T in lengths] for line in lines])
     return series
 
+# %% ../nbs/build/11_explore.ipynb #71ac4889
 @styled
 def plot_lengths(
     records: list[dict],  # of runs; from `label_variants` for by='variant'
@@ -1365,11 +1385,18 @@ def final_variance_panel(records: list[dict], by: str) -> Panel:
     return score_panel(records, by, list(LOGARITHMIC), 'Final-layer variance', 'Before the final norm, on held-out text, in three forms.')
 
 # %% ../nbs/build/11_explore.ipynb #c398901c
+def few(
+    groups: dict,  # setting -> records
+) -> dict:         # the same, or nothing
+    "Settings that get a picture each: none if there are more than ten."
+    return groups if len(groups) <= 10 else {}
+
+# %% ../nbs/build/11_explore.ipynb #1985c244
 def pairs_panel(records: list[dict], by: str) -> Panel:
     "Heat maps by pair of blocks."
     pictures, rows = [], []
     for name in ('causal', 'permutation'):
-        for value, group in by_setting(records, by).items():
+        for value, group in few(by_setting(records, by)).items():
             if setting(group[0]) < 2 or not finished(group): continue
             values = pair_means(group, name)
             cells = [(s + 1, l + 1, v) for (s, l), v in np.ndenumerate(values) if v == v]
@@ -1390,14 +1417,59 @@ def pairs_panel(records: list[dict], by: str) -> Panel:
 # %% ../nbs/build/11_explore.ipynb #6a021c7a
 def usefulness_panel(records: list[dict], by: str) -> Panel:
     "Usefulness by block."
-    groups = {value: group for value, group in by_setting(records, by).items() if finished(group)}
+    groups = {value: group for value, group in few(by_setting(records, by)).items() if finished(group)}
     series = layer_series(records, 'usefulness_ratio', by)
     pictures = [(plot_usefulness(group, by=by), describe('Loss ratio by block', {value: series[value]}, by, 'block')) for value, group in groups.items()]
     pictures.append((plot_thresholds(records, by=by), 'Share of useful blocks at every threshold; it follows from the ratios in the table.'))
     return Panel('Usefulness by block', 'Dark bars pass the threshold and count as useful. Bars close to the line are close calls.',
                  pictures, *series_table({'loss ratio': series}, by, 'block'), columns=2)
 
-PANELS = [variance_panel, training_panel, final_variance_panel, jacobian_panel, effectiveness_panel, usefulness_panel, pairs_panel, updates_panel, loss_panel]
+# %% ../nbs/build/11_explore.ipynb #cdf1866c
+CHANGES = ('val_loss', 'final_variance', 'final_variance_median', 'usefulness', 'linear_loss_increase', 'causal', 'permutation', 'accuracy')
+SPARSITY = ('density_attention', 'density_feed_forward', 'attention_entropy', 'keys_for_90_percent', 'mass_on_first', 'weights_below_0_1_rms')
+RELATIONS = (('density', 'final_variance'), ('final_variance', 'linear_loss_increase'), ('final_variance', 'causal'), ('final_variance', 'val_loss'))
+
+def known_metrics(records: list[dict], names: tuple) -> list[str]:
+    "The metrics that some finished run has."
+    return [name for name in names if any(read_metric(r, name) for r in finished(records))]
+
+def changes_panel(records: list[dict], by: str) -> Panel | None:
+    "Changes within a seed from the first variant; None unless there are variants to compare."
+    against, *others = by_setting(records, by)
+    if by != VARIANT or not others: return None
+    pictures, rows = [], []
+    for name in known_metrics(records, CHANGES):
+        with use_style(): ax = plt.subplots(figsize=(4.8, 1.5 + .42 * max(2, len(others))))[1]
+        draw_changes(ax, records, name, against)
+        found, title = seed_changes(records, name, against), metric_text(name)[0]
+        cells = [[title, v, span(c['value'], c['low'], c['high']) if c['n'] else '', c['n'], change_text(c)] for v, c in found.items()]
+        rows += cells
+        pictures.append((ax, f'{title}, change from {against}: ' + '; '.join(f'{v}: {change or "no value"}' for _, v, change, *_ in cells) + '.'))
+    return Panel(f'Changes within a seed, from {against}', 'Filled points have 95 % intervals over seeds that lie on one side of zero; rings are single seeds. Variances are compared in doublings.',
+                 pictures, ['metric', 'variant', 'change', 'seeds', 'missing'], rows, columns=2)
+
+# %% ../nbs/build/11_explore.ipynb #b6873418
+def sparsity_panel(records: list[dict], by: str) -> Panel | None:
+    "Measures of sparsity; None unless the runs are variants that have them."
+    names = known_metrics(records, SPARSITY) if by == VARIANT else []
+    return score_panel(records, by, names, 'Sparsity', 'Of the trained model, attention on held-out text. Sparser means: lower densities, entropies and shares of keys, and more small weights.') if names else None
+
+def relations_panel(records: list[dict], by: str) -> Panel | None:
+    "One metric against another, a point a run; None unless the runs are several variants."
+    if by != VARIANT or len(by_setting(records, by)) < 2: return None
+    pictures, rows = [], []
+    for x, y in (pair for pair in RELATIONS if len(known_metrics(records, pair)) == 2):
+        with use_style(): ax = plt.subplots(figsize=(6.4, max(3.4, .3 + .215 * len(by_setting(records, by)))))[1]
+        draw_scatter(ax, records, x, y)
+        titles = [metric_text(name)[0] for name in (x, y)]
+        points = [[r[VARIANT], r['seed'], *(number(m['value']) for m in (read_metric(r, x), read_metric(r, y)))] for r in finished(records) if read_metric(r, x) and read_metric(r, y)]
+        rows += [[*titles, *point] for point in points]
+        pictures.append((ax, f'{titles[1]} against {titles[0]}, {len(points)} runs; the numbers are in the table.'))
+    return Panel('One number against another', 'A point a run. Points of one variant lie together; that variants differ in both numbers does not make one the cause of the other.',
+                 pictures, ['x', 'y', 'variant', 'seed', 'value of x', 'value of y'], rows, columns=2)
+
+# %% ../nbs/build/11_explore.ipynb #8a6a29c8
+PANELS = [changes_panel, sparsity_panel, relations_panel, variance_panel, training_panel, final_variance_panel, jacobian_panel, effectiveness_panel, usefulness_panel, pairs_panel, updates_panel, loss_panel]
 
 # %% ../nbs/build/11_explore.ipynb #4cefeda2
 def table_html(
@@ -1512,17 +1584,36 @@ th { background: var(--head); position: sticky; top: 0 } td { overflow-wrap: any
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
 '''
 
+# %% ../nbs/build/11_explore.ipynb #b21ec2d8
+def report_setting(
+    records: list[dict],             # of the report
+    rows: list[dict] | None = None,  # of its ledger
+    study: str | Study | None = None,  # None: the one that the ledger is about
+) -> tuple[list[dict], str, str]:    # records, labelled if there are variants; the field that they differ in; title
+    "What a report is about."
+    named = {row['study'] for row in rows or [] if row['study']}
+    guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None
+    chosen = study_named(study or guess) if study or guess else None
+    runs = label_variants(chosen, records) if chosen else []
+    if study and records and not runs: raise ValueError(f'study={chosen.name!r} has no run among the {len(records)} records')
+    if runs and chosen.name != 'depth': return runs, VARIANT, chosen.question
+    by = DEPTH if runs else varied_field(records)
+    return runs or records, by, 'Depth and the residual stream' if by == DEPTH else f'Runs by {SETTINGS.get(by, (by, by))[1]}'
+
 # %% ../nbs/build/11_explore.ipynb #b9ee310a
 def write_report(
     records: list[dict],    # of a study; runs that diverged or are missing leave gaps
     path: str | Path,       # the HTML file
     ledger_rows: list[dict] | None = None,  # from `studies.ledger`
-    title: str = 'Depth and the residual stream',
-    by: str | None = None,  # the field that the runs differ in; None: find out
+    title: str | None = None,   # None: the study's question
+    by: str | None = None,      # the field that the runs differ in, or 'variant' for labelled records; None: find out
+    study: str | Study | None = None,  # of which the records are; None: find out
 ) -> Path:                  # the file
-    "Write all figures, their data, the ledger and the provenance into one HTML file that needs nothing else."
-    by = by or varied_field(records)
-    with plt.rc_context({'interactive': False}): sections = [panel_html(panel(records, by)) for panel in PANELS]
+    "Write all figures, their data, the ledger and the provenance of one study into one HTML file that needs nothing else."
+    if by is None or study: records, found, question = report_setting(records, ledger_rows, study)
+    else: found, question = by, report_setting(records)[2] if by != VARIANT else 'Variants of a model'
+    by, title = by or found, title or question
+    with plt.rc_context({'interactive': False}): sections = [panel_html(made) for panel in PANELS if (made := panel(records, by))]
     body = '\n'.join([summary_html(records, by), ledger_html(ledger_rows), *sections, runs_html(records, by), provenance_html(records, by)])
     page = (f'<!DOCTYPE html>\n<html lang="en-GB">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{html.escape(title)}: sparsecod</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n')

@@ -16,14 +16,25 @@ def table(rows: list[dict]) -> list[str]:
                     for r in rows]
 
 
+def counts(rows: list[dict]) -> str:
+    "How many rows were confirmed, contradicted and left open."
+    return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open'))
+
+
 def findings() -> str:
-    "What was judged by runs: the paper's claims and what our controls contradict, then, folded, the other controls."
-    from sparsecod.studies import ledger, load_results, verdict_counts
+    "Verdicts counted by study, and then, folded, every row that was judged by runs."
+    from sparsecod.studies import STUDIES, by_variant, ledger, load_results
     records = load_results(ROOT / 'results', 'laptop')
-    rows = [r for r in ledger(records) if r['statistic'] and r['statistic']['n']]
-    first = [r for r in rows if not r['control'] or r['verdict'] == 'contradicted']
-    return '\n'.join([*table(first), '', f'All of it: {verdict_counts(rows)}.', '', '<details><summary>The other controls</summary>', '',
-                      *table([r for r in rows if r not in first]), '', '</details>'])
+    rows = {name: [r for r in ledger(records, name) if r['study']] for name in STUDIES}
+    lines = ['| study | its question | runs | claims of the paper: confirmed / contradicted / open | our controls: confirmed / contradicted / open |',
+             '|---|---|---|---|---|']
+    for name, study in STUDIES.items():
+        runs = sum(map(len, by_variant(name, records).values()))
+        lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in rows[name] if not r['control']])} | {counts([r for r in rows[name] if r['control']])} |")
+    for name in STUDIES:
+        claims, controls = ([r for r in rows[name] if r['control'] == kind] for kind in (False, True))
+        lines += ['', f'<details><summary>{name}: every row</summary>', '', *table([*claims, *controls]), '', '</details>']
+    return '\n'.join(lines)
 
 
 def parts(text: str) -> tuple[str, str, str]:

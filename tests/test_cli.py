@@ -217,3 +217,9 @@ def test_a_damaged_model_is_named(trained, tmp_path, type_in):
     path.write_bytes(path.read_bytes()[:100])
     code, _, errors = type_in(f'score {tmp_path}/copy --quiet')
     assert code == 2 and 'holds no readable model' in errors
+
+
+def test_help_names_every_study():
+    from sparsecod.cli import STUDY_NAMES
+    from sparsecod.studies import STUDIES
+    assert STUDY_NAMES.split(', ') == list(STUDIES)

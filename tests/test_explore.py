@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sparsecod import explore
-from sparsecod.studies import CLAIMS, PRESETS, ledger
-from synthetic import depth_study, record
+from sparsecod.studies import CLAIMS, PRESETS, PUBLISHED, SCALES, STUDIES, by_variant, ledger
+from synthetic import depth_study, interval, record
 
 
 @pytest.fixture(scope='module')
@@ -287,3 +287,287 @@ def test_report_escapes_what_it_is_given(tmp_path):
     r['provenance']['hardware'] = '<script>alert(1)</script>'
     text = explore.write_report([r], tmp_path / 'r.html', title='a < b & "c"').read_text(encoding='utf-8')
     assert '<script' not in text and '&lt;script' in text and 'a &lt; b' in text
+
+
+# ---- studies of variants
+
+NAMES = ['val_loss', 'final_variance', 'causal', 'density_attention', 'accuracy']
+
+
+def variants(study='gqa', seeds=(0, 1, 2), diverged=(), missing=()):
+    "Made-up records of a study at laptop scale; `diverged` holds (label, seed), `missing` labels."
+    made = []
+    for i, (name, config) in enumerate(STUDIES[study].runs(SCALES['laptop'], seeds)):
+        if name in missing: continue
+        L, T = config.model.n_layers, config.model.context_length
+        r = record(L, config.seed, diverged=(name, config.seed) in diverged) | dict(name=f'{study}-{i}', config=config.to_dict())
+        if r['status'] == 'finished':
+            k = list(STUDIES[study].changes(SCALES['laptop'])).index(name)
+            r['sparsity'] = dict(scalars=dict(density_attention=1 - .1 * k, density_feed_forward=.9), arrays={})
+            r['cloze'] = dict(accuracy=interval(.3 + .01 * k, .1))
+            r['final'] = r['final'] | dict(val_loss=interval(4 + .5 * k + .1 * config.seed * (1 + k), .05))
+            r['scores']['scalars']['final_variance'] = interval(2. ** (k + config.seed * (k == 1)), .01)
+            r['lengths'] = {str(n): dict(val_loss=interval(4 + k + i / n, .1), final_variance=interval(1 + k, .1)) for n in (T // 2, T, 2 * T)}
+        made.append(r)
+    return made
+
+
+@pytest.fixture(scope='module')
+def gqa(): return variants()
+
+
+LABELS = list(STUDIES['gqa'].changes(SCALES['laptop']))
+
+
+def cells(table):
+    "A Markdown table as a list of dictionaries."
+    head, _, *rows = [[c.strip() for c in line.strip('|').split(' | ')] for line in table.split('\n\n')[0].splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_labels_are_the_studies_and_leave_records_alone(gqa):
+    runs = explore.label_variants('gqa', gqa[::-1])
+    assert [r['variant'] for r in runs] == [name for name in LABELS for _ in range(3)] and not any('variant' in r for r in gqa)
+    groups = explore.by_setting(runs, 'variant')
+    assert list(groups) == LABELS and all([r['seed'] for r in g] == [0, 1, 2] for g in groups.values())
+    assert all([r['name'] for r in groups[name]] == [r['name'] for r in group] for name, group in by_variant('gqa', gqa).items())
+    assert explore.label('G=2, matched', 'variant') == 'G=2, matched'
+    assert list(explore.by_setting(runs[::-1], 'variant')) == LABELS[::-1]
+    with pytest.raises(ValueError, match='use label_variants'): explore.plot_variance(gqa, by='variant')
+    runs[0]['variant'] = 'G=2'
+    with pytest.raises(ValueError, match='the runs with G=2 differ in model.n_kv_heads'): explore.by_setting(runs, 'variant')
+
+
+def test_what_was_measured_afterwards_does_not_set_runs_apart(gqa):
+    more = deepcopy(gqa)
+    more[0]['config']['measures'] = ['cloze']
+    assert list(explore.by_setting(explore.label_variants('gqa', more), 'variant')) == LABELS
+
+
+BY_VARIANT = {'variance': explore.plot_variance, 'loss': explore.plot_loss, 'thresholds': explore.plot_thresholds, 'training': explore.plot_final_variance,
+              'score': lambda r, by: explore.plot_score(r, 'causal', by=by), 'parts': lambda r, by: explore.plot_parts(r, by=by),
+              'distance': lambda r, by: explore.plot_distance(r, by=by), 'jacobian': explore.plot_jacobian,
+              'lengths': lambda r, by: explore.plot_lengths(r, 'val_loss', by)}
+
+
+@pytest.mark.parametrize('draw', BY_VARIANT.values(), ids=BY_VARIANT)
+def test_figures_by_variant_name_every_variant(draw, gqa):
+    "Names stand in the legend or on the axis, also when one variant diverged; nothing is smaller than 9 points."
+    for records in (gqa, variants(diverged=[('G=2', s) for s in (0, 1, 2)])):
+        ax = draw(explore.label_variants('gqa', records), by='variant')
+        ax.figure.canvas.draw()
+        texts = [t for t in ax.findobj(plt.Text) if t.get_visible() and t.get_text().strip()]
+        words = {' '.join(t.get_text().split()) for t in texts}
+        assert set(LABELS) - {'G=2'} <= words and min(t.get_fontsize() for t in texts) >= 9
+        if records is gqa: assert 'G=2' in words
+
+
+def test_versions_of_a_variant_share_a_color_and_no_two_lines_look_alike():
+    for study in STUDIES.values():
+        look = explore.looks(list(study.changes(SCALES['laptop'])), 'variant')
+        if len(look) <= 10: assert len({(x['color'], x['ls'], x['marker']) for x in look.values()}) == len(look), study.name
+    look = explore.looks(['G=4', 'G=4, matched', 'G=1'], 'variant')
+    assert look['G=4']['color'] == look['G=4, matched']['color'] != look['G=1']['color']
+    assert contrast(look['G=1']['color']) < contrast(look['G=4']['color'])                # by number, not by order
+    look = explore.looks(list(STUDIES['sources'].changes(SCALES['laptop'])), 'variant')
+    assert len({x['color'] for x in look.values()}) == 4                                  # one a source
+
+
+@pytest.mark.parametrize('name', ['perplexity', 'accuracy', 'density_attention', 'participation', 'kv_density', 'val_loss@128', 'final_variance_median@512', 'val_loss@common'])
+def test_every_metric_has_words(name):
+    title, axis = explore.metric_text(name)
+    assert title and axis
+    if '@' in name: assert explore.metric_text(name.split('@')[0])[0] in title and ('common length' in title or name.split('@')[1] in title)
+
+
+def test_unknown_metrics_are_refused():
+    with pytest.raises(ValueError, match="name='lossy@128' must be one of causal"): explore.metric_text('lossy@128')
+
+
+def test_metrics_of_all_kinds_have_titles(gqa):
+    for r in gqa[:1]:
+        for name in [*r['scores']['scalars'], *r['sparsity']['scalars']]:
+            if name != 'loss': assert explore.metric_text(name)[0]
+
+
+# ---- changes within a seed
+
+def test_changes_are_differences_within_a_seed(gqa):
+    "Variant k has loss 4 + k/2 + (1 + k) seed/10: against the first, k/2 + k seed/10, of which the mean is k/2 + k/10."
+    changed = explore.seed_changes(explore.label_variants('gqa', gqa), 'val_loss', 'G=1')
+    assert list(changed) == LABELS[1:]
+    for k, c in enumerate(changed.values(), 1):
+        assert c['by_seed'] == pytest.approx({s: .5 * k + .1 * k * s for s in (0, 1, 2)}) and c['value'] == pytest.approx(.6 * k)
+        half = 4.302653 * .1 * k / 3 ** .5                                       # Student, two degrees of freedom
+        assert c['low'] == pytest.approx(.6 * k - half, abs=1e-6) and c['high'] == pytest.approx(.6 * k + half, abs=1e-6)
+
+
+def test_changes_of_variances_are_doublings(gqa):
+    runs = explore.label_variants('gqa', gqa)
+    changed = explore.seed_changes(runs, 'final_variance', 'G=1')
+    assert changed['G=2']['by_seed'] == {0: 1, 1: 2, 2: 3} and changed['G=4']['by_seed'] == {0: 3, 1: 3, 2: 3}
+    back = explore.seed_changes(runs, 'final_variance', 'G=2')
+    assert back['G=1']['by_seed'] == {0: -1, 1: -2, 2: -3} and 'G=2' not in back
+
+
+def test_diverged_runs_leave_their_seed_out_and_are_counted():
+    runs = explore.label_variants('gqa', variants(diverged=[('G=1', 1), ('G=2', 0), *(('G=4', s) for s in (0, 1, 2))], missing=['G=4, matched']))
+    changed = explore.seed_changes(runs, 'val_loss', 'G=1')
+    assert list(changed['G=2']['by_seed']) == [2] and changed['G=2']['n'] == 1 and np.isnan(changed['G=2']['low'])
+    assert list(changed['G=2, matched']['by_seed']) == [0, 2] and explore.change_text(changed['G=2, matched']) == ''
+    assert explore.change_text(changed['G=4']) == 'diverged' and explore.change_text(changed['G=2']) == '1 of 3 diverged'
+    assert 'G=4, matched' not in changed
+
+
+def test_forest_plot_draws_the_changes(gqa):
+    fig = explore.plot_changes('gqa', gqa, ['val_loss', 'causal'])
+    ax, changed = fig.axes[0], explore.seed_changes(explore.label_variants('gqa', gqa), 'val_loss', 'G=1')
+    assert [t.get_text() for t in ax.get_yticklabels()] == LABELS[1:] and 'G=1' in ax.get_xlabel()
+    means = [c.lines[0].get_xdata()[0] for c in ax.containers]
+    assert means == pytest.approx([c['value'] for c in changed.values()])
+    spans = [segment[:, 0] for c in ax.containers for segment in c.lines[2][0].get_segments()]
+    assert np.allclose(spans, [(c['low'], c['high']) for c in changed.values()])
+    assert any(np.allclose(line.get_xdata(), 0) and len(line.get_xdata()) == 2 for line in ax.get_lines())
+    filled = [c.lines[0].get_markerfacecolor() != 'white' for c in ax.containers]
+    assert filled == [c['low'] > 0 or c['high'] < 0 for c in changed.values()] == [True] * 4
+
+
+def test_forest_plot_names_what_diverged():
+    records = variants(diverged=[('G=2', 0), *(('G=4', s) for s in (0, 1, 2))])
+    texts = [t.get_text() for t in explore.plot_changes('gqa', records, ['val_loss']).axes[0].findobj(plt.Text)]
+    assert 'diverged' in texts and '1 of 3 diverged' in texts and 'G=4' in texts
+    texts = [t.get_text() for t in explore.plot_study('gqa', records, ['val_loss']).axes[0].findobj(plt.Text)]
+    assert 'diverged' in texts and '1 of 3 diverged' in texts and 'G=4' in texts
+    labels = explore.plot_scatter('gqa', records, 'density_attention', 'final_variance').get_legend_handles_labels()[1]
+    assert 'G=4 (diverged)' in labels and 'G=2 (1 of 3 diverged)' in labels
+
+
+def test_unknown_references_are_refused(gqa):
+    for call in (explore.plot_changes, explore.changes_table):
+        with pytest.raises(ValueError, match="against='G=8' must be one of G=1; G=2"): call('gqa', gqa, ['val_loss'], against='G=8')
+    assert 'change from G=4' in explore.changes_table('gqa', gqa, ['val_loss'], against='G=4')
+
+
+@pytest.mark.parametrize('records', [variants(seeds=[0]), variants(missing=['G=1']), variants(diverged=[(name, s) for name in LABELS for s in (0, 1, 2)]),
+                                     variants(missing=LABELS[1:]), variants(diverged=[('G=1', s) for s in (0, 1, 2)])],
+                         ids=['one seed', 'no reference', 'all diverged', 'only the reference', 'reference diverged'])
+def test_partial_studies_are_drawn_and_listed(records, tmp_path):
+    for call in (explore.plot_study, explore.plot_changes): call('gqa', records, NAMES).canvas.draw()
+    explore.plot_scatter('gqa', records, 'density_attention', 'final_variance').figure.canvas.draw()
+    explore.plot_lengths(explore.label_variants('gqa', records), 'val_loss').figure.canvas.draw()
+    for call in (explore.study_table, explore.beside_table, explore.changes_table):
+        assert {row[next(iter(row))] for row in cells(call('gqa', records, NAMES))} >= {r['variant'] for r in explore.label_variants('gqa', records)} - {'G=1'}
+    explore.write_report(records, tmp_path / 'r.html', study='gqa')
+
+
+def test_one_seed_says_what_its_interval_is_over():
+    records = variants(seeds=[0])
+    assert 'say nothing about other seeds' in explore.study_table('gqa', records, ['val_loss'])
+    assert 'interval over sequences' in explore.plot_study('gqa', records, ['val_loss']).axes[0].get_title()
+    ax = explore.plot_changes('gqa', records, ['val_loss']).axes[0]
+    assert '1 seed' in ax.get_title() and 'sequences' not in ax.get_title()                # a change has no interval then
+
+
+# ---- tables of variants
+
+def test_study_table_lists_estimates_seeds_and_what_is_missing():
+    records = variants(diverged=[('G=2', 1)], missing=['G=4'])
+    text = explore.study_table('gqa', records, NAMES)
+    table = cells(text)
+    assert [row['variant'] for row in table] == [name for name in LABELS if name != 'G=4'] and 'Not run: G=4.' in text
+    assert [row['seeds'] for row in table] == ['3', '2', '3', '3'] and [row['diverged'] for row in table] == ['', '1 of 3', '', '']
+    found = explore.estimates(explore.label_variants('gqa', records), 'val_loss', 'variant')
+    assert [row['Held-out loss'] for row in table] == [explore.estimate_text(e) for e in found.values()]
+    assert 'diverged' not in explore.study_table('gqa', variants(), NAMES)
+
+
+def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
+    names = ['val_loss', 'perplexity', 'usefulness', 'final_variance']
+    table = cells(explore.beside_table('gqa', gqa, names))
+    paper = PUBLISHED['gqa']
+    assert [row['variant'] for row in table] == LABELS + [name for name in paper if name not in LABELS]
+    for row in table:
+        theirs = [row[f'paper: {explore.metric_text(n)[0]}'] for n in names[1:]]
+        assert theirs == [f'{paper[row["variant"]][n]:g}' if row['variant'] in paper else '' for n in names[1:]]
+        assert (row['Perplexity'] == '') == (row['variant'] not in LABELS)
+    assert 'paper: Held-out loss' not in table[0]
+    assert [row['paper'] for row in cells(explore.published_rows('gqa', names))] == list(paper)
+    with pytest.raises(ValueError, match="study='gqa' has no published causal; there are perplexity"): explore.published_rows('gqa', ['causal'])
+    assert 'paper:' not in explore.beside_table('gqa', gqa, ['causal'])
+
+
+def test_correlation_table():
+    rows = [dict(x='density_attention', y='final_variance', value=.5, low=.25, high=.75, n=3, variants=5), dict(x='density', y='causal', value=None, low=None, high=None, n=0, variants=2),
+            dict(x='density', y='val_loss', value=float('nan'), low=float('nan'), high=float('nan'), n=0, variants=2), dict(x='density', y='val_loss', value=-.5, low=float('nan'), high=float('nan'), n=1, variants=2)]
+    assert [row['rank correlation'] for row in cells(explore.correlation_table(rows))] == ['0.5 (0.25 to 0.75)', '-', '-', '-0.5']
+    assert cells(explore.correlation_table(rows))[0]['variants'] == '5'
+
+
+# ---- figures of variants
+
+def test_study_figure_has_a_picture_a_metric_and_a_line_a_seed(gqa):
+    fig = explore.plot_study('gqa', gqa, NAMES, columns=2)
+    assert len(fig.axes) == len(NAMES) and fig.axes[1].get_yscale() == 'log' and fig.axes[0].get_yscale() == 'linear'
+    ax, values = fig.axes[0], explore.estimates(explore.label_variants('gqa', gqa), 'val_loss', 'variant')
+    assert [' '.join(t.get_text().split()) for t in ax.get_xticklabels()] == LABELS
+    thin = [line for line in ax.get_lines() if line.get_linewidth() < 1 and len(line.get_xdata()) == len(LABELS)]
+    assert [line.get_ydata()[0] for line in thin] == pytest.approx([4, 4.1, 4.2])
+    assert ax.containers[0].lines[0].get_ydata() == pytest.approx([e['value'] for e in values.values()])
+
+
+def test_scatter_has_a_point_a_run(gqa):
+    ax = explore.plot_scatter('gqa', gqa, 'density_attention', 'final_variance')
+    points = {line.get_label(): np.transpose(line.get_data()) for line in ax.get_lines()}
+    assert list(points) == LABELS and np.allclose(points['G=2'], [(.9, 2), (.9, 4), (.9, 8)]) and ax.get_title() == '15 runs'
+    assert ax.get_yscale() == 'log' and ax.get_xscale() == 'linear'
+
+
+def test_lengths_are_drawn_with_a_ring_at_the_own_one():
+    records = variants('context')
+    runs = explore.label_variants('context', records)
+    series = explore.length_series(runs, 'val_loss')
+    for name, group in explore.by_setting(runs, 'variant').items():
+        T = group[0]['config']['model']['context_length']
+        assert series[name].x == [T // 2, T, 2 * T]
+        assert np.allclose(series[name].mean, np.mean([[r['lengths'][str(n)]['val_loss']['value'] for n in series[name].x] for r in group], axis=0))
+    ax = explore.plot_lengths(runs, 'val_loss')
+    rings = [line.get_xdata()[0] for line in ax.get_lines() if line.get_markersize() == 11]
+    assert rings == [g[0]['config']['model']['context_length'] for g in explore.by_setting(runs, 'variant').values()]
+    for r in runs: r.pop('lengths')
+    assert any(t.get_text() == 'nothing to draw' for t in explore.plot_lengths(runs, 'val_loss').texts)
+
+
+# ---- reports of studies
+
+def headings(path): return re.findall(r'<h[12]>(.*?)</h[12]>', path.read_text(encoding='utf-8'))
+
+
+def test_report_of_variants(gqa, tmp_path):
+    path = explore.write_report(gqa, tmp_path / 'r.html', ledger(gqa, 'gqa'))       # the ledger names the study
+    text = path.read_text(encoding='utf-8')
+    page = Page(text)
+    assert page.open == [] and headings(path)[0] == STUDIES['gqa'].question
+    for name in LABELS: assert page.text.count(name) > 5 and any(name in i['alt'] for i in page.all('img'))
+    assert 'Published' not in text and not any('paper' in i['alt'].lower() for i in page.all('img'))
+    assert {'Changes within a seed, from G=1', 'Sparsity', 'One number against another'} <= set(headings(path))
+    images = page.all('img')
+    assert all(len(i['alt']) > 30 for i in images) and len({i['alt'] for i in images}) == len(images)
+    assert '0.6 (' in page.text                                                     # the mean change of the loss from G=1 to G=2
+
+
+@pytest.mark.parametrize('study', [name for name in STUDIES if name not in ('depth', 'gqa')])
+def test_every_study_has_a_report(study, tmp_path):
+    records = variants(study, seeds=[0, 1])
+    for name, more in (('named.html', dict(study=study)), ('labelled.html', {}))[:1 if study == 'sources' else 2]:
+        if more: path = explore.write_report(records, tmp_path / name, **more)
+        else: path = explore.write_report(explore.label_variants(study, records), tmp_path / name, ledger(records, study), STUDIES[study].question, 'variant')
+        text = Page(path.read_text(encoding='utf-8')).text
+        assert headings(path)[0] == STUDIES[study].question
+        for label in STUDIES[study].changes(SCALES['laptop']): assert label in text
+        assert 'first and last layer' not in text
+
+
+def test_report_of_a_study_without_its_runs(gqa, tmp_path):
+    with pytest.raises(ValueError, match="study='moe' has no run among the 15 records"): explore.write_report(gqa, tmp_path / 'r.html', study='moe')
+    with pytest.raises(ValueError, match='no records to show'): explore.write_report([], tmp_path / 'r.html', study='moe')
+    assert headings(explore.write_report(depth_study(1), tmp_path / 'r.html', ledger([], 'depth')))[0] == 'Depth and the residual stream'
