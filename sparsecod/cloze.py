@@ -232,6 +232,7 @@ def reading(
     finally:
         for part, mode in modes.items(): part.training = mode
 
+# %% ../nbs/build/09_cloze.ipynb #f0b88c7b
 def score_texts(
     model: Transformer,          # left as it was
     texts: list[tuple[list[int], int]],  # from `encode_pairs`
@@ -389,6 +390,7 @@ metric_list:
 metadata: {{version: 1.0}}
 '''
 
+# %% ../nbs/build/09_cloze.ipynb #bee88a03
 def write_task(
     questions: list[Question],  # to ask
     folder: str | Path,         # cloze.jsonl and cloze.yaml go here
