@@ -51,7 +51,7 @@ def held_out_texts(
     return [corpus.tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
 
 # %% ../nbs/build/09_cloze.ipynb #548eb39f
-CONTEXT, LEAST_CONTEXT = 160, 60                                    # characters before the gap: at most, at least
+CONTEXT, LEAST_CONTEXT = 200, 80                                    # characters before the gap: at most, at least
 CHOICE = re.compile(r'([ \t]*)(\S[\s\S]{38,58}\S)(?=\s)')           # indentation, and 40 to 60 characters up to the end of a word
 
 class Gap(NamedTuple):
@@ -302,7 +302,7 @@ def measure_cloze(
     scores, alone = (answer_scores(model, corpus.tokenizer, asked) for asked in (questions, without_context(questions)))  # (n, 4)
     found = dict(accuracy=accuracy(scores, questions), accuracy_normalised=accuracy(scores, questions, normalised=True),
                  accuracy_mutual_information=accuracy(scores - alone, questions))
-    settings = dict(n_questions=n_questions, n_choices=len(questions[0].choices), seed=seed, context_characters=CONTEXT,
+    settings = dict(n_questions=n_questions, n_choices=len(questions[0].choices), seed=seed, max_context_characters=CONTEXT,
                     normalised_by='characters', interval='Wilson, 95 %, over questions')
     return {name: {end: a[end] for end in ('value', 'low', 'high')} for name, a in found.items()} | dict(
         n_questions=len(questions), chance=found['accuracy']['chance'], settings=settings)

@@ -47,7 +47,7 @@ from .train import FREE_FIELDS
 
 # %% ../nbs/build/11_explore.ipynb #258976eb
 OKABE_ITO = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000']
-MARKERS = 'os^DvPX*'
+MARKERS = 'os^DvPX*p<>h'
 STYLE = {
     'figure.figsize': (4.8, 3.2), 'figure.dpi': 100, 'figure.constrained_layout.use': True,
     'figure.facecolor': 'white', 'axes.facecolor': 'white', 'savefig.facecolor': 'white', 'text.color': '#222222',
@@ -998,7 +998,8 @@ def published_columns(
 ) -> dict[str, dict]:      # column title -> the paper's row -> number as text; only metrics that it has
     "The paper's numbers, by column."
     rows = published_numbers(study)
-    columns = {f'paper: {metric_text(name)[0]}': {v: f'{row[name]:g}' for v, row in rows.items() if row.get(name) is not None} for name in names}
+    title = lambda name: 'mean downstream accuracy' if name == 'accuracy' else metric_text(name)[0]   # the paper's is not our cloze task
+    columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if row.get(name) is not None} for name in names}
     return {title: column for title, column in columns.items() if column}
 
 def published_rows(
@@ -1127,7 +1128,8 @@ def draw_changes(
     ax.set_yticks(range(len(found)), [textwrap.fill(v, 22) for v in found])
     seeds = seeds_text(found).split(',')[0] if found else ''
     ax.set(title=textwrap.fill(title, 44) + f'\n({seeds})', ylim=(max(len(found), 1) - .5, -.5),
-           xlabel=textwrap.fill(f"change from {against} ({'doublings' if logarithmic(name) else unit})", 42))
+           xlabel=textwrap.fill(f"change from {against} ({'doublings' if logarithmic(name) else unit.replace(' (', ', ').rstrip(')')})", 42))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(5))
     ax.grid(False, axis='y')
     if any(c['n'] for c in found.values()): fit_width(ax, found)
     else: nothing_here(ax, f'no seed with {against} and another variant')
@@ -1613,7 +1615,7 @@ def write_report(
     if by is None or study: records, found, question = report_setting(records, ledger_rows, study)
     else: found, question = by, report_setting(records)[2] if by != VARIANT else 'Variants of a model'
     by, title = by or found, title or question
-    with plt.rc_context({'interactive': False}): sections = [panel_html(made) for panel in PANELS if (made := panel(records, by))]
+    with plt.rc_context({'interactive': False, 'figure.max_open_warning': 0}): sections = [panel_html(made) for panel in PANELS if (made := panel(records, by))]
     body = '\n'.join([summary_html(records, by), ledger_html(ledger_rows), *sections, runs_html(records, by), provenance_html(records, by)])
     page = (f'<!DOCTYPE html>\n<html lang="en-GB">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{html.escape(title)}: sparsecod</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n')

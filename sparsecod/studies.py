@@ -91,6 +91,7 @@ class RunConfig(Config):
         object.__setattr__(self, 'train', self.train.replace(seed=self.seed))
         validate_run(self)
 
+# %% ../nbs/build/10_studies.ipynb #23e465e8
 def validate_run(
     config: RunConfig,  # the configuration to check
 ):
@@ -565,6 +566,7 @@ class Study:
         return [(label, vary(base, changes | {'seed': seed}))
                 for seed in seed_list(seeds) for label, changes in self.changes(base).items()]
 
+# %% ../nbs/build/10_studies.ipynb #2daec9c4
 def seed_list(
     seeds: int | Iterable[int],  # 3 means seeds 0, 1 and 2
 ) -> list[int]:
@@ -1075,6 +1077,7 @@ def at_some_length(
     if length == 'common' and found: length = sorted(found, key=int)[(len(found) - 1) // 2]
     return found.get(length, {}).get(name)
 
+# %% ../nbs/build/10_studies.ipynb #488d0c01
 def metric_place(
     record: dict,    # of a run
     name: str,       # see `read_metric`
@@ -1087,6 +1090,7 @@ def metric_place(
     if name == 'density': return (sparsity['density_attention'] + sparsity['density_feed_forward']) / 2 if sparsity else None
     return record.get('scores', {}).get('scalars', {}).get(name, sparsity.get(name))
 
+# %% ../nbs/build/10_studies.ipynb #d9d99fe6
 def read_metric(
     record: dict,    # of a run
     name: str,       # val_loss, perplexity, accuracy, a scalar score, a scalar of sparsity, density (mean of both sublayers'), or val_loss@128
@@ -1099,6 +1103,7 @@ def read_metric(
     if isinstance(found, (int, float)): return dict.fromkeys(('value', 'low', 'high'), found)
     return found if found and found['value'] is not None else None
 
+# %% ../nbs/build/10_studies.ipynb #0bfcff76
 def results_table(
     records: list[dict],  # any
 ) -> list[dict]:          # one row a run
@@ -1299,6 +1304,7 @@ def left_out(
     needed = [labels[i] for i in claim.needs] if claim.needs else labels
     return [f"{label}, seed {r['seed']} (diverged)" for label in needed for r in groups.get(label, []) if r['status'] == 'diverged']
 
+# %% ../nbs/build/10_studies.ipynb #3f9c0f58
 def claim_row(
     claim: Claim,          # the claim
     records: list[dict],   # of one scale

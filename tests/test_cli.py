@@ -17,7 +17,7 @@ from sparsecod.studies import CHECKS, CLAIMS, SCALES, STUDIES, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'study', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'eval', 'study', 'reproduce', 'report')
 
 
 @pytest.fixture
@@ -77,7 +77,8 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
     ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
-    ('score DIR', 'holds no saved model'), ('report --results DIR', 'there are no records in')])
+    ('score DIR', 'holds no saved model'), ('eval DIR', 'holds no saved model'), ('eval DIR --limit 0', "'0' must be a positive whole number"),
+    ('eval DIR --tasks cloze,,piqa', "'cloze,,piqa' must be names of tasks"), ('report --results DIR', 'there are no records in')])
 def test_mistakes_get_one_line(type_in, line, says, tmp_path):
     code, text, errors = type_in(line.replace('DIR', str(tmp_path / 'new')))
     assert code == 2 and text == '' and says in errors and errors.startswith('sparsecod') and errors.count('\n') == 1
@@ -154,6 +155,36 @@ def test_score_a_model_without_a_training(type_in, tmp_path):
     (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text())['config']).to_json())
     code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
     assert code == 2 and 'the model knows 290' in errors
+
+
+def test_eval(trained, type_in, tmp_path):
+    code, text, errors = type_in(f'eval {trained} --questions 40 --quiet')
+    assert code == 0 and errors == '' and 'acc_mutual_info' in text and str(trained / 'eval.json') in text
+    found = json.loads((trained / 'eval.json').read_text())
+    assert found['questions'] == 40 and found['tasks'] == ['cloze'] and found['config']['model']['n_layers'] == 2
+    assert {row['metric']: row['n'] for row in found['results']} == dict(acc=40, acc_norm=40, acc_mutual_info=40)
+    for row in found['results']:
+        (line,) = (line.split() for line in text.splitlines() if line.split()[:2] == ['cloze', row['metric']])
+        assert float(line[2]) == pytest.approx(row['value'], rel=1e-3) and line[-2:] == ['0.25', '40']
+        assert float(line[3].strip('[,')) <= row['value'] <= float(line[4].strip(']')) and 0 < row['low'] < row['high'] < 1
+    again = type_in(f"eval {trained / 'model'} --questions 40 --limit 10 --out {tmp_path}/few.json --quiet")
+    few = json.loads((tmp_path / 'few.json').read_text())
+    assert again[0] == 0 and {row['n'] for row in few['results']} == {10} and few['corpus'] == found['corpus'] and few['limit'] == 10
+
+
+def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
+    import datasets
+    def no_network(path, *rest, **options):
+        if path == 'json': return real(path, *rest, **options)
+        raise ConnectionError(f'no network\nfor {path}')
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, 'load_dataset', no_network)
+    code, text, errors = type_in(f'eval {trained} --tasks cloze,hellaswag --questions 10 --quiet')
+    assert code == 2 and text == '' and errors.count('\n') == 1
+    assert "task 'hellaswag' cannot be loaded" in errors and 'no network for Rowan/hellaswag' in errors
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)
+    code, text, errors = type_in(f'eval {trained} --quiet')
+    assert code == 2 and errors == "sparsecod: lm-eval is needed for this: pip install 'sparsecod[eval]'\n"
 
 
 def test_reproduce_and_report(type_in, tmp_path):

@@ -156,22 +156,23 @@ def test_equal_logits_count_tokens(corpus, questions):
 
 
 def test_who_knows_the_text_is_always_right(corpus, questions):
-    "Bigrams with their place: a reader that gives the tokens of the held-out documents probability one."
+    "A reader who remembers which token follows which 20 tokens in the held-out documents."
     known = {}
     for text in held_out_texts(corpus):
         ids = corpus.tokenizer.encode(text)
-        for i in range(8, len(ids)): known.setdefault(tuple(ids[i - 8:i]), set()).add(ids[i])
+        for i in range(20, len(ids)): known.setdefault(tuple(ids[i - 20:i]), set()).add(ids[i])
     def read(tokens, picked, targets):
         logits, seen = torch.zeros(len(targets), corpus.vocab_size), iter(range(len(targets)))
         for row, t in picked.nonzero().tolist():
             m = next(seen)
-            for y in known.get(tuple(tokens[row, max(0, t - 7):t + 1].tolist()), ()): logits[m, y] = 30.
+            for y in known.get(tuple(tokens[row, max(0, t - 19):t + 1].tolist()), ()): logits[m, y] = 30.
         return read_off(logits, targets)
     found = continuation_scores(read, encode_pairs(corpus.tokenizer, [(q.context, choice) for q in questions for choice in q.choices]), T=512)
     scores = found[:, 0].view(-1, 4)
     assert accuracy(scores, questions)['value'] == accuracy(scores, questions, normalised=True)['value'] == 1
     greedy = (found[:, 1] == 0).view(-1, 4)
-    assert all(greedy[i, q.answer] for i, q in enumerate(questions)) and not greedy.all()
+    right = torch.tensor([[i == q.answer for i in range(4)] for q in questions])
+    assert greedy[right].float().mean() > .8 and not greedy[~right].any()           # a short context holds fewer than 20 tokens
 
 
 def test_pieces_score_every_token_once_as_lm_eval_does():

@@ -256,7 +256,7 @@ def test_report_has_a_description_and_data_for_each_figure(report):
     page = Page(report)
     images = page.all('img')
     assert len(images) > 20 and all(len(i['alt']) > 30 for i in images) and len({i['alt'] for i in images}) == len(images)
-    assert page.text.count('Data') >= len(explore.PANELS)
+    assert page.text.count('Data') >= len(explore.PANELS) - 3   # three are for variants only
     for number in ('0.355', '0.259', '1.25e+03'): assert number in page.text or str(float(number)) in page.text  # the paper's
 
 
@@ -371,6 +371,7 @@ def test_versions_of_a_variant_share_a_color_and_no_two_lines_look_alike():
     assert contrast(look['G=1']['color']) < contrast(look['G=4']['color'])                # by number, not by order
     look = explore.looks(list(STUDIES['sources'].changes(SCALES['laptop'])), 'variant')
     assert len({x['color'] for x in look.values()}) == 4                                  # one a source
+    assert len({(x['color'], x['marker']) for x in look.values()}) == len(look)           # so that points can be told apart
 
 
 @pytest.mark.parametrize('name', ['perplexity', 'accuracy', 'density_attention', 'participation', 'kv_density', 'val_loss@128', 'final_variance_median@512', 'val_loss@common'])
@@ -451,12 +452,13 @@ def test_unknown_references_are_refused(gqa):
 @pytest.mark.parametrize('records', [variants(seeds=[0]), variants(missing=['G=1']), variants(diverged=[(name, s) for name in LABELS for s in (0, 1, 2)]),
                                      variants(missing=LABELS[1:]), variants(diverged=[('G=1', s) for s in (0, 1, 2)])],
                          ids=['one seed', 'no reference', 'all diverged', 'only the reference', 'reference diverged'])
-def test_partial_studies_are_drawn_and_listed(records, tmp_path):
+def test_partial_studies_are_drawn_and_listed(records, tmp_path, monkeypatch):
     for call in (explore.plot_study, explore.plot_changes): call('gqa', records, NAMES).canvas.draw()
     explore.plot_scatter('gqa', records, 'density_attention', 'final_variance').figure.canvas.draw()
     explore.plot_lengths(explore.label_variants('gqa', records), 'val_loss').figure.canvas.draw()
     for call in (explore.study_table, explore.beside_table, explore.changes_table):
         assert {row[next(iter(row))] for row in cells(call('gqa', records, NAMES))} >= {r['variant'] for r in explore.label_variants('gqa', records)} - {'G=1'}
+    monkeypatch.setattr(explore, 'PANELS', [explore.changes_panel, explore.sparsity_panel, explore.relations_panel, explore.training_panel])
     explore.write_report(records, tmp_path / 'r.html', study='gqa')
 
 
@@ -494,6 +496,7 @@ def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
     assert [row['paper'] for row in cells(explore.published_rows('gqa', names))] == list(paper)
     with pytest.raises(ValueError, match="study='gqa' has no published causal; there are perplexity"): explore.published_rows('gqa', ['causal'])
     assert 'paper:' not in explore.beside_table('gqa', gqa, ['causal'])
+    assert 'paper: mean downstream accuracy' in explore.published_rows('ladder', ['accuracy'])   # and not a cloze accuracy
 
 
 def test_correlation_table():
@@ -555,19 +558,31 @@ def test_report_of_variants(gqa, tmp_path):
     assert '0.6 (' in page.text                                                     # the mean change of the loss from G=1 to G=2
 
 
-@pytest.mark.parametrize('study', [name for name in STUDIES if name not in ('depth', 'gqa')])
-def test_every_study_has_a_report(study, tmp_path):
-    records = variants(study, seeds=[0, 1])
-    for name, more in (('named.html', dict(study=study)), ('labelled.html', {}))[:1 if study == 'sources' else 2]:
-        if more: path = explore.write_report(records, tmp_path / name, **more)
-        else: path = explore.write_report(explore.label_variants(study, records), tmp_path / name, ledger(records, study), STUDIES[study].question, 'variant')
+@pytest.mark.parametrize('study', [name for name in STUDIES if name != 'depth'])
+def test_every_study_has_a_report(study, tmp_path, monkeypatch):
+    "By its name, by its ledger, and with labelled records; a few panels are enough here."
+    monkeypatch.setattr(explore, 'PANELS', [explore.final_variance_panel, explore.jacobian_panel])
+    records, question = variants(study, seeds=[0, 1]), STUDIES[study].question
+    labelled = explore.label_variants(study, records)
+    for call in (dict(study=study), dict(ledger_rows=ledger(records, study)), dict(records=labelled, title=question, by='variant')):
+        path = explore.write_report(**dict(records=records, path=tmp_path / 'r.html') | call)
         text = Page(path.read_text(encoding='utf-8')).text
-        assert headings(path)[0] == STUDIES[study].question
-        for label in STUDIES[study].changes(SCALES['laptop']): assert label in text
-        assert 'first and last layer' not in text
+        assert headings(path)[0] == question and 'first and last layer' not in text and 'Published' not in path.read_text(encoding='utf-8')
+        for name in STUDIES[study].changes(SCALES['laptop']): assert name in text
 
 
-def test_report_of_a_study_without_its_runs(gqa, tmp_path):
-    with pytest.raises(ValueError, match="study='moe' has no run among the 15 records"): explore.write_report(gqa, tmp_path / 'r.html', study='moe')
+def test_many_variants_have_no_picture_each():
+    runs = explore.label_variants('sources', variants('sources', seeds=[0]))
+    assert len(explore.pairs_panel(runs, 'variant').pictures) == 4 and len(explore.usefulness_panel(runs, 'variant').pictures) == 1
+    few = explore.label_variants('gqa', variants(seeds=[0]))
+    titles = [ax.get_title() for ax, _ in explore.pairs_panel(few, 'variant').pictures]
+    assert len(titles) == 2 * len(LABELS) + 4 and all(any(f'({name})' in title for title in titles) for name in LABELS)
+
+
+def test_report_of_a_study_without_its_runs(tmp_path):
+    with pytest.raises(ValueError, match="study='moe' has no run among the 4 records"): explore.write_report(depth_study(1), tmp_path / 'r.html', study='moe')
     with pytest.raises(ValueError, match='no records to show'): explore.write_report([], tmp_path / 'r.html', study='moe')
-    assert headings(explore.write_report(depth_study(1), tmp_path / 'r.html', ledger([], 'depth')))[0] == 'Depth and the residual stream'
+
+
+def test_the_report_of_the_depth_study_keeps_its_published_pictures(report):
+    assert re.search('<h1>Depth and the residual stream</h1>', report) and 'Published Jacobian deviations' in report
