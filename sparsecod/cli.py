@@ -364,7 +364,8 @@ def summary_lines(
     records: list[dict],  # of one scale
 ) -> list[str]:
     "The summary of a study as a table."
-    from sparsecod.studies import number, summarise
+    from sparsecod.claims import number
+    from sparsecod.studies import summarise
     table = summarise(study, records, SUMMARY)
     lines = [f'{study:22s}' + ''.join(f'{label:>32s}' for label in table)]
     for name in SUMMARY:
@@ -374,6 +375,7 @@ def summary_lines(
     lines.append(f"{'seeds':22s}" + ''.join(f'{n:32d}' for n in seeds))
     return [*lines, '95 % intervals: over seeds, or over held-out sequences where there is one seed']
 
+# %% ../nbs/build/17_cli.ipynb #65055964
 def run_studies(
     names: list[str],  # of studies
     args,              # of the command
@@ -443,7 +445,8 @@ def show_results(
     markdown: bool,       # print Markdown in the place of a table for the terminal
 ):
     "Print the ledger and write the report."
-    from sparsecod.studies import ledger, ledger_markdown, ledger_table, load_results
+    from sparsecod.claims import ledger, ledger_markdown, ledger_table
+    from sparsecod.studies import load_results
     records = load_results(folder, scale)
     if not records: raise ValueError(f'there are no records in {Path(folder) / scale}; sparsecod study makes some')
     if out and Path(out).is_dir(): raise ValueError(f'out={out!r} is a folder; it must be the name of the HTML file')
@@ -460,7 +463,8 @@ def write_reports(
 ) -> list[Path]:          # the files
     "Write a report for each study."
     from sparsecod.explore import DEPTH, label_variants, write_report
-    from sparsecod.studies import STUDIES, by_variant, ledger
+    from sparsecod.claims import ledger
+    from sparsecod.studies import STUDIES, by_variant
     names = [study] if study else [name for name in STUDIES if by_variant(name, records)]
     if not names: return [write_report(records, path, ledger(records))]
     files = [path, *(path.with_name(f'{path.stem}-{name}{path.suffix}') for name in names[1:])]

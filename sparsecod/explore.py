@@ -42,7 +42,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 
-from .studies import CLAIMS, HEADS, PUBLISHED, SCALES, STUDIES, RunConfig, Study, by_variant, ledger_cells, number, over_seeds, read_metric, scale_config, study_named, t_interval, verdict_counts, write_text
+from .claims import CLAIMS, HEADS, PUBLISHED, ledger_cells, number, verdict_counts
+from .studies import SCALES, STUDIES, RunConfig, Study, by_variant, over_seeds, read_metric, scale_config, study_named, t_interval, write_text
 from .train import FREE_FIELDS
 
 # %% ../nbs/build/14_explore.ipynb #258976eb
@@ -443,7 +444,8 @@ METRICS = {
     'final_variance_without_first': ('Final-layer variance, no position 0', 'variance of $h_L$'),
     'jacobian_deviation': ('Jacobian deviation, per token', 'mean over blocks'),
     'jacobian_deviation_published': ('Jacobian deviation, as published', 'mean over blocks'), 'val_loss': ('Held-out loss', 'nats a token'),
-    'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions'),
+    'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions, by mutual information'),
+    'accuracy_plain': ('Cloze accuracy, plain', 'share of questions'),
     'density': ('Effective density', 'share of connections'), 'density_attention': ('Effective density, attention', 'share of connections'),
     'density_feed_forward': ('Effective density, feed-forward', 'share of connections'),
     'keys_for_90_percent': ('Keys for 90 % of the mass', 'share of visible keys'), 'attention_entropy': ('Attention entropy', 'share of the largest possible'),
@@ -907,7 +909,7 @@ def published_table(
 
 # %% ../nbs/build/14_explore.ipynb #2b2b017e
 def verdict_text(
-    row: dict,   # from `studies.ledger`
+    row: dict,   # from `claims.ledger`
 ) -> str:
     "One row of the ledger as a sentence."
     s, claim = row['statistic'], row['statement']
@@ -1510,7 +1512,7 @@ def panel_html(
 
 # %% ../nbs/build/14_explore.ipynb #5553b08b
 def ledger_html(
-    rows: list[dict] | None,  # from `studies.ledger`
+    rows: list[dict] | None,  # from `claims.ledger`
 ) -> str:
     "The ledger with its verdicts and rules; empty without rows."
     if not rows: return ''
@@ -1606,7 +1608,7 @@ def report_setting(
 def write_report(
     records: list[dict],    # of a study; runs that diverged or are missing leave gaps
     path: str | Path,       # the HTML file
-    ledger_rows: list[dict] | None = None,  # from `studies.ledger`
+    ledger_rows: list[dict] | None = None,  # from `claims.ledger`
     title: str | None = None,   # None: the study's question
     by: str | None = None,      # the field that the runs differ in, or 'variant' for labelled records; None: find out
     study: str | Study | None = None,  # of which the records are; None: find out

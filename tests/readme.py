@@ -10,7 +10,7 @@ MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end o
 
 def table(rows: list[dict]) -> list[str]:
     "Rows of the ledger, a line a claim."
-    from sparsecod.studies import statistic_text
+    from sparsecod.claims import statistic_text
     lines = ['| verdict | claim | statistic, 95 % interval over seeds |', '|---|---|---|']
     return lines + [f"| {r['verdict']} | {'control: ' * r['control']}{r['statement']} | {r['rule'].split('; confirmed')[0]}: {statistic_text(r)} |"
                     for r in rows]
@@ -23,7 +23,8 @@ def counts(rows: list[dict]) -> str:
 
 def findings() -> str:
     "Verdicts counted by study, and then, folded, every row that was judged by runs."
-    from sparsecod.studies import STUDIES, by_variant, ledger, load_results
+    from sparsecod.claims import ledger
+    from sparsecod.studies import STUDIES, by_variant, load_results
     records = load_results(ROOT / 'results', 'laptop')
     rows = {name: [r for r in ledger(records, name) if r['study']] for name in STUDIES}
     lines = ['| study | its question | runs | claims of the paper: confirmed / contradicted / open | our controls: confirmed / contradicted / open |',

@@ -13,7 +13,8 @@ import pytest
 import sparsecod
 from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.studies import CHECKS, CLAIMS, SCALES, STUDIES, RunConfig
+from sparsecod.claims import CHECKS, CLAIMS
+from sparsecod.studies import SCALES, STUDIES, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sparsecod import explore
-from sparsecod.studies import CLAIMS, PRESETS, PUBLISHED, SCALES, STUDIES, by_variant, ledger
+from sparsecod.claims import CLAIMS, PUBLISHED, ledger
+from sparsecod.studies import PRESETS, SCALES, STUDIES, by_variant
 from synthetic import depth_study, interval, record
 
 

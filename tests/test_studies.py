@@ -16,10 +16,10 @@ from scipy import stats
 
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
-from sparsecod.studies import (CHECKS, CLAIMS, DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
-                               complete_seeds, identity, judge, ledger, ledger_markdown, ledger_table, load_results, locate, over_seeds,
-                               correlations, equivalent_decay, rank_correlation, read_metric, results_table, run, run_name, run_study, source_setting, statistic_text, scale_config, slope, summarise, t_interval, variant_key, vary,
-                               work_folder, write_record)
+from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text
+from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
+                               identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
+                               scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
 from sparsecod.train import decay_product
 from synthetic import ends_early, record as made_up_record
 
