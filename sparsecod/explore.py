@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEASURED', 'NUMBERED', 'STATISTICS', 'UPDATES',
-           'JACOBIANS', 'METRICS', 'LOGARITHMIC', 'ENTRY', 'PAIRS', 'SCORES', 'CHANGES', 'SPARSITY', 'RELATIONS',
-           'PANELS', 'CSS', 'use_style', 'styled', 'setting_colors', 'setting', 'label', 'flat_config', 'differences',
-           'varied_field', 'by_setting', 'label_variants', 'family_colors', 'looks', 'Series', 'combined', 'finished',
-           'profile', 'layer_series', 'curve', 'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here',
+           'JACOBIANS', 'METRICS', 'ENTRY', 'PAIRS', 'SCORES', 'CHANGES', 'SPARSITY', 'RELATIONS', 'PANELS', 'CSS',
+           'use_style', 'styled', 'setting_colors', 'setting', 'label', 'flat_config', 'differences', 'varied_field',
+           'by_setting', 'label_variants', 'family_colors', 'looks', 'Series', 'combined', 'finished', 'profile',
+           'layer_series', 'curve', 'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here',
            'whole_layers', 'plot_variance', 'plot_updates', 'draw_diverged', 'plot_curve', 'plot_final_variance',
-           'plot_loss', 'plot_jacobian', 'estimates', 'logarithmic', 'metric_text', 'name_ticks', 'spread',
-           'seeds_text', 'fit_limits', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published',
-           'paper_axes', 'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian',
-           'pair_means', 'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance',
-           'distance_series', 'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores',
-           'headline_figure', 'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table',
-           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'interval_note', 'not_run', 'study_cells',
-           'study_table', 'published_numbers', 'published_columns', 'published_rows', 'beside_table', 'small_axes',
-           'plot_study', 'seed_changes', 'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes',
-           'reference', 'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter', 'correlation_table',
-           'length_series', 'plot_lengths', 'Panel', 'describe', 'series_table', 'ends_table', 'variance_panel',
-           'updates_panel', 'jacobian_panel', 'training_panel', 'loss_panel', 'describe_score', 'score_panel',
-           'effectiveness_panel', 'final_variance_panel', 'few', 'pairs_panel', 'usefulness_panel', 'known_metrics',
-           'changes_panel', 'sparsity_panel', 'relations_panel', 'table_html', 'folded', 'picture_html', 'panel_html',
-           'ledger_html', 'runs_html', 'plain', 'provenance_html', 'summary_html', 'report_setting', 'write_report']
+           'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'name_ticks', 'spread', 'seeds_text', 'fit_limits',
+           'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes', 'plot_published',
+           'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means', 'plot_pairs',
+           'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series', 'plot_distance',
+           'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure', 'save_figure',
+           'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table', 'verdict_text', 'runs_text',
+           'results_folder', 'interval_note', 'not_run', 'study_cells', 'study_table', 'published_numbers',
+           'published_columns', 'published_rows', 'beside_table', 'small_axes', 'plot_study', 'seed_changes',
+           'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes', 'reference', 'plot_changes',
+           'changes_table', 'draw_scatter', 'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths',
+           'Panel', 'describe', 'series_table', 'ends_table', 'variance_panel', 'updates_panel', 'jacobian_panel',
+           'training_panel', 'loss_panel', 'describe_score', 'score_panel', 'effectiveness_panel',
+           'final_variance_panel', 'few', 'pairs_panel', 'usefulness_panel', 'known_metrics', 'changes_panel',
+           'sparsity_panel', 'relations_panel', 'table_html', 'folded', 'picture_html', 'panel_html', 'ledger_html',
+           'runs_html', 'plain', 'provenance_html', 'summary_html', 'report_setting', 'write_report']
 
 # %% ../nbs/build/14_explore.ipynb #108bec8f
 import base64
@@ -43,7 +43,7 @@ import numpy as np
 from cycler import cycler
 
 from .claims import CLAIMS, HEADS, PUBLISHED, ledger_cells, number, verdict_counts
-from .studies import SCALES, STUDIES, RunConfig, Study, by_variant, over_seeds, read_metric, scale_config, study_named, t_interval, write_text
+from .studies import LOGARITHMIC, SCALES, STUDIES, RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval, write_text
 from .train import FREE_FIELDS
 
 # %% ../nbs/build/14_explore.ipynb #258976eb
@@ -429,7 +429,7 @@ def estimates(
 ) -> dict:                # setting -> value, low, high, n, and what the interval is over
     "A scalar over the seeds of each setting; settings where no run has it are left out."
     found = {value: [m for r in finished(group) if (m := read_metric(r, name))] for value, group in by_setting(records, by).items()}
-    return {value: over_seeds(metrics) for value, metrics in found.items() if metrics}
+    return {value: over_seeds(metrics, logarithmic(name)) for value, metrics in found.items() if metrics}
 
 # %% ../nbs/build/14_explore.ipynb #9b201c28
 METRICS = {
@@ -444,7 +444,7 @@ METRICS = {
     'final_variance_without_first': ('Final-layer variance, no position 0', 'variance of $h_L$'),
     'jacobian_deviation': ('Jacobian deviation, per token', 'mean over blocks'),
     'jacobian_deviation_published': ('Jacobian deviation, as published', 'mean over blocks'), 'val_loss': ('Held-out loss', 'nats a token'),
-    'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions, by mutual information'),
+    'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions'),
     'accuracy_plain': ('Cloze accuracy, plain', 'share of questions'),
     'density': ('Effective density', 'share of connections'), 'density_attention': ('Effective density, attention', 'share of connections'),
     'density_feed_forward': ('Effective density, feed-forward', 'share of connections'),
@@ -453,15 +453,6 @@ METRICS = {
     'weights_below_0_1_rms': ('Weights below 0.1 RMS', 'share of weights'), 'participation': ('Participation ratio of weights', 'share of weights'),
     'kv_density': ('Key/value density 1/G', 'heads K / heads H'), 'expert_density': ('Expert density k/E', 'share of experts'),
 }
-
-# %% ../nbs/build/14_explore.ipynb #10949128
-LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first')
-
-def logarithmic(
-    name: str,  # of a metric
-) -> bool:
-    "Is this metric compared by ratio?"
-    return name.partition('@')[0] in LOGARITHMIC
 
 # %% ../nbs/build/14_explore.ipynb #9d86542b
 def metric_text(
@@ -947,7 +938,7 @@ def interval_note(
     "What the intervals of a table are over."
     kinds = {e['over'] for e in found}
     if kinds == {'sequences'}: return 'One seed: the intervals are over held-out sequences and say nothing about other seeds.'
-    return 'Means over seeds with 95 % intervals (Student)' + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in kinds else '.')
+    return 'Means over seeds with 95 % intervals (Student), geometric means for variances' + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in kinds else '.')
 
 def not_run(
     study: str | Study,    # which study

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS',
-           'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'RunConfig', 'validate_run', 'whole', 'check_change', 'vary',
-           'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config', 'hardware', 'n_cores', 'git',
-           'code_state', 'versions', 'provenance', 'shortened', 'curves', 'held_out', 'final_loss', 'lengths_of',
-           'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures', 'make_record', 'work_folder',
-           'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'forget', 'label_folder',
-           'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list', 'depth_variants', 'equivalent_decay',
-           'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
-           'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'study_named', 'stop_with_parent',
-           'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence',
-           'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs',
-           'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants',
-           'at_some_length', 'metric_place', 'read_metric', 'results_table', 't_interval', 'over_seeds', 'summarise']
+           'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'LOGARITHMIC', 'RunConfig', 'validate_run', 'whole',
+           'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config', 'hardware',
+           'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'held_out', 'final_loss',
+           'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures', 'make_record',
+           'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'forget',
+           'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list', 'depth_variants',
+           'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants', 'length_changes',
+           'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting',
+           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
+           'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
+           'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus',
+           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'results_table',
+           't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/build/12_studies.ipynb #0e76a0d1
 import hashlib
@@ -1133,12 +1134,24 @@ def t_interval(
     return x.mean(), x.mean() - half, x.mean() + half
 
 # %% ../nbs/build/12_studies.ipynb #0ef244e9
+LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first')
+
+def logarithmic(
+    name: str,  # of a metric
+) -> bool:
+    "Is this metric compared by ratio?"
+    return name.partition('@')[0] in LOGARITHMIC
+
 def over_seeds(
     found: list[dict],  # value, low and high for each seed
+    log: bool = False,  # average logarithms: the geometric mean, with an interval that never reaches 0
 ) -> dict:              # value, low, high, n, and what the interval is over: 'seeds' or 'sequences'
     "Mean over seeds with its t interval; for one seed its own interval over sequences."
     if len(found) == 1: return dict(found[0], n=1, over='sequences')
-    mean, low, high = t_interval([f['value'] for f in found])
+    values = np.array([f['value'] for f in found], float)                # (n,)
+    log = log and (values > 0).all()
+    ends = t_interval(np.log(values) if log else values)
+    mean, low, high = np.exp(ends) if log else ends
     return dict(value=float(mean), low=float(low), high=float(high), n=len(found), over='seeds')
 
 def summarise(
@@ -1152,5 +1165,5 @@ def summarise(
     for label, group in by_variant(study, records, base).items():
         names = metrics or dict.fromkeys(['val_loss', *(k for r in group for k in r.get('scores', {}).get('scalars', {}))])
         found = {name: [m for r in group if (m := read_metric(r, name))] for name in names}
-        table[label] = {name: over_seeds(values) for name, values in found.items() if values}
+        table[label] = {name: over_seeds(values, logarithmic(name)) for name, values in found.items() if values}
     return table

@@ -335,6 +335,13 @@ def test_too_few_seeds_have_no_interval():
     assert over_seeds([dict(value=1., low=0., high=2.)]) == dict(value=1., low=0., high=2., n=1, over='sequences')
     assert over_seeds([dict(value=1., low=0., high=9.), dict(value=3., low=0., high=9.)])['over'] == 'seeds'
 
+def test_variances_are_averaged_by_ratio():
+    seeds = [dict(value=v, low=v, high=v) for v in (1., 10., 100.)]
+    plain, ratio = over_seeds(seeds), over_seeds(seeds, log=True)
+    assert plain['low'] < 0 < ratio['low'] and math.isclose(ratio['value'], 10)
+    assert math.isclose(ratio['low'] * ratio['high'], 100)                       # symmetric on a logarithmic axis
+    assert over_seeds([dict(value=0., low=0., high=0.), *seeds], log=True)['value'] == 27.75   # a zero has no logarithm
+
 
 def test_statistics_are_those_of_scipy_and_numpy():
     rng = np.random.default_rng(0)
