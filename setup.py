@@ -36,7 +36,8 @@ setup(
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={'eval': cfg['eval_requirements'].split(), 'dev': f"{cfg['dev_requirements']} {cfg['eval_requirements']}".split()},
+    extras_require={'eval': cfg['eval_requirements'].split(), 'hf': cfg['hf_requirements'].split(),
+                    'dev': f"{cfg['dev_requirements']} {cfg['eval_requirements']} {cfg['hf_requirements']}".split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # lets nbdev link names in the docs to their source

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'PAPER', 'PRESETS', 'LOGITS_AT_ONCE', 'Config', 'require', 'ExpertsConfig', 'following_fields', 'ModelConfig',
            'validate_sizes', 'validate_model', 'feed_forward_params', 'param_counts', 'flops_per_token', 'preset',
            'BlockOutput', 'make_feed_forward', 'Block', 'init_matrices', 'Stack', 'initial_update_variance',
-           'cross_entropy', 'StackWithHead', 'auxiliary_loss', 'Transformer', 'next_tokens']
+           'cross_entropy', 'StackWithHead', 'auxiliary_loss', 'HubModel', 'Transformer', 'next_tokens']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
@@ -334,8 +334,15 @@ def auxiliary_loss(
     balance, z = config.balance_weight * balance_loss(routing, sequences), config.router_z_weight * router_z_loss(routing)
     return (balance + z) / config.n_layers
 
+# %% ../nbs/build/03_core.ipynb #11a88d00
+class HubModel(PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod']):
+    "Saving, loading and sharing; weights are safetensors only."
+    @classmethod
+    def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):
+        raise ValueError(f'{model_file} is a pickle, which can run any program when it is read; only model.safetensors is loaded')
+
 # %% ../nbs/build/03_core.ipynb #1e157528
-class Transformer(StackWithHead, PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod']):
+class Transformer(StackWithHead, HubModel):
     "Decoder-only language model."
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -6,11 +6,11 @@
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS',
            'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'LOGARITHMIC', 'RunConfig', 'validate_run', 'whole',
            'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config', 'hardware',
-           'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'held_out', 'final_loss',
-           'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures', 'make_record',
-           'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'forget',
-           'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list', 'depth_variants',
-           'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants', 'length_changes',
+           'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'score_windows', 'held_out',
+           'final_loss', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures',
+           'make_record', 'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place',
+           'locate', 'forget', 'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list',
+           'depth_variants', 'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants', 'length_changes',
            'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting',
            'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
            'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
@@ -276,18 +276,26 @@ def curves(
     return shortened({name: [r.get(key) for r in log] for name, key in CURVE.items()})
 
 # %% ../nbs/build/12_studies.ipynb #ff5d03e2
+def score_windows(
+    corpus: Corpus,      # where they come from
+    T: int,              # how long
+    score: ScoreConfig,  # how many
+) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
+    "Windows of the validation split to score a model with; a larger number only continues a smaller one."
+    windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
+    to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
+    repeated = (to_fit[:, None] == to_score[None]).all(-1).any(-1)               # (M,)
+    return to_score, to_fit[~repeated]
+
+# %% ../nbs/build/12_studies.ipynb #7e4bb8e1
 def held_out(
     config: RunConfig,  # how many windows, and how long
     corpus: Corpus,     # where they come from
 ) -> tuple[Tensor, Tensor, Tensor]:  # to evaluate, to score and to fit on, each (n, T + 1)
     "Windows of the validation split, the same ones for every model with this context length."
     T, score = config.model.context_length, config.score
-    needed = score.n_sequences + score.n_fit
-    n = max(needed, min(config.n_eval, corpus.n_windows('val', T)))
-    windows = corpus.sample_windows('val', n, T, score.seed)                     # (n, T + 1)
-    to_score, to_fit = windows[:score.n_sequences], windows[score.n_sequences:needed]
-    repeated = (to_fit[:, None] == to_score[None]).all(-1).any(-1)               # (n_fit,)
-    return windows, to_score, to_fit[~repeated]
+    n = max(score.n_sequences + score.n_fit, min(config.n_eval, corpus.n_windows('val', T)))
+    return corpus.sample_windows('val', n, T, score.seed), *score_windows(corpus, T, score)
 
 def final_loss(
     result: TrainResult,  # of a run that finished
@@ -1154,6 +1162,7 @@ def over_seeds(
     mean, low, high = np.exp(ends) if log else ends
     return dict(value=float(mean), low=float(low), high=float(high), n=len(found), over='seeds')
 
+# %% ../nbs/build/12_studies.ipynb #6751471c
 def summarise(
     study: str | Study,    # which study
     records: list[dict],   # of one scale

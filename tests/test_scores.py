@@ -1,13 +1,23 @@
 """Scores: known answers, slow references, and one test for each trap in the official code (reference: chapter on scores)."""
 import copy
 import itertools
+import json
+import math
+import weakref
 
+import jsonschema
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import sparsecod.scores as scores_module
+from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
-from sparsecod.scores import (AffineFit, ScoreConfig, causal_ratio, fit_blocks, score_model, skip_effects, swap_losses,
+from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, fit_blocks, jacobian_deviation, jacobian_estimate,
+                              jacobian_products, n_probes, needed_bytes, plan_memory, root_of_mean, score_model, skip_effects, swap_losses,
                               token_variances, trace, update_sizes)
 
 SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=2, batch_size=4, n_bootstrap=50)
@@ -81,6 +91,31 @@ def test_skip_loss_equals_full_forwards(model):
     w, got = windows(6, 1), score(model)['arrays']['skip_loss_increase']
     for s in range(1, 5):
         assert got[s - 1] == pytest.approx(mean_loss(edited(model, {s: Skip()}), w) - mean_loss(model, w), abs=1e-5)
+
+
+class PartlySkipped(nn.Module):
+    "A block that is skipped at the first five positions."
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, h, rope):
+        u = self.block(h, rope).update.clone()
+        u[:, :5] = 0
+        return BlockOutput(h + u, u, torch.zeros_like(u))
+
+
+def test_causal_at_later_tokens_equals_full_forwards(model):
+    w, got = windows(6, 1), score(model)
+    base, seen = updates(model, w), []
+    for s, l in itertools.product(range(1, 5), range(1, 5)):
+        if l <= s:
+            assert got['arrays']['causal_max'][s - 1][l - 1] is None
+        else:
+            partly = updates(edited(model, {s: PartlySkipped(model.blocks[s - 1])}), w)
+            seen.append(((partly[l - 1] - base[l - 1]).norm(dim=-1) / base[l - 1].norm(dim=-1))[:, 5:].amax(1).mean().item())
+            assert got['arrays']['causal_max'][s - 1][l - 1] == pytest.approx(seen[-1], rel=1e-4)
+    assert got['scalars']['causal_max']['value'] == pytest.approx(sum(seen) / 6, rel=1e-4)
 
 
 def test_permutation_equals_full_forwards(model):
@@ -284,3 +319,434 @@ def test_every_kind_of_model_is_scored(changes):
     s = score_model(m, windows(6, 1, T), windows(60, 2, T), SETTINGS, progress=False)
     assert all(e['value'] is not None and e['low'] <= e['high'] for e in s['scalars'].values())
     assert s['settings']['n_sequences'] == 6 and s['settings']['T'] == T
+
+
+# --- Jacobians from probes
+
+def real_block(model, l):
+    "Block l on a random sequence, and its exact deviation: as published and per token."
+    h = torch.randn(10, 16, generator=torch.Generator().manual_seed(l))
+    block = lambda x: model.run(x, start=l - 1, stop=l)
+    average, per_token = jacobian_deviation(block, h)
+    return block, h, (average.norm() / 16, per_token)
+
+
+def test_probes_agree_with_the_exact_jacobian_and_state_their_error(model):
+    "Over many seeds: no bias, and as much scatter as the standard error says."
+    for l in (1, 3):
+        block, h, exact = real_block(model, l)
+        for which in (0, 1):
+            found = torch.tensor([jacobian_estimate(block, h, 24, seed=seed)[which] for seed in range(300)])
+            z = (found[:, 0] - exact[which]) / found[:, 1]
+            assert abs(found[:, 0].mean() - exact[which]) < 4 * found[:, 0].std() / 300 ** .5
+            assert .8 < found[:, 1].square().mean().sqrt() / found[:, 0].std() < 1.25
+            assert (z.abs() < 2).float().mean() > .88 and .02 < found[:, 0].std() / exact[which]
+
+
+def test_the_root_of_few_noisy_squares_is_corrected():
+    "Squares of normal numbers have mean 1; the root of the mean of 8 of them is 3 % too small on average."
+    squares = torch.randn(6000, 8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square()
+    found = torch.tensor([root_of_mean(one)[0] for one in squares])
+    assert squares.mean(1).sqrt().mean() < .98
+    assert found.mean() == pytest.approx(1, abs=.012)
+    assert root_of_mean(torch.full((8, 3), 4.)) == (2, 0)
+
+
+def test_more_probes_err_less(model):
+    block, h, exact = real_block(model, 2)
+    for which in (0, 1):
+        few, many = (torch.tensor([jacobian_estimate(block, h, probes, seed=seed)[which][0] for seed in range(60)]) for probes in (4, 64))
+        assert (many - exact[which]).square().mean() < (few - exact[which]).square().mean() / 6
+
+
+def test_probes_of_blocks_with_known_answers():
+    h, A = torch.randn(12, 16), torch.randn(16, 16)
+    sign = torch.tensor([1., -1.]).repeat(6)[:, None]
+    assert jacobian_estimate(lambda x: x, h, 8) == ((0, 0), (0, 0))
+    (published, published_error), (per_token, error) = jacobian_estimate(lambda x: x + x @ A.T, h, 256)
+    assert published == pytest.approx(per_token.item(), rel=1e-5)                     # all tokens alike: both versions agree
+    assert abs(per_token - A.norm() / 16) < 5 * error < A.norm() / 16
+    (published, _), (per_token, error) = jacobian_estimate(lambda x: x + sign * x, h, 8)
+    assert published == pytest.approx(0, abs=1e-6) and per_token == pytest.approx(1 / 4)   # deviations cancel as published
+    assert error == pytest.approx(0, abs=1e-6)                                        # every sign vector has the same length
+
+
+def test_products_do_not_depend_on_how_many_run_together(model):
+    block, h, _ = real_block(model, 2)
+    V = torch.randn(7, 16)
+    want = torch.cat(list(jacobian_products(block, h, V, 7)))
+    J = torch.autograd.functional.jacobian(lambda x: block(x[None])[0], h).sum(0)          # (out, T, in)
+    assert torch.allclose(want, torch.einsum('rk,ktd->rtd', V, J), atol=1e-4)
+    for rows_at_once in (1, 3, 32):
+        assert torch.allclose(torch.cat(list(jacobian_products(block, h, V, rows_at_once))), want, atol=1e-5)
+
+
+def test_wide_models_get_probes(model, monkeypatch):
+    assert [n_probes(ScoreConfig(), D) for D in (16, 512, 513)] == [0, 0, 64]
+    assert n_probes(ScoreConfig(jacobian_probes=0), 4096) == 0 and n_probes(ScoreConfig(jacobian_probes=9), 16) == 9
+    exact = score(model)
+    monkeypatch.setattr(scores_module, 'JACOBIAN_EXACT_WIDTH', 15)
+    probed = score(model)
+    assert exact['settings']['jacobian_probes'] == 0 and probed['settings']['jacobian_probes'] == 64
+    for kind in ('jacobian_published', 'jacobian_per_token'):
+        assert f'{kind}_error' not in exact['arrays']
+        for a, b, error in zip(exact['arrays'][kind], probed['arrays'][kind], probed['arrays'][f'{kind}_error']):
+            assert 0 < abs(a - b) < 5 * error < a
+    rest = lambda s: {k: v for k, v in s['scalars'].items() if 'jacobian' not in k}
+    assert rest(exact) == rest(probed)
+    one, two = score(model, seed=1)['arrays'], score(model, seed=1, batch_size=1)['arrays']    # probes belong to a sequence, not to a batch
+    assert one['jacobian_per_token'] == pytest.approx(two['jacobian_per_token'], rel=1e-5)
+
+
+@pytest.mark.parametrize('probes', [1, -1, 2.5])
+def test_number_of_probes_is_checked(probes):
+    with pytest.raises(ValueError, match=f'jacobian_probes={probes}'):
+        ScoreConfig(jacobian_probes=probes)
+
+
+# --- adapted models
+
+def tiny(family):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=32, initializer_range=.3,
+                 bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if family == 'Llama': sizes |= dict(intermediate_size=40, num_key_value_heads=1)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{family}Config')(**sizes)).eval()
+
+
+@pytest.fixture(params=['Llama', 'GPT2'])
+def network(request):
+    return tiny(request.param)
+
+
+def block_list(network):
+    return network.model.layers if hasattr(network, 'model') else network.transformer.h
+
+
+class Update(nn.Module):
+    "A block of the transformers library with an update that is written down."
+    def __init__(self, update):
+        super().__init__()
+        self.update = update
+
+    def forward(self, h, *args, **kwargs):
+        return h + self.update(h)
+
+
+@torch.no_grad()
+def full_forward(network, w, changes={}):
+    "Streams h_0 .. h_L and loss of a full forward pass with some blocks (1-based) replaced in the network itself."
+    blocks, streams = block_list(network), []
+    own = list(blocks)
+    for l, block in changes.items(): blocks[l - 1] = block
+    def keep(block, args, kwargs, out):
+        if not streams: streams.append(args[0] if args else kwargs['hidden_states'])
+        streams.append(out[0] if isinstance(out, tuple) else out)
+    hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+    logits = network(input_ids=w[:, :-1], use_cache=False).logits
+    for hook in hooks: hook.remove()
+    for l, block in enumerate(own): blocks[l] = block
+    return streams, nn.functional.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten()).item()
+
+
+def steps(streams):
+    return [after - before for before, after in zip(streams, streams[1:])]
+
+
+def test_adapted_skips_equal_full_forwards(network):
+    w, got = windows(6, 1), score(network)['arrays']
+    streams, loss = full_forward(network, w)
+    base = steps(streams)
+    assert got['variance_mean'] == pytest.approx([h.var(-1).mean().item() for h in streams], rel=1e-4)
+    for s in range(1, 5):
+        skipped, without = full_forward(network, w, {s: Update(torch.zeros_like)})
+        assert got['skip_loss_increase'][s - 1] == pytest.approx(without - loss, abs=1e-5)
+        for l in range(1, 5):
+            want = ((steps(skipped)[l - 1] - base[l - 1]).norm(dim=-1).mean() / base[l - 1].norm(dim=-1).mean()).item() if l > s else None
+            assert got['causal'][s - 1][l - 1] == (None if want is None else pytest.approx(want, rel=1e-3))
+
+
+def test_adapted_swaps_equal_full_forwards(network):
+    w, got, blocks = windows(6, 1), score(network)['arrays']['permutation'], block_list(network)
+    loss, seen = full_forward(network, w)[1], []
+    for i, j in itertools.combinations(range(1, 5), 2):
+        swapped = full_forward(network, w, {i: blocks[j - 1], j: blocks[i - 1]})[1]
+        seen.append(abs(swapped - loss) / loss)
+        assert got[i - 1][j - 1] == got[j - 1][i - 1] == pytest.approx(seen[-1], rel=1e-3, abs=1e-6)
+    assert max(seen) > 1e-3
+
+
+def test_adapted_usefulness_equals_least_squares_on_stored_states(network):
+    w, fit, got = windows(6, 1), windows(40, 2), score(network)['arrays']['usefulness_ratio']
+    streams, loss = full_forward(network, w)[0], full_forward(network, w)[1]
+    stored = [h.double().flatten(0, 1) for h in full_forward(network, fit)[0]]
+    for l in range(1, 5):
+        X = torch.cat([stored[l - 1], torch.ones(len(stored[0]), 1)], 1)
+        S = torch.linalg.lstsq(X, stored[l] - stored[l - 1]).solution.float()
+        want = full_forward(network, w, {l: Update(lambda h: h @ S[:-1] + S[-1])})[1] / loss
+        assert got[l - 1] == pytest.approx(want, rel=1e-3) and abs(want - 1) > 1e-4
+
+
+def test_adapted_known_answers(network):
+    "An identity block has causal score 0 on all after it, and an affine block ratio 1."
+    A = torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) / 2
+    block_list(network)[0] = Update(lambda h: h @ A.T + 1)
+    block_list(network)[1] = Update(torch.zeros_like)
+    got = score(network)['arrays']
+    assert got['usefulness_ratio'][:2] == pytest.approx([1, 1], abs=1e-4) and abs(got['usefulness_ratio'][2] - 1) > 1e-4
+    assert got['causal'][1][2:] == [0, 0] and min(got['causal'][0][2:]) > 0
+    assert got['jacobian_per_token'][:2] == pytest.approx([A.norm().item() / 16, 0], rel=1e-4)
+
+
+def test_adapting_first_makes_no_difference(network):
+    assert score(network) == score(adapt(network))
+
+
+# --- leaving a model alone
+
+def state(network):
+    "All that scoring must not change."
+    return dict(modes=[m.training for m in network.modules()], wanted=[p.requires_grad for p in network.parameters()],
+                grads=[None if p.grad is None else p.grad.clone().tolist() for p in network.parameters()],
+                values=[(p.dtype, p.detach().float().tolist()) for p in network.state_dict().values()], config=str(network.config),
+                hooks=[(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in network.modules()])
+
+
+def unusual(network):
+    "A network with a bit of everything that has to be put back."
+    network.train()
+    block_list_of = network.blocks if hasattr(network, 'blocks') else block_list(network)
+    block_list_of[1].eval()
+    first = next(network.parameters())
+    first.requires_grad_(False)
+    for p in list(network.parameters())[1:3]: p.grad = torch.ones_like(p)
+    block_list_of[0].register_forward_hook(lambda *_: None)
+    return network
+
+
+def interrupting(block, calls, error=KeyboardInterrupt):
+    "A hook on a block that stops everything at some call."
+    left = [calls]
+    def stop(*_):
+        left[0] -= 1
+        if left[0] == 0: raise error('stopped')
+    return block.register_forward_pre_hook(stop)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('family', ['ours', 'Llama', 'GPT2'])
+def test_everything_is_left_as_it_was(model, family, dtype):
+    network = unusual((model if family == 'ours' else tiny(family)).to(dtype))
+    before = state(network)
+    result = score(network)
+    assert state(network) == before
+    assert result == score(copy.deepcopy(network).float())
+    hook = interrupting(network.blocks[2] if family == 'ours' else block_list(network)[2], 12)
+    before = state(network)
+    for error in (KeyboardInterrupt, RuntimeError):
+        hook.remove()
+        hook = interrupting(network.blocks[2] if family == 'ours' else block_list(network)[2], 12, error)
+        with pytest.raises(error): score(network)
+        assert state(network) == before
+
+
+# --- stopping and going on
+
+@pytest.mark.parametrize('calls, parts', [(2, 0), (12, 2), (20, 3), ('last', 5)])
+def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, calls, parts):
+    config = SETTINGS.replace(batch_size=4, jacobian_probes=4)
+    options = dict(windows=windows(6, 1), fit_windows=windows(8, 2), config=config, progress=False, as_published=True)
+    seen = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    want = score_model(model, **options)
+    hook.remove()
+    hook = interrupting(model.blocks[1], len(seen) if calls == 'last' else calls)
+    with pytest.raises(KeyboardInterrupt): score_model(model, resume=tmp_path, **options)
+    hook.remove()
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob('*.safetensors')}
+    assert len(kept) == parts
+    assert score_model(model, resume=tmp_path, **options) == want
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())        # nothing is measured twice
+    assert not list(tmp_path.glob('*.new'))
+
+
+def test_finished_measurements_are_only_read(model, tmp_path):
+    want, calls = score_model(model, windows(6, 1), windows(40, 2), SETTINGS, progress=False, resume=tmp_path), []
+    hook = model.blocks[3].register_forward_hook(lambda *_: calls.append(1))
+    other = SETTINGS.replace(threshold=1.01, n_bootstrap=60)                       # what is made of measurements may change
+    again = score_model(model, windows(6, 1), windows(40, 2), other, progress=False, resume=tmp_path)
+    hook.remove()
+    assert len(calls) == 1                                                         # streams for the Jacobians
+    assert again['arrays'] == want['arrays'] and again['settings']['threshold'] == 1.01
+
+
+@pytest.mark.parametrize('change, named', [(dict(weights=1), 'weights'), (dict(windows=windows(6, 7)), 'windows'), (dict(fit_windows=windows(40, 7)), 'fit_windows'),
+                                           (dict(config=SETTINGS.replace(seed=5)), 'settings'), (dict(config=SETTINGS.replace(batch_size=3)), 'plan'),
+                                           (dict(as_published=True), 'as_published')])
+def test_parts_of_another_measurement_are_refused(model, tmp_path, change, named):
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
+    score_model(model, **options)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if change.pop('weights', None):
+        with torch.no_grad(): model.blocks[2].feed_forward.down.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=f'with other {named};'): score_model(model, **{**options, **change})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_adapted_models_are_resumed_too(tmp_path):
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False)
+    network = tiny('Llama')
+    hook = interrupting(network.model.layers[1], 20)
+    with pytest.raises(KeyboardInterrupt): score_model(network, resume=tmp_path, **options)
+    hook.remove()
+    assert score_model(tiny('Llama'), resume=tmp_path, **options) == score_model(network, **options)
+    with pytest.raises(ValueError, match='architecture, config, weights'): score_model(tiny('GPT2'), resume=tmp_path, **options)
+
+
+def test_progress_counts_all_the_work_once(model, tmp_path, monkeypatch):
+    bars, plan = [], scores_module.plan_bar
+    def keep(bar, *args):
+        plan(bar, *args)
+        bars.append((bar, bar.initial))
+    monkeypatch.setattr(scores_module, 'plan_bar', keep)
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, resume=tmp_path)
+    hook = interrupting(model.blocks[1], 25)
+    with pytest.raises(KeyboardInterrupt): score_model(model, **options)
+    hook.remove()
+    score_model(model, **options)
+    (first, nothing), (second, done) = bars
+    assert nothing == 0 < done < first.total == second.total == second.n
+    assert first.total == 6 * scores_module.block_runs(4) + 4 * 2 * 16
+
+
+def test_a_part_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
+    def half(tensors, path):
+        path.write_bytes(b'half a file')
+        raise KeyboardInterrupt
+    parts = Parts(tmp_path, dict(a=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(scores_module, 'save_file', half)
+        with pytest.raises(KeyboardInterrupt): parts.get('x', lambda: dict(x=torch.ones(2)))
+    assert not parts.has('x')
+    assert torch.equal(parts.get('x', lambda: dict(x=torch.ones(2)))['x'], torch.ones(2)) and parts.has('x')
+
+
+# --- memory
+
+class Live(TorchDispatchMode):
+    "Counts the bytes of all tensors that were made within and are still alive, and remembers the most."
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in given and key not in self.known:
+                self.known[key] = size = x.untyped_storage().nbytes()
+                self.now += size
+                weakref.finalize(x.untyped_storage(), self.gone, key, size)
+        self.most = max(self.most, self.now)
+        return out
+
+    def gone(self, key, size):
+        if self.known.pop(key, None) is not None: self.now -= size
+
+
+def test_live_counts_what_is_alive():
+    with Live() as live:
+        x = torch.ones(1000)
+        y = x.view(10, 100)
+        del x
+        assert live.now == 4000                            # a view keeps its storage alive
+        z = (y + 1).sum(0)
+        assert live.now == 4400 and live.most >= 8000
+        del y, z
+        assert live.now == 0
+
+
+KINDS = dict(dense={}, experts=dict(n_experts=4), wide_vocabulary=dict(vocab_size=3001))
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'Llama', 'GPT2'])
+def test_memory_stays_within_its_bound(kind):
+    torch.manual_seed(0)
+    base = dict(vocab_size=61, n_layers=3, d_model=16, n_heads=2, context_length=32)
+    m = adapt(tiny(kind)) if kind in ('Llama', 'GPT2') else Transformer(ModelConfig(**{**base, **KINDS.get(kind, {})})).eval()
+    w, fit, T = windows(12, 1, T=32), windows(12, 2, T=32), 32
+    config, used = SETTINGS.replace(n_sequences=12, batch_size=12, n_bootstrap=10), []
+    plain = score_model(m, w, fit, config, progress=False)['scalars']
+    for B in (1, 12):
+        memory = needed_bytes(m, B, 12, T)
+        plan = plan_memory(m, 12, T, config, memory)
+        assert plan.sequences == B
+        with scores_module.untouched(m), Live() as live: scores_module.measure(m, w, fit, config, plan=plan)
+        print(f'{kind}: {B} sequences, {live.most} of {memory} bytes')
+        assert live.most <= memory
+        used.append(live.most)
+        held = score_model(m, w, fit, config, progress=False, memory=memory)['scalars']
+        for name, s in plain.items(): assert held[name]['value'] == pytest.approx(s['value'], rel=1e-3, abs=1e-5), name
+    assert used[0] < used[1] / 2                                                   # a small bound is no empty promise
+    with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T) - 1)
+
+
+# --- intervals, ranks, usefulness as published, schema
+
+def test_intervals_by_layer_are_percentiles_of_the_resamples(model):
+    w, s = windows(6, 1), score(model)
+    weights = scores_module.resamples(6, SETTINGS.n_bootstrap, SETTINGS.seed)
+    variance = token_variances(trace(model, w)).mean(-1)                           # (L + 1, N)
+    for l in range(5):
+        draws = (weights[1:] @ variance[l].detach()) / 6
+        assert s['intervals']['variance_mean']['low'][l] == pytest.approx(draws.quantile(.025).item(), rel=1e-6)
+        assert s['intervals']['variance_mean']['high'][l] == pytest.approx(draws.quantile(.975).item(), rel=1e-6)
+    assert set(s['intervals']) >= {'usefulness_ratio', 'linear_loss_increase', 'skip_loss_increase', 'variance_mean', 'jacobian_per_token', 'jacobian_published'}
+    for name, ends in s['intervals'].items():
+        assert len(ends['low']) == len(ends['high']) == len(s['arrays'][name])
+        for low, value, high in zip(ends['low'], s['arrays'][name], ends['high']): assert low <= value <= high
+
+
+def test_usefulness_as_published_is_fitted_on_the_scored_tokens_and_transposed(model):
+    w, plain = windows(6, 1), score(model)
+    got = score_model(model, w, windows(40, 2), SETTINGS, progress=False, as_published=True)
+    with torch.no_grad(): streams = [h.double().flatten(0, 1) for h in trace(model, w).streams]
+    for l in range(1, 5):
+        X = torch.cat([streams[l - 1], torch.ones(60, 1)], 1)
+        S = torch.linalg.lstsq(X, streams[l]).solution.float()                     # whole streams: the identity is part of the map
+        wrong = edited(model, {l: Affine(S[:-1] - torch.eye(16), S[-1])})          # x S.T + b in place of x S + b
+        assert got['arrays']['usefulness_ratio_as_published'][l - 1] == pytest.approx(mean_loss(wrong, w) / mean_loss(model, w), rel=1e-3)
+    assert got['scalars'].pop('usefulness_as_published')['value'] == sum(r > 1.10 for r in got['arrays'].pop('usefulness_ratio_as_published')) / 4
+    got['intervals'].pop('usefulness_ratio_as_published')
+    assert got == plain                                                            # and nothing else changes
+
+
+def test_undetermined_maps_are_reported(model):
+    assert score(model)['arrays']['fit_rank'] == [16] * 4 and score(model)['settings']['undetermined_fits'] == []
+    model.embedding.weight.data[:, 3:] = 0
+    model.blocks[0] = Skip()
+    s = score(model)
+    assert s['arrays']['fit_rank'] == [3, 3, 16, 16] and s['settings']['undetermined_fits'] == [1, 2]
+
+
+@pytest.mark.parametrize('options', [{}, dict(as_published=True), dict(probes=4), dict(layers=1)])
+def test_results_satisfy_the_schema(model, options):
+    if options.get('layers'): model.blocks = model.blocks[:1]
+    config = SETTINGS.replace(jacobian_probes=options.get('probes'))
+    result = score_model(model, windows(6, 1), windows(40, 2), config, progress=False, as_published=options.get('as_published', False))
+    jsonschema.Draft202012Validator.check_schema(SCORES_SCHEMA)
+    check = jsonschema.Draft202012Validator(SCORES_SCHEMA)
+    check.validate(json.loads(json.dumps(result)))
+    described = SCORES_SCHEMA['properties']['arrays']['properties']
+    assert set(result['arrays']) <= set(described) and all(entry['description'] for entry in described.values())
+    for part, name in itertools.product(('scalars', 'arrays'), ('loss', 'fit_rank')):
+        broken = copy.deepcopy(result)
+        if broken[part].pop(name, None) is not None: assert not check.is_valid(broken)
+    assert not check.is_valid(result | dict(arrays=result['arrays'] | dict(usefulness_ratio=['useful'])))
+
+
+def test_new_settings_leave_names_of_old_runs_alone():
+    "A run is named after the fields that differ from their defaults; results of old runs must still be found."
+    from sparsecod.studies import changed_fields
+    assert changed_fields(ScoreConfig()) == {} and changed_fields(ScoreConfig(jacobian_probes=8)) == dict(jacobian_probes=8)
+    assert ScoreConfig.from_dict(dict(n_sequences=32, n_fit=64, n_jacobian=4, batch_size=16, threshold=1.1, n_bootstrap=1000, seed=0)) == ScoreConfig()

@@ -1,0 +1,464 @@
+"Thirteen families of the transformers library, block by block, against their own forward pass and against models edited by hand."
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+import sparsecod.adapters as adapters
+from sparsecod.adapters import AdaptedModel, adapt, open_model
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.data import train_bpe
+
+L, D, V, T, WINDOW = 4, 32, 61, 12, 5
+ALTERNATE = ['sliding_attention', 'full_attention'] * 2
+FAMILIES = dict(
+    Llama={}, Mistral=dict(sliding_window=WINDOW), Qwen2=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    Qwen3=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    Gemma2=dict(sliding_window=WINDOW, layer_types=ALTERNATE, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    Gemma3Text=dict(sliding_window=WINDOW, layer_types=ALTERNATE), Phi3=dict(sliding_window=WINDOW), Olmo2={}, GPT2={}, GPTNeoX={},
+    Mixtral=dict(num_local_experts=4, sliding_window=WINDOW), Olmoe=dict(num_experts=4, num_experts_per_tok=2),
+    Qwen3Moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
+WINDOWED = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Gemma3Text', 'Phi3', 'Mixtral')
+MORE = dict(Cohere=dict(logit_scale=0.3), Granite=dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5), Phi={}, OPT={})
+TOKENS = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(family, **changes):
+    "A random network with weights large enough that every part of it shows in the logits."
+    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=40, num_hidden_layers=L, num_attention_heads=4, max_position_embeddings=32,
+                 initializer_range=0.2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    if family not in ('GPT2', 'GPTNeoX', 'OPT', 'Phi'): sizes |= dict(num_key_value_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    config = getattr(transformers, family + 'Config')(**sizes | (FAMILIES | MORE).get(family, {}) | changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def is_close(ours, theirs): return torch.allclose(ours, theirs, atol=2e-6 * theirs.abs().max().item(), rtol=1e-5)
+
+
+@pytest.fixture(params=FAMILIES)
+def network(request): return tiny(request.param)
+
+
+@torch.no_grad()
+def own_logits(network, tokens=TOKENS): return network(tokens).logits
+
+
+@torch.no_grad()
+def all_logits(model, tokens=TOKENS): return model.logits(model.run(model.embed(tokens)))
+
+
+# --- the same function ---
+
+@pytest.mark.parametrize('attention', ['default', 'eager'])
+def test_blockwise_logits_are_the_networks_own(network, attention):
+    if attention == 'eager': network.set_attn_implementation('eager')
+    model = adapt(network)
+    assert isinstance(model, AdaptedModel) and model.network is network
+    for tokens in (TOKENS, TOKENS[:1], TOKENS[:, :2], TOKENS[:, 3:11]):                 # other batches and lengths, one after the other
+        assert is_close(all_logits(model, tokens), own_logits(network, tokens))
+
+
+@pytest.mark.parametrize('family', MORE)
+def test_further_families_need_no_code_of_their_own(family):
+    network = tiny(family)
+    assert is_close(all_logits(adapt(network)), own_logits(network))
+
+
+@pytest.mark.parametrize('family', WINDOWED)
+def test_the_window_matters_at_this_length(family):
+    "Otherwise the tests of this file could not tell a sliding window from a full one."
+    far = TOKENS.clone()
+    far[:, 0] = (far[:, 0] + 1) % V
+    network = tiny(family, **{'num_hidden_layers': 1} | ({'layer_types': ALTERNATE[:1]} if family.startswith('Gemma') else {})
+                   | ({'max_window_layers': 0} if family.startswith('Qwen') else {}))
+    changed = (own_logits(network) - own_logits(network, far)).abs().amax((0, 2))       # (T,)
+    assert (changed[:WINDOW] > 1e-2).all() and (changed[WINDOW:] < 1e-5).all()
+
+
+def test_switching_the_attention_implementation_later_is_noticed():
+    network = tiny('Gemma3Text')
+    model = adapt(network)
+    before = all_logits(model)
+    network.set_attn_implementation('eager')
+    assert is_close(all_logits(model), own_logits(network)) and is_close(all_logits(model), before)
+
+
+def test_streams_and_updates_are_those_of_the_network(network):
+    "The library's own list of hidden states; its last entry is after the final norm."
+    theirs = network(TOKENS, output_hidden_states=True).hidden_states
+    model, seen = adapt(network), []
+    with torch.no_grad(): model.run(model.embed(TOKENS), watch=lambda l, out: seen.append((l, out)))
+    assert [l for l, _ in seen] == list(range(1, L + 1)) and len(model.blocks) == L
+    assert is_close(model.embed(TOKENS), theirs[0])
+    again = []
+    with torch.no_grad(): model.run(seen[1][1].stream, start=2, stop=3, watch=lambda l, out: again.append((l, out)))
+    assert [l for l, _ in again] == [3] and is_close(again[0][1].stream, seen[2][1].stream)
+    for (l, out), before, after in zip(seen, theirs, theirs[1:-1]):
+        assert is_close(out.stream, after) and is_close(out.update, after - before)
+    assert is_close(model.final_norm(seen[-1][1].stream), theirs[-1])
+
+
+def test_token_losses_are_the_cross_entropy_of_the_logits(network, monkeypatch):
+    "In slices: the head never sees more tokens than fit."
+    model, rows = adapt(network), []
+    expected = functional.cross_entropy(own_logits(network)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction='none')
+    with torch.no_grad():
+        h = model.run(model.embed(TOKENS[:, :-1]))
+        whole = model.token_losses(h, TOKENS[:, 1:])
+        monkeypatch.setattr(adapters, 'LOGITS_AT_ONCE', 7 * V)
+        with network.get_output_embeddings().register_forward_hook(lambda head, args, out: rows.append(out.numel() // V)):
+            sliced = model.token_losses(h, TOKENS[:, 1:])
+    assert whole.shape == (3, T - 1) and is_close(whole.flatten(), expected) and is_close(sliced, whole)
+    assert sum(rows) == 3 * (T - 1) and max(rows) == 7
+
+
+def test_sizes(network):
+    c = adapt(network).config
+    assert (c.vocab_size, c.n_layers, c.d_model, c.n_heads, c.context_length) == (V, L, D, 4, 32)
+    assert c.n_kv_heads == (4 if c.architecture in ('GPT2LMHeadModel', 'GPTNeoXForCausalLM') else 2)
+    json.dumps(c.to_dict())
+
+
+def test_a_start_that_is_no_stream_is_refused():
+    model = adapt(tiny('Llama'))
+    h = model.embed(TOKENS)
+    assert model.run(h, start=L) is h
+    with pytest.raises(ValueError, match='start=5'): model.run(h, start=L + 1)
+
+
+def test_hooks_of_the_user_act_once():
+    network = tiny('GPT2')
+    plain = own_logits(network)
+    for block in network.transformer.h: block.register_forward_pre_hook(lambda block, args: (args[0] + 1 + args[0].abs(), *args[1:]))
+    model = adapt(network)
+    assert is_close(all_logits(model), own_logits(network)) and not is_close(own_logits(network), plain)
+
+
+# --- interventions, against a network edited by hand ---
+
+class Instead(nn.Module):
+    "Stands in the place of a block."
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, h, *args, **kwargs): return self.function(h)
+
+
+def lists_by_layer(network):
+    "The list of blocks, and the list of attention types where there is one."
+    blocks = next(part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part) == L)
+    return blocks, getattr(network.config, 'layer_types', None)
+
+
+@contextmanager
+def in_place(network, l, block):
+    blocks, _ = lists_by_layer(network)
+    original, blocks[l - 1] = blocks[l - 1], block
+    try: yield
+    finally: blocks[l - 1] = original
+
+
+@contextmanager
+def swapped(network, i, j):
+    def swap():
+        for items in lists_by_layer(network):
+            if items is not None: items[i - 1], items[j - 1] = items[j - 1], items[i - 1]
+    swap()
+    try: yield
+    finally: swap()
+
+
+@torch.no_grad()
+def test_skip_swap_and_replacement_equal_edited_networks(network):
+    model, plain = adapt(network), own_logits(network)
+    h = model.embed(TOKENS)
+    A, b = torch.randn(D, D, generator=torch.Generator().manual_seed(1)) / 8, torch.linspace(-1, 1, D)
+    affine = lambda h: h + h @ A + b
+    for l in (1, 3):
+        before = model.run(h, stop=l - 1)
+        for by_hand in (lambda h: h, affine):
+            with in_place(network, l, Instead(by_hand)): expected = own_logits(network)
+            assert is_close(model.logits(model.run(by_hand(before), start=l)), expected) and not is_close(plain, expected)
+    for i, j in ((1, 2), (1, 4)):
+        with swapped(network, i, j): expected = own_logits(network)
+        x = model.run(model.run(h, stop=i - 1), start=j - 1, stop=j)
+        x = model.run(model.run(x, start=i, stop=j - 1), start=i - 1, stop=i)
+        assert is_close(model.logits(model.run(x, start=j)), expected) and not is_close(plain, expected)
+
+
+# --- gradients ---
+
+def test_gradients_through_a_block_equal_autograd_through_the_network(network):
+    blocks, _ = lists_by_layer(network)
+    kept, weights = {}, torch.randn(3, T, D, generator=torch.Generator().manual_seed(2))
+    with blocks[1].register_forward_hook(lambda block, args, out: kept.update(x=args[0], y=out)): network(TOKENS)
+    expected, = torch.autograd.grad(kept['y'], kept['x'], weights)
+    model = adapt(network)
+    with torch.no_grad():
+        assert not model.run(model.embed(TOKENS)).requires_grad
+        with torch.enable_grad():
+            x = kept['x'].detach().requires_grad_()
+            found, = torch.autograd.grad(model.run(x, start=1, stop=2), x, weights)
+    assert is_close(found, expected) and expected.abs().max() > 0
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_what_was_noted_in_inference_mode_or_in_a_transform_serves_later():
+    network = tiny('Gemma2')
+    for first in (torch.inference_mode(), None):
+        model = adapt(network)
+        x = model.embed(TOKENS).detach()
+        block = lambda h: model.run(h, start=0, stop=1)
+        if first is None: _, pull = torch.func.vjp(block, x)
+        else:
+            with first: model.run(x)
+        x = x.clone().requires_grad_()
+        found, = torch.autograd.grad(block(x).sum(), x)
+        if first is None: assert is_close(pull(torch.ones_like(x))[0], found)
+        assert found.abs().max() > 0
+
+
+# --- the network is left as it was ---
+
+def everything(network):
+    "All that could be changed by looking: a copy."
+    hooks = [name for name in vars(nn.Module()) if 'hooks' in name]
+    parts = {name: (id(part), part.training, set(vars(part)), [list(getattr(part, kind)) for kind in hooks]) for name, part in network.named_modules()}
+    weights = {name: (id(p), p.requires_grad, None if p.grad is None else p.grad.clone(), p.detach().clone()) for name, p in network.named_parameters()}
+    return dict(config=network.config.to_dict(), use_cache=network.config.use_cache, attention=network.config._attn_implementation, parts=parts,
+                weights=weights, buffers={name: b.clone() for name, b in network.named_buffers()})
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Interrupted(BaseException): "Like a keyboard interrupt: no ordinary exception."
+
+
+def fail(*args, **kwargs): raise Interrupted
+
+
+def use(model):
+    h = model.embed(TOKENS)
+    model.token_losses(model.run(h), TOKENS)
+    x = h.detach().requires_grad_()
+    torch.autograd.grad(model.run(x, start=2, stop=3).sum(), x)
+
+
+def test_the_network_is_left_as_it_was(network):
+    blocks, _ = lists_by_layer(network)
+    network.train()
+    blocks[2].eval()
+    weights = list(network.parameters())
+    weights[0].requires_grad_(False)
+    weights[-1].grad = torch.ones_like(weights[-1])
+    blocks[0].register_forward_hook(lambda block, args, out: None)
+    before, random = everything(network), torch.get_rng_state()
+    model = adapt(network)
+    assert same(everything(network), before) and torch.equal(torch.get_rng_state(), random)
+    use(model)
+    assert same(everything(network), before)
+    for error, where in ((Interrupted, 'watch'), (Interrupted, 'embed'), (Interrupted, 'check'), (ValueError, 'block')):
+        model = adapt(network)
+        model.noted = None, None
+        with pytest.raises(error), pytest.MonkeyPatch.context() as patch:
+            if where == 'watch': model.run(model.embed(TOKENS), watch=fail)
+            if where == 'embed': patch.setattr(network.get_input_embeddings(), 'forward', fail)
+            if where == 'check': patch.setattr(blocks[1], 'forward', fail)
+            if where == 'block': patch.setattr(blocks[1], 'forward', lambda h, *args, **kwargs: h[:, :1, :1] @ h)
+            model.embed(TOKENS) if where == 'embed' else adapt(network)
+        assert same(everything(network), before), where
+        with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:         # while the arguments are noted
+            patch.setattr(blocks[2], 'forward', fail)
+            model.run(torch.zeros(1, T, D))
+        assert same(everything(network), before), where
+    use(model)
+
+
+def test_no_cache_of_keys_and_values(network):
+    assert network.config.use_cache
+    model = adapt(network)
+    for args, kwargs in model.arguments(model.embed(TOKENS)):
+        assert not any(isinstance(x, transformers.Cache) for x in (*args, *kwargs.values())) and not kwargs.get('use_cache')
+
+
+def test_mode_parameters_and_place_are_the_networks():
+    network = tiny('Llama').to(torch.bfloat16)
+    model = adapt(network)
+    assert model.train() is model and network.training and model.training and not model.eval().training
+    assert list(map(id, model.parameters())) == list(map(id, network.parameters())) and list(model.modules()) == list(network.modules())
+    exact = copy.deepcopy(model).float()
+    assert is_close(all_logits(exact), own_logits(copy.deepcopy(network).float()))
+    assert next(network.parameters()).dtype == torch.bfloat16 and model.to('cpu') is model
+    assert torch.allclose(all_logits(model).float(), own_logits(network).float(), atol=0.1)
+
+
+# --- what is accepted and what is refused ---
+
+def test_what_can_be_scored_already_passes_through():
+    ours, theirs = Transformer(ModelConfig(n_layers=1)), adapt(tiny('Llama'))
+    assert adapt(ours) is ours and adapt(theirs) is theirs
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    "Does something to its logits that no configuration tells."
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+def hidden_block():
+    network = tiny('Llama')
+    network.config.num_hidden_layers = L - 1
+    return network
+
+
+REFUSED = dict(
+    encoder_decoder=(lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+                     'T5ForConditionalGeneration.*encoder-decoder; looked for a decoder alone'),
+    no_head=(lambda: tiny('Llama').model, 'LlamaModel.*not a causal language model; looked for a head'),
+    classifier=(lambda: transformers.LlamaForSequenceClassification(tiny('Llama').config), 'LlamaForSequenceClassification.*not a causal language model'),
+    no_attention=(lambda: tiny('Mamba', state_size=4), 'MambaForCausalLM.*layout is unknown; looked in MambaModel for .*.layers and .norm'),
+    secret_logits=(lambda: Doubled(tiny('Llama').config), "Doubled: .*do not give the network's own logits"),
+    hidden_block=(hidden_block, 'each of its 4 blocks once and in order, but made 3 calls'),
+    plain_module=(lambda: nn.Linear(2, 2), 'Linear cannot be adapted: it must be a model of the transformers library, or offer embed, run'),
+    nothing=(lambda: None, 'NoneType cannot be adapted'))
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refusals_say_what_was_looked_for(case):
+    make, message = REFUSED[case]
+    wrong = make()
+    with pytest.raises(ValueError, match=message): adapt(wrong)
+    if wrong is not None:
+        with pytest.raises(ValueError, match=message): open_model(wrong)
+
+
+# --- opening ---
+
+@pytest.fixture
+def saved(tmp_path):
+    network = tiny('Llama')
+    network.save_pretrained(tmp_path / 'llama')
+    return network, tmp_path / 'llama'
+
+
+class Trap:
+    "Writes a file when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), 'w')
+
+
+def test_a_saved_network_opens_as_itself(saved):
+    network, folder = saved
+    (folder / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap(folder / 'sprung')))
+    model, tokenizer = open_model(str(folder), device='cpu')
+    assert torch.equal(all_logits(model), all_logits(adapt(network))) and tokenizer is None
+    assert not model.training and not (folder / 'sprung').exists()
+    assert open_model(network)[0].network is network and open_model(model) == (model, None)
+
+
+def test_weights_in_half_precision_open_in_fp32(saved):
+    network, folder = saved
+    copy.deepcopy(network).to(torch.bfloat16).save_pretrained(folder)
+    assert {p.dtype for p in open_model(folder)[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize('tie', [False, True])
+def test_our_own_models_open_from_their_folder_and_from_their_training(tmp_path, tie, capsys):
+    torch.manual_seed(0)
+    ours = Transformer(ModelConfig(n_layers=2, vocab_size=300, tie_embeddings=tie)).eval()
+    ours.save_pretrained(tmp_path / 'model')
+    train_bpe(['to be or not to be'] * 9, 300).backend.save(str(tmp_path / 'tokenizer.json'))
+    for place in (tmp_path, tmp_path / 'model'):
+        model, tokenizer = open_model(place)
+        assert type(model) is Transformer and torch.equal(model(TOKENS), ours(TOKENS))
+        assert tokenizer.decode(tokenizer.encode('to be')) == 'to be'
+    assert capsys.readouterr().out == ''
+
+
+def test_a_folder_with_a_pickle_alone_is_refused(saved):
+    _, folder = saved
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(ValueError, match=r'llama holds no weights in safetensors files; looked for \*.safetensors$'): open_model(folder)
+    (folder / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap(folder / 'sprung')))
+    with pytest.raises(ValueError, match='llama holds no weights.*found pytorch_model.bin. A pickle can run any program'): open_model(folder)
+    save_file({'other': torch.zeros(1)}, folder / 'other.safetensors')                  # no weights of this network
+    with pytest.raises(ValueError, match='llama cannot be opened'): open_model(folder)
+    assert not (folder / 'sprung').exists()
+
+
+def test_missing_weights_are_not_made_up(saved):
+    _, folder = saved
+    weights = load_file(folder / 'model.safetensors')
+    del weights['model.layers.1.mlp.up_proj.weight']
+    save_file(weights, folder / 'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='llama lacks 1 weights of LlamaForCausalLM, the first of them model.layers.1.mlp.up_proj.weight'): open_model(folder)
+    Transformer(ModelConfig(n_layers=1)).save_pretrained(folder)
+    save_file({'head.weight': torch.zeros(2048, 64)}, folder / 'model.safetensors')
+    with pytest.raises(ValueError, match='llama holds no readable model'): open_model(folder)
+
+
+def test_places_without_a_model_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f'{tmp_path} holds no model; looked for config.json'): open_model(tmp_path)
+    with pytest.raises(ValueError, match='no/such-model is no folder here, and it cannot be fetched'): open_model('no/such-model')
+    with pytest.raises(ValueError, match='no such folder/at all is no folder here'): open_model('./no such folder/at all')
+
+
+def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):
+    REFUSED['encoder_decoder'][0]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*T5Config') as error: open_model(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('trust', [False, True])
+def test_programs_in_a_checkpoint_run_only_when_trusted(saved, tmp_path, trust, monkeypatch):
+    _, folder = saved
+    monkeypatch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path / 'modules'))
+    monkeypatch.syspath_prepend(str(tmp_path / 'modules'))
+    (folder / 'strange.py').write_text(
+        f"open({str(folder / 'sprung')!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class StrangeConfig(LlamaConfig): model_type = 'strange'\nclass Strange(LlamaForCausalLM): config_class = StrangeConfig\n")
+    settings = json.loads((folder / 'config.json').read_text())
+    settings |= dict(model_type='strange', auto_map=dict(AutoConfig='strange.StrangeConfig', AutoModelForCausalLM='strange.Strange'))
+    (folder / 'config.json').write_text(json.dumps(settings))
+    if trust: assert type(open_model(folder, trust_remote_code=True)[0].network).__name__ == 'Strange'
+    else:
+        with pytest.raises(ValueError, match='programs of its own, which run only with trust_remote_code=True'): open_model(folder)
+    assert (folder / 'sprung').exists() == trust
+
+
+@pytest.mark.parametrize('trust', [False, True])
+def test_from_the_hub_only_descriptions_and_safetensors_are_fetched(saved, trust, monkeypatch):
+    network, folder = saved
+    asked = {}
+    def fetch(name, **patterns):
+        asked.update(patterns, name=name)
+        return str(folder)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
+    assert torch.equal(all_logits(open_model('someone/llama', trust_remote_code=trust)[0]), all_logits(adapt(network)))
+    assert asked['name'] == 'someone/llama' and asked['allow_patterns'] == ['*.json', '*.safetensors'] + ['*.py'] * trust
+
+
+def test_transformers_is_imported_only_when_needed(saved, monkeypatch):
+    program = "import sys, sparsecod.adapters as a; assert 'transformers' not in sys.modules; from sparsecod.core import *; a.adapt(Transformer(ModelConfig(n_layers=1))); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, '-c', program], check=True)
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(ImportError, match=r"pip install 'sparsecod\[hf\]'"): open_model(saved[1])
+    with pytest.raises(ValueError, match='cannot be adapted'): adapt(saved[0])
