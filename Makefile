@@ -25,10 +25,10 @@ PYTHON_CHECK = import sys; found = sys.version.split()[0]; \
 
 # Notebooks run in parallel, one core each.
 ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-STUDY_CHAPTERS := $(wildcard nbs/reproduce/*.ipynb)
+READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb) $(wildcard nbs/beyond/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test docs readme export clean-notebooks clean
+.PHONY: help env reproduce test chromium docs docs-check readme export clean-notebooks clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,19 +52,17 @@ $(STAMP):
 reproduce: $(STAMP)  ## Run a study and write its report (into OUT, by default runs/)
 	$(BIN)/sparsecod reproduce --study $(STUDY) --scale $(SCALE) --seeds $(SEEDS) --out $(OUT) $(ARGS)
 
-test: $(STAMP)  ## Run all tests: export drift, notebooks, study chapters, pytest
+test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapters, docs, pytest
 	@echo '== Do notebooks and package agree?'
 	$(BIN)/python tests/drift.py
-	@echo '== Do all notebooks run?'
-	$(ONE_CORE) $(BIN)/nbdev_test --do_print --timing
-	@echo '== Are the stored outputs of the study chapters true?'
-ifeq ($(STUDY_CHAPTERS),)
-	@echo 'There are no study chapters in nbs/reproduce yet.'
-else
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/stored_outputs.py $(STUDY_CHAPTERS)
-endif
+	@echo '== Do the exporting chapters run?'
+	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/build --do_print --timing
+	@echo '== Do the other pages run, and are their stored outputs true?'
+	$(ONE_CORE) $(BIN)/python tests/stored_outputs.py $(READ_BACK)
+	@echo '== Are the docs in order?'
+	$(ONE_CORE) $(BIN)/python tests/docs_check.py
 	@echo '== Tests of the package and the project'
-	$(BIN)/python -m pytest
+	$(ONE_CORE) $(BIN)/python -m pytest -n auto --dist loadfile
 
 # nbdev would write README.md anew from the home page if that is newer; ours is written by hand, so make it the newer one.
 docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
@@ -72,6 +70,18 @@ docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	@touch README.md
 	$(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
+
+# The browser tests drive the system's Chromium. Where this may install packages, it does; elsewhere it says what to do.
+chromium:  ## Make sure that there is a Chromium for the browser tests
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo 'Installing Chromium from the packages of the system.'; export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get install -y -qq chromium fonts-dejavu-core >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; }; \
+	else echo 'The browser tests need Chromium. On Debian and Ubuntu: apt-get install chromium' >&2; exit 1; fi
+
+docs-check: $(STAMP)  ## Check pages, links, formulas and explorers without Quarto
+	$(BIN)/python tests/docs_check.py
 
 readme: $(STAMP)  ## Write what README.md says of results/, and its figure
 	$(BIN)/python tests/readme.py

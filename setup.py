@@ -14,6 +14,8 @@ STATUSES = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Produ
 minimum = tuple(map(int, cfg['min_python'].split('.')))
 readme = ROOT / 'README.md'
 
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('eval', 'hf', 'widgets')}
+
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
@@ -36,8 +38,7 @@ setup(
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={'eval': cfg['eval_requirements'].split(), 'hf': cfg['hf_requirements'].split(),
-                    'dev': f"{cfg['dev_requirements']} {cfg['eval_requirements']} {cfg['hf_requirements']}".split()},
+    extras_require=extras | {'dev': [*cfg['dev_requirements'].split(), *(r for rs in extras.values() for r in rs)]},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # lets nbdev link names in the docs to their source

@@ -76,7 +76,7 @@ class ExpertsConfig(Config):
 
 # %% ../nbs/build/03_core.ipynb #fa36dfef
 def following_fields(
-    config: 'ModelConfig',  # with or without these fields set
+    config,                 # with or without these fields set
 ) -> dict:                  # their default values
     "Fields whose default depends on other fields."
     d_ff = 4 * config.d_model if config.d_ff is None else config.d_ff

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsecod
 from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
@@ -18,7 +19,7 @@ from sparsecod.studies import SCALES, STUDIES, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'eval', 'study', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'eval', 'export', 'study', 'reproduce', 'report')
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
     ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
-    ('score DIR', 'holds no saved model'), ('eval DIR', 'holds no saved model'), ('eval DIR --limit 0', "'0' must be a positive whole number"),
+    ('score DIR', 'is no folder here'), ('eval DIR', 'is no folder here'), ('export DIR', 'required: out'), ('score DIR --memory none', 'must be a positive number of gigabytes'), ('eval DIR --limit 0', "'0' must be a positive whole number"),
     ('eval DIR --tasks cloze,,piqa', "'cloze,,piqa' must be names of tasks"), ('report --results DIR', 'there are no records in')])
 def test_mistakes_get_one_line(type_in, line, says, tmp_path):
     code, text, errors = type_in(line.replace('DIR', str(tmp_path / 'new')))
@@ -86,7 +87,7 @@ def test_mistakes_get_one_line(type_in, line, says, tmp_path):
 
 
 def test_debug_shows_where(type_in, tmp_path):
-    with pytest.raises(FileNotFoundError): main(['score', str(tmp_path), '--debug'])
+    with pytest.raises(ValueError): main(['score', str(tmp_path), '--debug'])
 
 
 def test_errors_of_ours_get_one_line_too(type_in, monkeypatch):
@@ -156,6 +157,70 @@ def test_score_a_model_without_a_training(type_in, tmp_path):
     (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text())['config']).to_json())
     code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
     assert code == 2 and 'the model knows 290' in errors
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    "A stock checkpoint with its tokenizer."
+    from sparsecod.data import DataConfig, prepare
+    from sparsecod.exchange import export_model
+    tokenizer = prepare(DataConfig(vocab_size=512, max_documents=80), progress=False).tokenizer
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=3, d_model=16, n_heads=2, context_length=32))
+    return export_model(model, tmp_path_factory.mktemp('stock') / 'model', tokenizer)
+
+
+def test_score_a_stock_checkpoint(checkpoint, type_in, tmp_path):
+    texts = tmp_path / 'texts'
+    texts.mkdir()
+    for i in range(60): (texts / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 300)))
+    line = f'score {checkpoint} --data {texts} --sequences 4 --fit 8 --json {tmp_path}/out/own.json --quiet'
+    code, text, errors = type_in(line)
+    assert code == 0 and errors == '' and 'permutation' in text, errors
+    found = json.loads((tmp_path / 'out' / 'own.json').read_text())
+    assert found['architecture'] == 'LlamaForCausalLM' and found['settings']['T'] == 32 and len(found['arrays']['causal']) == 3
+    assert (tmp_path / 'out' / 'own.html').read_text().startswith('<!') and not (tmp_path / 'out' / 'own.parts').exists()
+    assert type_in(line + ' --memory 1')[0] == 0
+    again = json.loads((tmp_path / 'out' / 'own.json').read_text())
+    assert again['scalars']['causal'] == pytest.approx(found['scalars']['causal'], rel=1e-5)
+
+
+@pytest.mark.parametrize('option, says', [('--length 33', 'context length of the model, 32'), ('--data NOWHERE', 'NOWHERE'), ('--memory 1e-6', 'memory')])
+def test_what_a_stock_checkpoint_cannot_do_is_said(checkpoint, option, says, type_in, tmp_path):
+    code, _, errors = type_in(f'score {checkpoint} {option} --sequences 4 --fit 8 --json {tmp_path}/x.json --quiet')
+    assert code == 2 and says in errors and len(errors.strip().splitlines()) == 1 and not (tmp_path / 'x.json').exists()
+
+
+def test_what_a_stopped_scoring_left_is_used(checkpoint, type_in, tmp_path, monkeypatch):
+    line = f'score {checkpoint} --sequences 4 --fit 8 --json {tmp_path}/x.json --quiet'
+    import sparsecod.scores as scores
+    whole = scores.measured_jacobians
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(scores, 'measured_jacobians', stop)
+    code, _, errors = type_in(line)
+    assert code == 130 and list((tmp_path / 'x.parts').glob('*.safetensors')) and not (tmp_path / 'x.json').exists()
+    monkeypatch.setattr(scores, 'measured_jacobians', whole)
+    code, _, errors = type_in(line.replace('--fit 8', '--fit 9'))
+    assert code == 2 and 'another measurement' in errors
+    assert type_in(line)[0] == 0 and (tmp_path / 'x.json').exists() and not (tmp_path / 'x.parts').exists()
+
+
+def test_export_and_back(trained, type_in, tmp_path):
+    code, text, errors = type_in(f'export {trained} {tmp_path}/stock --quiet')
+    assert code == 0 and errors.count('Error') == 0 and str(tmp_path / 'stock') in text, errors
+    code, _, errors = type_in(f'export {trained} {tmp_path}/stock --quiet')
+    assert code == 2 and str(tmp_path / 'stock') in errors
+    code, _, errors = type_in(f'export {tmp_path}/stock {tmp_path}/back --format sparsecod --quiet')
+    assert code == 0, errors
+    from transformers import AutoModelForCausalLM
+    tokens = torch.arange(24).view(2, 12)
+    theirs, back = AutoModelForCausalLM.from_pretrained(tmp_path / 'stock')(tokens).logits, Transformer.from_pretrained(tmp_path / 'back')(tokens)
+    assert torch.allclose(theirs, back, atol=1e-4)
+
+
+def test_eval_a_stock_checkpoint(checkpoint, type_in, tmp_path):
+    code, text, errors = type_in(f'eval {checkpoint} --questions 20 --out {tmp_path}/eval.json --quiet')
+    assert code == 0 and json.loads((tmp_path / 'eval.json').read_text())['questions'] == 20, errors
 
 
 def test_eval(trained, type_in, tmp_path):

@@ -1,0 +1,758 @@
+"""Check the documentation as far as that goes without Quarto: `make docs-check`, which is part of `make test`.
+
+    python tests/docs_check.py
+
+Every notebook goes through nbdev's processing, is put together as Quarto does it, and then goes through pandoc, the
+engine inside Quarto, into a temporary folder. Of the pages this checks that links, anchors, images, citations and
+cross-references resolve, that formulas parse (by pandoc and by KaTeX), that each page has its title, description and
+opening, that nothing on it asks another host, and that explorers show what Python gives now. Nothing is skipped: what
+is needed and not there ends the check with a sentence that says what to do.
+
+Pandoc comes in the package pypandoc-binary, node in playwright, and KaTeX in jupyterlab.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import os
+import posixpath
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from configparser import ConfigParser
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = 'docs-check cell '  # a comment in the page, followed by the number of the cell that what comes next is from
+CROSS_REFERENCES = 'eq fig tbl sec lst thm lem cor prp cnj def exm exr sol rem alg nte tip wrn imp cau vid'.split()
+LABEL = re.compile(rf'\{{#((?:{"|".join(CROSS_REFERENCES)})-[\w.:-]+)[^}}]*\}}')
+STRAY = re.compile(r'\$\$|\$[^$]*(?:\\[a-zA-Z]|\^|_\{|\b[A-Za-z]_[A-Za-z0-9]\b)[^$]*\$')  # a formula to the eye, but not to pandoc
+FETCHED = {  # attributes whose address a browser asks for by itself
+    'audio': ['src'], 'embed': ['src'], 'feimage': ['href', 'xlink:href'], 'iframe': ['src'], 'image': ['href', 'xlink:href'],
+    'img': ['src', 'srcset'], 'input': ['src'], 'link': ['href'], 'object': ['data'], 'script': ['src'],
+    'source': ['src', 'srcset'], 'track': ['src'], 'use': ['href', 'xlink:href'], 'video': ['src', 'poster']}
+NOT_FETCHED = {'canonical', 'alternate', 'author', 'license', 'help', 'next', 'prev'}  # rel of a <link> that only says something
+STYLE_ASKS = re.compile(r'''(?:@import\s*|url\(\s*)["']?\s*((?:https?:)?//[^"')\s]+)''', re.I)
+SCRIPT_ASKS = re.compile(r'''(?:\b(?:fetch|import|importScripts|WebSocket|EventSource|Worker|sendBeacon|open)\s*\(|\bimport\b[^;'"`]*|\bfrom|\.(?:src|href)\s*=)'''
+                         r'''[^;\n]{0,40}?["'`]((?:https?:|wss?:)?//[^"'`\s]+)''')
+HTML_TAGS = set('''a abbr address area article aside audio b base bdi bdo blockquote body br button canvas caption cite code col colgroup data datalist dd del
+    details dfn dialog div dl dt em embed fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe img input ins kbd label legend
+    li link main map mark menu meta meter nav noscript object ol optgroup option output p picture pre progress q rp rt ruby s samp script search section select slot
+    small source span strong style sub summary sup table tbody td template textarea tfoot th thead time title tr track u ul var video wbr svg math'''.split())
+CLOSED = ('a', 'blockquote', 'details', 'div', 'figure', 'iframe', 'ol', 'section', 'span', 'summary', 'svg', 'table', 'ul')  # must end where they begin
+BRINGS_REQUIRE = ('text/html', 'application/javascript', 'application/vnd.jupyter.widget-view+json')
+KATEX = '''
+const [chunk, input] = process.argv.slice(1), read = f => require('fs').readFileSync(f, 'utf8')
+globalThis.self = globalThis
+require(chunk)
+const modules = Object.assign({}, ...Object.keys(globalThis).filter(k => /packChunk/.test(k)).flatMap(k => globalThis[k].map(c => c[1])))
+const load = id => { const m = { exports: {} }; modules[id](m, m.exports, load); return m.exports }
+load.d = (to, from) => { for (const k in from) Object.defineProperty(to, k, { enumerable: true, get: from[k] }) }
+load.r = () => {}
+const katex = Object.keys(modules).map(load).map(m => m.default ?? m).find(m => m.renderToString)
+const fault = ([tex, displayMode]) => {
+  try { katex.renderToString(tex, { displayMode, throwOnError: true, strict: 'ignore', trust: true }); return null }
+  catch (e) { return e.message } }
+console.log(JSON.stringify(JSON.parse(read(input)).map(fault)))
+'''
+
+
+class Missing(Exception):
+    "Something that the check needs is not there."
+
+
+class Problem(NamedTuple):
+    "One thing that is wrong."
+    file: str          # from the root
+    cell: int | None   # number in the notebook, from 1; None: the file as a whole
+    text: str          # what is wrong
+
+    def __str__(self): return f'{self.file}: ' + (f'cell {self.cell}: ' if self.cell else '') + self.text
+
+
+# ---- the tools
+
+def pandoc_path() -> str:
+    "Where pandoc is."
+    try:
+        import pypandoc
+        return pypandoc.get_pandoc_path()
+    except (ImportError, OSError):
+        raise Missing(f'pandoc is missing: run `make env`, or `{sys.executable} -m pip install -c constraints.txt pypandoc-binary`') from None
+
+
+def node_path() -> str:
+    "Where node is: playwright brings one."
+    try:
+        from playwright._impl._driver import compute_driver_executable
+        return str(compute_driver_executable()[0])
+    except ImportError:
+        raise Missing(f'node is missing: run `make env`, or `{sys.executable} -m pip install -c constraints.txt playwright`') from None
+
+
+def katex_path() -> Path:
+    "The file of JupyterLab that holds KaTeX."
+    found = importlib.util.find_spec('jupyterlab')
+    if not found: raise Missing(f'KaTeX is missing: run `make env`, or `{sys.executable} -m pip install -c constraints.txt jupyterlab`')
+    holding = [p for p in sorted((Path(found.origin).parent / 'static').glob('*.js')) if b'"KaTeX parse error: "' in p.read_bytes()]
+    if not holding: raise Missing('This jupyterlab does not bring KaTeX: install the version in constraints.txt with `make env`.')
+    return holding[0]
+
+
+def pandoc(
+    text: str,     # what to convert
+    source: str,   # its format
+    *options: str, # such as '--mathml'
+) -> tuple:        # HTML, and the messages from the kind `information` up, each a dict
+    "Convert to HTML and collect every message."
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / 'log.json'
+        command = [pandoc_path(), '-f', source, '-t', 'html', '--syntax-highlighting=none', f'--log={log}', *options]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, encoding='utf-8')
+        messages = json.loads(log.read_text(encoding='utf-8')) if log.exists() and log.stat().st_size else []
+    if done.returncode: messages.append(dict(type='Error', verbosity='ERROR', pretty=done.stderr.strip() or f'pandoc ended with {done.returncode}'))
+    return done.stdout, messages
+
+
+def katex_faults(
+    formulas: list,  # pairs: TeX, and whether it stands on a line of its own
+) -> list:           # for each what KaTeX finds wrong, or None
+    "Parse formulas with KaTeX."
+    if not formulas: return []
+    with TemporaryDirectory() as folder:
+        given = Path(folder) / 'formulas.json'
+        given.write_text(json.dumps(formulas), encoding='utf-8')
+        done = subprocess.run([node_path(), '-e', KATEX, str(katex_path()), str(given)], capture_output=True, text=True, encoding='utf-8')
+    if done.returncode: raise Missing(f'KaTeX of the installed jupyterlab does not run; install the versions in constraints.txt with `make env`.\n{done.stderr}')
+    return json.loads(done.stdout)
+
+
+# ---- what there is
+
+@dataclass
+class Site:
+    "A checkout with its settings."
+    root: Path
+    settings: dict                              # settings.ini
+    quarto: dict                                # _quarto.yml
+    pages: dict = field(default_factory=dict)   # path of the notebook from the folder of notebooks -> Page
+
+    @property
+    def nbs(self) -> Path: return self.root / self.settings['nbs_path']
+
+    def name(self, path: str) -> str:
+        "The name of a notebook in messages."
+        return f"{self.settings['nbs_path']}/{path}"
+
+
+@dataclass
+class Page:
+    "One processed notebook and what its page holds."
+    path: str               # from the folder of notebooks
+    source: dict            # the notebook as it is stored
+    notebook: dict          # as nbdev processed it
+    fault: str = ''         # why nbdev could not process it whole
+    meta: dict = field(default_factory=dict)  # front matter
+    labels: list = field(default_factory=list)  # of code cells
+    html: 'Reader' = None
+    messages: list = field(default_factory=list)  # pairs: cell, what pandoc says
+
+    @property
+    def output(self) -> str:
+        "Where the page is written, from the root of the site."
+        return posixpath.join(posixpath.dirname(self.path), self.meta.get('output-file') or posixpath.basename(self.path).replace('.ipynb', '.html'))
+
+    def numbers(self) -> list:
+        "For each processed cell its number in the notebook; what nbdev put in has the number of the cell before."
+        number, last, found = {c.get('id'): i for i, c in enumerate(self.source['cells'], 1)}, 1, []
+        for cell in self.notebook['cells']:
+            last = number.get(cell.get('id'), last)
+            found.append(last)
+        return found
+
+
+def is_hidden_name(path: Path) -> bool:
+    "Files that nbdev and Quarto leave out."
+    return any(part[0] in '._' for part in path.parts)
+
+
+def read_site(
+    root: Path,  # a checkout
+) -> Site:
+    "Read the settings."
+    parser = ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(root / 'settings.ini', encoding='utf-8')
+    return Site(root, dict(parser['DEFAULT']), yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8')))
+
+
+# ---- nbdev
+
+def process_notebooks(
+    target: Path,  # folder for the processed notebooks
+):
+    "Run nbdev's processing, the function behind `nbdev_proc_nbs`, in this process; the working folder is the root of the checkout."
+    from nbdev.config import get_config
+    from nbdev.processors import FilterDefaults
+    from nbdev.serve_drv import main
+
+    class WithoutDocs(FilterDefaults):
+        "For what can still be seen of a notebook whose documentation fails."
+        def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in ('add_show_docs', 'exec_show_docs')]
+
+    nbs, faults = get_config().nbs_path, {}
+    for path in sorted(nbs.rglob('*.ipynb')):
+        name = path.relative_to(nbs)
+        if is_hidden_name(name): continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try: main((path, target / name, FilterDefaults))
+        except Exception as fault:
+            said = re.sub(r' in cell \d+ :', ':', str(fault))  # a number that counts the processed cells
+            faults[name.as_posix()] = said + (f' ({type(fault.__cause__).__name__}: {fault.__cause__})' if fault.__cause__ else '')
+            main((path, target / name, WithoutDocs))
+    (target / 'faults.json').write_text(json.dumps(faults), encoding='utf-8')
+
+
+def read_pages(
+    site: Site,
+    target: Path,  # an empty folder
+) -> dict:         # path from the folder of notebooks -> Page
+    "Process all notebooks in a process of their own and read what came out."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), '--process', str(target)], cwd=site.root, env=env, capture_output=True, text=True)
+    if done.returncode: raise Missing(f'The processing by nbdev ended with an error:\n{done.stdout}{done.stderr}')
+    faults, read = json.loads((target / 'faults.json').read_text(encoding='utf-8')), lambda p: json.loads(p.read_text(encoding='utf-8'))
+    paths = sorted(p.relative_to(target).as_posix() for p in target.rglob('*.ipynb'))
+    return {p: Page(p, read(site.nbs / p), read(target / p), faults.get(p, '')) for p in paths}
+
+
+# ---- from a processed notebook to a page
+
+def joined(
+    text,      # a string, or a list of lines
+) -> str:
+    "Text of a notebook's field."
+    return ''.join(text)
+
+
+def options(
+    source: str,  # of a code cell
+) -> dict:
+    "The options of a cell, its first lines that start with #|, as YAML."
+    lines = re.match(r'(?:#\|.*\n?)*', source)[0].splitlines()
+    found = yaml.safe_load('\n'.join(line[2:] for line in lines)) if lines else {}
+    if not isinstance(found or {}, dict): raise yaml.YAMLError(f'these are no options: {found!r}')
+    return found or {}
+
+
+def fenced(
+    text: str,       # what to show as it stands
+    kind: str = '',  # what follows the fence
+) -> str:            # a fenced block
+    "A block with a fence longer than any inside."
+    fence = '`' * max(3, 1 + max((len(run) for run in re.findall('`+', text)), default=0))
+    return f'{fence}{kind}\n{text.rstrip()}\n{fence}'
+
+
+def output_text(
+    output: dict,  # of a code cell
+) -> str:          # markdown
+    "What Quarto shows of an output."
+    if output['output_type'] == 'stream': return fenced(joined(output['text']))
+    if output['output_type'] == 'error': return fenced('\n'.join(output.get('traceback', [])))
+    data = output.get('data', {})
+    if 'text/html' in data: return fenced(joined(data['text/html']), '{=html}')
+    if 'text/markdown' in data: return joined(data['text/markdown'])
+    if 'image/svg+xml' in data: return fenced(joined(data['image/svg+xml']), '{=html}')
+    if any(kind.startswith('image/') for kind in data): return '![](data:,)'
+    return fenced(joined(data.get('text/plain', '')))
+
+
+def cell_text(
+    cell: dict,   # processed
+    page: Page,   # that it belongs to; labels are noted there
+) -> str:         # markdown
+    "A cell as Quarto puts it into the page."
+    source = joined(cell['source'])
+    if cell['cell_type'] != 'code': return source
+    o = options(source)
+    if o.get('include') is False: return ''
+    if o.get('label'): page.labels.append(str(o['label']))
+    shown = [] if o.get('echo') is False else [fenced(source, '{.python .cell-code}')]
+    results = [] if o.get('output') is False else [output_text(out) for out in cell.get('outputs', [])]
+    if o.get('output') == 'asis': return '\n\n'.join(shown + results)
+    return '\n\n'.join([f'::: {{#{cell.get("id", "none")} .cell}}', *shown, *(f'::: {{.cell-output}}\n\n{r}\n\n:::' for r in results), ':::'])
+
+
+def compose(
+    page: Page,
+) -> tuple:     # markdown, and for each of its lines the number of the cell
+    "Put a processed notebook together as one markdown document, with a mark before each cell."
+    parts, cells = [], []
+    for number, cell in zip(page.numbers(), page.notebook['cells']):
+        try: text = cell_text(cell, page)
+        except yaml.YAMLError as fault:
+            page.messages.append((number, f'the options of the cell (lines with #|) are not YAML: {fault}'))
+            continue
+        if not parts and cell['cell_type'] == 'raw' and (front := re.match(r'---\n(.*?)\n---', text, re.S)): page.meta = yaml.safe_load(front[1]) or {}
+        else: text = f'```{{=html}}\n<!-- {MARK}{number} -->\n```\n\n{text}'
+        parts.append(f'{text}\n\n')
+        cells += [number] * parts[-1].count('\n')
+    return ''.join(parts), cells
+
+
+class Reader(HTMLParser):
+    "What a page holds, each with the cell it comes from."
+    BLOCKS = {'p', 'li', 'td', 'th', 'dd', 'dt', 'div', 'section', 'figure', 'figcaption', 'table', 'pre', 'details', 'summary', 'blockquote', *(f'h{i}' for i in range(1, 7))}
+    QUIET = {'pre', 'code', 'script', 'style', 'annotation', 'math', 'svg', 'textarea'}  # their text is not prose
+
+    def __init__(self, text: str, cell: int = None):
+        super().__init__()
+        self.cell, self.inside, self.prose = cell, Counter(), []
+        self.ids, self.links, self.fetched, self.cites, self.formulas, self.headings, self.labels, self.asks, self.strays = {}, [], [], [], [], [], [], [], []
+        self.odd_tags, self.open, self.unclosed = [], [], []
+        self.tex, self.display, self.unread, self.opening, self.opened = None, False, False, 0, False
+        self.feed(text)
+        self.close()
+        self.flush()
+        self.unclosed += [(cell, f'<{tag}> is never closed') for tag, cell in self.open]
+
+    def handle_comment(self, text):
+        if text.strip().startswith(MARK):
+            self.flush()
+            self.cell = int(text.strip()[len(MARK):])
+
+    def handle_startendtag(self, tag, attributes): self.start(tag, dict(attributes))
+
+    def handle_starttag(self, tag, attributes):
+        self.start(tag, dict(attributes))
+        self.inside[tag] += 1
+        if tag in CLOSED: self.open.append((tag, self.cell))
+
+    def handle_endtag(self, tag):
+        if tag in self.BLOCKS: self.flush()
+        if tag == 'span': self.unread = False
+        if tag == 'annotation' and self.tex is not None:
+            self.formulas.append((self.cell, ''.join(self.tex), self.display))
+            self.tex = None
+        self.inside[tag] = max(0, self.inside[tag] - 1)
+        if tag in CLOSED: self.close_tag(tag)
+
+    def close_tag(self, tag):
+        "Note tags that end without a beginning, or around others that have not ended."
+        if tag not in [t for t, _ in self.open]:
+            self.unclosed.append((self.cell, f'</{tag}> closes nothing'))
+            return
+        while self.open[-1][0] != tag:
+            left, cell = self.open.pop()
+            self.unclosed.append((cell, f'<{left}> is not closed before </{tag}>'))
+        self.open.pop()
+
+    def start(self, tag, a):
+        if tag not in HTML_TAGS and '-' not in tag and not self.inside['svg'] and not self.inside['math']: self.odd_tags.append((self.cell, tag))
+        if tag in self.BLOCKS: self.flush()
+        if tag in ('table', 'pre', 'svg', 'img') or re.fullmatch('h[1-6]', tag) or 'cell' in (a.get('class') or '').split(): self.opened = True
+        if a.get('id'): self.ids.setdefault(a['id'], []).append(self.cell)
+        if tag == 'a' and a.get('name'): self.ids.setdefault(a['name'], []).append(self.cell)
+        if tag in ('a', 'area') and 'href' in a: self.links.append((self.cell, a['href'] or ''))
+        if re.fullmatch('h[1-6]', tag): self.headings.append((self.cell, int(tag[1])))
+        if tag == 'span' and 'citation' in (a.get('class') or '').split(): self.cites += [(self.cell, key) for key in (a.get('data-cites') or '').split()]
+        if tag == 'span' and 'math' in (a.get('class') or '').split(): self.unread = True   # pandoc could not read it, and says so
+        if tag == 'math': self.display = a.get('display') == 'block'
+        if tag == 'annotation' and a.get('encoding') == 'application/x-tex': self.tex = []
+        if a.get('style'): self.asks += [(self.cell, f'style="...{host}"') for host in STYLE_ASKS.findall(a['style'])]
+        if tag == 'iframe' and a.get('srcdoc'): self.asks += Reader(a['srcdoc'], self.cell).everything_asked()
+        if tag == 'link' and set((a.get('rel') or '').split()) & NOT_FETCHED: return
+        for name in FETCHED.get(tag, []):
+            if a.get(name): self.fetched += [(self.cell, tag, name, part.split()[0]) for part in (a[name].split(', ') if name == 'srcset' else [a[name]])]
+
+    def handle_data(self, text):
+        if self.inside['annotation'] and self.tex is not None: self.tex.append(text)
+        elif self.inside['style']: self.asks += [(self.cell, f'<style> with {host}') for host in STYLE_ASKS.findall(text)]
+        elif self.inside['script']: self.asks += [(self.cell, f'<script> that asks {host}') for host in SCRIPT_ASKS.findall(text)]
+        if not self.unread and not any(self.inside[tag] for tag in self.QUIET): self.prose.append(text)
+        if self.inside['p'] and not self.opened: self.opening += len(text.split())
+
+    def flush(self):
+        "A block of prose ends: look for labels, and for formulas that were not taken as such."
+        text, self.prose = ''.join(self.prose), []
+        self.labels += LABEL.findall(text)
+        self.strays += [(self.cell, stray) for stray in STRAY.findall(text)]
+
+    def everything_asked(self) -> list:
+        "Pairs: cell, and what asks another host."
+        return self.asks + [(cell, f'<{tag} {name}="{to}">') for cell, tag, name, to in self.fetched if re.match(r'(?:https?:)?//', to.strip(), re.I)]
+
+
+SHOWN_NOT_RENDERED = ('BlockNotRendered', 'InlineNotRendered', 'SkippedContent')  # only information to pandoc, but text is lost
+
+
+def note_messages(
+    page: Page,
+    messages: list,   # from `pandoc`
+    text: str = '',   # what pandoc read
+    cells: list = (), # for each line of it the cell
+):
+    "Keep pandoc's warnings with the cells they are about."
+    for m in messages:
+        if m['verbosity'] not in ('WARNING', 'ERROR') and m['type'] not in SHOWN_NOT_RENDERED: continue
+        raw = m['contents']['c'][1] if isinstance(m.get('contents'), dict) and m['contents'].get('t', '').startswith('Raw') else m.get('contents')
+        at = text.find(raw) if isinstance(raw, str) and raw.strip() else -1
+        line = text[:at].count('\n') if at >= 0 else m.get('line', 0) - 1
+        says = re.sub(r'\s+', ' ', m.get('pretty') or m.get('message') or m['type']).split(' expecting ')[0]
+        page.messages.append((cells[line] if 0 <= line < len(cells) else None, f'pandoc says: {textwrap.shorten(says, 240)}'))
+
+
+def numbered(
+    notebook: dict,
+) -> dict:          # a copy
+    "Pandoc reads no result without an execution count, and nbdev_clean takes the counts out."
+    copy = json.loads(json.dumps(notebook))
+    for cell in copy['cells']:
+        for out in cell.get('outputs', []):
+            if out['output_type'] == 'execute_result': out['execution_count'] = 0
+    return copy
+
+
+def render(
+    page: Page,
+):
+    "Send a page through pandoc, as a notebook and put together as Quarto does, and read it."
+    _, messages = pandoc(json.dumps(numbered(page.notebook)), 'ipynb', '--mathml')
+    whole = [m for m in messages if m['type'] != 'CouldNotConvertTeXMath' and m['type'] not in SHOWN_NOT_RENDERED]  # those come again below, with their cells
+    note_messages(page, whole)
+    text, cells = compose(page)
+    html, messages = pandoc(text, 'markdown', '--mathml')
+    note_messages(page, messages, text, cells)
+    page.html = Reader(html)
+    for label in [*page.labels, *page.html.labels]: page.html.ids.setdefault(label, [None])
+
+
+# ---- checks; each takes the site and gives a list of problems
+
+def documented_cell(page: Page) -> int | None:
+    "The number of the cell with the function whose documentation failed, if it was that."
+    name = re.search(r'show_doc\((\w+)', page.fault)
+    found = [i for i, c in enumerate(page.source['cells'], 1) if name and re.search(rf'^(?:def|class) {name[1]}\b', joined(c['source']), flags=re.M)]
+    return found[0] if found else None
+
+
+def check_processing(site: Site) -> list:
+    "nbdev and pandoc took every notebook without complaint, and no two pages are written to one file."
+    wrong = [Problem(site.name(p.path), documented_cell(p), f'nbdev cannot process this notebook, so the site cannot be built: {" ".join(p.fault.split())}') for p in site.pages.values() if p.fault]
+    wrong += [Problem(site.name(p.path), cell, text) for p in site.pages.values() for cell, text in p.messages]
+    outputs = Counter(p.output for p in site.pages.values())
+    return wrong + [Problem(site.name(p.path), None, f'another notebook is written to {p.output} too') for p in site.pages.values() if outputs[p.output] > 1]
+
+
+def repository_fault(
+    site: Site,
+    path: str,  # of an address on the host of the repository, after its name
+) -> str:       # what is wrong, '' if nothing
+    "Is a file of this repository there that an address names?"
+    found = re.match(r'/(?:blob|tree|raw|edit)/([^/]+)/([^#?]+)(?:#L(\d+))?', path)
+    if not found or found[1] != site.settings.get('branch', 'main'): return ''
+    file = site.root / unquote(found[2])
+    if not file.exists(): return f'{found[2]} is not in the repository'
+    if found[3] and int(found[3]) > len(file.read_text(encoding='utf-8').splitlines()): return f'{found[2]} has no line {found[3]}'
+    return ''
+
+
+def anchor_fault(page: Page, anchor: str) -> str:
+    "Is an anchor on a page? A page that nbdev could not process whole may lack some; that is reported already."
+    if not anchor or page.fault or unquote(anchor) in page.html.ids: return ''
+    return f'{page.path} has no anchor #{unquote(anchor)}'
+
+
+def link_fault(
+    site: Site,
+    target: str,          # of a link
+    folder: Path,         # that relative links start from
+    top: Path,            # that they must stay in
+    page: Page = None,    # it stands on; None: on README.md
+    ids: tuple = (),      # anchors of README.md
+) -> str:                 # what is wrong, '' if nothing
+    "Does a link lead somewhere? Other hosts are not asked."
+    target = target.strip()
+    if not target: return 'it is empty'
+    if target.startswith('#'): return anchor_fault(page, target[1:]) if page else '' if target[1:] in ids else f'there is no anchor {target}'
+    docs, git = (site.settings.get(k, '') for k in ('doc_host', 'git_url'))
+    docs += site.settings.get('doc_baseurl', '')
+    outputs = {p.output: p for p in site.pages.values()}
+    if docs and (target == docs or target.startswith(docs + '/')):
+        path, _, anchor = target[len(docs):].partition('#')
+        path = path.strip('/') or 'index.html'
+        return anchor_fault(outputs[path], anchor) if path in outputs else '' if (site.nbs / path).is_file() else f'the site has no page {path}'
+    for host in (git, git.replace('https://github.com/', 'https://colab.research.google.com/github/')):
+        if host and target.startswith(host + '/'): return repository_fault(site, target[len(host):])
+    if re.match(r'[a-z][a-z0-9+.-]*:|//', target, re.I): return ''
+    path, anchor = unquote(urlsplit(target).path), urlsplit(target).fragment
+    file = Path(os.path.normpath(top / path.lstrip('/') if path.startswith('/') else folder / path))
+    if not file.is_relative_to(top): return f'it leads out of {top.relative_to(site.root).as_posix()}/, so it is broken on the site'
+    known = site.pages.get(file.relative_to(site.nbs).as_posix()) if file.is_relative_to(site.nbs) else None
+    if page and not known: known = outputs.get(file.relative_to(site.nbs).as_posix())
+    if known: return anchor_fault(known, anchor)
+    if not file.exists(): return f'{path} does not exist'
+    return f'{path} is a folder' if page and file.is_dir() and not (file / 'index.ipynb').exists() else ''
+
+
+def check_links(site: Site) -> list:
+    "Links, anchors and images of all pages."
+    wrong = []
+    for p in site.pages.values():
+        where = dict(folder=(site.nbs / p.path).parent, top=site.nbs, page=p)
+        links = [(cell, f'the link to {to!r}', to) for cell, to in p.html.links]
+        links += [(cell, f'the image {to!r}' if tag == 'img' else f'<{tag} {name}={to!r}>', to) for cell, tag, name, to in p.html.fetched if not (tag == 'use' and to.startswith('#'))]
+        wrong += [Problem(site.name(p.path), cell, f'{what} is broken: {fault}') for cell, what, to in dict.fromkeys(links) if (fault := link_fault(site, to, **where))]
+        twice = [(i, cells) for i, cells in p.html.ids.items() if len(cells) > 1]
+        wrong += [Problem(site.name(p.path), cells[-1], f'the id {i!r} is on the page {len(cells)} times') for i, cells in twice]
+    return wrong
+
+
+def check_readme(site: Site) -> list:
+    "Links, anchors and images of README.md."
+    file = site.root / 'README.md'
+    if not file.exists(): return [Problem('README.md', None, 'is missing')]
+    html, messages = pandoc(file.read_text(encoding='utf-8'), 'gfm+gfm_auto_identifiers', '--mathml')
+    page = Reader(html)
+    wrong = [f'pandoc says: {m.get("pretty") or m["type"]}' for m in messages if m['verbosity'] in ('WARNING', 'ERROR')]
+    targets = [('link to', to) for _, to in page.links] + [('image', to) for _, _, _, to in page.fetched]
+    wrong += [f'the {what} {to!r} is broken: {fault}' for what, to in dict.fromkeys(targets) if (fault := link_fault(site, to, site.root, site.root, ids=page.ids))]
+    wrong += [f'KaTeX cannot read the formula {tex!r}: {fault}' for (_, tex, _), fault in zip(page.formulas, katex_faults([f[1:] for f in page.formulas])) if fault]
+    return [Problem('README.md', None, text) for text in wrong]
+
+
+def bibliography_keys(site: Site, page: Page, wrong: list) -> set:
+    "All keys that a page may cite; what is wrong with the files is added to `wrong`."
+    listed = lambda o: [o] if isinstance(o, str) else list(o or [])
+    files = [site.nbs / f for f in listed(site.quarto.get('bibliography'))] + [(site.nbs / page.path).parent / f for f in listed(page.meta.get('bibliography'))]
+    keys = set()
+    for file in files:
+        if not file.is_file():
+            wrong.append(Problem('_quarto.yml', None, f'the bibliography {file.name} does not exist'))
+            continue
+        text = file.read_text(encoding='utf-8')
+        if file.suffix == '.bib': keys |= set(re.findall(r'^\s*@(?!comment|string|preamble)\w+\s*\{\s*([^,\s]+)\s*,', text, flags=re.M | re.I))
+        else: keys |= {entry['id'] for entry in (yaml.safe_load(text) if file.suffix != '.json' else json.loads(text))}
+    return keys
+
+
+def check_references(site: Site) -> list:
+    "Citations and cross-references. Quarto resolves cross-references within a page."
+    wrong = []
+    numbered = (site.quarto.get('format', {}).get('html') or {}).get('number-sections') or site.quarto.get('number-sections')
+    for p in site.pages.values():
+        keys = bibliography_keys(site, p, wrong)
+        for cell, key in dict.fromkeys(p.html.cites):
+            kind = key.split('-')[0].lower()
+            if kind in CROSS_REFERENCES and '-' in key:
+                if key not in p.html.ids and key[0].lower() + key[1:] not in p.html.ids:
+                    wrong.append(Problem(site.name(p.path), cell, f'the cross-reference @{key} has no target on this page: nothing is labelled #{key}'))
+                elif kind == 'sec' and not (numbered or p.meta.get('number-sections')): wrong.append(Problem(site.name(p.path), cell, f'@{key} needs number-sections: true in _quarto.yml'))
+            elif key not in keys: wrong.append(Problem(site.name(p.path), cell, f'the citation @{key} is in no bibliography'))
+    return list(dict.fromkeys(wrong))
+
+
+def check_formulas(site: Site) -> list:
+    "Every formula parses by KaTeX; what pandoc says of it is among the messages already."
+    formulas = [(p.path, *f) for p in site.pages.values() for f in p.html.formulas]
+    faults = katex_faults([f[2:] for f in formulas])
+    wrong = [Problem(site.name(path), cell, f'KaTeX cannot read the formula {tex!r}: {fault}') for (path, cell, tex, _), fault in zip(formulas, faults) if fault]
+    return wrong + [Problem(site.name(p.path), cell, f'{stray!r} looks like a formula but is none: no blank may follow the first $ or precede the last')
+                    for p in site.pages.values() for cell, stray in p.html.strays]
+
+
+def sidebar_pages(contents) -> list:
+    "The files of a sidebar, in order."
+    found = []
+    for c in contents or []:
+        if isinstance(c, str): found.append(c)
+        else: found += [c[k] for k in ('href', 'file') if k in c] + sidebar_pages(c.get('contents'))
+    return found
+
+
+def quarto_files(
+    node,             # a part of _quarto.yml
+    key: str = '',    # that it stands under
+) -> list:            # (key, file) for all that name one
+    "The local files that _quarto.yml names."
+    if isinstance(node, dict): return [f for k, v in node.items() for f in quarto_files(v, key if key == 'theme' else str(k))]
+    if isinstance(node, list): return [f for v in node for f in quarto_files(v, key)]
+    keys = ('href', 'file', 'logo', 'favicon', 'image', 'css', 'csl', 'include-in-header', 'include-before-body', 'include-after-body')
+    return [(key, node)] if isinstance(node, str) and (key in keys or key == 'theme' and node.endswith(('.scss', '.css'))) else []
+
+
+def check_sidebar(site: Site) -> list:
+    "The sidebar lists the notebooks, and _quarto.yml names no file that is not there."
+    bars = site.quarto.get('website', {}).get('sidebar') or {}
+    listed = [f for bar in (bars if isinstance(bars, list) else [bars]) for f in sidebar_pages(bar.get('contents'))]
+    wrong = [f'the sidebar lists {p}, which does not exist' for p in listed if p.endswith('.ipynb') and p not in site.pages]
+    wrong += [f'the sidebar does not list {p}' for p in site.pages if p not in listed]
+    wrong += [f'the sidebar lists {p} {n} times' for p, n in Counter(listed).items() if n > 1]
+    named = [(key, f) for key, f in quarto_files(site.quarto) if f not in listed]
+    wrong += [f'{key}: {f} is broken: {fault}' for key, f in named if (fault := link_fault(site, f, site.nbs, site.nbs, next(iter(site.pages.values()))))]
+    sheets = [(f, site.nbs / f) for _, f in named if f.endswith(('.css', '.scss', '.html'))]
+    for f, file in sheets:
+        text = file.read_text(encoding='utf-8') if file.is_file() else ''
+        asked = Reader(text).everything_asked() if f.endswith('.html') else [(None, host) for host in STYLE_ASKS.findall(text)]
+        wrong += [f'{f} asks another host: {host}' for _, host in asked]
+    return [Problem('_quarto.yml', None, text) for text in wrong]
+
+
+def lost_lines(
+    source: str,  # of a code cell
+) -> list:        # its lines of code that start with %
+    "Lines that nbdev takes for magics and drops though they are code."
+    if not re.search(r'^\s*%', source, flags=re.M): return []
+    from IPython.core.inputtransformer2 import TransformerManager
+    kept = TransformerManager().transform_cell(source).splitlines()
+    return [line for line in source.splitlines() if re.match(r'\s*%', line) and line in kept]
+
+
+def check_form(site: Site) -> list:
+    "Each page has a title, a description and an opening, one first-level heading, whole HTML, no lost line and no stored error."
+    wrong = []
+    for p in site.pages.values():
+        say = lambda text, cell=None: wrong.append(Problem(site.name(p.path), cell, text))
+        if not p.meta.get('title'): say('the page has no title: the first cell is "# Title"', 1)
+        if not p.meta.get('description'): say('the page has no description: "> one sentence" below the title', 1)
+        if p.html.opening < 20: say(f'the page has no opening: a paragraph of 20 words or more before the first heading, code or picture; there are {p.html.opening}')
+        for cell, level in p.html.headings:
+            if level == 1: say('a second first-level heading (#) is a second title', cell)
+        for cell, tag in p.html.odd_tags: say(f'<{tag}> is taken for an HTML tag, so it does not show: put it into backticks', cell)
+        for cell, text in p.html.unclosed: say(text, cell)
+        source = {c.get('id'): joined(c['source']) for c in p.source['cells'] if c['cell_type'] == 'code'}
+        for number, cell in zip(p.numbers(), p.notebook['cells']):
+            if cell['cell_type'] != 'code': continue
+            for out in cell.get('outputs', []):
+                if out['output_type'] == 'error': say(f'a stored error is on the page: {out.get("ename")}: {out.get("evalue")}', number)
+            try: shown = options(joined(cell['source'])).get('echo') is not False
+            except yaml.YAMLError: shown = True
+            for line in lost_lines(source.get(cell.get('id'), '')) if shown else []: say(f'nbdev drops this line, which starts with %: {line.strip()!r}', number)
+    return wrong
+
+
+def check_hosts(site: Site) -> list:
+    "No page asks another host for anything."
+    wrong = []
+    for p in site.pages.values():
+        wrong += [Problem(site.name(p.path), cell, f'the page asks another host: {what}') for cell, what in dict.fromkeys(p.html.everything_asked())]
+        for number, cell in zip(p.numbers(), p.notebook['cells']):
+            kinds = {kind for out in cell.get('outputs', []) for kind in out.get('data', {}) if kind in BRINGS_REQUIRE}
+            wrong += [Problem(site.name(p.path), number, f'an output of type {kind} makes the page load require.js and jQuery from another host: emit text/markdown with a raw {{=html}} block') for kind in sorted(kinds)]
+    if site.quarto.get('format', {}).get('html', {}).get('html-math-method') != 'mathml': wrong.append(Problem('_quarto.yml', None, 'html-math-method must be mathml: MathJax comes from another host'))
+    return wrong
+
+
+def agrees(a, b) -> bool:
+    "Equal, numbers within a part in a thousand."
+    if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(agrees(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(agrees, a, b))
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9) if numbers else a == b
+
+
+EXPLORER = re.compile(r'<section class="sce".*?</section>', re.S)
+
+
+def stored_html(
+    page: Page,
+) -> list:      # pairs: cell, text
+    "The stored outputs of a page that can hold HTML."
+    return [(number, joined(text)) for number, cell in zip(page.numbers(), page.notebook['cells']) for out in cell.get('outputs', [])
+            for kind, text in out.get('data', {}).items() if kind in ('text/markdown', 'text/html')]
+
+
+def stored_explorers(
+    page: Page,
+) -> list:      # pairs: cell, HTML of one explorer
+    "The explorers in the stored outputs of a page."
+    return [(cell, part) for cell, text in stored_html(page) for part in EXPLORER.findall(text)]
+
+
+def data_faults(
+    site: Site,
+    explorer: str,  # HTML
+) -> list:          # what is wrong
+    "Compare the data inside an explorer with what Python makes of the records and the stored simulations now."
+    from sparsecod import explorers
+    from sparsecod.studies import load_results
+    inside = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', explorer, re.S)
+    if not inside: return []                                             # `first_view_faults` says so
+    stored = json.loads(inside[1])
+    fresh = lambda x: json.loads(json.dumps(x))
+    if 'points' in stored:
+        if not stored['points']: return []
+        return [] if agrees(stored['points'], fresh(explorers.stored_points(site.root)['points'])) else ['its dots are not the stored simulations']
+    folder, faults = site.root / 'results', []
+    records = {r['name']: r for scale in sorted(p.name for p in folder.iterdir() if p.is_dir()) for r in load_results(folder, scale)} if folder.is_dir() else {}
+    if 'tables' in stored:
+        for label, table in stored['tables'].items():
+            record = records.get(table['name'])
+            if not record: faults.append(f'it shows the run {table["name"]}, which is not in results/')
+            elif not agrees(table, fresh(explorers.surgery_table(record))): faults.append(f'its numbers for {label} are not those of the run {table["name"]}')
+        return faults
+    if 'runs' not in stored: return ['its data are of no known kind: teach tests/docs_check.py how Python makes them']
+    names = [{**stored['common'], **run['own']}.get('run') for run in stored['runs']]
+    if lacking := [name for name in names if name not in records]: return [f'it shows runs that are not in results/: {lacking}']
+    now = fresh(explorers.results_data([records[name] for name in names], tuple(stored['curves'])))
+    return [f'its {part} are not what the records give' for part in now if not agrees(stored.get(part), now[part])]
+
+
+def check_explorers(site: Site) -> list:
+    "Each explorer on a page has the present script, a first view that fits its data, and the data that Python gives now."
+    wrong = []
+    for p in site.pages.values():
+        for cell, explorer in stored_explorers(p):
+            from sparsecod.explorers import first_view_faults
+            faults = first_view_faults(explorer) + data_faults(site, explorer)
+            wrong += [Problem(site.name(p.path), cell, f'the explorer is out of date: {fault}. Run the cell again') for fault in faults]
+        wrong += [Problem(site.name(p.path), cell, 'a script in the output is in no explorer (<section class="sce">) of sparsecod.explorers, so nothing compares it with Python')
+                  for cell, text in stored_html(p) if '<script' in EXPLORER.sub('', text)]
+    return wrong
+
+
+CHECKS = (check_processing, check_links, check_readme, check_references, check_formulas, check_sidebar, check_form, check_hosts, check_explorers)
+
+
+def check(
+    root: Path = ROOT,  # a checkout
+) -> tuple:             # the site, and a list of problems, empty if all is well
+    "Process, render and check everything."
+    pandoc_path(), node_path(), katex_path()  # say at once what is missing
+    site = read_site(Path(root).resolve())
+    with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
+    if not site.pages: raise Missing(f'There are no notebooks in {site.nbs}.')
+    for page in site.pages.values(): render(page)
+    return site, [problem for one in CHECKS for problem in one(site)]
+
+
+def summary(site: Site) -> str:
+    "What was checked, in numbers."
+    count = lambda of: sum(len(of(p)) for p in site.pages.values())
+    return (f'{len(site.pages)} pages, {count(lambda p: p.html.links)} links, {count(lambda p: p.html.fetched)} images, {count(lambda p: p.html.formulas)} formulas, '
+            f'{count(lambda p: p.html.cites)} citations and cross-references, {count(stored_explorers)} explorers')
+
+
+def main():
+    "Check, and say what is wrong."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('root', nargs='?', type=Path, default=ROOT, help='the checkout (default: the one that this file is in)')
+    parser.add_argument('--process', type=Path, metavar='FOLDER', help=argparse.SUPPRESS)  # only process, for `read_pages`
+    given = parser.parse_args()
+    if given.process: return process_notebooks(given.process)
+    try: site, wrong = check(given.root)
+    except Missing as missing: sys.exit(f'docs-check cannot run: {missing}')
+    for problem in wrong: print(problem)
+    sys.exit(f'{len(wrong)} problems in the docs ({summary(site)}).') if wrong else print(f'The docs are in order: {summary(site)}.')
+
+
+if __name__ == '__main__': main()
