@@ -498,7 +498,7 @@ def ticks(
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 # %% ../nbs/build/15_page.ipynb #7c470c76
-WIDTH, HEIGHT, LEFT, TOP, SIDE, TALL = 360, 232, 52, 12, 300, 170    # of a picture; SIDE and TALL are the plot's width and height
+WIDTH, HEIGHT, LEFT, TOP, SIDE, TALL = 376, 232, 68, 12, 300, 170    # of a picture; SIDE and TALL are the plot's width and height
 
 def coordinate(x: float) -> str:
     "A coordinate, in tenths."

@@ -684,7 +684,7 @@ def data_faults(
 ) -> list:          # what is wrong
     "Compare the data inside an explorer with what Python makes of the records and the stored simulations now."
     from sparsecod import explorers
-    from sparsecod.studies import load_results
+    from sparsecod.studies import SCALES, load_results
     inside = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', explorer, re.S)
     if not inside: return []                                             # `first_view_faults` says so
     stored = json.loads(inside[1])
@@ -693,7 +693,7 @@ def data_faults(
         if not stored['points']: return []
         return [] if agrees(stored['points'], fresh(explorers.stored_points(site.root)['points'])) else ['its dots are not the stored simulations']
     folder, faults = site.root / 'results', []
-    records = {r['name']: r for scale in sorted(p.name for p in folder.iterdir() if p.is_dir()) for r in load_results(folder, scale)} if folder.is_dir() else {}
+    records = {r['name']: r for scale in SCALES if (folder / scale).is_dir() for r in load_results(folder, scale)} if folder.is_dir() else {}
     if 'tables' in stored:
         for label, table in stored['tables'].items():
             record = records.get(table['name'])

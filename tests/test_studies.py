@@ -444,7 +444,7 @@ def test_summaries():
     summary = summarise('depth', records)
     assert list(summary) == ['L=2', 'L=4'] and summary['L=4']['final_variance']['n'] == 3
     values = [r['scores']['scalars']['final_variance']['value'] for r in records if r['config']['model']['n_layers'] == 4]
-    assert summary['L=4']['final_variance']['value'] == pytest.approx(np.mean(values))
+    assert summary['L=4']['final_variance']['value'] == pytest.approx(np.exp(np.mean(np.log(values))))    # by ratio
     row = results_table(records)[0]
     assert row['n_layers'] == 2 and row['val_loss'] == records[0]['final']['val_loss']['value'] and not any(isinstance(v, (dict, list)) for v in row.values())
 
@@ -524,10 +524,10 @@ def test_correlations_across_variants():
 
 def test_metrics_by_name():
     r = made_up(4, 0, val_loss=4.) | {'sparsity': dict(scalars=dict(density_attention=.2, density_feed_forward=.6)),
-                                      'cloze': dict(accuracy=dict(value=.4, low=.3, high=.5)),
+                                      'cloze': {name: dict(value=v, low=.1, high=.9) for name, v in (('accuracy', .3), ('accuracy_mutual_information', .4))},
                                       'lengths': {str(T): dict(val_loss=dict(value=T / 100, low=0, high=9)) for T in (32, 128, 512)}}
     value = lambda name: read_metric(r, name)['value']
-    assert value('density') == pytest.approx(.4) and value('density_attention') == .2 and value('accuracy') == .4
+    assert value('density') == pytest.approx(.4) and value('density_attention') == .2 and value('accuracy') == .4 and value('accuracy_plain') == .3
     assert value('perplexity') == pytest.approx(math.exp(4)) and value('val_loss@32') == .32 and value('val_loss@common') == 1.28
     assert read_metric(r, 'val_loss@64') is None and read_metric(r, 'final_variance@32') is None and read_metric(made_up(4, 0), 'accuracy') is None
 
