@@ -6,10 +6,10 @@
 __all__ = ['SCALE_NAMES', 'SHORT', 'DEFAULT_LENGTH', 'STUDY_NAMES', 'SUMMARY', 'Parser', 'option', 'flag', 'count', 'setting',
            'add_common', 'add_scale', 'add_running', 'add_train', 'train_config', 'do_train', 'add_model', 'add_score',
            'gigabytes', 'training_folder', 'check_device', 'Subject', 'own_subject', 'stock_subject', 'find_subject',
-           'fitting_corpus', 'score_settings', 'write_scores', 'page_facts', 'do_score', 'task_names', 'add_eval',
-           'result_lines', 'do_eval', 'add_export', 'do_export', 'add_study', 'add_reproduce', 'summary_lines',
-           'run_studies', 'do_study', 'do_reproduce', 'add_report', 'do_report', 'show_results', 'write_reports',
-           'one_line_warning', 'failure', 'parser', 'main']
+           'fitting_corpus', 'score_settings', 'write_scores', 'page_facts', 'sparsity_within', 'do_score',
+           'task_names', 'add_eval', 'result_lines', 'do_eval', 'add_export', 'do_export', 'add_study', 'add_reproduce',
+           'summary_lines', 'run_studies', 'do_study', 'do_reproduce', 'add_report', 'do_report', 'show_results',
+           'write_reports', 'one_line_warning', 'failure', 'parser', 'main']
 
 # %% ../nbs/build/17_cli.ipynb #21c0a55b
 import argparse
@@ -306,7 +306,7 @@ def write_scores(
     target.write_text(json.dumps(result, indent=1))
     page = target.with_suffix('.html')
     name = subject.about.get('model') or subject.folder.name
-    write_page(page, result, title=Path(name).name if Path(name).exists() else name, about=page_facts(subject, result))
+    write_page(page, result, title=Path(name).name if Path(name).exists() else name, about=page_facts(subject, result), sparsity=result.get('sparsity'))
     return [score_table(result), f'written to {target} and {page}']
 
 def page_facts(
@@ -321,6 +321,18 @@ def page_facts(
     return {name: str(value) for name, value in facts.items()}
 
 # %% ../nbs/build/17_cli.ipynb #5eacf212
+def sparsity_within(
+    model,        # any that can be scored
+    tokens,       # (N, T)
+    memory: int | None,  # bound in bytes; None: none
+) -> dict | None: # None if the attention maps of a sequence would not fit
+    "The measured sparsity of a model."
+    from sparsecod.sparsity import measure_sparsity
+    c, T = model.config, tokens.shape[1]
+    if memory and 8 * c.n_layers * (c.n_heads or 1) * T * T > memory: return None
+    return measure_sparsity(model, tokens)
+
+# %% ../nbs/build/17_cli.ipynb #54e8c71a
 def do_score(
     args,    # of the command
 ) -> int:    # exit code
@@ -333,9 +345,11 @@ def do_score(
     target = Path(args.json or subject.folder / 'scores.json')
     parts = target.with_suffix('.parts')
     if args.force: shutil.rmtree(parts, ignore_errors=True)
-    scores = score_model(subject.model, *score_windows(corpus, T, score), score, not args.quiet, args.memory, resume=parts)
+    to_score, to_fit = score_windows(corpus, T, score)
+    scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, args.memory, resume=parts)
     about = subject.about | {'config': subject.about.get('config', {}) | {'score': score.to_dict()}}
-    lines = write_scores(target, about | dict(corpus=corpus.fingerprint, **scores), subject)
+    sparsity = sparsity_within(subject.model, to_score[:, :-1], args.memory)
+    lines = write_scores(target, about | dict(corpus=corpus.fingerprint, **scores, sparsity=sparsity), subject)
     shutil.rmtree(parts, ignore_errors=True)
     print('\n'.join(lines))
     return 0

@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['ABSOLUTE', 'RELATIVE', 'weight_sparsity', 'participation', 'sublayer_matrices', 'weight_density', 'keys_for_mass',
-           'normalised_entropy', 'head_sparsity', 'attention_sparsity', 'expert_loads', 'load_entropy',
-           'effective_density', 'measure_sparsity']
+           'normalised_entropy', 'attention_maps', 'head_sparsity', 'attention_sparsity', 'expert_counts',
+           'expert_loads', 'load_entropy', 'kv_share', 'routed_share', 'effective_density', 'measure_sparsity',
+           'sparsity_of']
 
 # %% ../nbs/build/08_sparsity.ipynb #bd800c62
 import math
+import re
+from typing import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import AdaptedModel, adapt
 from .core import Transformer
 from .layers import attention_weights, rope_angles
 from .moe import expert_load
+from .scores import scoring_model, untouched
 
 # %% ../nbs/build/08_sparsity.ipynb #c2daf5d1
 def weight_sparsity(
@@ -39,11 +44,16 @@ def participation(
 
 # %% ../nbs/build/08_sparsity.ipynb #fb2a738d
 def sublayer_matrices(
-    model: Transformer,  # the model to look into
+    model,  # ours, or any that `adapt` takes
 ) -> list[dict[str, list[Tensor]]]:  # for each block: 'attention' and 'feed_forward'
     "The weight matrices of both sublayers of every block."
-    matrices = lambda layer: [m for p in layer.parameters() if p.dim() > 1 for m in (p.unbind(0) if p.dim() == 3 else [p])]
-    return [{name: matrices(getattr(block, name)) for name in ('attention', 'feed_forward')} for block in model.blocks]
+    found = []
+    for block in adapt(model).blocks:
+        found.append(dict(attention=[], feed_forward=[]))
+        for name, p in block.named_parameters():
+            part = 'attention' if re.search('attn|attention', name) else 'feed_forward'
+            if p.dim() > 1: found[-1][part] += p.unbind(0) if p.dim() == 3 else [p]
+    return found
 
 def weight_density(
     matrices: list[Tensor],   # of one sublayer
@@ -72,6 +82,24 @@ def normalised_entropy(
     return entropy / torch.arange(1, p.shape[-1] + 1, device=p.device).log()             # (B, H, T)
 
 # %% ../nbs/build/08_sparsity.ipynb #b7004924
+def attention_maps(
+    model,             # a Transformer, or an AdaptedModel
+    sequence: Tensor,  # tokens, (1, T)
+) -> Iterable[Tensor]: # the maps of each block, (1, H, T, T)
+    "What every head of every block attends to."
+    if isinstance(model, AdaptedModel):
+        network, used = model.network, model.network.config._attn_implementation
+        network.set_attn_implementation('eager')                   # the only one that returns its maps
+        try: yield from network(sequence, output_attentions=True, use_cache=False).attentions
+        finally: network.set_attn_implementation(used)
+    else:
+        c, h = model.config, model.embed(sequence)                                            # (1, T, D)
+        rope = rope_angles(sequence.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
+        for block in model.blocks:
+            yield attention_weights(block.attention, block.attention_norm(h), rope)
+            h = block(h, rope).stream                                                         # (1, T, D)
+
+# %% ../nbs/build/08_sparsity.ipynb #eb92b577
 def head_sparsity(
     p: Tensor,              # attention maps, (B, H, T, T)
     mass: float = 0.9,      # see `keys_for_mass`
@@ -82,35 +110,44 @@ def head_sparsity(
 
 @torch.no_grad()
 def attention_sparsity(
-    model: Transformer,     # the model to measure
+    model,                  # ours, or any that `adapt` takes
     tokens: Tensor,         # (B, T)
     mass: float = 0.9,      # see `keys_for_mass`
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
     "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
-    c, total = model.config, None
+    model, total = adapt(model), None
     for sequence in tokens.to(next(model.parameters()).device).split(1):
-        h, rows = model.embed(sequence), []                                               # (1, T, D)
-        rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
-        for block in model.blocks:
-            rows.append(head_sparsity(attention_weights(block.attention, block.attention_norm(h), rope), mass))
-            h = block(h, rope).stream                                                     # (1, T, D)
+        rows = [head_sparsity(p, mass) for p in attention_maps(model, sequence)]
         found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}  # (L, H) each
         total = found if total is None else {name: total[name] + found[name] for name in found}
     return total
 
 # %% ../nbs/build/08_sparsity.ipynb #32f45284
+def expert_counts(
+    model,               # a Transformer, or an AdaptedModel
+) -> tuple[int, int]:    # E and k; both 0 in a dense model
+    "How many experts a model has in a block, and how many a token uses."
+    if not isinstance(model, AdaptedModel): return model.config.n_experts, model.config.experts_per_token if model.config.n_experts else 0
+    c = model.network.config.get_text_config()
+    E = getattr(c, 'num_local_experts', None) or getattr(c, 'num_experts', None) or 0
+    return E, c.num_experts_per_tok if E else 0
+
 @torch.no_grad()
 def expert_loads(
-    model: Transformer,  # a mixture of experts
+    model,               # a mixture of experts, ours or any that `adapt` takes
     tokens: Tensor,      # (B, T)
-) -> Tensor:             # assignments to each expert per token, (L, E); rows sum to k
+) -> Tensor:             # assignments to each expert per token, (L, E), of the blocks that have experts; rows sum to k
     "Measured load of every expert of every block."
-    loads = []
-    if not model.config.n_experts: raise ValueError('n_experts=0: a dense model has no expert load')
-    h = model.embed(tokens.to(next(model.parameters()).device))                          # (B, T, D)
-    model.run(h, watch=lambda l, out: loads.append(expert_load(out.routing).cpu()))
+    model, loads = adapt(model), []
+    tokens, (E, k) = tokens.to(next(model.parameters()).device), expert_counts(model)
+    if not E: raise ValueError('n_experts=0: a dense model has no expert load')
+    if isinstance(model, AdaptedModel):
+        logits = model.network(tokens, output_router_logits=True, use_cache=False).router_logits      # each (B*T, E)
+        return torch.stack([torch.bincount(x.topk(k).indices.flatten(), minlength=E).double() / tokens.numel() for x in logits]).cpu()
+    model.run(model.embed(tokens), watch=lambda l, out: loads.append(expert_load(out.routing).cpu()))
     return torch.stack(loads)
 
+# %% ../nbs/build/08_sparsity.ipynb #0f12c491
 def load_entropy(
     load: Tensor,  # assignments per token, (..., E)
 ) -> Tensor:       # 1 if all experts are equally busy, 0 if one does everything, (...)
@@ -119,33 +156,56 @@ def load_entropy(
     return -torch.xlogy(share, share).sum(-1) / math.log(load.shape[-1])
 
 # %% ../nbs/build/08_sparsity.ipynb #58d88287
+def kv_share(
+    model,      # a Transformer, or an AdaptedModel
+) -> float:
+    "Key/value heads over query heads, 1/G."
+    c = model.config
+    return c.n_kv_heads / c.n_heads if c.n_heads and c.n_kv_heads else 1.
+
+def routed_share(
+    model,      # a Transformer, or an AdaptedModel
+    block,      # one of its blocks
+) -> float:     # 1 for a dense block
+    "Share of a block's feed-forward weights that a token uses, the router aside."
+    (E, k), matrices = expert_counts(model), [p for name, p in block.named_parameters() if not re.search('attn|attention', name)]
+    routed = sum(p.numel() for p in matrices if p.dim() == 3)
+    always = sum(p.numel() for p in matrices if p.dim() == 2 and p.shape[0] != E)    # a shared expert; E rows are the router's
+    return (routed * k / E + always) / (routed + always) if routed else 1.
+
+# %% ../nbs/build/08_sparsity.ipynb #54405bbc
 def effective_density(
-    model: Transformer,       # the model to measure
+    model,                    # ours, or any that `adapt` takes
     tokens: Tensor,           # text for the attention maps, (B, T)
     threshold: float = 0.1,   # of a small weight, in units of its matrix's root mean square
     mass: float = 0.9,        # of attention to collect
     attention: dict | None = None,  # from `attention_sparsity` with this mass, if it is there already
 ) -> dict[str, list[float]]:  # 'attention' and 'feed_forward': density of each block, L numbers each
     "Share of active connections of both sublayers, block by block."
-    c = model.config
+    model = adapt(model)
     keys = (attention or attention_sparsity(model, tokens, mass))['keys'].mean(1).tolist()  # L numbers
-    shared, routed = (2 + 2 * c.n_kv_heads / c.n_heads) / 4, 1.
-    if c.n_experts:
-        width = lambda experts: experts * c.d_expert + c.d_shared_expert
-        routed = width(c.experts_per_token) / width(c.n_experts)
+    shared = (2 + 2 * kv_share(model)) / 4
     weights = [{name: weight_density(ms, threshold) for name, ms in block.items()} for block in sublayer_matrices(model)]
     return dict(attention=[w['attention'] * k * shared for w, k in zip(weights, keys)],
-                feed_forward=[w['feed_forward'] * routed for w in weights])
+                feed_forward=[w['feed_forward'] * routed_share(model, block) for w, block in zip(weights, model.blocks)])
 
 # %% ../nbs/build/08_sparsity.ipynb #34085bbe
 ABSOLUTE, RELATIVE = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [.01, .03, .1, .3, 1.]
 
 def measure_sparsity(
-    model: Transformer,  # the model to measure
-    tokens: Tensor,      # text for attention maps and routing, (B, T)
-) -> dict:               # 'scalars' and 'arrays' of plain numbers
+    model,           # ours, or any that `adapt` takes; left as it was
+    tokens: Tensor,  # text for attention maps and routing, (B, T)
+) -> dict:           # 'scalars' and 'arrays' of plain numbers
     "Weight, attention, sharing and routing sparsity of a model, with threshold sweeps."
-    c, attention = model.config, attention_sparsity(model, tokens)
+    with untouched(adapt(model)) as whole: return sparsity_of(scoring_model(whole), tokens)
+
+# %% ../nbs/build/08_sparsity.ipynb #f2429f4b
+def sparsity_of(
+    model,           # a Transformer or an AdaptedModel, in fp32 and evaluation mode
+    tokens: Tensor,  # (B, T)
+) -> dict:
+    "What `measure_sparsity` returns."
+    attention, (E, k) = attention_sparsity(model, tokens), expert_counts(model)
     density = effective_density(model, tokens, attention=attention)
     matrices = [m for block in sublayer_matrices(model) for ms in block.values() for m in ms]
     pooled = lambda measure: sum(measure(m) * m.numel() for m in matrices) / sum(m.numel() for m in matrices)
@@ -154,11 +214,11 @@ def measure_sparsity(
                   keys_for_90_percent=attention['keys'].tolist(), attention_entropy=attention['entropy'].tolist(),
                   mass_on_first=attention['first'].tolist(),
                   density_attention=density['attention'], density_feed_forward=density['feed_forward'])
-    if c.n_experts: arrays['expert_load'] = expert_loads(model, tokens).tolist()
+    if E: arrays['expert_load'] = expert_loads(model, tokens).tolist()
     mean = lambda name: float(torch.tensor(arrays[name]).mean())
     scalars = dict(weights_below_0_01=arrays['weights_below_absolute'][3], weights_below_0_1_rms=arrays['weights_below_relative'][2],
                    participation=pooled(participation),
-                   kv_density=c.n_kv_heads / c.n_heads, expert_density=c.experts_per_token / c.n_experts if c.n_experts else 1.,
+                   kv_density=kv_share(model), expert_density=k / E if E else 1.,
                    **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy', 'mass_on_first',
                                                     'density_attention', 'density_feed_forward')})
     return dict(scalars=scalars, arrays=arrays)

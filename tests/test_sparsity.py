@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+from test_adapters import FAMILIES, TOKENS as STOCK_TOKENS, tiny
+
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.layers import attention_weights, rope_angles
 from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass, measure_sparsity,
@@ -78,3 +80,35 @@ def test_summary_is_plain_and_complete(changes):
     assert ('expert_load' in s['arrays']) == bool(changes.get('n_experts'))
     sweep = s['arrays']['weights_below_absolute']
     assert sweep == sorted(sweep)
+
+
+@pytest.mark.parametrize('changes', [dict(), dict(n_kv_heads=2), dict(norm='layernorm_scaling'), dict(n_experts=4, experts_per_token=2, gates='renormalised'),
+                                     dict(n_experts=4, experts_per_token=1, d_shared_expert=8, gates='published')], ids=str)
+def test_a_stock_translation_is_as_sparse_as_ours(changes):
+    "An independent reference: the transformers class with the same function returns its own maps and router logits."
+    from sparsecod.exchange import to_hf
+    torch.manual_seed(0)
+    ours = Transformer(ModelConfig(vocab_size=64, n_layers=3, d_model=32, n_heads=4, context_length=16, **changes)).eval()
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if p.dim() == 1: p.uniform_(.5, 2)
+            else: p.mul_(8)                                     # maps that are far from flat
+    tokens = torch.randint(64, (3, 12))
+    network = to_hf(ours)
+    before = {name: p.clone() for name, p in network.state_dict().items()}
+    a, b = measure_sparsity(ours, tokens), measure_sparsity(network, tokens)
+    same = ['keys_for_90_percent', 'attention_entropy', 'mass_on_first', *(['expert_load'] if changes.get('n_experts') else [])]
+    for name in same: assert torch.allclose(torch.tensor(a['arrays'][name]), torch.tensor(b['arrays'][name]), atol=1e-4), name
+    for name in ('kv_density', 'keys_for_90_percent', 'density_attention') + (() if changes.get('d_shared_expert') else ('expert_density', 'density_feed_forward')):
+        assert a['scalars'][name] == pytest.approx(b['scalars'][name], abs=2e-3), name
+    assert all(torch.equal(before[name], p) for name, p in network.state_dict().items()) and network.config._attn_implementation != 'eager'
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_can_be_measured(family):
+    network = tiny(family)
+    found, mode = measure_sparsity(network, STOCK_TOKENS), network.config._attn_implementation
+    assert all(0 <= v <= 1 for v in found['scalars'].values()) and len(found['arrays']['density_attention']) == len(found['arrays']['density_feed_forward']) == 4
+    assert network.config._attn_implementation == mode and network.training is False
+    if 'expert_load' in found['arrays']: assert torch.tensor(found['arrays']['expert_load']).sum(1).allclose(torch.full((4,), 2.))
+    assert ('expert_load' in found['arrays']) == (family in ('Mixtral', 'Olmoe', 'Qwen3Moe'))
