@@ -623,7 +623,7 @@ CURVES = {  # name -> title, what is on the x axis, logarithmic
     'train_loss': ('Training loss (nats a token)', 'training step', False), 'train_variance': ('Final-layer variance in training', 'training step', True)}
 AT_COMMON = ('val_loss@common', 'final_variance@common')
 KNOBS = dict.fromkeys(STUDIES, 'Setting') | dict(depth='Depth', decay='Weight decay (λ as published)', context='Context length', gqa='Query heads per key/value head',
-                                                 moe='Experts', remedies='Norm placement', ladder='Rung', sources='Source')
+                                                 moe='Experts', training='Training', remedies='Norm placement', ladder='Rung', sources='Source')
 
 def trim(
     x,                # a number, or lists of them

@@ -10,13 +10,13 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS'
            'final_loss', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures',
            'make_record', 'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place',
            'locate', 'forget', 'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list',
-           'depth_variants', 'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants', 'length_changes',
-           'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting',
-           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
-           'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
-           'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus',
-           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'results_table',
-           't_interval', 'logarithmic', 'over_seeds', 'summarise']
+           'depth_variants', 'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting',
+           'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants',
+           'ladder_variants', 'ladder_setting', 'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker',
+           'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line',
+           'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display', 'run_study',
+           'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants', 'at_some_length',
+           'metric_place', 'read_metric', 'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/build/12_studies.ipynb #0e76a0d1
 import hashlib
@@ -583,6 +583,21 @@ def depth_variants(
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
 STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants)
+
+# %% ../nbs/build/12_studies.ipynb #b62548f4
+def training_variants(
+    base: RunConfig,     # the scale's configuration
+) -> dict[str, dict]:    # label -> changes
+    "The shallowest model and one at most four times as deep: as in the depth study, at a third of the learning rate, and trained longer."
+    depths = DEPTHS.get(base.scale, DEPTHS['laptop'])
+    shallow, deep = depths[0], max(L for L in depths if L <= 4 * depths[0])
+    times = deep / shallow
+    plain = {f'L={L}': {'model.n_layers': L} for L in (shallow, deep)}
+    slower, longer = {'train.lr': float(f'{base.train.lr / 3:.4g}')}, {'train.steps': round(times * base.train.steps)}
+    return {label + suffix: changes | more for suffix, more in (('', {}), (', η/3', slower), (f', {times:.3g}× tokens', longer))
+            for label, changes in plain.items()}
+
+STUDIES['training'] = Study('training', 'Is what depth does a matter of the learning rate, or of too little training?', training_variants)
 
 # %% ../nbs/build/12_studies.ipynb #cf225a68
 PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)   # of the published weight-decay study
