@@ -640,6 +640,18 @@ def check_form(site: Site) -> list:
     return wrong
 
 
+def check_ways_in(site: Site) -> list:
+    "Each page links to itself as a notebook: in Colab, and to download."
+    git, branch, wrong = site.settings.get('git_url', ''), site.settings.get('branch', 'main'), []
+    colab = git.replace('https://github.com/', 'https://colab.research.google.com/github/')
+    for p in site.pages.values():
+        there = {to for _, to in p.html.links}
+        wanted = {'to open it in Colab': f'{colab}/blob/{branch}/{site.name(p.path)}', 'to download it': f'{git}/raw/{branch}/{site.name(p.path)}'}
+        lacking = [f'{what}, {link}' for what, link in wanted.items() if link not in there]
+        if lacking: wrong.append(Problem(site.name(p.path), None, f"the page has no link {', and none '.join(lacking)}"))
+    return wrong
+
+
 def check_hosts(site: Site) -> list:
     "No page asks another host for anything."
     wrong = []
@@ -720,7 +732,7 @@ def check_explorers(site: Site) -> list:
     return wrong
 
 
-CHECKS = (check_processing, check_links, check_readme, check_references, check_formulas, check_sidebar, check_form, check_hosts, check_explorers)
+CHECKS = (check_processing, check_links, check_readme, check_references, check_formulas, check_sidebar, check_form, check_ways_in, check_hosts, check_explorers)
 
 
 def check(

@@ -76,6 +76,7 @@ def other_point(text: str) -> str:
     return text[:at.start(2)] + json.dumps(data, ensure_ascii=False, separators=(',', ':')) + text[at.end(2):]
 
 
+NO_LINKS = markdown('A page without links to itself as a notebook.')
 ERROR = dict(output_type='error', ename='ValueError', evalue='it broke', traceback=['ValueError: it broke'])
 FAULTS = {  # name -> what is planted, number of the cell (None: the whole page), words of the message
     'link': (replaced('02_other.ipynb#a-section', '02_gone.ipynb'), 2, "link to '02_gone.ipynb' is broken"),
@@ -114,6 +115,7 @@ FAULTS = {  # name -> what is planted, number of the cell (None: the whole page)
     'id-twice': (added(markdown('<p id="mine">One.</p>', '', '<p id="mine">Two.</p>')), 6, "the id 'mine' is on the page 2 times"),
     'processing': (added(code("#| export\ndef early(x: 'Later'):\n    \"A type that is not there yet.\"")), 6, "nbdev cannot process this notebook"),
     'script': (added(code('1', {'text/markdown': '```{=html}\n<script>draw()</script>\n```'})), 6, 'is in no explorer'),
+    'ways-in': (added(NO_LINKS), None, 'no link to open it in Colab'),
     'explorer': (other_output(move_dot), 5, 'the first view is not what the data inside give'),
     'explorer-data': (other_output(other_point), 5, 'its dots are not the stored simulations'),
 }
@@ -139,6 +141,9 @@ def write_site(
         chapters[f'build/{i}_{name}.ipynb'] = cells = page(explorer if name.startswith('explorer') else '')
         plant(cells)
     for name, cells in chapters.items():
+        address = f'github.com/nobody/small/{{}}/main/nbs/{name}'
+        links = markdown(f"[Colab](https://{address.replace('github.com', 'colab.research.google.com/github').format('blob')}), [file](https://{address.format('raw')})")
+        if NO_LINKS not in cells: cells.append(links)
         for i, cell in enumerate(cells): cell['id'] = f'c{i}'
         (root / 'nbs' / name).write_text(json.dumps(dict(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5, cells=cells)))
     site = dict(project=dict(type='website'), bibliography='references.bib', format=dict(html={'html-math-method': 'mathml'}), website=dict(sidebar=dict(contents=[
@@ -170,7 +175,7 @@ def found(small_site):
     "What the check says of a site with all faults at once."
     made = small_site({name: plant for name, (plant, _, _) in FAULTS.items()}, listed=['build/99_gone.ipynb'])
     for name, text in {'README.md': '[gone](nbs/gone.ipynb), [nowhere](#nowhere) and ![no picture](gone.png)\n'}.items(): (made / name).write_text((made / name).read_text() + text)
-    shutil.copy(made / 'nbs' / 'build' / '02_other.ipynb', made / 'nbs' / 'build' / '98_unlisted.ipynb')
+    (made / 'nbs' / 'build' / '98_unlisted.ipynb').write_text((made / 'nbs' / 'build' / '02_other.ipynb').read_text().replace('02_other.ipynb)', '98_unlisted.ipynb)'))
     return docs_check.check(made)[1]
 
 
@@ -182,7 +187,7 @@ def run(*given):
 def test_a_site_in_order_passes(small_site):
     done = run(small_site())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'in order: 3 pages, 7 links, 2 images, 3 formulas, 2 citations and cross-references, 1 explorers' in done.stdout
+    assert 'in order: 3 pages, 13 links, 2 images, 3 formulas, 2 citations and cross-references, 1 explorers' in done.stdout
 
 
 @pytest.mark.parametrize('name', FAULTS)

@@ -256,7 +256,7 @@ def start_long_study(tmp_path) -> subprocess.Popen:
             f'run_study(Study("long", "?", two_depths), LONG, 1, {str(tmp_path)!r}, jobs=2)')
     process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=hears_ctrl_c)
-    wait_for(lambda: len(list(tmp_path.glob('.work/*/checkpoints/step-*'))) >= 2 and len(workers(tmp_path)) == 2, process)
+    wait_for(lambda: len({p.parents[1] for p in tmp_path.glob('.work/*/checkpoints/step-*')}) == 2 and len(workers(tmp_path)) == 2, process)
     return process
 
 
