@@ -671,9 +671,9 @@ STUDIES['context'] = Study('context', 'What does a longer context change, and is
 def gqa_variants(
     base: RunConfig,     # the scale's configuration, with a key/value head for every query head
 ) -> dict[str, dict]:    # label -> changes
-    "Query heads per key/value head: 1, 2 and all, plain and with the saved parameters given back."
+    "Query heads per key/value head: 1, 2, 4 and all, plain and with the saved parameters given back."
     D, H, F = base.model.d_model, base.model.n_heads, base.model.d_ff
-    groups = [G for G in dict.fromkeys((2, H)) if 1 < G <= H and H % G == 0]
+    groups = [G for G in dict.fromkeys((2, 4, H)) if 1 < G <= H and H % G == 0]
     wider = lambda G: F + round(2 * D * (1 - 1 / G) / 3)
     variants = {'G=1': {}}
     for G in groups:
