@@ -414,6 +414,12 @@ for norm, i in (('LayerNorm Scaling', 1), ('Peri-LN', 2)):
 for norm, i in (('pre-LN', 0), ('LayerNorm Scaling', 1), ('Peri-LN', 2)):
     CLAIMS += source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3), {}, f'-sparse-{norm.lower().replace(" ", "-")}')
 
+# %% ../nbs/build/13_claims.ipynb #6965452e
+for what, needs, name in (('weight decay of 0.1 on all parameters', (0, 2), 'decay-all'), ('weight decay of 0.1 on the matrices', (0, 1), 'decay'),
+                          ('four times the context, with the tokens of a step fixed,', (1, 3), 'context'),
+                          ('a mixture of experts with gates as published', (1, 4), 'moe'), ('a mixture of experts with renormalised gates', (1, 5), 'moe-renormalised')):
+    CLAIMS += source_claims('budget', f'With three times the training, {what}', needs, {}, f'-{name}')
+
 # %% ../nbs/build/13_claims.ipynb #78929bad
 RUNGS = [  # statement, side, indices of two rungs, published accuracies, id
     ('Twice the depth lowers accuracy.', -1, (0, 1), 'L=16: 40.1, L=32: 39.5', 'depth'),
