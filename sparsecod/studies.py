@@ -741,9 +741,9 @@ def budget_setting(
 def budget_variants(
     base: RunConfig,     # the study's configuration
 ) -> dict[str, dict]:    # label -> changes
-    "No decay, decay on matrices and on everything, four times the context, and a mixture with two kinds of gates."
-    longer, experts = f'T={4 * base.model.context_length}', moe_variants(base)
-    return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'}, longer: length_changes(base, 4 * base.model.context_length),
+    "No decay, decay on matrices and on everything, and a mixture of experts with two kinds of gates."
+    experts = moe_variants(base)
+    return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'},
             'experts, gates as published': experts['gates as published'], 'experts, gates renormalised': experts['gates renormalised']}
 
 STUDIES['budget'] = Study('budget', 'Do the findings about the sources outlive three times the training?', budget_variants, budget_setting)
