@@ -12,7 +12,8 @@ __all__ = ['PUBLISHED', 'CLAIMS', 'EFFECTS', 'SOURCE_METRICS', 'DEEPER', 'PERPLE
            'check_size_ratio', 'check_usefulness_counts', 'check_wasted_layers', 'check_moe_gain', 'check_percent',
            'check_same_model', 'check_largest_group', 'check_recipe_size', 'check_dilution', 'halved',
            'check_proportional', 'check_proportional_blocks', 'check_growth', 'ledger', 'number', 'ours_text',
-           'statistic_text', 'ledger_cells', 'ledger_table', 'verdict_counts', 'ledger_markdown', 'headlines']
+           'statistic_text', 'ledger_cells', 'ledger_table', 'verdict_counts', 'ledger_markdown', 'headlines',
+           'short_markdown']
 
 # %% ../nbs/build/13_claims.ipynb #17854e0a
 import math
@@ -716,3 +717,11 @@ def headlines(
     "The rows that carry the argument."
     by_id = {row['id']: row for row in rows}
     return [by_id[name] for name in HEADLINES]
+
+def short_markdown(
+    rows: list[dict],  # from `ledger` or `headlines`
+) -> str:              # Markdown
+    "Verdict, claim and statistic, without the published numbers and ours by variant."
+    statistic = lambda row: f"{row['rule'].split('; confirmed')[0]}: {statistic_text(row)}" if row['study'] else f"{ours_text(row)} (arithmetic)"
+    cells = [(row['verdict'], ('control: ' if row['control'] else '') + row['statement'], statistic(row)) for row in rows]
+    return '\n'.join('| ' + ' | '.join(text.replace('|', r'\|') for text in line) + ' |' for line in [('verdict', 'claim', 'statistic, 95 % interval over seeds'), ('---',) * 3, *cells])

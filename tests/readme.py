@@ -8,14 +8,6 @@ README, FIGURE = ROOT / 'README.md', ROOT / 'results' / 'laptop' / 'headline.png
 MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end of findings -->'
 
 
-def table(rows: list[dict]) -> list[str]:
-    "Rows of the ledger, a line a claim."
-    from sparsecod.claims import ours_text, statistic_text
-    lines = ['| verdict | claim | statistic, 95 % interval over seeds |', '|---|---|---|']
-    return lines + [f"| {r['verdict']} | {'control: ' * r['control']}{r['statement']} | "
-                    + (f"{r['rule'].split('; confirmed')[0]}: {statistic_text(r)} |" if r['study'] else f'{ours_text(r)} (arithmetic) |') for r in rows]
-
-
 def counts(rows: list[dict]) -> str:
     "How many rows were confirmed, contradicted and left open."
     return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open'))
@@ -23,11 +15,11 @@ def counts(rows: list[dict]) -> str:
 
 def findings() -> str:
     "The rows that carry the argument, and verdicts counted by study."
-    from sparsecod.claims import headlines, ledger
+    from sparsecod.claims import headlines, ledger, short_markdown
     from sparsecod.studies import STUDIES, by_variant, load_results
     records = load_results(ROOT / 'results', 'laptop')
     rows = ledger(records)
-    lines = [*table(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open:', '',
+    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open:', '',
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
         mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, records).values()))
