@@ -276,7 +276,7 @@ def falling_score(metric: str, statement: str, published: str = '', source: str 
 CLAIMS += [
     falling_score('causal', 'The deeper the model, the less its blocks depend on a skipped earlier block.',
                   'L=12: 0.355, L=16: 0.336, L=24: 0.289, L=32: 0.259'),
-    falling_score('causal_max', 'The same for later tokens only, by the largest effect (Csordás et al.).', source='control'),
+    falling_score('causal_max', 'The deeper the model, the less its blocks depend on a skipped earlier block at later tokens, by the largest effect (Csordás et al.).', source='control'),
     falling_score('permutation', 'The deeper the model, the less it matters if two blocks are swapped.',
                   'L=12: 0.985, L=16: 0.713, L=24: 0.438, L=32: 0.306'),
     falling_score('usefulness', 'The deeper the model, the smaller the share of blocks that an affine map cannot replace.',
@@ -287,8 +287,8 @@ CLAIMS += [
 
 # %% ../nbs/build/13_claims.ipynb #477c0c11
 CLAIMS += [
-    falling_score('causal_without_block_1', 'The same for the pairs of blocks 2 to L (added after a look at the runs): less dependence on a skipped earlier block.', source='control'),
-    falling_score('permutation_without_block_1', 'The same for the pairs of blocks 2 to L (added after a look at the runs): it matters less if two are swapped.', source='control'),
+    falling_score('causal_without_block_1', 'Among blocks 2 to L, the deeper the model, the less they depend on a skipped earlier one (added after a look at the runs).', source='control'),
+    falling_score('permutation_without_block_1', 'Among blocks 2 to L, the deeper the model, the less it matters if two are swapped (added after a look at the runs).', source='control'),
 ]
 
 # %% ../nbs/build/13_claims.ipynb #1486133b
@@ -612,12 +612,12 @@ CHECKS = [
               'T=256: 30000 to T=4096: 700', check_dilution, 'agrees if the slope of log variance against log T lies below -1.1', control=True),
     PageCheck('theory-proportional', 'The variance that a sublayer with one masked matrix adds is proportional to its density.', 'argument, step 2', 'proportional to p',
               check_proportional, 'agrees if half the density leaves half the variance within 0.05 (random weights and masks)'),
-    PageCheck('theory-proportional-blocks', 'The same holds for attention and SwiGLU with a mask on each matrix.', 'control', '',
+    PageCheck('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the density.', 'control', '',
               check_proportional_blocks, 'agrees if half the density leaves half the variance of both, within 0.05', control=True),
     PageCheck('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2', 'no numbers given',
               lambda: check_growth(False), 'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, linear sublayers)'),
-    PageCheck('theory-relative-growth', 'It slows the growth relative to the stream, which is what a block sees through its norm.', 'control', '',
-              lambda: check_growth(True), 'the same in units of the stream after block 16', control=True),
+    PageCheck('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the stream, which is what a block sees through its norm.", 'control', '',
+              lambda: check_growth(True), 'agrees if a density of 0.25 takes 5 % or more off that in units of the stream after block 16', control=True),
 ]
 
 # %% ../nbs/build/13_claims.ipynb #87dea778
