@@ -28,7 +28,7 @@ ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb) $(wildcard nbs/beyond/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test chromium docs docs-check readme export clean-notebooks clean
+.PHONY: help env reproduce test chromium docs docs-check docs-look preview readme export clean-notebooks clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	$(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
 
+docs-look: $(STAMP) chromium  ## Open the rendered pages in _docs/ in a browser without network
+	@test -f _docs/index.html || { echo 'There are no rendered pages in _docs/: run make docs first.' >&2; exit 1; }
+	$(BIN)/python -m pytest -q tests/test_site.py --site _docs
+
+preview: $(STAMP)  ## Write pages to look at into _preview/, without Quarto
+	$(BIN)/python tests/docs_check.py --pages _preview
+
 # The browser tests drive the system's Chromium. Where this may install packages, it does; elsewhere it says what to do.
 chromium:  ## Make sure that there is a Chromium for the browser tests
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
@@ -78,7 +85,7 @@ chromium:  ## Make sure that there is a Chromium for the browser tests
 	  echo 'Installing Chromium from the packages of the system.'; export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get install -y -qq chromium fonts-dejavu-core >/dev/null 2>&1 || \
 	  { apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; }; \
-	else echo 'The browser tests need Chromium. On Debian and Ubuntu: apt-get install chromium' >&2; exit 1; fi
+	else echo 'The browser tests need Chromium and a font. On Debian and Ubuntu: apt-get install chromium fonts-dejavu-core' >&2; exit 1; fi
 
 docs-check: $(STAMP)  ## Check pages, links, formulas and explorers without Quarto
 	$(BIN)/python tests/docs_check.py
@@ -93,4 +100,4 @@ clean-notebooks: $(STAMP)  ## Strip what does not belong in git from the noteboo
 	$(BIN)/nbdev_clean
 
 clean:  ## Remove the environment, the rendered site and caches; keep runs/
-	rm -rf $(VENV) _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) _docs _preview _proc build dist *.egg-info .pytest_cache

@@ -6,7 +6,8 @@
 Every notebook goes through nbdev's processing, is put together as Quarto does it, and then goes through pandoc, the
 engine inside Quarto, into a temporary folder. Of the pages this checks that links, anchors, images, citations and
 cross-references resolve, that formulas parse (by pandoc and by KaTeX), that each page has its title, description and
-opening, that nothing on it asks another host, and that explorers show what Python gives now. Nothing is skipped: what
+opening, and as a chapter its exercises, that displayed equations have a label and figures a text for those who do not
+see them, that nothing asks another host, and that explorers show what Python gives now. Nothing is skipped: what
 is needed and not there ends the check with a sentence that says what to do.
 
 The second form writes the pages into a folder, to be read in a browser. That is a preview and not the page that Quarto
@@ -343,6 +344,7 @@ class Reader(HTMLParser):
         self.cell, self.inside, self.prose = cell, Counter(), []
         self.ids, self.links, self.fetched, self.cites, self.formulas, self.headings, self.labels, self.asks, self.strays = {}, [], [], [], [], [], [], [], []
         self.odd_tags, self.open, self.unclosed = [], [], []
+        self.bare, self.unlabelled = [], None  # cells of displayed formulas without a label; the cell of one that may still get it
         self.tex, self.display, self.unread, self.opening, self.opened = None, False, False, 0, False
         self.feed(text)
         self.close()
@@ -367,6 +369,7 @@ class Reader(HTMLParser):
         if tag == 'annotation' and self.tex is not None:
             self.formulas.append((self.cell, ''.join(self.tex), self.display))
             self.tex = None
+        if tag == 'math' and self.display: self.unlabelled = self.cell or 0
         self.inside[tag] = max(0, self.inside[tag] - 1)
         if tag in CLOSED: self.close_tag(tag)
 
@@ -399,14 +402,21 @@ class Reader(HTMLParser):
             if a.get(name): self.fetched += [(self.cell, tag, name, part.split()[0]) for part in (a[name].split(', ') if name == 'srcset' else [a[name]])]
 
     def handle_data(self, text):
+        if self.unlabelled is not None and text.strip(): self.want_label(text)
         if self.inside['annotation'] and self.tex is not None: self.tex.append(text)
         elif self.inside['style']: self.asks += [(self.cell, f'<style> with {host}') for host in STYLE_ASKS.findall(text)]
         elif self.inside['script']: self.asks += [(self.cell, f'<script> that asks {host}') for host in SCRIPT_ASKS.findall(text)]
         if not self.unread and not any(self.inside[tag] for tag in self.QUIET): self.prose.append(text)
         if self.inside['p'] and not self.opened: self.opening += len(text.split())
 
+    def want_label(self, text: str = ''):
+        "A displayed formula has ended, and this is what comes next in its paragraph."
+        if not re.match(r'\s*\{#eq-', text): self.bare.append(self.unlabelled or None)
+        self.unlabelled = None
+
     def flush(self):
         "A block of prose ends: look for labels, and for formulas that were not taken as such."
+        if self.unlabelled is not None: self.want_label()
         text, self.prose = ''.join(self.prose), []
         self.labels += LABEL.findall(text)
         self.strays += [(self.cell, stray) for stray in STRAY.findall(text)]
@@ -641,8 +651,34 @@ def lost_lines(
     return [line for line in source.splitlines() if re.match(r'\s*%', line) and line in kept]
 
 
+def exercises_fault(
+    text: str,  # of a chapter's last cell
+) -> str:       # what is wrong, '' if nothing
+    "A chapter ends with three exercises and their folded solutions."
+    text = re.sub(r'^[ \t]*(```+).*?^[ \t]*\1', '', text, flags=re.M | re.S)
+    found = re.search(r'^### Exercises\s*$(.*?)^<details>\s*<summary>Solutions</summary>(.*)</details>\s*\Z', text, re.M | re.S)
+    if not found: return 'a chapter ends with "### Exercises", and below them <details><summary>Solutions</summary>'
+    if re.search(r'^#{1,6} |</?details', found[1] + found[2], re.M): return 'nothing else stands between the exercises and the end of the chapter'
+    for part, what in zip(found.groups(), ('exercises', 'solutions')):
+        numbers = re.findall(r'^(\d+)\.\s', part, re.M)
+        if numbers != ['1', '2', '3']: return f'a chapter has three {what}, numbered 1 to 3; here are {", ".join(numbers) or "none"}'
+    return ''
+
+
+def pictures_fault(
+    cell: dict,  # processed, with code
+) -> str:        # what is wrong, '' if nothing
+    "A stored picture has a text for those who do not see it."
+    try: o = options(joined(cell['source']))
+    except yaml.YAMLError: return ''                                     # told elsewhere
+    if o.get('include') is False or o.get('output') is False: return ''
+    n, alt = sum(map(is_picture, cell.get('outputs', []))), o.get('fig-alt')
+    if n and not (all(alt) and len(alt) == n if isinstance(alt, list) else str(alt or '').strip()): return 'a picture needs words that say what it shows: a line #| fig-alt: "..."'
+    return ''
+
+
 def check_form(site: Site) -> list:
-    "Each page has a title, a description and an opening, one first-level heading, whole HTML, no lost line and no stored error."
+    "Each page has a title, a description and an opening, labels, exercises, one first-level heading, whole HTML, no lost line and no stored error."
     wrong = []
     for p in site.pages.values():
         say = lambda text, cell=None: wrong.append(Problem(site.name(p.path), cell, text))
@@ -653,9 +689,14 @@ def check_form(site: Site) -> list:
             if level == 1: say('a second first-level heading (#) is a second title', cell)
         for cell, tag in p.html.odd_tags: say(f'<{tag}> is taken for an HTML tag, so it does not show: put it into backticks', cell)
         for cell, text in p.html.unclosed: say(text, cell)
+        for cell in p.html.bare: say('a displayed equation has no label: {#eq-name} after the last $$', cell)
+        for label, n in Counter(p.html.labels).items():
+            if n > 1: say(f'the label {label!r} is on the page {n} times')
+        if p.path != 'index.ipynb' and not p.path.startswith('reference/') and (fault := exercises_fault(joined(p.notebook['cells'][-1]['source']))): say(fault, p.numbers()[-1])
         source = {c.get('id'): joined(c['source']) for c in p.source['cells'] if c['cell_type'] == 'code'}
         for number, cell in zip(p.numbers(), p.notebook['cells']):
             if cell['cell_type'] != 'code': continue
+            if fault := pictures_fault(cell): say(fault, number)
             for out in cell.get('outputs', []):
                 if out['output_type'] == 'error': say(f'a stored error is on the page: {out.get("ename")}: {out.get("evalue")}', number)
             try: shown = options(joined(cell['source'])).get('echo') is not False

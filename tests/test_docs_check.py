@@ -77,6 +77,14 @@ def other_point(text: str) -> str:
 
 
 NO_LINKS = markdown('A page without links to itself as a notebook.')
+DOT = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='  # a picture
+EXERCISES = '### Exercises\n\n1. One?\n2. Two?\n3. Three?\n\n<details><summary>Solutions</summary>\n\n1. Yes.\n2. No.\n\n    ```\n1. This is code.\n    ```\n3. Both.\n\n</details>'
+def ending(old: str, new: str):
+    "A fault: another text in the exercises, with which a page ends; they are cell 7."
+    assert old in EXERCISES
+    return added(markdown(EXERCISES.replace(old, new)))
+
+
 ERROR = dict(output_type='error', ename='ValueError', evalue='it broke', traceback=['ValueError: it broke'])
 FAULTS = {  # name -> what is planted, number of the cell (None: the whole page), words of the message
     'link': (replaced('02_other.ipynb#a-section', '02_gone.ipynb'), 2, "link to '02_gone.ipynb' is broken"),
@@ -115,6 +123,18 @@ FAULTS = {  # name -> what is planted, number of the cell (None: the whole page)
     'id-twice': (added(markdown('<p id="mine">One.</p>', '', '<p id="mine">Two.</p>')), 6, "the id 'mine' is on the page 2 times"),
     'processing': (added(code("#| export\ndef early(x: 'Later'):\n    \"A type that is not there yet.\"")), 6, "nbdev cannot process this notebook"),
     'script': (added(code('1', {'text/markdown': '```{=html}\n<script>draw()</script>\n```'})), 6, 'is in no explorer'),
+    'equation-bare': (added(markdown('So $$c = d,$$', 'as was said.')), 6, 'a displayed equation has no label'),
+    'equation-alone': (added(markdown('$$c = d$$', '', 'Here is {#eq-two}.')), 6, 'a displayed equation has no label'),
+    'equation-output': (added(code('1', {'text/markdown': '$$c = d$$'})), 6, 'a displayed equation has no label'),
+    'label-twice': (added(markdown('$$c = d$$ {#eq-one}')), None, "the label 'eq-one' is on the page 2 times"),
+    'picture': (added(code('draw()', {'image/png': DOT})), 6, 'a picture needs words'),
+    'picture-empty': (added(code('#| echo: false\n#| fig-alt: ""\ndraw()', {'image/png': DOT})), 6, 'a picture needs words'),
+    'pictures': (added(code('#| fig-alt: [One]\ndraw()', {'image/png': DOT}, {'image/png': DOT})), 6, 'a picture needs words'),
+    'exercises': (ending('### Exercises', '#### Exercises'), 7, 'a chapter ends with "### Exercises"'),
+    'exercises-four': (ending('3. Three?', '3. Three?\n4. Four?'), 7, 'three exercises, numbered 1 to 3; here are 1, 2, 3, 4'),
+    'exercises-unsolved': (ending('2. No.\n', ''), 7, 'three solutions, numbered 1 to 3; here are 1, 3'),
+    'exercises-open': (ending('<details><summary>Solutions</summary>', '<details open=""><summary>Solutions</summary>'), 7, 'a chapter ends with "### Exercises"'),
+    'exercises-before': (ending('</details>', '</details>\n\nMore text.'), 7, 'a chapter ends with "### Exercises"'),
     'ways-in': (added(NO_LINKS), None, 'no link to open it in Colab'),
     'explorer': (other_output(move_dot), 5, 'the first view is not what the data inside give'),
     'explorer-data': (other_output(other_point), 5, 'its dots are not the stored simulations'),
@@ -143,7 +163,8 @@ def write_site(
     for name, cells in chapters.items():
         address = f'github.com/nobody/small/{{}}/main/nbs/{name}'
         links = markdown(f"[Colab](https://{address.replace('github.com', 'colab.research.google.com/github').format('blob')}), [file](https://{address.format('raw')})")
-        if NO_LINKS not in cells: cells.append(links)
+        if 'Exercises' not in cells[-1]['source'] and name != 'index.ipynb': cells.append(markdown(EXERCISES))
+        if NO_LINKS not in cells: cells.insert(len(cells) - (name != 'index.ipynb'), links)
         for i, cell in enumerate(cells): cell['id'] = f'c{i}'
         (root / 'nbs' / name).write_text(json.dumps(dict(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5, cells=cells)))
     site = dict(project=dict(type='website'), bibliography='references.bib', format=dict(html={'html-math-method': 'mathml'}), website=dict(sidebar=dict(contents=[
@@ -214,9 +235,6 @@ def test_one_fault_is_enough(small_site):
     done = run(small_site(dict(image=FAULTS['image'][0])))
     assert done.returncode == 1 and "nbs/build/10_image.ipynb: cell 2: the image 'gone.svg' is broken" in done.stdout, done.stdout + done.stderr
     assert done.stderr.startswith('1 problem')
-
-
-DOT = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 
 
 def test_a_preview_has_links_pictures_equations_and_citations(small_site, tmp_path):
