@@ -435,7 +435,7 @@ RUNGS = [  # statement, side, indices of two rungs, published accuracies, id
 CLAIMS += [claim_about('ladder', 'accuracy', text, side, needs, published, f'-{name}') for text, side, needs, published, name in RUNGS]
 RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usefulness, id
     ('Twice the depth', -1, (0, 1), '0.75 to 0.53', 'depth'), ('A context of four times the length', +1, (1, 2), '0.53 to 0.59', 'context'),
-    ('A context of twice that', -1, (2, 3), '0.59 to 0.53', 'context-overshoot'), ('More weight decay (0.3) on top', +1, (2, 4), '0.59 to 0.63', 'decay'),
+    ('A context of eight times the length, against four times,', -1, (2, 3), '0.59 to 0.53', 'context-overshoot'), ('More weight decay (0.3) on top', +1, (2, 4), '0.59 to 0.63', 'decay'),
     ('Weight decay of 1.0 in its place', -1, (4, 6), '0.63 to 0.53', 'decay-overshoot'), ('Sharing keys and values in pairs on top', +1, (4, 7), '0.63 to 0.66', 'gqa'),
     ('A mixture of experts on top', +1, (7, 8), '0.66 to 0.75', 'moe')]
 
