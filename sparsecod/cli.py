@@ -431,7 +431,7 @@ def do_export(
     return 0
 
 # %% ../nbs/build/17_cli.ipynb #202a0453
-STUDY_NAMES = 'depth, training, decay, context, gqa, moe, remedies, ladder, sources'  # written out, so that help needs no PyTorch
+STUDY_NAMES = 'depth, training, decay, context, gqa, moe, remedies, ladder, budget, sources'  # written out, so that help needs no PyTorch
 
 def add_study(
     commands,  # where commands are registered

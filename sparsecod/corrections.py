@@ -7,9 +7,8 @@ __all__ = ['TRAPS', 'MAIN', 'row', 'ratio', 'over_models', 'combine', 'ratio_tex
            'with_block', 'affine_ratios', 'states', 'differences', 'causal_from_states', 'mean_score', 'last_variances',
            'with_embeddings_scaled', 'permutation_score', 'rounding', 'decaying', 'per_seed', 'decay_rows',
            'auxiliary_weights', 'balance_by_block', 'context_rows', 'mean_with_sink', 'branch_variances', 'with_gates',
-           'gate_rows', 'seen_and_unseen', 'choices', 'chosen_scores', 'full_block_runs', 'padded_loss',
-           'usefulness_rows', 'state_rows', 'text_rows', 'mixture_rows', 'closed_rows', 'corrections', 'ordered',
-           'closing_table']
+           'gate_rows', 'seen_and_unseen', 'choices', 'chosen_scores', 'full_block_runs', 'padded_loss', 'ordered',
+           'closing_table', 'usefulness_rows', 'state_rows', 'text_rows', 'mixture_rows', 'closed_rows', 'corrections']
 
 # %% ../nbs/beyond/02_corrections.ipynb #8ecc5c58
 import copy
@@ -388,6 +387,25 @@ def padded_loss(
     "The mean cross-entropy that results from dividing by T."
     return loss * (T - 1) / T
 
+# %% ../nbs/beyond/02_corrections.ipynb #4437fc35
+MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal score', 4: 'final variance', 5: 'causal score', 6: 'final variance, λ = 0.1',
+        7: 'weighted sum of balancing losses, published gates', 8: 'perplexity, T = 512 / T = 32', 9: 'final variance', 10: 'final variance, median, mixture / dense',
+        11: 'loss', 12: 'block evaluations, L = 8', 13: 'loss'}
+
+def ordered(
+    rows: list[dict],  # of all traps
+) -> list[dict]:       # from `combine`, largest effect first
+    "The main quantity of each trap, by effect."
+    main = [c for c in combine(rows) if MAIN[c['trap']] == c['quantity']]
+    return sorted(main, key=lambda c: -abs(math.log(c['ratio'][0])) if c['ratio'][0] > 0 else 1.0)
+
+def closing_table(
+    rows: list[dict],  # of all traps
+) -> str:              # Markdown
+    "How much each trap matters."
+    cells = [[c['trap'], TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']), ratio_text(c['ratio'])] for c in ordered(rows)]
+    return markdown_table(['trap', 'what it is', 'main quantity', 'as published', 'ours', 'as published / ours'], cells)
+
 # %% ../nbs/beyond/02_corrections.ipynb #eebadb53
 def usefulness_rows(model: Transformer, windows: Tensor, fit_windows: Tensor) -> list[dict]:
     "Traps 1 and 2."
@@ -514,22 +532,3 @@ def corrections(
         rows += text_rows(model, corpus, train, fit_windows, pool, n_sequences, n_loss)
         loss = evaluate(model, windows).double().mean().item()
         return rows + mixture_rows(mixtures, windows) + closed_rows(model, loss, T)
-
-# %% ../nbs/beyond/02_corrections.ipynb #4437fc35
-MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal score', 4: 'final variance', 5: 'causal score', 6: 'final variance, λ = 0.1',
-        7: 'weighted sum of balancing losses, published gates', 8: 'perplexity, T = 512 / T = 32', 9: 'final variance', 10: 'final variance, median, mixture / dense',
-        11: 'loss', 12: 'block evaluations, L = 8', 13: 'loss'}
-
-def ordered(
-    rows: list[dict],  # of all traps
-) -> list[dict]:       # from `combine`, largest effect first
-    "The main quantity of each trap, by effect."
-    main = [c for c in combine(rows) if MAIN[c['trap']] == c['quantity']]
-    return sorted(main, key=lambda c: -abs(math.log(c['ratio'][0])) if c['ratio'][0] > 0 else 1.0)
-
-def closing_table(
-    rows: list[dict],  # of all traps
-) -> str:              # Markdown
-    "How much each trap matters."
-    cells = [[c['trap'], TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']), ratio_text(c['ratio'])] for c in ordered(rows)]
-    return markdown_table(['trap', 'what it is', 'main quantity', 'as published', 'ours', 'as published / ours'], cells)

@@ -12,11 +12,12 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS'
            'locate', 'forget', 'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list',
            'depth_variants', 'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting',
            'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants',
-           'ladder_variants', 'ladder_setting', 'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker',
-           'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line',
-           'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display', 'run_study',
-           'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants', 'at_some_length',
-           'metric_place', 'read_metric', 'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
+           'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants', 'study_named', 'stop_with_parent',
+           'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence',
+           'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs',
+           'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants',
+           'at_some_length', 'metric_place', 'read_metric', 'results_table', 't_interval', 'logarithmic', 'over_seeds',
+           'summarise']
 
 # %% ../nbs/build/12_studies.ipynb #0e76a0d1
 import hashlib
@@ -671,9 +672,9 @@ STUDIES['context'] = Study('context', 'What does a longer context change, and is
 def gqa_variants(
     base: RunConfig,     # the scale's configuration, with a key/value head for every query head
 ) -> dict[str, dict]:    # label -> changes
-    "Query heads per key/value head: 1, 2 and all, plain and with the saved parameters given back."
+    "Query heads per key/value head: 1, 2, 4 and all, plain and with the saved parameters given back."
     D, H, F = base.model.d_model, base.model.n_heads, base.model.d_ff
-    groups = [G for G in dict.fromkeys((2, H)) if 1 < G <= H and H % G == 0]
+    groups = [G for G in dict.fromkeys((2, 4, H)) if 1 < G <= H and H % G == 0]
     wider = lambda G: F + round(2 * D * (1 - 1 / G) / 3)
     variants = {'G=1': {}}
     for G in groups:
@@ -728,6 +729,24 @@ def ladder_setting(
     return source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper') else {})
 
 STUDIES['ladder'] = Study('ladder', 'Do the sources of sparsity add up?', ladder_variants, ladder_setting)
+
+# %% ../nbs/build/12_studies.ipynb #89b62ff8
+def budget_setting(
+    base: RunConfig,  # the scale's configuration
+) -> dict:            # changes by path
+    "As for the single sources, with the scale's own budget of tokens."
+    shared = source_setting(base) | {f'train.{name}': getattr(base.train, name) for name in ('steps', 'tokens_per_step')}
+    return shared | {'train.weight_decay': equivalent_decay(base.train, 0.1)}
+
+def budget_variants(
+    base: RunConfig,     # the study's configuration
+) -> dict[str, dict]:    # label -> changes
+    "No decay, decay on matrices and on everything, and a mixture of experts with two kinds of gates."
+    experts = moe_variants(base)
+    return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'},
+            'experts, gates as published': experts['gates as published'], 'experts, gates renormalised': experts['gates renormalised']}
+
+STUDIES['budget'] = Study('budget', 'Do the findings about the sources outlive three times the training?', budget_variants, budget_setting)
 
 # %% ../nbs/build/12_studies.ipynb #bb3d1e03
 def study_named(

@@ -13,3 +13,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 def root() -> Path:
     "The root of the checkout."
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption('--site', type=Path, metavar='FOLDER', help='tests/test_site.py looks at these rendered pages instead of a preview')

@@ -1,6 +1,7 @@
 """Check the documentation as far as that goes without Quarto: `make docs-check`, which is part of `make test`.
 
     python tests/docs_check.py
+    python tests/docs_check.py --pages FOLDER
 
 Every notebook goes through nbdev's processing, is put together as Quarto does it, and then goes through pandoc, the
 engine inside Quarto, into a temporary folder. Of the pages this checks that links, anchors, images, citations and
@@ -8,21 +9,27 @@ cross-references resolve, that formulas parse (by pandoc and by KaTeX), that eac
 opening, that nothing on it asks another host, and that explorers show what Python gives now. Nothing is skipped: what
 is needed and not there ends the check with a sentence that says what to do.
 
+The second form writes the pages into a folder, to be read in a browser. That is a preview and not the page that Quarto
+makes: text, formulas, figures, explorers and links are the site's, the layout is not.
+
 Pandoc comes in the package pypandoc-binary, node in playwright, and KaTeX in jupyterlab.
 """
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
 import posixpath
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections import Counter
 from configparser import ConfigParser
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +43,7 @@ MARK = 'docs-check cell '  # a comment in the page, followed by the number of th
 CROSS_REFERENCES = 'eq fig tbl sec lst thm lem cor prp cnj def exm exr sol rem alg nte tip wrn imp cau vid'.split()
 LABEL = re.compile(rf'\{{#((?:{"|".join(CROSS_REFERENCES)})-[\w.:-]+)[^}}]*\}}')
 STRAY = re.compile(r'\$\$|\$[^$]*(?:\\[a-zA-Z]|\^|_\{|\b[A-Za-z]_[A-Za-z0-9]\b)[^$]*\$')  # a formula to the eye, but not to pandoc
+OPTIONS = re.compile(r'(?:#\|.*\n?)*')  # at the start of a code cell
 FETCHED = {  # attributes whose address a browser asks for by itself
     'audio': ['src'], 'embed': ['src'], 'feimage': ['href', 'xlink:href'], 'iframe': ['src'], 'image': ['href', 'xlink:href'],
     'img': ['src', 'srcset'], 'input': ['src'], 'link': ['href'], 'object': ['data'], 'script': ['src'],
@@ -163,6 +171,8 @@ class Page:
     fault: str = ''         # why nbdev could not process it whole
     meta: dict = field(default_factory=dict)  # front matter
     labels: list = field(default_factory=list)  # of code cells
+    text: str = ''          # the page as one markdown document
+    pictures: dict = field(default_factory=dict)  # stored pictures: name -> data address
     html: 'Reader' = None
     messages: list = field(default_factory=list)  # pairs: cell, what pandoc says
 
@@ -247,7 +257,7 @@ def options(
     source: str,  # of a code cell
 ) -> dict:
     "The options of a cell, its first lines that start with #|, as YAML."
-    lines = re.match(r'(?:#\|.*\n?)*', source)[0].splitlines()
+    lines = OPTIONS.match(source)[0].splitlines()
     found = yaml.safe_load('\n'.join(line[2:] for line in lines)) if lines else {}
     if not isinstance(found or {}, dict): raise yaml.YAMLError(f'these are no options: {found!r}')
     return found or {}
@@ -263,8 +273,10 @@ def fenced(
 
 
 def output_text(
-    output: dict,  # of a code cell
-) -> str:          # markdown
+    output: dict,   # of a code cell
+    page: Page,     # that it belongs to; pictures are kept there
+    alt: str = '',  # what a picture shows, in words
+) -> str:           # markdown
     "What Quarto shows of an output."
     if output['output_type'] == 'stream': return fenced(joined(output['text']))
     if output['output_type'] == 'error': return fenced('\n'.join(output.get('traceback', [])))
@@ -272,8 +284,18 @@ def output_text(
     if 'text/html' in data: return fenced(joined(data['text/html']), '{=html}')
     if 'text/markdown' in data: return joined(data['text/markdown'])
     if 'image/svg+xml' in data: return fenced(joined(data['image/svg+xml']), '{=html}')
-    if any(kind.startswith('image/') for kind in data): return '![](data:,)'
+    for kind in data:
+        if not kind.startswith('image/'): continue
+        name = f'data:image/png,{len(page.pictures)}-'  # short, for pandoc
+        page.pictures[name] = f'data:{kind};base64,{"".join(joined(data[kind]).split())}'
+        return f'![]({name})' + (f'{{alt={json.dumps(alt, ensure_ascii=False)}}}' if alt else '')
     return fenced(joined(data.get('text/plain', '')))
+
+
+def is_picture(output: dict) -> bool:
+    "Is an output a stored picture that is shown as such?"
+    data = output.get('data', {})
+    return any(kind.startswith('image/') for kind in data) and not data.keys() & {'text/html', 'text/markdown'}
 
 
 def cell_text(
@@ -286,8 +308,10 @@ def cell_text(
     o = options(source)
     if o.get('include') is False: return ''
     if o.get('label'): page.labels.append(str(o['label']))
-    shown = [] if o.get('echo') is False else [fenced(source, '{.python .cell-code}')]
-    results = [] if o.get('output') is False else [output_text(out) for out in cell.get('outputs', [])]
+    shown = [] if o.get('echo') is False else [fenced(source[OPTIONS.match(source).end():], '{.python .cell-code}')]
+    alts = o.get('fig-alt') or ''
+    alts = iter(alts) if isinstance(alts, list) else itertools.repeat(str(alts))
+    results = [] if o.get('output') is False else [output_text(out, page, next(alts, '') if is_picture(out) else '') for out in cell.get('outputs', [])]
     if o.get('output') == 'asis': return '\n\n'.join(shown + results)
     return '\n\n'.join([f'::: {{#{cell.get("id", "none")} .cell}}', *shown, *(f'::: {{.cell-output}}\n\n{r}\n\n:::' for r in results), ':::'])
 
@@ -429,9 +453,9 @@ def render(
     _, messages = pandoc(json.dumps(numbered(page.notebook)), 'ipynb', '--mathml')
     whole = [m for m in messages if m['type'] != 'CouldNotConvertTeXMath' and m['type'] not in SHOWN_NOT_RENDERED]  # those come again below, with their cells
     note_messages(page, whole)
-    text, cells = compose(page)
-    html, messages = pandoc(text, 'markdown', '--mathml')
-    note_messages(page, messages, text, cells)
+    page.text, cells = compose(page)
+    html, messages = pandoc(page.text, 'markdown', '--mathml')
+    note_messages(page, messages, page.text, cells)
     page.html = Reader(html)
     for label in [*page.labels, *page.html.labels]: page.html.ids.setdefault(label, [None])
 
@@ -747,6 +771,119 @@ def check(
     return site, [problem for one in CHECKS for problem in one(site)]
 
 
+# ---- the preview: pages to look at, without Quarto
+
+PREVIEW = """
+:root { color-scheme: light dark; --ground: #fff; --ink: #1c2226; --soft: #6b7680; --line: #d5dadf; --code: #f3f5f7; --link: #0b62a8; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15191d; --ink: #e4e8eb; --soft: #9aa5ae; --line: #3a4249; --code: #20262b; --link: #8cc4ee; } }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
+.preview { margin: 0; padding: .4rem 1rem; font-size: .85rem; color: var(--soft); border-bottom: 1px solid var(--line); }
+main { max-width: 48rem; min-width: 0; padding: 0 1rem 2rem; }
+nav { padding: 1rem; font-size: .9rem; border-top: 1px solid var(--line); }
+nav ul { list-style: none; margin: 0 0 .8rem; padding: 0; } nav b { font-weight: 600; } nav a { display: block; padding: .25rem 0; } nav [aria-current] { font-weight: 600; }
+@media (min-width: 62rem) { .columns { display: grid; grid-template-columns: 15rem minmax(0, 1fr); } nav { grid-row: 1; border: 0; border-right: 1px solid var(--line); } main { padding: 0 2rem 3rem; } }
+a { color: var(--link); } h1, h2, h3, h4 { line-height: 1.25; margin: 2rem 0 .6rem; } .description { color: var(--soft); font-size: 1.1rem; }
+pre { padding: .6rem .8rem; border-radius: .3rem; font-size: .85rem; line-height: 1.45; } pre[class] { background: var(--code); white-space: pre-wrap; }
+code { font-family: ui-monospace, monospace; } :not(pre) > code { font-size: .9em; } .cell-output > pre { border-left: .2rem solid var(--line); color: inherit; }
+table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+blockquote { margin: 1rem 0; padding-left: 1rem; border-left: .2rem solid var(--line); } .number { float: right; } .equation { display: flex !important; align-items: center; } .equation math { flex: 1; } iframe { max-width: 100%; }
+"""
+
+
+def relative(
+    target: str,  # a page, from the root of the site
+    page: Page,   # that links there
+) -> str:         # address
+    "The address of a page, from another one."
+    return posixpath.relpath(target, posixpath.dirname(page.output) or '.')
+
+
+def site_links(
+    site: Site,
+    html: str,
+    page: Page,
+) -> str:       # HTML
+    "Links to notebooks, and to pages by their address on the site, as links from page to page."
+    host = site.settings.get('doc_host', '') + site.settings.get('doc_baseurl', '')
+    outputs = {p.output for p in site.pages.values()}
+
+    def other(found):
+        target, sign, anchor = found[1].partition('#')
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(page.path), target))
+        if target and file in site.pages: target = relative(site.pages[file].output, page)
+        elif host and target.startswith(host) and (path := target[len(host):].strip('/') or 'index.html') in outputs: target = relative(path, page)
+        return f'href="{target}{sign}{anchor}"'
+    return re.sub(r'href="([^"]*)"', other, html)
+
+
+def preview_body(
+    site: Site,
+    page: Page,  # rendered
+) -> str:        # HTML
+    "The text of a page, with numbered equations, citations and pictures."
+    numbers = {name: n for n, name in enumerate((label for label in LABEL.findall(page.text) if label.startswith('eq-')), 1)}
+    text = re.sub(r'@(eq-[\w.:-]*\w)', lambda m: f'[Equation ({numbers[m[1]]})](#{m[1]})' if m[1] in numbers else m[0], page.text)
+    files = site.quarto.get('bibliography') or []
+    books = [f'--bibliography={site.nbs / f}' for f in ([files] if isinstance(files, str) else files)]
+    html, _ = pandoc(text, 'markdown', '--mathml', '--citeproc', '--metadata=link-citations', *books)
+    html = LABEL.sub(lambda m: f'<span class="number" id="{m[1]}">({numbers.get(m[1], "")})</span>', html)
+    html = re.sub(r'<p>(<math display="block"(?:(?!</math>).)*</math>)\s*(<span class="number")', r'<p class="equation">\1 \2', html, flags=re.S)
+    html = re.sub(r'data:image/png,\d+-', lambda m: page.pictures[m[0]], re.sub(f'<!-- {MARK}\\d+ -->', '', html))
+    return site_links(site, html, page)
+
+
+def preview_sidebar(
+    site: Site,
+    contents,    # of the sidebar
+    page: Page,  # that it stands on
+) -> str:        # HTML
+    "The list of all pages."
+    rows = []
+    for c in contents or []:
+        if isinstance(c, dict): rows.append(f'<li><b>{escape(c.get("section", ""))}</b>{preview_sidebar(site, c.get("contents"), page)}</li>')
+        elif c in site.pages:
+            other = site.pages[c]
+            here = ' aria-current="page"' if other is page else ''
+            rows.append(f'<li><a href="{relative(other.output, page)}"{here}>{escape(str(other.meta.get("title", c)))}</a></li>')
+    return f'<ul>{"".join(rows)}</ul>'
+
+
+def preview_page(
+    site: Site,
+    page: Page,  # rendered
+) -> str:        # HTML
+    "One page, whole and in one file."
+    title, about = (escape(str(page.meta.get(key, ''))) for key in ('title', 'description'))
+    bar = site.quarto['website']['sidebar']
+    styles = [site.nbs / f for f in [(site.quarto.get('format', {}).get('html') or {}).get('css') or []] if f]
+    css = PREVIEW + ''.join(f.read_text(encoding='utf-8') for f in styles)
+    return (f'<!DOCTYPE html>\n<html lang="{site.quarto.get("lang", "en")}">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<title>{title}</title>\n<meta name="description" content="{about}">\n<link rel="icon" href="data:,">\n<style>{css}</style>\n</head>\n<body>\n'
+            f'<p class="preview">A preview made without Quarto: text, figures, formulas and explorers are those of the site, the layout is not.</p>\n<div class="columns">\n'
+            f'<main class="content">\n<h1 class="title">{title}</h1>\n<p class="description">{about}</p>\n{preview_body(site, page)}\n</main>\n'
+            f'<nav aria-label="pages">{preview_sidebar(site, bar.get("contents"), page)}</nav>\n</div>\n</body>\n</html>\n')
+
+
+def write_pages(
+    target: Path,       # folder; pages in it are replaced
+    root: Path = ROOT,  # a checkout
+) -> Site:              # what was written
+    "Write all pages as they can be had without Quarto."
+    pandoc_path()
+    site = read_site(Path(root).resolve())
+    with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
+    for page in site.pages.values(): page.text, _ = compose(page)
+    for page in site.pages.values():
+        file = Path(target) / page.output
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(html := preview_page(site, page), encoding='utf-8')
+        for picture in re.findall(r'<img src="([^":]+)"', html):
+            if not (shown := (site.nbs / page.path).parent / picture).is_file(): continue
+            (file.parent / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shown, file.parent / picture)
+    return site
+
+
 def summary(site: Site) -> str:
     "What was checked, in numbers."
     count = lambda of: sum(len(of(p)) for p in site.pages.values())
@@ -758,10 +895,13 @@ def main():
     "Check, and say what is wrong."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('root', nargs='?', type=Path, default=ROOT, help='the checkout (default: the one that this file is in)')
+    parser.add_argument('--pages', type=Path, metavar='FOLDER', help='check nothing, but write a preview of the pages into this folder')
     parser.add_argument('--process', type=Path, metavar='FOLDER', help=argparse.SUPPRESS)  # only process, for `read_pages`
     given = parser.parse_args()
     if given.process: return process_notebooks(given.process)
-    try: site, wrong = check(given.root)
+    try:
+        if given.pages: return print(f'{len(write_pages(given.pages, given.root).pages)} pages of a preview, not as Quarto makes them: open {given.pages / "index.html"}.')
+        site, wrong = check(given.root)
     except Missing as missing: sys.exit(f'docs-check cannot run: {missing}')
     for problem in wrong: print(problem)
     sys.exit(f'{len(wrong)} problems in the docs ({summary(site)}).') if wrong else print(f'The docs are in order: {summary(site)}.')

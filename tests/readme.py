@@ -8,33 +8,24 @@ README, FIGURE = ROOT / 'README.md', ROOT / 'results' / 'laptop' / 'headline.png
 MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end of findings -->'
 
 
-def table(rows: list[dict]) -> list[str]:
-    "Rows of the ledger, a line a claim."
-    from sparsecod.claims import statistic_text
-    lines = ['| verdict | claim | statistic, 95 % interval over seeds |', '|---|---|---|']
-    return lines + [f"| {r['verdict']} | {'control: ' * r['control']}{r['statement']} | {r['rule'].split('; confirmed')[0]}: {statistic_text(r)} |"
-                    for r in rows]
-
-
 def counts(rows: list[dict]) -> str:
     "How many rows were confirmed, contradicted and left open."
     return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open'))
 
 
 def findings() -> str:
-    "Verdicts counted by study, and then, folded, every row that was judged by runs."
-    from sparsecod.claims import ledger
+    "The rows that carry the argument, and verdicts counted by study."
+    from sparsecod.claims import headlines, ledger, short_markdown
     from sparsecod.studies import STUDIES, by_variant, load_results
     records = load_results(ROOT / 'results', 'laptop')
-    rows = {name: [r for r in ledger(records, name) if r['study']] for name in STUDIES}
-    lines = ['| study | its question | runs | claims of the paper: confirmed / contradicted / open | our controls: confirmed / contradicted / open |',
-             '|---|---|---|---|---|']
+    rows = ledger(records)
+    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open:', '',
+             "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
-        runs = sum(map(len, by_variant(name, records).values()))
-        lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in rows[name] if not r['control']])} | {counts([r for r in rows[name] if r['control']])} |")
-    for name in STUDIES:
-        claims, controls = ([r for r in rows[name] if r['control'] == kind] for kind in (False, True))
-        lines += ['', f'<details><summary>{name}: every row</summary>', '', *table([*claims, *controls]), '', '</details>']
+        mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, records).values()))
+        lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in mine if not r['control']])} | {counts([r for r in mine if r['control']])} |")
+    sums = [r for r in rows if r['study'] is None]
+    lines.append(f"| - | Do the published page's own numbers add up? (arithmetic) | - | {counts([r for r in sums if not r['control']])} | {counts([r for r in sums if r['control']])} |")
     return '\n'.join(lines)
 
 

@@ -216,6 +216,20 @@ def test_one_fault_is_enough(small_site):
     assert done.stderr.startswith('1 problem')
 
 
+DOT = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+
+def test_a_preview_has_links_pictures_equations_and_citations(small_site, tmp_path):
+    picture = code('#| fig-alt: "One dot."\ndot', {'image/png': DOT, 'text/plain': '<Figure>'})
+    done = run(small_site(dict(picture=added(picture))), '--pages', tmp_path)
+    assert done.returncode == 0 and '4 pages of a preview, not as Quarto makes them' in done.stdout, done.stdout + done.stderr
+    text, home = (' '.join((tmp_path / name).read_text().split()) for name in ('build/picture.html', 'index.html'))
+    for part in (f'<img src="data:image/png;base64,{DOT}" alt="One dot."', '<a href="other.html#a-section">', '<a href="sane.html#numbers">', '<a href="#eq-one">Equation (1)</a>',
+                 '<span class="number" id="eq-one">(1)</span>', '(<a href="#ref-known2020"', '<a href="../index.html">Home</a>', '<a href="picture.html" aria-current="page">Sane</a>',
+                 '<title>Sane</title>', 'A page in order.', 'made without Quarto'): assert part in text, part
+    assert (tmp_path / 'build' / 'dot.svg').exists() and '<a href="build/sane.html">' in home and '#|' not in text and 'docs-check' not in text
+
+
 def test_two_pages_need_two_files(small_site):
     made = small_site()
     shutil.copy(made / 'nbs' / 'build' / '02_other.ipynb', made / 'nbs' / 'build' / '03_other.ipynb')

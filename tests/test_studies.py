@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from scipy import stats
 
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
-from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text
+from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
@@ -428,13 +429,32 @@ def test_sums_of_the_published_page():
     assert len(verdicts) == len(CHECKS)
     assert verdicts['page-size-ratio'] == verdicts['page-moe-gain'] == verdicts['page-percent'] == 'contradicted'
     assert verdicts['page-usefulness-counts'] == verdicts['page-wasted-layers'] == 'confirmed'
+    assert verdicts['theory-proportional'] == verdicts['theory-growth'] == 'confirmed'
+    assert verdicts['theory-proportional-blocks'] == verdicts['theory-relative-growth'] == verdicts['page-recipe-size'] == 'contradicted'
+    assert not any(r['study'] is None for r in ledger([], 'depth'))
+
+
+def test_the_weight_decay_of_the_paper_falls_on_all_parameters():
+    claims = {c.id: c for c in CLAIMS if c.study == 'decay'}
+    for name, claim in claims.items():
+        if name.endswith('-all'): assert (claim.source != 'control') == bool(claim.published)
+        else: assert claim.source == 'control' and not claim.published and f'{name}-all' in claims
+    assert {c.id for c in claims.values() if c.published} >= {f'decay-val-loss{step}-all' for step in ('', '-little', '-optimum', '-overshoot', '-much', '-collapse')}
+
+
+def test_a_metric_that_is_the_same_everywhere_is_said_to_be_so():
+    runs = [made_up(8, seed, val_loss=4.) | {'config': vary(scale_config('laptop'), changes | {'seed': seed}).to_dict()}
+            for seed in range(3) for changes in STUDIES['sources'].changes(scale_config('laptop')).values()]
+    rows = {r['id']: r for r in ledger(runs, 'sources')}
+    assert 'the same in all runs' in statistic_text(rows['sources-final-variance-usefulness'])
+    assert 'no complete seed' in statistic_text(ledger([], 'sources')[0])
 
 
 def test_the_ledger_as_text():
     for records in ([], [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(2)], [curse(2, 0, 1)]):
         rows = ledger(records)
         table, markdown = ledger_table(rows, width=110), ledger_markdown(rows).splitlines()
-        assert max(map(len, table.splitlines())) <= 110 and f'of {len(rows)}' in table
+        assert max(map(len, table.splitlines())) <= 110 and sum(map(int, re.findall(r'(\d+) (?:confirmed|contradicted|open)', verdict_counts(rows)))) == len(rows)
         assert len(markdown) == len(rows) + 2 and {line.replace(r'\|', '').count('|') for line in markdown} == {7}
     with pytest.raises(ValueError, match='several scales'): ledger([dict(scale='tiny'), dict(scale='laptop')])
 
@@ -488,6 +508,7 @@ def test_claims_compare_the_variants_that_they_speak_of():
     assert pairs['moe-causal-scale-matched'] == ['dense', 'gates scale-matched']
     assert pairs['remedies-causal-sparse-peri-ln'] == ['Peri-LN', 'Peri-LN, sparse']
     assert pairs['ladder-accuracy-depth'] == ['L=4', 'L=8'] and pairs['ladder-accuracy-recipe'] == ['L=8', '+ MoE']
+    assert pairs['decay-val-loss-much-all'] == ['λ=0', 'λ=1, all'] and pairs['gqa-causal-pairs'] == ['G=1', 'G=2'] and pairs['training-causal-equal'] == ['L=2', 'L=8, 4× tokens']
     assert pairs['ladder-accuracy-decay-overshoot'] == ['+ λ=0.3', '(+ λ=0.6)'] and pairs['ladder-accuracy-gqa'] == ['+ λ=0.3', '+ G=2']
     paper = list(STUDIES['context'].changes(scale_config('paper')))
     assert [paper[i] for i in (1, 2, -2, -1)] == ['T=256', 'T=8192', 'T=256, sequences fixed', 'T=8192, sequences fixed']
@@ -536,13 +557,13 @@ SHORT = vary(SCALES['tiny'], {'train.steps': 4, 'score.n_bootstrap': 20, 'score.
                               'score.batch_size': 8, 'n_eval': 16, 'n_questions': 20})
 
 
-@pytest.mark.parametrize('name', [name for name in STUDIES if name != 'sources'])
+@pytest.mark.parametrize('name', STUDIES)
 def test_every_study_runs_at_tiny_size(name, tmp_path_factory):
     "Each variant trains for a few steps, is scored and measured, and lands in the ledger."
     out = tmp_path_factory.getbasetemp() / 'every-study'            # studies share runs
     records = [run(config, out, progress=False) for _, config in STUDIES[name].runs(SHORT)]
     assert all(r['status'] == 'finished' and r['scores']['scalars'] and r['sparsity']['scalars'] for r in records)
-    if name != 'depth':
+    if name not in ('depth', 'training'):
         assert all(set(r['config']['measures']) == set(MEASURES) <= set(r) and len(r['lengths']) == 3 for r in records)
         assert all(r['cloze']['accuracy']['low'] <= r['cloze']['accuracy']['value'] for r in records)
     assert list(by_variant(name, records, SHORT)) == list(STUDIES[name].changes(SHORT))
