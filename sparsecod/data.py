@@ -9,9 +9,9 @@ __all__ = ['EOS', 'USUAL_EOS', 'PROBLEMS', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'PAC
            'content_id', 'list_files', 'no_files', 'hf_rows', 'Seen', 'split_number', 'DataConfig', 'check_config',
            'Source', 'file_stamp', 'open_source', 'expand_alias', 'Document', 'unique_documents', 'fit_tokenizer',
            'encode_documents', 'token_dtype', 'write_tokens', 'write_corpus', 'check_sides', 'gather_windows', 'mix',
-           'order_key', 'shuffled', 'StoredTokens', 'count_windows', 'DamagedEntry', 'read_entry', 'count_tokens',
-           'unigram_loss', 'Corpus', 'describe', 'cache_folder', 'request_name', 'find_corpus', 'publish', 'build',
-           'progress_bar', 'wait_for', 'prepare']
+           'order_key', 'shuffled', 'StoredTokens', 'DamagedEntry', 'read_entry', 'describe', 'count_tokens',
+           'unigram_loss', 'count_windows', 'WindowedTokens', 'Corpus', 'cache_folder', 'request_name', 'find_corpus',
+           'publish', 'build', 'progress_bar', 'wait_for', 'prepare']
 
 # %% ../nbs/build/04_data.ipynb #1fc4332d
 import glob
@@ -51,7 +51,8 @@ class Tokenizer:
         self.backend, self.eos_token = backend, eos_token
         self.eos_id = backend.token_to_id(eos_token)
         if self.eos_id is None:
-            raise ValueError(f"eos_token={eos_token!r} must be a token of the tokenizer; its special tokens are {special_tokens(backend)}")
+            raise ValueError(f"eos_token={eos_token!r} must be a token of the tokenizer; "
+                             f"its special tokens are {special_tokens(backend)}")
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -216,7 +217,8 @@ def row_items(
         text = row.get(field) if isinstance(row, dict) else None
         if isinstance(row, dict) and not checked:
             if field not in row:
-                raise ValueError(f"text_field={field!r} is no field of {where}; its fields are {', '.join(map(str, row)) or 'none'}")
+                raise ValueError(f"text_field={field!r} is no field of {where}; "
+                                 f"its fields are {', '.join(map(str, row)) or 'none'}")
             checked = True
         if not isinstance(text, str):
             yield Item("", consumed, "malformed")
@@ -238,7 +240,7 @@ def jsonl_rows(
             except ValueError:
                 yield None, len(line)
 
-
+# %% ../nbs/build/04_data.ipynb #9d19874e
 def parquet_rows(
     path: Path,  # a parquet file
     field: str,  # the column to read
@@ -307,7 +309,7 @@ def content_id(
     "A 16-byte number that stands for a text: equal texts share it, different texts do not."
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-
+# %% ../nbs/build/04_data.ipynb #8cabb467
 def list_files(
     source: str,  # 'stdlib', 'site', or a file, folder or pattern
 ) -> list[tuple[str, Path]]:
@@ -473,8 +475,9 @@ def expand_alias(
     config: DataConfig,
 ) -> DataConfig:
     "Replace an alias such as 'fineweb-edu' by what it stands for; fields that the user set are kept."
-    preset = ALIASES.get(config.source, {})
-    return replace(config, **{field: value for field, value in preset.items() if field == "source" or getattr(config, field) is None})
+    meant = ALIASES.get(config.source, {})
+    changes = {field: value for field, value in meant.items() if field == "source" or getattr(config, field) is None}
+    return replace(config, **changes)
 
 # %% ../nbs/build/04_data.ipynb #4b21fc2d
 class Document(NamedTuple):
@@ -573,7 +576,6 @@ def write_tokens(
 # %% ../nbs/build/04_data.ipynb #0beb4cfc
 FORMAT = 1  # raise it when the same config would give other tokens
 
-
 def write_corpus(
     items: Iterable[Item],
     config: DataConfig,  # without alias
@@ -581,8 +583,8 @@ def write_corpus(
     advance=lambda document, n_tokens: None,  # called for each document
 ) -> dict:               # the contents of meta.json
     "Write the tokens of a source, and what describes them, into a folder."
-    stats = Counter(dict.fromkeys((f"{side}_{what}" for side in ("train", "val") for what in ("documents", "bytes", "tokens")), 0))
-    stats.update(dict.fromkeys(("duplicates", *PROBLEMS), 0))
+    counted = [f"{side}_{what}" for side in ("train", "val") for what in ("documents", "bytes", "tokens")]
+    stats = Counter(dict.fromkeys([*counted, "duplicates", *PROBLEMS], 0))
     tokenizer, documents = fit_tokenizer(unique_documents(items, config, stats), config)
     content = write_tokens(documents, tokenizer, config, folder, stats, advance)
     check_sides(stats, config)
@@ -609,8 +611,9 @@ def check_sides(
     left_out = ", ".join(f"{stats[reason]} {reason}" for reason in ("duplicates", *PROBLEMS) if stats[reason]) or "none"
     total = stats["train_documents"] + stats["val_documents"]
     raise ValueError(
-        f"source={config.source!r}: usable documents: {total}, left out: {left_out}; none fell on the {' and the '.join(empty)} side "
-        f"and both sides need one. Give more text, or change val_share={config.val_share}, seed={config.seed}, "
+        f"source={config.source!r}: usable documents: {total}, left out: {left_out}; "
+        f"none fell on the {' and the '.join(empty)} side and both sides need one. "
+        f"Give more text, or change val_share={config.val_share}, seed={config.seed}, "
         f"max_document_bytes={config.max_document_bytes} (smaller pieces) or max_tokens={config.max_tokens}"
     )
 
@@ -689,33 +692,8 @@ class StoredTokens:
             raise ValueError(f"split={split!r} must be 'train' or 'val'")
         return self.train if split == "train" else self.val
 
-    def n_windows(self, split: str, T: int) -> int:
-        "How many windows of T + 1 tokens a split holds; at least one, or an error."
-        return count_windows(len(self.tokens(split)), split, T)
-
-    def windows(self, split: str, indices, T: int) -> Tensor:  # (B, T+1)
-        "Windows by number: window i covers tokens i*T to i*T + T."
-        return gather_windows(self.tokens(split), indices, T)
-
-    def unigram_loss(self) -> float:
-        "Loss in nats per token on the validation split of a model that knows only the training frequencies."
-        return unigram_loss(*(count_tokens(tokens, self.vocab_size) for tokens in (self.train, self.val)))
-
     def __repr__(self) -> str:
         return describe(self)
-
-# %% ../nbs/build/04_data.ipynb #7677cb9a
-def count_windows(
-    n_tokens: int,  # length of the strip
-    split: str,     # for the error message
-    T: int,         # positions
-) -> int:
-    "Windows of T + 1 tokens in a strip."
-    if T < 1:
-        raise ValueError(f"T={T} must be at least 1")
-    if n_tokens < T + 1:
-        raise ValueError(f"T={T} needs windows of {T + 1} tokens, but the {split} split has {n_tokens}; allowed is T up to {n_tokens - 1}")
-    return (n_tokens - 1) // T
 
 # %% ../nbs/build/04_data.ipynb #c1f7699d
 class DamagedEntry(ValueError):
@@ -741,6 +719,18 @@ def read_entry(
         raise DamagedEntry(f"the stored corpus in {folder} is damaged: {type(error).__name__}: {error}") from error
     return meta, tokenizer
 
+# %% ../nbs/build/04_data.ipynb #a097cf6f
+def describe(
+    corpus: StoredTokens,
+) -> str:
+    "One line about a corpus."
+    stats = corpus.stats
+    sides = ", ".join(f"{side} {stats[f'{side}_tokens']:,} tokens in {stats[f'{side}_documents']:,} documents"
+                      for side in ("train", "val"))
+    left_out = ", ".join(f"{stats[reason]:,} {reason}" for reason in ("duplicates", *PROBLEMS) if stats[reason]) or "none"
+    return (f"Corpus({corpus.config.source!r}, fingerprint {corpus.fingerprint}, "
+            f"V = {corpus.vocab_size}, {sides}, left out: {left_out})")
+
 # %% ../nbs/build/04_data.ipynb #74d2afa3
 def count_tokens(
     tokens: np.ndarray,    # a strip of ids
@@ -762,8 +752,42 @@ def unigram_loss(
     p = (train_counts + 1) / (train_counts + 1).sum()                                    # (V,)
     return float(-(val_counts * np.log(p)).sum() / val_counts.sum())
 
+# %% ../nbs/build/04_data.ipynb #9e951999
+def count_windows(
+    n_tokens: int,  # length of the strip
+    split: str,     # for the error message
+    T: int,         # positions
+) -> int:
+    "Windows of T + 1 tokens in a strip."
+    if T < 1:
+        raise ValueError(f"T={T} must be at least 1")
+    if n_tokens < T + 1:
+        raise ValueError(f"T={T} needs windows of {T + 1} tokens, but the {split} split has {n_tokens}; "
+                         f"allowed is T up to {n_tokens - 1}")
+    return (n_tokens - 1) // T
+
+# %% ../nbs/build/04_data.ipynb #621c1db9
+class WindowedTokens(StoredTokens):
+    "A corpus cut into windows of T + 1 tokens."
+
+    def n_windows(self, split: str, T: int) -> int:
+        "How many windows of T + 1 tokens a split holds; at least one, or an error."
+        return count_windows(len(self.tokens(split)), split, T)
+
+    def windows(self, split: str, indices, T: int) -> Tensor:  # (B, T+1)
+        "Windows by number: window i covers tokens i*T to i*T + T."
+        return gather_windows(self.tokens(split), indices, T)
+
+    def unigram_loss(self) -> float:
+        "Loss in nats per token on the validation split of a model that knows only the training frequencies."
+        return unigram_loss(*(count_tokens(tokens, self.vocab_size) for tokens in (self.train, self.val)))
+
+    def epochs(self, step: int, n_sequences: int, T: int) -> float:
+        "How many passes over the training windows lie behind after `step` steps."
+        return step * n_sequences / self.n_windows("train", T)
+
 # %% ../nbs/build/04_data.ipynb #ca904889
-class Corpus(StoredTokens):
+class Corpus(WindowedTokens):
     "Tokens of a corpus, and the ways to draw windows from them."
 
     def batch(self, step: int, n_sequences: int, T: int, seed: int = 0) -> Tensor:  # (B, T+1)
@@ -771,10 +795,6 @@ class Corpus(StoredTokens):
         n = self.n_windows("train", T)
         position = step * n_sequences + np.arange(n_sequences)                      # (B,) windows drawn before, over all epochs
         return self.windows("train", shuffled(position % n, n, order_key(seed, position // n)), T)
-
-    def epochs(self, step: int, n_sequences: int, T: int) -> float:
-        "How many passes over the training windows lie behind after `step` steps."
-        return step * n_sequences / self.n_windows("train", T)
 
     def sample_windows(self, split: str, n: int, T: int, seed: int = 0) -> Tensor:  # (n, T+1)
         "Distinct random windows in a fixed order, which a larger n only continues."
@@ -787,20 +807,11 @@ class Corpus(StoredTokens):
     def from_texts(cls, texts: Iterable[str], **fields) -> "Corpus":
         "A small corpus in memory from documents and fields of DataConfig: milliseconds, no cache, no files left."
         config = DataConfig(**{"source": "texts", "vocab_size": 300, "val_share": 0.2, "max_document_bytes": 512, **fields})
-        items = row_items((({config.text_field: text}, 0) for text in texts), config.text_field, config.max_document_bytes or 2**20, "texts")
+        rows, limit = (({config.text_field: text}, 0) for text in texts), config.max_document_bytes or 2**20
+        items = row_items(rows, config.text_field, limit, "texts")
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(items, config, Path(folder))
             return cls(Path(folder), in_memory=True)
-
-# %% ../nbs/build/04_data.ipynb #9dbb331c
-def describe(
-    corpus: StoredTokens,
-) -> str:
-    "One line about a corpus."
-    stats = corpus.stats
-    sides = ", ".join(f"{side} {stats[f'{side}_tokens']:,} tokens in {stats[f'{side}_documents']:,} documents" for side in ("train", "val"))
-    left_out = ", ".join(f"{stats[reason]:,} {reason}" for reason in ("duplicates", *PROBLEMS) if stats[reason]) or "none"
-    return f"Corpus({corpus.config.source!r}, fingerprint {corpus.fingerprint}, V = {corpus.vocab_size}, {sides}, left out: {left_out})"
 
 # %% ../nbs/build/04_data.ipynb #b6179790
 def cache_folder(

@@ -32,24 +32,24 @@ class RMSNorm(nn.Module):
 # %% ../nbs/build/01_layers.ipynb #c2d05184
 def rope_angles(
     T: int,              # positions
-    C: int,              # channels per head, even
+    D_h: int,            # channels per head, even
     theta: float = 1e4,  # base of the frequencies
     device=None,         # where to put the tables
-) -> tuple[Tensor, Tensor]:  # cosines and sines, each (T, C/2)
+) -> tuple[Tensor, Tensor]:  # cosines and sines, each (T, D_h/2)
     "Cosines and sines of position times frequency (RoPE, Su et al. 2021)."
-    omega = theta ** (-torch.arange(0, C, 2, device=device, dtype=torch.float32) / C)       # (C/2,)
-    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), omega)         # (T, C/2)
+    omega = theta ** (-torch.arange(0, D_h, 2, device=device, dtype=torch.float32) / D_h)   # (D_h/2,)
+    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), omega)         # (T, D_h/2)
     return angle.cos(), angle.sin()
 
 # %% ../nbs/build/01_layers.ipynb #ce20c144
 def rotate(
-    x: Tensor,    # queries (B, H, T, C) or keys (B, K, T, C)
-    cos: Tensor,  # cosines, (T, C/2)
-    sin: Tensor,  # sines, (T, C/2)
+    x: Tensor,    # queries (B, H, T, D_h) or keys (B, K, T, D_h)
+    cos: Tensor,  # cosines, (T, D_h/2)
+    sin: Tensor,  # sines, (T, D_h/2)
 ) -> Tensor:      # rotated, same shape
-    "Rotate channel pairs (i, i + C/2) by the angle of their position."
-    a, b = x.chunk(2, dim=-1)                                                # two of (..., T, C/2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (..., T, C)
+    "Rotate channel pairs (i, i + D_h/2) by the angle of their position."
+    a, b = x.chunk(2, dim=-1)                                                # two of (..., T, D_h/2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (..., T, D_h)
 
 # %% ../nbs/build/01_layers.ipynb #a7d73860
 class Attention(nn.Module):
@@ -61,47 +61,46 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if D % H or H % K: raise ValueError(f'H={H} must divide D={D}, and K={K} must divide H={H}')
-        self.H, self.K, self.C = H, K, D // H
-        self.query = nn.Linear(D, H * self.C, bias=False)
-        self.key = nn.Linear(D, K * self.C, bias=False)
-        self.value = nn.Linear(D, K * self.C, bias=False)
-        self.output = nn.Linear(H * self.C, D, bias=False)
+        self.H, self.K, self.D_h = H, K, D // H
+        self.query = nn.Linear(D, H * self.D_h, bias=False)
+        self.key, self.value = (nn.Linear(D, K * self.D_h, bias=False) for _ in range(2))
+        self.output = nn.Linear(H * self.D_h, D, bias=False)
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        "From the stream (B, T, D) and rotary tables (T, C/2) to queries (B, H, T, C), keys and values (B, K, T, C)."
-        q, k, v = (proj(x).unflatten(-1, (-1, self.C)).transpose(1, 2)  # (B, H or K, T, C)
+        "From the stream (B, T, D) and rotary tables (T, D_h/2) to queries (B, H, T, D_h), keys and values (B, K, T, D_h)."
+        q, k, v = (proj(x).unflatten(-1, (-1, self.D_h)).transpose(1, 2)  # (B, H or K, T, D_h)
                    for proj in (self.query, self.key, self.value))
         return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = self.heads(x, rope)
         if q.dtype == torch.float32 and self.K < self.H: k, v = (x.repeat_interleave(self.H // self.K, 1) for x in (k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.H)  # (B, H, T, C)
-        return self.output(out.transpose(1, 2).flatten(2))                                          # (B, T, D)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.H)  # (B, H, T, D_h)
+        return self.output(out.transpose(1, 2).flatten(2))                                                      # (B, T, D)
 
 # %% ../nbs/build/01_layers.ipynb #2daa3595
 def attention_weights(
     attention: Attention,         # the layer to look into
     x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, C/2)
+    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, D_h/2)
 ) -> Tensor:                      # probabilities, (B, H, T, T): query position, then key position
     "The attention map of every head, computed as the equation says."
-    q, k, _ = attention.heads(x, rope)                                      # (B, H, T, C), (B, K, T, C)
-    k = k.repeat_interleave(attention.H // attention.K, dim=1)              # (B, H, T, C)
-    scores = q @ k.transpose(-1, -2) / attention.C ** 0.5                   # (B, H, T, T)
+    q, k, _ = attention.heads(x, rope)                                      # (B, H, T, D_h), (B, K, T, D_h)
+    k = k.repeat_interleave(attention.H // attention.K, dim=1)              # (B, H, T, D_h)
+    scores = q @ k.transpose(-1, -2) / attention.D_h ** 0.5                 # (B, H, T, T)
     hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)        # (T, T), True above the diagonal
     return scores.masked_fill(hidden, float('-inf')).softmax(-1)            # (B, H, T, T)
 
 # %% ../nbs/build/01_layers.ipynb #139caf1d
 def kv_cache_bytes(
-    T: int,  # positions kept
-    K: int,  # key/value heads
-    C: int,  # channels per head
-    L: int,  # blocks
+    T: int,    # positions kept
+    K: int,    # key/value heads
+    D_h: int,  # channels per head
+    L: int,    # blocks
     bytes_per_number: int = 2,  # 2 for bf16, 4 for fp32
 ) -> int:    # bytes for one sequence
     "Size of the key/value cache of one sequence: two numbers a position, head, channel and block."
-    return 2 * T * K * C * L * bytes_per_number
+    return 2 * T * K * D_h * L * bytes_per_number
 
 # %% ../nbs/build/01_layers.ipynb #d2ca6158
 class SwiGLU(nn.Module):

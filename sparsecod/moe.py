@@ -126,8 +126,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.k, self.gates = k, gates
         self.router = nn.Linear(D, E, bias=False)
-        shapes = (E, D, F), (E, D, F), (E, F, D)
-        self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape)) for shape in ((E, D, F), (E, D, F), (E, F, D)))
         self.shared = SwiGLU(D, shared) if shared else None
 
     def forward(self,

@@ -40,9 +40,10 @@ from tqdm.auto import tqdm
 from .core import BlockOutput, Config, ModelConfig, Transformer, auxiliary_loss, require
 from .moe import expert_load
 
-# %% ../nbs/build/05_train.ipynb #8253d595
+# %% ../nbs/build/05_train.ipynb #b3c11227
 DECAY_GROUPS, PRECISIONS = ('matrices', 'all'), ('auto', 'fp32', 'bf16')
 
+# %% ../nbs/build/05_train.ipynb #8253d595
 @dataclass(frozen=True)
 class TrainConfig(Config):
     "How a model is trained. Sizes are in tokens and in steps; one step is one update of the weights."
@@ -183,9 +184,7 @@ def channel_variance(
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
     "Called after each block with its output; keeps variances, one number a token, and what a mixture of experts adds."
-    def __init__(self,
-        config: ModelConfig,  # of the model that is watched
-    ):
+    def __init__(self, config: ModelConfig):  # of the model that is watched
         self.config, self.sequences, self.auxiliary = config, 0, 0.0  # sequences seen; sum of their auxiliary losses
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
@@ -757,7 +756,8 @@ def evaluate(
 ) -> Tensor:                     # mean cross-entropy of each sequence in nats, on the CPU, (N,)
     "Cross-entropy of each sequence, in fp32, a batch at a time."
     p, losses = next(model.parameters()), []
-    if p.dtype != torch.float32: raise ValueError(f'the weights are {p.dtype}, but evaluation is in fp32: call model.float() first')
+    if p.dtype != torch.float32:
+        raise ValueError(f'the weights are {p.dtype}, but evaluation is in fp32: call model.float() first')
     for part in windows.split(max(1, batch_tokens // (windows.shape[1] - 1))):
         part = part.to(p.device)                                                # (b, T + 1)
         with torch.autocast(p.device.type, enabled=False):

@@ -17,13 +17,14 @@ import torch
 os.environ['ACCELERATE_USE_CPU'] = 'true'  # on a CPU, repeated computations agree bit for bit
 from accelerate import Accelerator
 
-from sparsecod.core import ModelConfig, Transformer
+from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
 from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, damage,
                              decay_product, evaluate, learning_rate, load_result, lock_folder, make_optimizer,
                              parameter_groups, read_log, sequences_per_step, summarize_watch, train)
 
 V = 64
 MODEL = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, context_length=16)
+MIXTURE = MODEL.replace(n_experts=4)
 CONFIG = TrainConfig(steps=30, tokens_per_step=128, lr=1e-2, log_every=3, checkpoint_every=5)
 
 
@@ -171,16 +172,19 @@ def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
 
 # ---------------------------------------------------------------- gradients and the watch
 
+@pytest.mark.parametrize('config', [MODEL, MIXTURE, MIXTURE.replace(balance_weight=1.0, router_z_weight=1.0)], ids=['dense', 'mixture', 'heavy auxiliary losses'])
 @pytest.mark.parametrize('sequences', [4, 3, 1])
-def test_accumulation_does_not_change_the_gradient(sequences):
+def test_accumulation_does_not_change_the_gradient(sequences, config):
     torch.manual_seed(0)
-    model, windows = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, 0)
+    model, windows, routings = Transformer(config), ToyCorpus().batch(0, 8, 16, 0), []
     def gradient(sequences):
         model.zero_grad()
         loss = accumulate_gradients(model, windows, Accelerator(), sequences)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
     (loss, whole), (summed, parts) = gradient(8), gradient(sequences)
-    by_hand = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    logits = model(windows[:, :-1], watch=lambda l, out: routings.append(out.routing))
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    if config.n_experts: by_hand += sum(auxiliary_loss(config, routing, 8) for routing in routings)
     assert torch.allclose(loss, by_hand) and torch.allclose(summed, by_hand)  # divided by the number of targets
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
@@ -528,13 +532,15 @@ def test_the_bar_shows_what_matters(tmp_path, capfd):
     assert capfd.readouterr() == ('', '')
 
 
-def test_two_processes_compute_what_one_does(whole, tmp_path):
+@pytest.mark.parametrize('model', ['MODEL', 'MIXTURE'])
+def test_two_processes_compute_what_one_does(model, whole, tmp_path):
+    one = whole if model == 'MODEL' else quiet(tmp_path / 'one', model=MIXTURE)
     config = 'CONFIG.replace(micro_batch_tokens=32)'
-    assert script(tmp_path, f'quiet({str(tmp_path / "run")!r}, config={config})', processes=2).wait() == 0
+    assert script(tmp_path, f'quiet({str(tmp_path / "run")!r}, model={model}, config={config})', processes=2).wait() == 0
     both = load_result(tmp_path / 'run')
     assert (both.status, both.step) == ('finished', 30)
-    assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
-    for p, q in zip(both.model.parameters(), whole.model.parameters()): assert torch.allclose(p, q, atol=1e-2)
+    assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in one.log], rel=1e-3)
+    for p, q in zip(both.model.parameters(), one.model.parameters()): assert torch.allclose(p, q, atol=1e-2)
 
 
 def test_two_processes_stop_together(whole, tmp_path):
