@@ -606,6 +606,10 @@ CHECKS = [
               'agrees if all places give the same value to two digits'),
     PageCheck('page-largest-group', 'G = 16 is a group size of grouped-query attention.', 'GQA study, table', 'G = 16', check_largest_group,
               'agrees if it leaves more than one key/value head to the 16-head model'),
+]
+
+# %% ../nbs/build/13_claims.ipynb #4084c26c
+CHECKS += [
     PageCheck('page-recipe-size', "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one before.", 'recipe ladder',
               '42.1 to 44.1', check_recipe_size, 'agrees if the total parameters of the mixture do not exceed those of the dense model by more than a tenth', control=True),
     PageCheck('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would give.', 'context study, figure',

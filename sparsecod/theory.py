@@ -264,7 +264,7 @@ def weighted_variance(
 def attention_averaging(
     attention: nn.Module,         # an `Attention` layer
     x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, C/2)
+    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, D_h/2)
 ) -> Tensor:                      # mean over heads, (B, T); 1 at position 0
     "Variance of the attention average relative to that of a single value, for random value matrices."
     weights = attention_weights(attention, x, rope)                                # (B, H, T, T)
