@@ -179,7 +179,8 @@ def check_vocabulary(
 ):
     "Raise a ValueError if the tokenizer has tokens that the model does not know."
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; allowed are at most {config.vocab_size}, which the model knows')
+        raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; '
+                         f'allowed are at most {config.vocab_size}, which the model knows')
 
 def to_hf(
     model: Transformer,                  # left as it was
@@ -195,11 +196,10 @@ def to_hf(
     return stock.to(model.embedding.weight.device).eval()
 
 # %% ../nbs/build/16_exchange.ipynb #1931f5a3
-REASONS = dict(olmoe='it normalises queries and keys', qwen3_moe='it normalises queries and keys', qwen3='it normalises queries and keys',
-               qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
-               gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding', gemma3_text='it normalises queries and keys',
-               gpt2='it has learnt positions, LayerNorm and biases',
-               gpt_neox='it has LayerNorm and biases')  # model_type: why it is no `Transformer`
+REASONS = {name: 'it normalises queries and keys' for name in ('olmoe', 'qwen3_moe', 'qwen3', 'gemma3_text')}
+REASONS |= dict(qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
+                gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding',
+                gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')  # model_type: why not
 
 def check_family(
     config,  # a transformers configuration
@@ -234,7 +234,8 @@ def check_settings(
     "Raise a ValueError that names the first setting that makes it another function."
     for name, (value, allowed) in allowed_settings(config).items():
         if value not in allowed:
-            raise ValueError(f"{config.model_type}: {name}={value!r} cannot be expressed in a Transformer; allowed is {' or '.join(map(repr, allowed))}")
+            raise ValueError(f'{config.model_type}: {name}={value!r} cannot be expressed in a Transformer; '
+                             f'allowed is {" or ".join(map(repr, allowed))}')
 
 # %% ../nbs/build/16_exchange.ipynb #90a36386
 def own_config(
@@ -278,11 +279,12 @@ def split_projections(
     config: ModelConfig,       # of our model
 ):
     "Take apart the matrices that some classes store as one."
-    C, H, K = config.d_model // config.n_heads, config.n_heads, config.n_kv_heads
-    stacked = {'self_attn.qkv_proj.weight': {'self_attn.q_proj.weight': H * C, 'self_attn.k_proj.weight': K * C, 'self_attn.v_proj.weight': K * C},
-               'mlp.gate_up_proj.weight': {'mlp.gate_proj.weight': config.d_ff, 'mlp.up_proj.weight': config.d_ff}}  # rows
-    for name, parts in stacked.items():
-        if name in block: block |= zip(parts, block.pop(name).split(list(parts.values())))  # each (rows, D)
+    C = config.d_model // config.n_heads
+    rows = dict(q=config.n_heads * C, k=config.n_kv_heads * C, v=config.n_kv_heads * C, gate=config.d_ff, up=config.d_ff)
+    for stacked, layer, parts in (('qkv', 'self_attn', ('q', 'k', 'v')), ('gate_up', 'mlp', ('gate', 'up'))):
+        whole = block.pop(f'{layer}.{stacked}_proj.weight', None)                            # (all rows, D)
+        if whole is None: continue
+        for part, weight in zip(parts, whole.split([rows[p] for p in parts])): block[f'{layer}.{part}_proj.weight'] = weight
 
 # %% ../nbs/build/16_exchange.ipynb #400174b0
 def own_block(
@@ -331,12 +333,14 @@ def open_stock(
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = need_transformers()
     if 'model_type' not in json.loads((folder / 'config.json').read_text(encoding='utf-8')):
-        raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; a saved Transformer is opened with Transformer.from_pretrained')
+        raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; '
+                         'a saved Transformer is opened with Transformer.from_pretrained')
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     own_config(config), check_weights(folder)
     try: stock, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, RuntimeError) as error: raise ValueError(f'{folder} holds no readable weights ({str(error).splitlines()[0]})') from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f'{folder} holds no readable weights ({str(error).splitlines()[0]})') from error
     for what in ('missing_keys', 'mismatched_keys', 'unexpected_keys'):
         if names := sorted(map(str, report.get(what) or ())): raise ValueError(f'{folder}: {what}={names[:4]}; allowed are none')
     return stock
@@ -389,8 +393,8 @@ def to_hf_tokenizer(
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.post_processor = None
     length = {} if context_length is None else dict(model_max_length=context_length)
-    return need_transformers().PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True,
-                                                       clean_up_tokenization_spaces=False, **length)
+    made = need_transformers().PreTrainedTokenizerFast
+    return made(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True, clean_up_tokenization_spaces=False, **length)
 
 # %% ../nbs/build/16_exchange.ipynb #380fa69b
 def read_json(

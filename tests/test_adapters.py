@@ -495,7 +495,13 @@ def test_places_without_a_model_are_named(tmp_path):
 
 def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):
     REFUSED['encoder_decoder'][0]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*T5Config') as error: open_model(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()            # the configuration alone decides
+    with pytest.raises(ValueError, match=f'{tmp_path} cannot be adapted: it is an encoder-decoder; looked for a decoder alone$'): open_model(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*ViTConfig') as error: open_model(tmp_path)
     assert '\n' not in str(error.value)
 
 
