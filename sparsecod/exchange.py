@@ -6,12 +6,13 @@
 __all__ = ['OUTER', 'ATTENTION', 'GAINS', 'DENSE', 'EXPERTS', 'RENAMED', 'CLASSES', 'REASONS', 'SCORE_WORDS', 'NEVER_MEASURED',
            'FORMATS', 'need_transformers', 'interleave', 'half_split', 'fold', 'expert_factors', 'stock_family',
            'stock_config', 'stock_experts', 'stock_block', 'within', 'stock_weights', 'check_vocabulary', 'to_hf',
-           'check_family', 'allowed_settings', 'check_settings', 'own_config', 'own_experts', 'own_block',
-           'drop_silent_experts', 'own_weights', 'open_stock', 'own_tokenizer', 'check_class', 'from_hf',
+           'check_family', 'allowed_settings', 'check_settings', 'own_config', 'own_experts', 'split_projections',
+           'own_block', 'drop_silent_experts', 'own_weights', 'open_stock', 'own_tokenizer', 'check_class', 'from_hf',
            'to_hf_tokenizer', 'read_json', 'record_facts', 'refuse_other_record', 'run_facts', 'public_name', 'table',
            'use_text', 'code_of', 'training_rows', 'training_text', 'measured', 'answers_text', 'not_measured',
-           'scores_text', 'card_data', 'model_card', 'generate_model_card', 'check_target', 'write_tokenizer',
-           'export_model', 'find_record', 'open_training', 'open_saved', 'export_folder', 'push_folder']
+           'scores_text', 'card_data', 'model_card', 'find_record', 'is_as_trained', 'known_facts',
+           'generate_model_card', 'check_target', 'write_tokenizer', 'export_model', 'open_training', 'open_saved',
+           'export_folder', 'push_folder']
 
 # %% ../nbs/build/16_exchange.ipynb #d561fa48
 import json
@@ -21,6 +22,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .adapters import check_weights, find_folder
@@ -81,7 +83,7 @@ def expert_factors(
     return (routed * k / (k + 1), 2 / (k + 1)) if config.d_shared_expert else (routed, 1)
 
 # %% ../nbs/build/16_exchange.ipynb #b31f7ba8
-CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', mixtral='MixtralForCausalLM',
+CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi3ForCausalLM', mixtral='MixtralForCausalLM',
                qwen2_moe='Qwen2MoeForCausalLM', glm4='Glm4ForCausalLM')  # model_type: class
 
 def stock_family(
@@ -177,7 +179,8 @@ def check_vocabulary(
 ):
     "Raise a ValueError if the tokenizer has tokens that the model does not know."
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; allowed are at most {config.vocab_size}, which the model knows')
+        raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; '
+                         f'allowed are at most {config.vocab_size}, which the model knows')
 
 def to_hf(
     model: Transformer,                  # left as it was
@@ -193,11 +196,10 @@ def to_hf(
     return stock.to(model.embedding.weight.device).eval()
 
 # %% ../nbs/build/16_exchange.ipynb #1931f5a3
-REASONS = dict(olmoe='it normalises queries and keys', qwen3_moe='it normalises queries and keys', qwen3='it normalises queries and keys',
-               qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
-               gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding', gemma3_text='it normalises queries and keys',
-               phi3='its projections are stored in one matrix', gpt2='it has learnt positions, LayerNorm and biases',
-               gpt_neox='it has LayerNorm and biases')  # model_type: why it is no `Transformer`
+REASONS = {name: 'it normalises queries and keys' for name in ('olmoe', 'qwen3_moe', 'qwen3', 'gemma3_text')}
+REASONS |= dict(qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
+                gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding',
+                gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')  # model_type: why not
 
 def check_family(
     config,  # a transformers configuration
@@ -232,7 +234,8 @@ def check_settings(
     "Raise a ValueError that names the first setting that makes it another function."
     for name, (value, allowed) in allowed_settings(config).items():
         if value not in allowed:
-            raise ValueError(f"{config.model_type}: {name}={value!r} cannot be expressed in a Transformer; allowed is {' or '.join(map(repr, allowed))}")
+            raise ValueError(f'{config.model_type}: {name}={value!r} cannot be expressed in a Transformer; '
+                             f'allowed is {" or ".join(map(repr, allowed))}')
 
 # %% ../nbs/build/16_exchange.ipynb #90a36386
 def own_config(
@@ -270,16 +273,29 @@ def own_experts(
     down = fold(block.pop('mlp.shared_expert.down_proj.weight'), 1 / shared)                     # (D, F)
     return made | {'feed_forward.shared.down.weight': down}
 
+# %% ../nbs/build/16_exchange.ipynb #752b89f3
+def split_projections(
+    block: dict[str, Tensor],  # stock weights of one block; stacked ones are replaced by their parts
+    config: ModelConfig,       # of our model
+):
+    "Take apart the matrices that some classes store as one."
+    C = config.d_model // config.n_heads
+    rows = dict(q=config.n_heads * C, k=config.n_kv_heads * C, v=config.n_kv_heads * C, gate=config.d_ff, up=config.d_ff)
+    for stacked, layer, parts in (('qkv', 'self_attn', ('q', 'k', 'v')), ('gate_up', 'mlp', ('gate', 'up'))):
+        whole = block.pop(f'{layer}.{stacked}_proj.weight', None)                            # (all rows, D)
+        if whole is None: continue
+        for part, weight in zip(parts, whole.split([rows[p] for p in parts])): block[f'{layer}.{part}_proj.weight'] = weight
+
 # %% ../nbs/build/16_exchange.ipynb #400174b0
 def own_block(
     block: dict[str, Tensor],  # stock weights of one block; those used are taken out
     config: ModelConfig,       # of our model
 ) -> dict[str, Tensor]:        # our names without `blocks.l.`
     "The weights of one block as our block holds them."
+    split_projections(block, config)
     if config.norm == 'peri_ln':
         C = config.d_model // config.n_heads
         for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): block[name] = half_split(block[name], C)
-        block['mlp.gate_proj.weight'], block['mlp.up_proj.weight'] = block.pop('mlp.gate_up_proj.weight').chunk(2)  # two of (F, D)
     made = own_experts(block, config) if config.n_experts else {}
     return made | {ours: block.pop(theirs) for ours, theirs in RENAMED.items() if theirs in block}
 
@@ -317,12 +333,14 @@ def open_stock(
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = need_transformers()
     if 'model_type' not in json.loads((folder / 'config.json').read_text(encoding='utf-8')):
-        raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; a saved Transformer is opened with Transformer.from_pretrained')
+        raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; '
+                         'a saved Transformer is opened with Transformer.from_pretrained')
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     own_config(config), check_weights(folder)
     try: stock, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, RuntimeError) as error: raise ValueError(f'{folder} holds no readable weights ({str(error).splitlines()[0]})') from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f'{folder} holds no readable weights ({str(error).splitlines()[0]})') from error
     for what in ('missing_keys', 'mismatched_keys', 'unexpected_keys'):
         if names := sorted(map(str, report.get(what) or ())): raise ValueError(f'{folder}: {what}={names[:4]}; allowed are none')
     return stock
@@ -375,8 +393,8 @@ def to_hf_tokenizer(
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.post_processor = None
     length = {} if context_length is None else dict(model_max_length=context_length)
-    return need_transformers().PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True,
-                                                       clean_up_tokenization_spaces=False, **length)
+    made = need_transformers().PreTrainedTokenizerFast
+    return made(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True, clean_up_tokenization_spaces=False, **length)
 
 # %% ../nbs/build/16_exchange.ipynb #380fa69b
 def read_json(
@@ -581,18 +599,49 @@ def model_card(
     licence = [] if license else ['## Licence', 'None is stated.']
     return ModelCard(f"---\n{card_data(name, library, facts, license).to_yaml()}\n---\n\n" + '\n\n'.join([*parts, *licence]) + '\n')
 
+# %% ../nbs/build/16_exchange.ipynb #87b4ee4d
+def find_record(
+    folder: Path,   # of a training
+) -> dict | None:
+    "The record of a run of a study, or the scores in its folder, if they are where they usually are."
+    scale = (read_json(folder / 'run.json') or {}).get('scale')
+    out = folder.absolute().parent.parent  # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
+    for path in (out / f'{scale}/{folder.name}.json', out.parent / f'results/{scale}/{folder.name}.json', folder / 'scores.json'):
+        if record := read_json(path): return record
+
+# %% ../nbs/build/16_exchange.ipynb #6ede2deb
+def is_as_trained(
+    model: Transformer,  # perhaps edited since
+    folder: Path,        # of its training
+) -> bool:
+    "Whether a model has the weights that its training left."
+    path, state = folder / 'model' / 'model.safetensors', model.state_dict()
+    if not path.exists(): return False
+    return all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype)) for name, w in load_file(path).items())
+
+def known_facts(
+    model: Transformer,  # any
+) -> dict:               # keys as in `run_facts`; empty if nothing is known
+    "What the folder of a model's training says, while the weights are those in it."
+    folder = getattr(model, 'trained_in', None)
+    return run_facts(folder, find_record(folder)) if folder is not None and is_as_trained(model, folder) else {}
+
 # %% ../nbs/build/16_exchange.ipynb #7fbc7936
 def generate_model_card(
     self,                       # a Transformer
-    facts: dict | None = None,  # from `run_facts`
+    facts: dict | None = None,  # from `run_facts`; None: what is known of its training
     **fields,                   # further arguments of `model_card`
 ):
     "The README.md of a model that is saved or shared."
-    return model_card(self.config, facts, **fields)
+    return model_card(self.config, known_facts(self) if facts is None else facts, **fields)
 
-HubModel.generate_model_card = generate_model_card
+def _from_pretrained(cls, *, model_id: str, **options):
+    "Open a model; one in the folder of a training knows that folder."
+    model, folder = super(HubModel, cls)._from_pretrained(model_id=model_id, **options), Path(model_id).absolute()
+    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}): model.trained_in = folder.parent
+    return model
 
-
+HubModel.generate_model_card, HubModel._from_pretrained = generate_model_card, classmethod(_from_pretrained)
 
 # %% ../nbs/build/16_exchange.ipynb #101464cf
 FORMATS = ('hf', 'sparsecod')  # for transformers, or for this package
@@ -628,7 +677,7 @@ def export_model(
     model: Transformer,                  # left as it was
     out: str | Path,                     # the folder to make
     tokenizer: Tokenizer | None = None,  # of the model
-    facts: dict | None = None,           # for the card, from `run_facts`
+    facts: dict | None = None,           # for the card, from `run_facts`; None: what is known of its training
     format: str = 'hf',                  # one of FORMATS
     overwrite: bool = False,             # whether a model there may be replaced
     license: str | None = None,          # for the card, such as 'apache-2.0'
@@ -639,6 +688,7 @@ def export_model(
     if tokenizer is not None: check_vocabulary(tokenizer, model.config)
     stock = to_hf(model, tokenizer) if format == 'hf' else None   # what cannot be exported fails before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
+    facts = known_facts(model) if facts is None else facts
     with atomic_folder(out) as draft:
         model_card(model.config, facts, 'transformers' if stock else 'sparsecod', out.resolve().name, license).save(draft / 'README.md')
         (stock or model).save_pretrained(draft)
@@ -647,15 +697,6 @@ def export_model(
     return out
 
 # %% ../nbs/build/16_exchange.ipynb #e3f4a399
-def find_record(
-    folder: Path,   # of a training
-) -> dict | None:
-    "The record of a run of a study, or the scores in its folder, if they are where they usually are."
-    scale = (read_json(folder / 'run.json') or {}).get('scale')
-    out = folder.absolute().parent.parent  # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
-    for path in (out / f'{scale}/{folder.name}.json', out.parent / f'results/{scale}/{folder.name}.json', folder / 'scores.json'):
-        if record := read_json(path): return record
-
 def open_training(
     folder: Path,                 # of a training
 ) -> tuple[Transformer, Tokenizer | None]:

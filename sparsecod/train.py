@@ -668,6 +668,8 @@ class TrainResult:
     seconds: float      # spent in steps, over all interruptions
     folder: Path        # where all of this is stored
 
+    def __post_init__(self): self.model.trained_in = self.folder  # so that a model card can say how it was trained
+
 # %% ../nbs/build/05_train.ipynb #e46e6e67
 def finish(
     run: Run,     # after the loop

@@ -213,7 +213,8 @@ class Cost(NamedTuple):
     basis: str       # where the seconds come from
 
     def __str__(self):
-        return f'{self.parameters:,} parameters, {self.tokens:,} tokens, {short(float(self.flops))} FLOPs, {spell(self.seconds)} ({self.basis})'
+        return (f'{self.parameters:,} parameters, {self.tokens:,} tokens, {short(float(self.flops))} FLOPs, '
+                f'{spell(self.seconds)} ({self.basis})')
 
 def spell(
     seconds: float,  # any duration
@@ -537,7 +538,8 @@ class SurgeryRuns(SurgeryOperations):
     "Running a plan."
     def fit(self):
         "The affine maps of all blocks, fitted on the first call."
-        if self.fit_windows is None: raise ValueError('fit_windows is None; to linearise a block there must be windows to fit its affine map on')
+        if self.fit_windows is None:
+            raise ValueError('fit_windows is None; to linearise a block there must be windows to fit its affine map on')
         if self.maps is None:
             with untouched(self.model): self.maps = fit_blocks(self.model, self.fit_windows, self.batch_size)
 
@@ -598,11 +600,10 @@ class Surgery(SurgeryLoss):
     ) -> Tensor:                    # (B, T + n_new)
         "Continue a text with the operated model."
         check_sequences(self.model, least=1, tokens=tokens)
-        device = self.windows.device
-        tokens, generator = tokens.to(device), torch.Generator(device).manual_seed(seed)
+        tokens, draw = tokens.to(self.windows.device), torch.Generator(self.windows.device).manual_seed(seed)
         with untouched(self.model):
             for _ in range(n_new):
-                tokens = torch.cat([tokens, next_tokens(self, tokens, temperature=temperature, generator=generator)], 1)   # (B, T + 1)
+                tokens = torch.cat([tokens, next_tokens(self, tokens, temperature=temperature, generator=draw)], 1)   # (B, T + 1)
         return tokens
 
 # %% ../nbs/build/19_widgets.ipynb #01856fff
@@ -742,6 +743,7 @@ class SurgeryPanel(SurgeryText):
         self.show(self.cost, w.Box(list(self.switches.values()), layout=dict(flex_flow='row wrap')), w.HBox([*self.pair, *self.buttons]), self.prompt, self.picture)
         if self.price() < 10: self.do()
 
+# %% ../nbs/build/19_widgets.ipynb #7be69dfb
 def surgery_widget(
     model,                              # one of ours, an adapted one, or a causal language model of the transformers library
     tokenizer=None,                     # with `encode` and `decode`; None: the text is shown as numbers

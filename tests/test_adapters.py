@@ -1,10 +1,11 @@
 "Thirteen families of the transformers library, block by block, against their own forward pass and against models edited by hand."
 import copy
+import itertools
 import json
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import sparsecod.adapters as adapters
 from sparsecod.adapters import AdaptedModel, adapt, open_model
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import train_bpe
+from sparsecod.scores import ScoreConfig, score_model
 
 L, D, V, T, WINDOW = 4, 32, 61, 12, 5
 ALTERNATE = ['sliding_attention', 'full_attention'] * 2
@@ -195,6 +197,76 @@ def test_skip_swap_and_replacement_equal_edited_networks(network):
         x = model.run(model.run(h, stop=i - 1), start=j - 1, stop=j)
         x = model.run(model.run(x, start=i, stop=j - 1), start=i - 1, stop=i)
         assert is_close(model.logits(model.run(x, start=j)), expected) and not is_close(plain, expected)
+
+
+# --- scores, against full forward passes of a network edited by hand ---
+
+SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=1, batch_size=4, n_bootstrap=20)
+SCORED, FITTED = torch.randint(V, (46, T + 1), generator=torch.Generator().manual_seed(3)).split([6, 40])
+SCORES = {}                                              # family -> scores, so that each is scored once
+
+
+@torch.no_grad()
+def full_forward(network, windows):
+    "Loss in nats a token, and what goes into and comes out of every block."
+    seen = [None] * L
+    with ExitStack() as hooks:
+        for i, block in enumerate(lists_by_layer(network)[0]):
+            def keep(block, args, out, i=i): seen[i] = args[0], out[0] if isinstance(out, tuple) else out
+            hooks.enter_context(block.register_forward_hook(keep))
+        logits = network(windows[:, :-1]).logits
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item(), seen
+
+
+@pytest.fixture(params=FAMILIES)
+def scored(request):
+    "A network of every family, and the arrays of its scores."
+    network = tiny(request.param)
+    if request.param not in SCORES: SCORES[request.param] = score_model(network, SCORED, FITTED, SETTINGS, progress=False)['arrays']
+    return network, SCORES[request.param]
+
+
+def test_causal_scores_equal_edited_networks(scored):
+    network, found = scored
+    size = lambda x: x.norm(dim=-1).mean()
+    loss, base = full_forward(network, SCORED)
+    for s in range(1, L + 1):
+        with in_place(network, s, Instead(lambda h: h)): loss_without, without = full_forward(network, SCORED)
+        assert found['skip_loss_increase'][s - 1] == pytest.approx(loss_without - loss, abs=2e-5)
+        assert found['causal'][s - 1][:s] == [None] * s
+        for l, ((x, y), (x2, y2)) in enumerate(zip(base, without), 1):
+            if l > s: assert found['causal'][s - 1][l - 1] == pytest.approx((size((y2 - x2) - (y - x)) / size(y - x)).item(), rel=1e-4)
+
+
+def test_permutation_scores_equal_edited_networks(scored):
+    network, found = scored
+    loss, _ = full_forward(network, SCORED)
+    for i, j in itertools.combinations(range(1, L + 1), 2):
+        with swapped(network, i, j): other, _ = full_forward(network, SCORED)
+        assert found['permutation'][i - 1][j - 1] == found['permutation'][j - 1][i - 1] == pytest.approx(abs(other - loss) / loss, rel=1e-3, abs=1e-5)
+
+
+def test_usefulness_equals_edited_networks(scored):
+    "Least squares on the stored states of all blocks, then a full forward pass with each map in the place of its block."
+    network, found = scored
+    (loss, _), (_, states) = full_forward(network, SCORED), full_forward(network, FITTED)
+    for l, (x, y) in enumerate(states, 1):
+        x, y = x.flatten(0, 1).double(), y.flatten(0, 1).double()                                       # (n, D)
+        solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y - x).solution.float()   # (D + 1, D)
+        with in_place(network, l, Instead(lambda h: h + h @ solved[:-1] + solved[-1])): replaced, _ = full_forward(network, SCORED)
+        assert found['usefulness_ratio'][l - 1] == pytest.approx(replaced / loss, rel=2e-4)
+
+
+def test_blocks_with_known_answers(network):
+    "Nothing depends on an identity, and an affine block loses nothing when its affine map takes its place."
+    draw = torch.Generator().manual_seed(4)
+    A, b = torch.randn(D, D, generator=draw) / D ** .5, torch.randn(D, generator=draw)
+    with in_place(network, 2, Instead(lambda h: h)), in_place(network, 3, Instead(lambda h: h + h @ A + b)):
+        found = score_model(network, SCORED, FITTED, SETTINGS, progress=False)['arrays']
+    assert found['causal'][1][2:] == [0, 0] and found['causal'][0][1] == 0 and abs(found['skip_loss_increase'][1]) < 1e-9
+    assert found['causal'][0][2] > 1e-3 and found['causal'][2][3] > 1e-3
+    away = [abs(ratio - 1) for ratio in found['usefulness_ratio']]
+    assert away[1] < 1e-6 and away[2] < 2e-5 and min(away[0], away[3]) > 1e-4 and found['jacobian_per_token'][1] == 0
 
 
 # --- gradients ---
@@ -423,7 +495,13 @@ def test_places_without_a_model_are_named(tmp_path):
 
 def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):
     REFUSED['encoder_decoder'][0]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*T5Config') as error: open_model(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()            # the configuration alone decides
+    with pytest.raises(ValueError, match=f'{tmp_path} cannot be adapted: it is an encoder-decoder; looked for a decoder alone$'): open_model(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*ViTConfig') as error: open_model(tmp_path)
     assert '\n' not in str(error.value)
 
 

@@ -156,6 +156,7 @@ def test_out_and_in_again(kind):
 
 STOCK = dict(llama=('Llama', {}), llama_tied=('Llama', dict(tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=77.))),
              mistral=('Mistral', dict(sliding_window=None)), mistral_wide=('Mistral', dict(sliding_window=24)),
+             phi3=('Phi3', dict(sliding_window=None)), phi3_all_heads=('Phi3', dict(num_key_value_heads=4, tie_word_embeddings=True, sliding_window=24)),
              mixtral=('Mixtral', dict(num_local_experts=4)), glm4=('Glm4', dict(attention_bias=False, head_dim=8, partial_rotary_factor=1.)),
              qwen2_moe=('Qwen2Moe', dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=16, qkv_bias=False)))
 STOCK['qwen2_moe_normalised'] = 'Qwen2Moe', STOCK['qwen2_moe'][1] | dict(norm_topk_prob=True)
@@ -182,6 +183,20 @@ def test_in_and_out_again(kind):
     assert unchanged(stock, before)
 
 
+def test_stacked_projections_are_cut_where_the_stock_class_cuts_them(tmp_path):
+    "From a folder, with as many rows of keys as of values but not of queries, and back again as a Llama."
+    stock = stock_model('Phi3', num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=40, intermediate_size=20)
+    stock.save_pretrained(tmp_path)
+    model, _ = from_hf(tmp_path)
+    tokens = torch.randint(V, (2, 40), generator=torch.Generator().manual_seed(2))
+    assert same(model, stock, tokens) and to_hf(model).config.model_type == 'llama'
+    swapped = digest(stock)
+    for name, w in swapped.items():
+        if 'qkv_proj' in name: w[32:48] = w[32:48].roll(8, 0)                     # keys and values change places: noticed
+    stock.load_state_dict(swapped)
+    assert not same(model, stock, tokens)
+
+
 REFUSED = dict(biases=('Llama', dict(attention_bias=True), 'attention_bias=True'), mlp_biases=('Llama', dict(mlp_bias=True), 'mlp_bias=True'),
                activation=('Llama', dict(hidden_act='gelu'), "hidden_act='gelu'"), head_dim=('Llama', dict(head_dim=16), 'head_dim=16.*8'),
                scaling=('Llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=2.)), "rope_type='linear'.*'default'"),
@@ -189,6 +204,9 @@ REFUSED = dict(biases=('Llama', dict(attention_bias=True), 'attention_bias=True'
                partial=('Glm4', dict(attention_bias=False, head_dim=8), 'partial_rotary_factor=0.5.*1.0'),
                qkv=('Qwen2Moe', dict(num_experts=4), 'qkv_bias=True'), sparse=('Qwen2Moe', dict(num_experts=4, qkv_bias=False, mlp_only_layers=[0]), r'mlp_only_layers=\[0\]'),
                step=('Qwen2Moe', dict(num_experts=4, qkv_bias=False, decoder_sparse_step=2), 'decoder_sparse_step=2'),
+               phi3_window=('Phi3', dict(sliding_window=8), 'sliding_window=8.*24 or more'),
+               phi3_scaling=('Phi3', dict(sliding_window=None, original_max_position_embeddings=12, rope_parameters=dict(rope_type='longrope', rope_theta=1e4, short_factor=[1.] * 4, long_factor=[2.] * 4)), "rope_type='longrope'"),
+               phi3_partial=('Phi3', dict(sliding_window=None, rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.5)), 'partial_rotary_factor=0.5.*1.0'),
                qwen2=('Qwen2', {}, "model_type='qwen2'.*biases"), qwen3=('Qwen3', dict(head_dim=8), "model_type='qwen3'.*normalises"),
                qwen3_moe=('Qwen3Moe', dict(head_dim=8, num_experts=4, moe_intermediate_size=16), "model_type='qwen3_moe'.*normalises"),
                olmoe=('Olmoe', dict(num_experts=4, num_experts_per_tok=2), "model_type='olmoe'.*normalises"),
@@ -424,6 +442,37 @@ def test_export_folder_for_transformers(run, given, corpus, tmp_path):
     assert tokenizer('the cat number 7').input_ids == corpus.tokenizer.encode('the cat number 7')
     body = (place / 'README.md').read_text()
     for text in (corpus.fingerprint, 'training tokens | 192', 'status | finished', 'LlamaForCausalLM', "norm | layernorm_scaling"): assert text in body, text
+
+
+def read_card(model, place):
+    model.save_pretrained(place)
+    return (place / 'README.md').read_text()
+
+
+def test_a_trained_model_knows_its_card(corpus, tmp_path, hub):
+    "From `train`, from its folder and from the saved model; with the scores that lie there; pushed without any argument."
+    model = ModelConfig(vocab_size=corpus.vocab_size, n_layers=2, d_model=16, n_heads=2, context_length=16, tie_embeddings=True)
+    folder = tmp_path / 'run'
+    fresh = train(model, TrainConfig(steps=3, tokens_per_step=64), corpus, folder, progress=False).model
+    (folder / 'scores.json').write_text(json.dumps(dict(config=dict(model=model.to_dict()), corpus=corpus.fingerprint, **RECORD['scores'])))
+    from sparsecod.train import load_result
+    for i, known in enumerate((fresh, load_result(folder).model, Transformer.from_pretrained(folder / 'model'), load_result(folder).model.to(torch.bfloat16))):
+        body = read_card(known, tmp_path / str(i))
+        for text in (corpus.fingerprint, 'training tokens | 192', 'train.steps | 3', 'causal score | 0.274', 'n_layers | 2'): assert text in body, text
+    Transformer.from_pretrained(folder / 'model').push_to_hub('me/model')
+    sent = hub.calls[-1][2]['README.md'].decode()
+    assert corpus.fingerprint in sent and 'causal score | 0.274' in sent and 'train.steps | 3' in sent
+    assert 'causal score | 0.274' in (export_model(fresh, tmp_path / 'stock') / 'README.md').read_text()
+    assert 'not recorded here' in (export_model(fresh, tmp_path / 'bare', facts={}) / 'README.md').read_text()
+
+
+def test_a_changed_model_claims_nothing(run, tmp_path):
+    model = Transformer.from_pretrained(run / 'model')
+    assert 'not recorded here' not in read_card(model, tmp_path / 'before')
+    with torch.no_grad(): model.blocks[1].attention.query.weight[0, 0] += 1e-3
+    assert 'not recorded here' in read_card(model, tmp_path / 'after')
+    assert 'not recorded here' in read_card(random_model(), tmp_path / 'other')
+    assert '4.251' in model.generate_model_card(facts=run_facts(record=RECORD)).content
 
 
 def test_export_folder_for_sparsecod(run, corpus, tmp_path):
