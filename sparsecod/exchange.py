@@ -52,18 +52,18 @@ RENAMED = GAINS | ATTENTION | DENSE | EXPERTS  # in a block: our name, the stock
 
 # %% ../nbs/build/16_exchange.ipynb #1e4246f0
 def interleave(
-    weight: Tensor,  # query or key matrix for half-split rotation, (heads * C, D)
-    C: int,          # channels a head
+    weight: Tensor,  # query or key matrix for half-split rotation, (heads * D_h, D)
+    D_h: int,        # channels a head
 ) -> Tensor:         # the matrix for interleaved rotation, same shape
-    "Put channels i and i + C/2 of every head next to each other."
-    return weight.unflatten(0, (-1, 2, C // 2)).transpose(1, 2).flatten(0, 2)  # (heads * C, D)
+    "Put channels i and i + D_h/2 of every head next to each other."
+    return weight.unflatten(0, (-1, 2, D_h // 2)).transpose(1, 2).flatten(0, 2)  # (heads * D_h, D)
 
 def half_split(
-    weight: Tensor,  # query or key matrix for interleaved rotation, (heads * C, D)
-    C: int,          # channels a head
+    weight: Tensor,  # query or key matrix for interleaved rotation, (heads * D_h, D)
+    D_h: int,        # channels a head
 ) -> Tensor:         # the matrix for half-split rotation, same shape
     "Undo `interleave`."
-    return weight.unflatten(0, (-1, C // 2, 2)).transpose(1, 2).flatten(0, 2)  # (heads * C, D)
+    return weight.unflatten(0, (-1, D_h // 2, 2)).transpose(1, 2).flatten(0, 2)  # (heads * D_h, D)
 
 # %% ../nbs/build/16_exchange.ipynb #04fa749a
 def fold(
@@ -148,8 +148,8 @@ def stock_block(
         for name in ('input_layernorm.weight', 'post_attention_layernorm.weight'): made[name] = fold(made[name], l ** -0.5)  # (D,)
     if config.n_experts: made |= stock_experts(block, config)
     if stock_family(config) == 'glm4':
-        C = config.d_model // config.n_heads
-        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): made[name] = interleave(made[name], C)
+        D_h = config.d_model // config.n_heads
+        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): made[name] = interleave(made[name], D_h)
         made['mlp.gate_up_proj.weight'] = torch.cat([made.pop('mlp.gate_proj.weight'), made.pop('mlp.up_proj.weight')])  # (2F, D)
     return made
 
@@ -216,8 +216,8 @@ def allowed_settings(
 ) -> dict:       # name: (value, allowed values)
     "The switches of a stock configuration that decide whether its function can be ours."
     c, rope = config, dict(config.rope_parameters or {})
-    T, C = c.max_position_embeddings, c.hidden_size // c.num_attention_heads
-    checks = dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), qkv_bias=(False,), head_dim=(None, C),
+    T, D_h = c.max_position_embeddings, c.hidden_size // c.num_attention_heads
+    checks = dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), qkv_bias=(False,), head_dim=(None, D_h),
                   decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
     found = {name: (getattr(c, name), allowed) for name, allowed in checks.items() if hasattr(c, name)}
     window = getattr(c, 'sliding_window', None)
@@ -279,8 +279,8 @@ def split_projections(
     config: ModelConfig,       # of our model
 ):
     "Take apart the matrices that some classes store as one."
-    C = config.d_model // config.n_heads
-    rows = dict(q=config.n_heads * C, k=config.n_kv_heads * C, v=config.n_kv_heads * C, gate=config.d_ff, up=config.d_ff)
+    D_h = config.d_model // config.n_heads
+    rows = dict(q=config.n_heads * D_h, k=config.n_kv_heads * D_h, v=config.n_kv_heads * D_h, gate=config.d_ff, up=config.d_ff)
     for stacked, layer, parts in (('qkv', 'self_attn', ('q', 'k', 'v')), ('gate_up', 'mlp', ('gate', 'up'))):
         whole = block.pop(f'{layer}.{stacked}_proj.weight', None)                            # (all rows, D)
         if whole is None: continue
@@ -294,8 +294,8 @@ def own_block(
     "The weights of one block as our block holds them."
     split_projections(block, config)
     if config.norm == 'peri_ln':
-        C = config.d_model // config.n_heads
-        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): block[name] = half_split(block[name], C)
+        D_h = config.d_model // config.n_heads
+        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): block[name] = half_split(block[name], D_h)
     made = own_experts(block, config) if config.n_experts else {}
     return made | {ours: block.pop(theirs) for ours, theirs in RENAMED.items() if theirs in block}
 

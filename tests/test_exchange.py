@@ -83,7 +83,7 @@ def test_to_hf_is_the_same_function(kind):
 def test_the_comparison_sees_each_step(monkeypatch):
     "Leaving out any folding or reordering is noticed by the test above."
     import sparsecod.exchange as exchange
-    for name, wrong, kind in (('fold', lambda w, factor: w, ALL['scaled']), ('interleave', lambda w, C: w, ALL['peri']),
+    for name, wrong, kind in (('fold', lambda w, factor: w, ALL['scaled']), ('interleave', lambda w, D_h: w, ALL['peri']),
                               ('expert_factors', lambda c: (1, 1), ALL['published_40_3_of_5']), ('expert_factors', lambda c: (1, 1), ALL['scale_matched_0_3_of_5'])):
         with monkeypatch.context() as m:
             m.setattr(exchange, name, wrong)
