@@ -79,6 +79,7 @@ def add_common(
     flag(parser, '--quiet', 'show no progress')
     flag(parser, '--debug', 'show the traceback of an error')
 
+# %% ../nbs/build/17_cli.ipynb #7aa1d5dd
 def add_scale(
     parser,  # of a command
 ):
@@ -164,6 +165,7 @@ def add_model(
     option(parser, '--device', default='cpu', metavar='NAME', help='where to compute, such as cpu or cuda')
     flag(parser, '--trust-remote-code', 'run programs that come with the model')
 
+# %% ../nbs/build/17_cli.ipynb #3fa52f6b
 def add_score(
     commands,  # where commands are registered
 ):
@@ -348,6 +350,7 @@ def write_scores(
     write_page(page, result, title=Path(name).name if Path(name).exists() else name, about=page_facts(subject, result), sparsity=result.get('sparsity'))
     return [score_table(result), f'written to {target} and {page}']
 
+# %% ../nbs/build/17_cli.ipynb #860c2417
 def page_facts(
     subject: Subject,  # the model
     result: dict,      # its scores

@@ -66,6 +66,7 @@ def by_layer(
     low, high = (ends.get(end) or [None] * len(values) for end in ('low', 'high'))
     return [checked(scores, name, *three) for three in zip(values, low, high)]
 
+# %% ../nbs/build/15_page.ipynb #407dd5e9
 def by_pair(
     scores: dict,      # from `sparsecod.scores.score_model`
     name: str,         # 'causal' or 'permutation'
@@ -226,6 +227,7 @@ def pairs(
     ends = lambda shift: [[None if v is None else max(0., v + shift) for v in row] for row in values]
     return values, dict(low=ends(-width), high=ends(width))
 
+# %% ../nbs/build/15_page.ipynb #500ba8a9
 def made_up(
     n_sequences: int = 32,   # N
     loss: float = 2.,        # nats a token
@@ -261,13 +263,19 @@ def read_neighbours(
     found, least = sides([E[i][i + 1] for i in range(len(E) - 1)], SMALL_SWAP), f'{100 * SMALL_SWAP:g} % of it'
     below, above, lines = found.below, found.above, []
     if not found.sure: above = sorted(above + found.open)              # a value that equals the line
-    if below and found.sure: lines.append(f'Interchangeable neighbours: {pairs_text(below)}. Such a swap, one pair at a time, changes the loss by less than {least} {basis(True)}.')
-    if below and not found.sure: lines.append(f'Swapped neighbours that change the loss by less than {least}: {pairs_text(below)}, one pair at a time {basis(False)}. '
-                                              'Whether they are interchangeable cannot be said without intervals of pairs.')
-    if above: lines.append(f"Neighbours whose swap changes the loss by {'more than ' + least if found.sure else least + ' or more'}: {pairs_text(above)} {basis(found.sure, 'lower')}.")
-    if found.open and found.sure: lines.append(f'Undecided, interchangeable or not: {pairs_text(found.open)}. The interval of the change contains {least}.')
+    if below and found.sure:
+        lines.append(f'Interchangeable neighbours: {pairs_text(below)}. Such a swap, one pair at a time, changes the loss '
+                     f'by less than {least} {basis(True)}.')
+    if below and not found.sure:
+        lines.append(f'Swapped neighbours that change the loss by less than {least}: {pairs_text(below)}, one pair at a time {basis(False)}. '
+                     'Whether they are interchangeable cannot be said without intervals of pairs.')
+    much = f'more than {least}' if found.sure else f'{least} or more'
+    if above: lines.append(f"Neighbours whose swap changes the loss by {much}: {pairs_text(above)} {basis(found.sure, 'lower')}.")
+    if found.open and found.sure:
+        lines.append(f'Undecided, interchangeable or not: {pairs_text(found.open)}. The interval of the change contains {least}.')
     return lines
 
+# %% ../nbs/build/15_page.ipynb #2ad1de2a
 def read_swaps(
     scores: dict,  # from `sparsecod.scores.score_model`
 ) -> list[str]:
@@ -278,7 +286,8 @@ def read_swaps(
     if not known: return ['Swaps: what they cost is not known.']
     sure = all(e.high is not None for e in known)
     small = sum((e.high if sure else e.value) < SMALL_SWAP for e in known)
-    rest = f'For {small} of all {len(known)} pairs of blocks, a swap of that pair alone changes the loss by less than {100 * SMALL_SWAP:g} % of it {basis(sure)}.'
+    rest = (f'For {small} of all {len(known)} pairs of blocks, a swap of that pair alone changes the loss '
+            f'by less than {100 * SMALL_SWAP:g} % of it {basis(sure)}.')
     return read_neighbours(E) + ([rest] if len(known) > 1 else [])
 
 # %% ../nbs/build/15_page.ipynb #5168e26c
@@ -667,7 +676,7 @@ def heat_legend(
     "The ramp with its numbers."
     wide = SIDE / SHADES
     parts = [f'<path class="k{k}" d="M{coordinate(LEFT + k * wide)} {y:g}h{wide + .5:.4g}v10h-{wide + .5:.4g}z"/>' for k in range(SHADES)]
-    marks = [axis.low, *(x for x in ticks(axis) if .12 < place(axis, x) < .86), axis.high]
+    marks = [axis.low, *(x for x in ticks(axis) if .2 < place(axis, x) < .84), axis.high]
     for x in marks:
         anchor = 'start' if x == axis.low else 'end' if x == axis.high else 'middle'
         parts.append(f'<text x="{coordinate(LEFT + SIDE * place(axis, x))}" y="{y + 23:g}" text-anchor="{anchor}">{few(x, 2)}</text>')

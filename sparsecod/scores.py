@@ -16,7 +16,7 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', '
            'write_whole', 'claim_folder', 'Parts', 'tensor_hash', 'measurement_key', 'planned_work', 'measured_maps',
            'measured_jacobians', 'counted', 'measure', 'names_source', 'text_tokens', 'text_windows',
            'without_repetitions', 'tokenizer_of', 'text_config', 'prepare_windows', 'score_model', 'summarise',
-           'check_windows', 'write_schema', 'root_of_mean', 'jacobian_estimate']
+           'check_windows', 'check_context', 'write_schema', 'root_of_mean', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -721,6 +721,7 @@ def tensor_hash(
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/build/07_scores.ipynb #b67eb32d
 def measurement_key(
     model: Transformer,   # as it was handed in
     windows: Tensor,      # sequences to score
@@ -873,12 +874,13 @@ def text_windows(
         more = f'about {need * size / len(strip) / 1000:,.0f} kB of such text' if size else 'and there is no text'
         short = isinstance(data, str) and len(data) < 100 and not names_source(data)
         taken = f' (data={data!r} is no file or folder here, so it was taken as the text)' * short
-        raise ValueError(f'the text has {len(strip):,} tokens{taken}; to score {N} sequences of {T} tokens and to fit affine maps on {M} others takes '
-                         f'{need:,} tokens, {more}. Give more text, or ask for fewer or shorter sequences')
+        raise ValueError(f'the text has {len(strip):,} tokens{taken}; to score {N} sequences of {T} tokens and to fit affine maps '
+                         f'on {M} others takes {need:,} tokens, {more}. Give more text, or ask for fewer or shorter sequences')
     chosen = torch.randperm(have, generator=torch.Generator().manual_seed(config.seed))[:N + M]      # (N + M,)
     windows = strip[chosen[:, None] * T + torch.arange(T + 1)]                                         # (N + M, T + 1)
     return without_repetitions(windows[:N], windows[N:])
 
+# %% ../nbs/build/07_scores.ipynb #88563087
 def without_repetitions(
     windows: Tensor,      # to score, (N, T + 1)
     fit_windows: Tensor,  # to fit on, (M, T + 1)
@@ -899,7 +901,8 @@ def tokenizer_of(
     if isinstance(given, (str, Path)): return load_tokenizer(str(given))
     origin = getattr(getattr(model, 'network', None), 'name_or_path', '')
     tokenizer = given or found or (find_tokenizer(find_folder(origin)) if origin else None)
-    if tokenizer is None: raise ValueError('no tokenizer.json lies beside this model, so text cannot be cut into its tokens; name one with tokenizer=')
+    if tokenizer is None:
+        raise ValueError('no tokenizer.json lies beside this model, so text cannot be cut into its tokens; name one with tokenizer=')
     return tokenizer
 
 def text_config(
@@ -928,7 +931,8 @@ def prepare_windows(
     config = config or ScoreConfig()
     if fit_windows is not None: return data, fit_windows, config
     N = config.n_sequences
-    if len(data) <= N: raise ValueError(f'windows holds {len(data)} sequences; n_sequences={N} are scored and the rest fitted on, so it must hold more, or fit_windows must be given')
+    if len(data) <= N: raise ValueError(f'windows holds {len(data)} sequences; n_sequences={N} are scored and the rest fitted on, '
+                                        'so it must hold more, or fit_windows must be given')
     return *without_repetitions(data[:N], data[N:]), config
 
 # %% ../nbs/build/07_scores.ipynb #87666152
@@ -949,6 +953,7 @@ def score_model(
     model, found = open_model(model)
     windows, fit_windows, config = prepare_windows(model, windows, fit_windows, config, length, lambda: tokenizer_of(model, found, tokenizer))
     check_windows(model, windows, fit_windows)
+    check_context(model, windows, fit_windows)
     plan = plan_memory(model, len(windows), windows.shape[1] - 1, config, memory, as_published)
     parts = Parts(resume, measurement_key(model, windows, fit_windows, config, plan, as_published) if resume is not None else {})
     with untouched(model):
@@ -992,13 +997,23 @@ def check_windows(
             raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, T + 1) with T of at least 2')
         if w.max() >= model.config.vocab_size or w.min() < 0:
             raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')
-        T, limit = w.shape[1] - 1, model.config.context_length
-        if limit and T > limit: raise ValueError(f'{name} holds sequences of T={T} tokens; this model was made for at most {limit} (its context_length)')
     tokens, D = fit_windows[:, 1:].numel(), model.config.d_model
     if tokens <= D + 1:
         raise ValueError(f'fit_windows holds {tokens} tokens; an affine map of width {D} needs more than {D + 1}')
     if set(map(tuple, windows.tolist())) & set(map(tuple, fit_windows.tolist())):
         raise ValueError('windows and fit_windows share a sequence; fit and evaluate on different ones')
+
+# %% ../nbs/build/07_scores.ipynb #058d8b27
+def check_context(
+    model: Transformer,   # the model to score
+    windows: Tensor,      # sequences to score
+    fit_windows: Tensor,  # sequences to fit on
+):
+    "Raise a ValueError if sequences are longer than the model was made for: some models fail there, others give scores of nothing."
+    limit = model.config.context_length
+    for name, w in dict(windows=windows, fit_windows=fit_windows).items():
+        if limit and w.shape[1] - 1 > limit:
+            raise ValueError(f'{name} holds sequences of T={w.shape[1] - 1} tokens; this model was made for at most {limit} (its context_length)')
 
 # %% ../nbs/build/07_scores.ipynb #174c8cac
 _NUMBER, _LAYERS = {'type': ['number', 'null']}, 'one entry a block; block l of 1..L is at index l - 1'
@@ -1037,8 +1052,9 @@ SCHEMA_SCALARS = dict(
 
 # %% ../nbs/build/07_scores.ipynb #968ed41f
 _ESTIMATE = dict(type='object', required=['value', 'low', 'high'], properties=dict(value=_NUMBER, low=_NUMBER, high=_NUMBER))
-_ENDS = dict(type='object', required=['low', 'high'], properties=dict(low=_by_layer('low end', 'as the array'), high=_by_layer('high end', 'as the array')))
-_PAIR_ENDS = dict(type='object', required=['low', 'high'], properties=dict(low=_pairs('low end, as the array'), high=_pairs('high end, as the array')))
+_both = lambda of: dict(type='object', required=['low', 'high'], properties=dict(low=of('low end'), high=of('high end')))
+_ENDS = _both(lambda end: _by_layer(end, 'as the array'))
+_PAIR_ENDS = _both(lambda end: _pairs(f'{end}, as the array'))
 _WHOLE = dict(n_sequences='sequences scored', n_fit='sequences for the affine fits', n_jacobian='sequences for Jacobians', T='tokens a sequence',
               n_bootstrap='resamples', jacobian_probes='probes a Jacobian; 0: exact')
 SCHEMA_SETTINGS = dict(

@@ -95,6 +95,7 @@ def plain_attention(
         try: yield
         finally: network.set_attn_implementation(used)
 
+# %% ../nbs/build/08_sparsity.ipynb #4ac47789
 def seen_maps(
     model: AdaptedModel,  # with plain attention
     h: Tensor,            # the stream that a block reads, one sequence, (1, T, D)
@@ -164,6 +165,7 @@ def expert_counts(
     E = getattr(c, 'num_local_experts', None) or getattr(c, 'num_experts', None) or 0
     return E, c.num_experts_per_tok if E else 0
 
+# %% ../nbs/build/08_sparsity.ipynb #d29ed0cf
 def sequence_loads(
     model,               # a mixture of experts: a Transformer, or an AdaptedModel
     sequence: Tensor,    # tokens, (1, T)
