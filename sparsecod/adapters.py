@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .core import LOGITS_AT_ONCE, Config, Transformer, cross_entropy
@@ -270,7 +271,11 @@ def find_folder(
 def check_weights(
     folder: Path,  # of a model
 ):
-    "Raise a ValueError unless the folder has weights in safetensors files."
+    "Raise a ValueError unless the folder has weights in safetensors files, and all of these are complete."
+    for file in sorted(folder.glob('*.safetensors')):
+        try:
+            with safe_open(file, 'pt'): pass                               # reads the header and compares sizes
+        except SafetensorError as error: raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
     if any(folder.glob('*.safetensors')): return
     pickles = sorted(file.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for file in folder.glob(pattern))
     raise ValueError(f'{folder} holds no weights in safetensors files; looked for *.safetensors' + bool(pickles) * (

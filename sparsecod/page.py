@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SMALL_SWAP', 'NEAR_IDENTITY', 'COLUMNS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'SIDE', 'TALL', 'ANCHORS', 'SHADES',
-           'HEATS', 'BARS', 'MEANING', 'SPARSE', 'FACTS', 'DARK', 'SHEET', 'SCRIPT', 'Estimate', 'clean', 'checked',
-           'scalar', 'by_layer', 'n_blocks', 'Sides', 'sides', 'names', 'basis', 'any_of', 'few', 'interval_text',
-           'number_of', 'undetermined', 'read_replacements', 'threshold_of', 'read_costs', 'read_uselessness', 'layers',
-           'made_up', 'pairs_text', 'read_swaps', 'read_skips', 'read_causal', 'first_share', 'read_variance',
-           'relative_deviation', 'read_jacobian', 'read_loss', 'cautions', 'plain_reading', 'layer_rows', 'score_table',
-           'Axis', 'bent', 'place', 'choose_axis', 'thinned', 'decades', 'ticks', 'coordinate', 'layer_marks',
-           'chart_frame', 'chart_svg', 'whisker', 'bars', 'marker', 'lines', 'shade', 'colour_axis', 'heat_legend',
-           'heat', 'cell', 'layer_table', 'pair_table', 'picture', 'key_of', 'heat_pictures', 'bar_pictures',
-           'variance_picture', 'sparsity_picture', 'scalar_table', 'sparsity_table', 'facts_list', 'chooser', 'head',
-           'score_page', 'write_page', 'record_page', 'Framed']
+           'HEATS', 'BARS', 'MEANING', 'SPARSE', 'FACTS', 'DARK', 'SHEET', 'SCRIPT', 'WORDS', 'Estimate', 'clean',
+           'checked', 'scalar', 'by_layer', 'by_pair', 'n_blocks', 'Sides', 'sides', 'names', 'basis', 'any_of', 'few',
+           'interval_text', 'number_of', 'undetermined', 'read_replacements', 'threshold_of', 'read_costs',
+           'read_uselessness', 'layers', 'pairs', 'made_up', 'pairs_text', 'read_neighbours', 'read_swaps',
+           'read_skips', 'read_causal', 'first_share', 'read_variance', 'relative_deviation', 'read_jacobian',
+           'read_loss', 'cautions', 'plain_reading', 'layer_rows', 'score_table', 'Axis', 'bent', 'place',
+           'choose_axis', 'thinned', 'decades', 'ticks', 'coordinate', 'layer_marks', 'chart_frame', 'chart_svg',
+           'whisker', 'bars', 'marker', 'lines', 'shade', 'colour_axis', 'heat_legend', 'heat', 'cell', 'layer_table',
+           'pair_table', 'picture', 'key_of', 'heat_pictures', 'bar_pictures', 'variance_picture', 'sparsity_picture',
+           'scalar_table', 'sparsity_table', 'facts_list', 'chooser', 'head', 'glossary', 'score_page', 'write_page',
+           'record_page', 'Framed']
 
 # %% ../nbs/build/15_page.ipynb #dd1fc915
 import html
@@ -64,6 +65,17 @@ def by_layer(
     ends = (scores.get('intervals') or {}).get(name) or {}
     low, high = (ends.get(end) or [None] * len(values) for end in ('low', 'high'))
     return [checked(scores, name, *three) for three in zip(values, low, high)]
+
+# %% ../nbs/build/15_page.ipynb #407dd5e9
+def by_pair(
+    scores: dict,      # from `sparsecod.scores.score_model`
+    name: str,         # 'causal' or 'permutation'
+) -> list[list[Estimate]]:   # (L, L); empty if the score is not there
+    "A score of pairs."
+    values, ends = scores['arrays'].get(name) or [], (scores.get('intervals') or {}).get(name) or {}
+    blank = [[None] * len(row) for row in values]
+    low, high = (ends.get(end) or blank for end in ('low', 'high'))
+    return [[checked(scores, name, *three) for three in zip(*rows)] for rows in zip(values, low, high)]
 
 # %% ../nbs/build/15_page.ipynb #9bbc074f
 def n_blocks(
@@ -207,11 +219,20 @@ def layers(
     "A made-up score by layer."
     return values, dict(low=[v - width for v in values], high=[v + width for v in values])
 
+def pairs(
+    values: list[list],  # a score of pairs, (L, L)
+    width: float = 0.,   # half of each interval's width
+) -> tuple[list, dict]:  # the array, and its intervals
+    "A made-up score of pairs."
+    ends = lambda shift: [[None if v is None else max(0., v + shift) for v in row] for row in values]
+    return values, dict(low=ends(-width), high=ends(width))
+
+# %% ../nbs/build/15_page.ipynb #500ba8a9
 def made_up(
     n_sequences: int = 32,   # N
     loss: float = 2.,        # nats a token
     T: int = 128,            # tokens a sequence
-    **by_layer,              # scores by layer, from `layers`, or plain lists (no intervals)
+    **by_layer,              # scores by layer or pair, from `layers` or `pairs`, or plain lists (no intervals)
 ) -> dict:                   # as from `sparsecod.scores.score_model`
     "Made-up scores, to try a reading on."
     arrays = {name: v[0] if isinstance(v, tuple) else v for name, v in by_layer.items()}
@@ -235,21 +256,39 @@ def pairs_text(
     return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
 # %% ../nbs/build/15_page.ipynb #3bbfa352
+def read_neighbours(
+    E: list[list[Estimate]],  # permutation score of pairs
+) -> list[str]:
+    "Which neighbouring blocks can change places."
+    found, least = sides([E[i][i + 1] for i in range(len(E) - 1)], SMALL_SWAP), f'{100 * SMALL_SWAP:g} % of it'
+    below, above, lines = found.below, found.above, []
+    if not found.sure: above = sorted(above + found.open)              # a value that equals the line
+    if below and found.sure:
+        lines.append(f'Interchangeable neighbours: {pairs_text(below)}. Such a swap, one pair at a time, changes the loss '
+                     f'by less than {least} {basis(True)}.')
+    if below and not found.sure:
+        lines.append(f'Swapped neighbours that change the loss by less than {least}: {pairs_text(below)}, one pair at a time {basis(False)}. '
+                     'Whether they are interchangeable cannot be said without intervals of pairs.')
+    much = f'more than {least}' if found.sure else f'{least} or more'
+    if above: lines.append(f"Neighbours whose swap changes the loss by {much}: {pairs_text(above)} {basis(found.sure, 'lower')}.")
+    if found.open and found.sure:
+        lines.append(f'Undecided, interchangeable or not: {pairs_text(found.open)}. The interval of the change contains {least}.')
+    return lines
+
+# %% ../nbs/build/15_page.ipynb #2ad1de2a
 def read_swaps(
     scores: dict,  # from `sparsecod.scores.score_model`
 ) -> list[str]:
     "Which blocks can change places."
-    L, P = n_blocks(scores), scores['arrays'].get('permutation') or []
+    L, E = n_blocks(scores), by_pair(scores, 'permutation')
     if L == 1: return ['One block has no pairs: the causal and permutation scores are not defined.']
-    value = {(i, j): x for i in range(1, L) for j in range(i + 1, L + 1) if len(P) == L and (x := clean(P[i - 1][j - 1])) is not None}
-    if not value: return ['Swaps: what they cost is not known.']
-    near = [i for i in range(1, L) if value.get((i, i + 1), math.inf) < SMALL_SWAP]
-    far = [i for i in range(1, L) if value.get((i, i + 1), -math.inf) >= SMALL_SWAP]
-    lines, least = [], f'{100 * SMALL_SWAP:g} % of it'
-    if near: lines.append(f'Interchangeable neighbours: {pairs_text(near)}. Such a swap, one pair at a time, changes the loss by less than {least} (by the values alone; intervals of pairs are not stored).')
-    if far: lines.append(f'Neighbours whose swap changes the loss by {least} or more: {pairs_text(far)} (by the values alone).')
-    small = sum(x < SMALL_SWAP for x in value.values())
-    return lines + ([f'For {small} of all {len(value)} pairs of blocks, a swap of that pair alone changes the loss by less than {least}.'] if len(value) > 1 else [])
+    known = [e for i, row in enumerate(E) for e in row[i + 1:] if e.value is not None] if len(E) == L else []
+    if not known: return ['Swaps: what they cost is not known.']
+    sure = all(e.high is not None for e in known)
+    small = sum((e.high if sure else e.value) < SMALL_SWAP for e in known)
+    rest = (f'For {small} of all {len(known)} pairs of blocks, a swap of that pair alone changes the loss '
+            f'by less than {100 * SMALL_SWAP:g} % of it {basis(sure)}.')
+    return read_neighbours(E) + ([rest] if len(known) > 1 else [])
 
 # %% ../nbs/build/15_page.ipynb #5168e26c
 def read_skips(
@@ -637,7 +676,7 @@ def heat_legend(
     "The ramp with its numbers."
     wide = SIDE / SHADES
     parts = [f'<path class="k{k}" d="M{coordinate(LEFT + k * wide)} {y:g}h{wide + .5:.4g}v10h-{wide + .5:.4g}z"/>' for k in range(SHADES)]
-    marks = [axis.low, *(x for x in ticks(axis) if .12 < place(axis, x) < .86), axis.high]
+    marks = [axis.low, *(x for x in ticks(axis) if .2 < place(axis, x) < .84), axis.high]
     for x in marks:
         anchor = 'start' if x == axis.low else 'end' if x == axis.high else 'middle'
         parts.append(f'<text x="{coordinate(LEFT + SIDE * place(axis, x))}" y="{y + 23:g}" text-anchor="{anchor}">{few(x, 2)}</text>')
@@ -687,12 +726,13 @@ def layer_table(
 # %% ../nbs/build/15_page.ipynb #8b604f34
 def pair_table(
     caption: str,
-    pairs: list[list],  # (L, L)
+    pairs: list[list[Estimate]],  # (L, L)
     corner: str,        # what rows and columns are
 ) -> str:               # HTML
     "Scores of pairs of blocks."
     head = ''.join(f'<th scope="col">{l}</th>' for l in range(1, len(pairs) + 1))
-    rows = ''.join(f'<tr data-block="{i}"><th scope="row">{i}</th>' + ''.join(f'<td>{cell(x)}</td>' for x in row) + '</tr>' for i, row in enumerate(pairs, 1))
+    ends = lambda e: f'<small>{few(e.low)} to {few(e.high)}</small>' if e.low is not None else ''
+    rows = ''.join(f'<tr data-block="{i}"><th scope="row">{i}</th>' + ''.join(f'<td>{cell(e.value)}{ends(e)}</td>' for e in row) + '</tr>' for i, row in enumerate(pairs, 1))
     return f'<table><caption>{html.escape(caption)}</caption><thead><tr><th scope="col">{html.escape(corner)}</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 # %% ../nbs/build/15_page.ipynb #1f78574a
@@ -739,7 +779,8 @@ def heat_pictures(
         said = f'Heat map of {L} by {L} blocks, numbered from 1. {text} The numbers are in the table below.'
         svg, axis = heat(pairs, rows, columns, said)
         note = ' Colours are on a logarithmic scale' + (f'; everything up to {few(axis.low, 2)} is darkest.' if min(x for row in pairs for v in row if (x := clean(v)) is not None) < axis.low else '.') if axis.kind == 'log' else ''
-        parts.append(picture(name, 'heat', title, f'{text}{note} Grey: not defined.', svg, pair_table(title, pairs, f'{rows[-1]} \\ {columns[-1]}'), say))
+        bounded = ' The line below tells the interval of a cell.' if any(e.low is not None for row in by_pair(scores, name) for e in row) else ''
+        parts.append(picture(name, 'heat', title, f'{text}{note} Grey: not defined.{bounded}', svg, pair_table(title, by_pair(scores, name), f'{rows[-1]} \\ {columns[-1]}'), say))
     return parts
 
 # %% ../nbs/build/15_page.ipynb #5005e952
@@ -873,6 +914,7 @@ SHEET = ''':root{color-scheme:light;--page:#fff;--card:#fff;--text:#1d2328;--qui
 *{box-sizing:border-box}body{margin:0 auto;max-width:76rem;padding:1rem;background:var(--page);color:var(--text);font:1rem/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.2;margin:.2rem 0 .8rem;overflow-wrap:anywhere}h2{font-size:1.15rem;line-height:1.3;margin:0 0 .3rem}section{margin:1.6rem 0}p{margin:.2rem 0 .6rem}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,16rem),1fr));gap:.3rem 1.2rem;margin:0 0 1rem}dl div{border-top:1px solid var(--line)}dt{color:var(--quiet);font-size:.8rem}dd{margin:0;overflow-wrap:anywhere}
+.words{display:block;max-width:52rem;font-size:.9rem}.words div{border:0;margin:.15rem 0}.words dt{display:inline;font-weight:600;font-size:inherit}.words dt::after{content:': '}.words dd{display:inline;color:var(--quiet)}
 .reading{max-width:52rem;padding-left:1.2rem}.reading li{margin:.35rem 0}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem;align-items:start}
 figure{margin:0;padding:.8rem;border:1px solid var(--line);border-radius:8px;background:var(--card);min-width:0}figure p{font-size:.9rem;color:var(--quiet)}figure .wide{max-height:24rem}
@@ -885,7 +927,7 @@ svg{display:block;width:100%;height:auto;max-height:36rem;font:12px system-ui,sa
 '''
 
 # %% ../nbs/build/15_page.ipynb #12bdc04e
-SHEET = (SHEET + '''.wide{overflow:auto;border:1px solid var(--line);border-radius:6px}th small{display:block;font-weight:400;color:var(--quiet)}table{border-collapse:collapse;font-size:.85rem;width:100%}caption{text-align:left;padding:.3rem .5rem;color:var(--quiet)}
+SHEET = (SHEET + '''.wide{overflow:auto;border:1px solid var(--line);border-radius:6px}th small,td small{display:block;font-weight:400;color:var(--quiet)}td small{white-space:nowrap}table{border-collapse:collapse;font-size:.85rem;width:100%}caption{text-align:left;padding:.3rem .5rem;color:var(--quiet)}
 th,td{text-align:left;vertical-align:top;padding:.25rem .5rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}thead th{background:var(--head);position:sticky;top:0}tr.on>*{background:var(--head);box-shadow:inset 0 2px var(--mark),inset 0 -2px var(--mark)}
 summary{cursor:pointer;color:var(--link);padding:.2rem 0}.quiet{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 .chooser{position:sticky;top:0;z-index:2;background:var(--page);border-bottom:1px solid var(--line);padding:.4rem 0;margin:0 0 1rem}.chooser label{font-weight:600}.chooser input{width:min(100%,24rem);min-height:1.6rem;vertical-align:middle;accent-color:var(--a)}.chooser output{display:block;font-size:.85rem;min-height:1.3rem;font-variant-numeric:tabular-nums}
@@ -944,8 +986,9 @@ function go(p, at) {
   current = p
   const [a, b] = p.at
   if (p.kind == 'heat') {
-    const v = p.rows[a].cells[b].textContent
-    p.says.textContent = v == '–' ? `Row ${a}, column ${b}: not defined.` : p.figure.dataset.say.replace('{a}', a).replace('{b}', b).replace('{v}', v)
+    const cell = p.rows[a].cells[b], v = cell.firstChild.textContent, ends = cell.querySelector('small')
+    const said = p.figure.dataset.say.replace('{a}', a).replace('{b}', b).replace('{v}', v)
+    p.says.textContent = v == '–' ? `Row ${a}, column ${b}: not defined.` : said + (ends ? ` 95 % interval: ${ends.textContent}.` : '')
     choose(a == b ? [a] : [a, b])
   } else {
     p.says.textContent = (p.kind == 'bars' ? 'Block ' : 'Stream ') + b + ': ' + numbers(p.rows[b + 1 - first])
@@ -1003,6 +1046,17 @@ def head(
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; script-src \'unsafe-inline\'; img-src data:">'
             f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{SHEET}\n{ramp}</style></head>')
 
+# %% ../nbs/build/15_page.ipynb #363bf301
+WORDS = {
+    'block': 'one layer of the network, attention and feed-forward together; it reads a vector of numbers for each token (the stream) and adds to it.',
+    'update': 'what a block adds to the stream.',
+    'affine map': 'the simplest stand-in for a block: each number of the result is a weighted sum of the numbers read, plus a constant; it neither looks at other tokens nor bends.',
+    'nats': 'the unit of the loss, the mean surprise at the next token; 0.69 nats are one bit, and a rise of 0.1 makes the right token about 10 % less likely.'}
+
+def glossary() -> str:
+    "The words of the page, for a reader without help."
+    return '<dl class="words">' + ''.join(f'<div><dt>{word}</dt><dd>{text}</dd></div>' for word, text in WORDS.items()) + '</dl>'
+
 # %% ../nbs/build/15_page.ipynb #e193de1b
 def score_page(
     scores: dict,                   # from `sparsecod.scores.score_model`
@@ -1015,7 +1069,7 @@ def score_page(
     reading = ''.join(f'<li>{html.escape(line)}</li>' for line in plain_reading(scores, about))
     pictures = heat_pictures(scores) + bar_pictures(scores) + variance_picture(scores) + sparsity_picture(scores, sparsity)
     return (f'<!DOCTYPE html>\n<html lang="en-GB">{head(f"Layer effectiveness: {name}")}\n<body data-blocks="{L}"><main>\n<h1>Layer effectiveness: {html.escape(name)}</h1>\n{facts_list(scores, about)}\n'
-            f'<section aria-labelledby="scp-reading"><h2 id="scp-reading">In plain words</h2><ul class="reading">{reading}</ul></section>\n{chooser(L)}\n<div class="pictures">\n' + '\n'.join(pictures) + '\n</div>\n'
+            f'<section aria-labelledby="scp-reading"><h2 id="scp-reading">In plain words</h2>{glossary()}<ul class="reading">{reading}</ul></section>\n{chooser(L)}\n<div class="pictures">\n' + '\n'.join(pictures) + '\n</div>\n'
             f'<section aria-labelledby="scp-scalars"><h2 id="scp-scalars">All scores in one number each</h2><div class="wide" tabindex="0" role="region" aria-label="Table: scores">{scalar_table(scores)}</div></section>\n'
             f'{sparsity_table(sparsity)}\n</main>\n<script>{SCRIPT}</script></body></html>\n')
 

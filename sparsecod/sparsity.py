@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ABSOLUTE', 'RELATIVE', 'weight_sparsity', 'participation', 'sublayer_matrices', 'weight_density', 'keys_for_mass',
-           'normalised_entropy', 'attention_maps', 'head_sparsity', 'attention_sparsity', 'expert_counts',
-           'expert_loads', 'load_entropy', 'kv_share', 'routed_share', 'effective_density', 'measure_sparsity',
-           'sparsity_of']
+           'normalised_entropy', 'plain_attention', 'seen_maps', 'attention_maps', 'head_sparsity',
+           'attention_sparsity', 'expert_counts', 'sequence_loads', 'expert_loads', 'load_entropy', 'kv_share',
+           'routed_share', 'effective_density', 'measure_sparsity', 'sparsity_of', 'sparsity_bytes']
 
 # %% ../nbs/build/08_sparsity.ipynb #bd800c62
 import math
 import re
-from typing import Iterable
+from contextlib import contextmanager
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .adapters import AdaptedModel, adapt
 from .core import Transformer
 from .layers import attention_weights, rope_angles
 from .moe import expert_load
-from .scores import scoring_model, untouched
+from .scores import attention_numbers, scoring_model, untouched, work_bytes
 
 # %% ../nbs/build/08_sparsity.ipynb #c2daf5d1
 def weight_sparsity(
@@ -82,18 +83,49 @@ def normalised_entropy(
     return entropy / torch.arange(1, p.shape[-1] + 1, device=p.device).log()             # (B, H, T)
 
 # %% ../nbs/build/08_sparsity.ipynb #b7004924
-def attention_maps(
+@contextmanager
+def plain_attention(
     model,             # a Transformer, or an AdaptedModel
-    sequence: Tensor,  # tokens, (1, T)
-) -> Iterable[Tensor]: # the maps of each block, (1, H, T, T)
-    "What every head of every block attends to."
-    if isinstance(model, AdaptedModel):
-        network, used = model.network, model.network.config._attn_implementation
-        network.set_attn_implementation('eager')                   # the only one that returns its maps
-        try: yield from network(sequence, output_attentions=True, use_cache=False).attentions
-        finally: network.set_attn_implementation(used)
+):
+    "Within, a network of the transformers library writes out its attention; afterwards, it computes it as before."
+    if not isinstance(model, AdaptedModel): yield
     else:
-        c, h = model.config, model.embed(sequence)                                            # (1, T, D)
+        network, used = model.network, model.network.config._attn_implementation
+        network.set_attn_implementation('eager')                   # the only form that returns its maps
+        try: yield
+        finally: network.set_attn_implementation(used)
+
+# %% ../nbs/build/08_sparsity.ipynb #4ac47789
+def seen_maps(
+    model: AdaptedModel,  # with plain attention
+    h: Tensor,            # the stream that a block reads, one sequence, (1, T, D)
+    l: int,               # the block, 1..L
+) -> tuple[Tensor, Tensor]:  # its maps, (1, H, T, T), and the stream after it, (1, T, D)
+    "Run a block and keep what its attention layer returns beside its result."
+    maps, T = [], h.shape[1]
+    model.arguments(h)                                             # these come from a run of their own, which must not be seen
+    def look(part, args, out):
+        if isinstance(out, tuple): maps.extend(x for x in out if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2:] == (T, T))
+    hooks = [part.register_forward_hook(look) for part in model.blocks[l - 1].modules()]
+    try: h = model.run(h, start=l - 1, stop=l)
+    finally:
+        for hook in hooks: hook.remove()
+    if not maps: raise ValueError(f'block {l} of {model.config.architecture} hands out no attention maps of shape (1, heads, {T}, {T})')
+    return maps[0], h
+
+# %% ../nbs/build/08_sparsity.ipynb #4b4e4dcb
+def attention_maps(
+    model,             # a Transformer, or an AdaptedModel with plain attention
+    sequence: Tensor,  # tokens, (1, T)
+) -> Iterator[Tensor]: # the maps of each block, (1, H, T, T)
+    "What every head of every block attends to."
+    h, L = model.embed(sequence), len(model.blocks)                                           # (1, T, D)
+    if isinstance(model, AdaptedModel):
+        for l in range(1, L + 1):
+            p, h = seen_maps(model, h, l)
+            yield p
+    else:
+        c = model.config
         rope = rope_angles(sequence.shape[1], c.d_model // c.n_heads, c.rope_theta, h.device)
         for block in model.blocks:
             yield attention_weights(block.attention, block.attention_norm(h), rope)
@@ -105,8 +137,8 @@ def head_sparsity(
     mass: float = 0.9,      # see `keys_for_mass`
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (H,): means over sequences and positions 1 .. T-1
     "The three numbers for every head of one block."
-    values = dict(keys=keys_for_mass(p, mass), entropy=normalised_entropy(p), first=p[..., 0])    # (B, H, T) each
-    return {name: v[..., 1:].double().mean((0, 2)).cpu() for name, v in values.items()}
+    rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0]) for one in p.split(1, 1)]  # (B, 1, T) each
+    return {name: torch.stack([row[name][..., 1:].double().mean() for row in rows]).cpu() for name in rows[0]}                 # (H,) each
 
 @torch.no_grad()
 def attention_sparsity(
@@ -116,10 +148,11 @@ def attention_sparsity(
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
     "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
     model, total = adapt(model), None
-    for sequence in tokens.to(next(model.parameters()).device).split(1):
-        rows = [head_sparsity(p, mass) for p in attention_maps(model, sequence)]
-        found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}  # (L, H) each
-        total = found if total is None else {name: total[name] + found[name] for name in found}
+    with plain_attention(model):
+        for sequence in tokens.to(next(model.parameters()).device).split(1):
+            rows = [head_sparsity(p, mass) for p in attention_maps(model, sequence)]
+            found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}  # (L, H) each
+            total = found if total is None else {name: total[name] + found[name] for name in found}
     return total
 
 # %% ../nbs/build/08_sparsity.ipynb #32f45284
@@ -132,20 +165,30 @@ def expert_counts(
     E = getattr(c, 'num_local_experts', None) or getattr(c, 'num_experts', None) or 0
     return E, c.num_experts_per_tok if E else 0
 
+# %% ../nbs/build/08_sparsity.ipynb #d29ed0cf
+def sequence_loads(
+    model,               # a mixture of experts: a Transformer, or an AdaptedModel
+    sequence: Tensor,    # tokens, (1, T)
+) -> Tensor:             # assignments to each expert per token, (L, E)
+    "Load of every expert on one sequence."
+    (E, k), loads = expert_counts(model), []
+    if isinstance(model, AdaptedModel):
+        out = model.decoder(input_ids=sequence, output_router_logits=True, use_cache=False)
+        if not getattr(out, 'router_logits', None): raise ValueError(f'{model.config.architecture} has {E} experts but hands out no router logits')
+        loads = [torch.bincount(x.topk(k).indices.flatten(), minlength=E).double() / sequence.numel() for x in out.router_logits]  # x: (T, E)
+    else: model.run(model.embed(sequence), watch=lambda l, out: loads.append(expert_load(out.routing)))
+    return torch.stack(loads).cpu()
+
 @torch.no_grad()
 def expert_loads(
     model,               # a mixture of experts, ours or any that `adapt` takes
     tokens: Tensor,      # (B, T)
 ) -> Tensor:             # assignments to each expert per token, (L, E), of the blocks that have experts; rows sum to k
     "Measured load of every expert of every block."
-    model, loads = adapt(model), []
-    tokens, (E, k) = tokens.to(next(model.parameters()).device), expert_counts(model)
-    if not E: raise ValueError('n_experts=0: a dense model has no expert load')
-    if isinstance(model, AdaptedModel):
-        logits = model.network(tokens, output_router_logits=True, use_cache=False).router_logits      # each (B*T, E)
-        return torch.stack([torch.bincount(x.topk(k).indices.flatten(), minlength=E).double() / tokens.numel() for x in logits]).cpu()
-    model.run(model.embed(tokens), watch=lambda l, out: loads.append(expert_load(out.routing).cpu()))
-    return torch.stack(loads)
+    model = adapt(model)
+    if not expert_counts(model)[0]: raise ValueError('n_experts=0: a dense model has no expert load')
+    tokens = tokens.to(next(model.parameters()).device)
+    return sum(sequence_loads(model, sequence) for sequence in tokens.split(1)) / len(tokens)
 
 # %% ../nbs/build/08_sparsity.ipynb #0f12c491
 def load_entropy(
@@ -168,9 +211,14 @@ def routed_share(
     block,      # one of its blocks
 ) -> float:     # 1 for a dense block
     "Share of a block's feed-forward weights that a token uses, the router aside."
-    (E, k), matrices = expert_counts(model), [p for name, p in block.named_parameters() if not re.search('attn|attention', name)]
-    routed = sum(p.numel() for p in matrices if p.dim() == 3)
-    always = sum(p.numel() for p in matrices if p.dim() == 2 and p.shape[0] != E)    # a shared expert; E rows are the router's
+    (E, k), routed, always, router = expert_counts(model), 0, 0, False
+    for name, p in block.named_parameters():
+        if not E or p.dim() < 2 or re.search('attn|attention', name): continue
+        if p.dim() == 3 or re.search(r'experts\.\d+\.', name): routed += p.numel()    # all experts in one tensor, or a list of modules
+        elif p.shape[0] == E: router = True
+        else: always += p.numel()                                                     # an expert that all tokens use
+    if router and not routed: raise ValueError(f'a block of {type(block).__name__} has a router for {E} experts, but none were found; looked for '
+                                               'tensors with three axes and for modules named experts.0, experts.1, ...')
     return (routed * k / E + always) / (routed + always) if routed else 1.
 
 # %% ../nbs/build/08_sparsity.ipynb #54405bbc
@@ -222,3 +270,13 @@ def sparsity_of(
                    **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy', 'mass_on_first',
                                                     'density_attention', 'density_feed_forward')})
     return dict(scalars=scalars, arrays=arrays)
+
+# %% ../nbs/build/08_sparsity.ipynb #c9edfcc4
+def sparsity_bytes(
+    model,          # in fp32, ours or an adapted one
+    T: int,         # positions of a sequence
+) -> int:           # bytes
+    "A bound on the memory that `measure_sparsity` takes beyond the model."
+    H, maps = model.config.n_heads or 1, 4 * attention_numbers(model, T)               # the second is part of `work_bytes`
+    largest = max(m.numel() for block in sublayer_matrices(model) for ms in block.values() for m in ms)
+    return work_bytes(model, T) - maps + 20 * H * T * T + 64 * T * T + 24 * largest

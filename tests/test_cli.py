@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
@@ -79,7 +80,7 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
     ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
-    ('score DIR', 'is no folder here'), ('eval DIR', 'is no folder here'), ('export DIR', 'required: out'), ('score DIR --memory none', 'must be a positive number of gigabytes'), ('eval DIR --limit 0', "'0' must be a positive whole number"),
+    ('score DIR', 'is no folder here'), ('eval DIR', 'is no folder here'), ('export DIR', 'required: out'), ('score DIR --memory none', 'must be a positive number of gigabytes'), ('score DIR --jacobian-probes -1', "'-1' must be a whole number, 0 or more"), ('score DIR --jacobian-probes x', "'x' must be a whole number, 0 or more"), ('eval DIR --limit 0', "'0' must be a positive whole number"),
     ('eval DIR --tasks cloze,,piqa', "'cloze,,piqa' must be names of tasks"), ('report --results DIR', 'there are no records in')])
 def test_mistakes_get_one_line(type_in, line, says, tmp_path):
     code, text, errors = type_in(line.replace('DIR', str(tmp_path / 'new')))
@@ -201,8 +202,83 @@ def test_what_a_stopped_scoring_left_is_used(checkpoint, type_in, tmp_path, monk
     assert code == 130 and list((tmp_path / 'x.parts').glob('*.safetensors')) and not (tmp_path / 'x.json').exists()
     monkeypatch.setattr(scores, 'measured_jacobians', whole)
     code, _, errors = type_in(line.replace('--fit 8', '--fit 9'))
-    assert code == 2 and 'another measurement' in errors
+    assert code == 2 and 'another measurement' in errors and '--force discards them' in errors
+    assert type_in(line.replace('--fit 8', '--fit 9') + ' --force')[0] == 0
+    (tmp_path / 'x.json').unlink()
     assert type_in(line)[0] == 0 and (tmp_path / 'x.json').exists() and not (tmp_path / 'x.parts').exists()
+
+
+SCORE_FAST = '--sequences 4 --fit 30 --length 16'
+
+
+def test_a_file_of_scores_satisfies_its_schema(checkpoint, trained, type_in, tmp_path):
+    schema = json.loads((Path(sparsecod.__file__).parent / 'scores.schema.json').read_text())
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    for name, line in dict(stock=f'{checkpoint} {SCORE_FAST} --as-published', ours=f'{trained} --sequences 4 --jacobian-probes 4').items():
+        assert type_in(f'score {line} --json {tmp_path}/{name}.json --quiet')[0] == 0
+        found = json.loads((tmp_path / f'{name}.json').read_text())
+        check.validate(found)
+        assert found['$schema'] == schema['$id'] and found['format'] == 1
+        assert set(found) <= set(schema['properties']) and all(entry.get('description') or entry.get('properties') for entry in schema['properties'].values())
+        assert found['intervals']['permutation']['low'][0][1] <= found['arrays']['permutation'][0][1] <= found['intervals']['permutation']['high'][0][1]
+        assert not check.is_valid(found | dict(format=2)) and not check.is_valid(found | dict(sparsity=1))
+        assert ('usefulness_as_published' in found['scalars'], found['settings']['jacobian_probes']) == ((True, 0) if name == 'stock' else (False, 4))
+
+
+def test_a_bound_is_kept_and_said(checkpoint, type_in, tmp_path):
+    line = f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json'
+    code, text, errors = type_in(line)
+    found = json.loads((tmp_path / 'x.json').read_text())
+    assert code == 0 and 'working memory beside the model: at most 4 GB (one sequence at a time takes' in errors and found['memory'] == 4 * 2**30, errors
+    code, text, errors = type_in(line + ' --memory 0.01 --quiet')
+    held = json.loads((tmp_path / 'x.json').read_text())
+    assert code == 0 and held['memory'] == int(.01 * 2**30) and errors == '' and held['sparsity']['scalars'] == pytest.approx(found['sparsity']['scalars'])
+
+
+def test_sparsity_is_left_out_if_it_does_not_fit(checkpoint, type_in, tmp_path, monkeypatch):
+    import sparsecod.sparsity
+    monkeypatch.setattr(sparsecod.sparsity, 'sparsity_bytes', lambda model, T: 2**40)
+    code, text, errors = type_in(f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json --quiet')
+    assert code == 0 and 'sparsity was not measured: it takes 1e+03 GB' in text and json.loads((tmp_path / 'x.json').read_text())['sparsity'] is None
+
+
+@pytest.mark.parametrize('error, code', [(KeyboardInterrupt(), 130), (RuntimeError('out of memory'), 1), (ValueError('no maps'), 0)])
+def test_scores_are_written_before_sparsity_is_measured(checkpoint, type_in, tmp_path, monkeypatch, error, code):
+    import sparsecod.sparsity
+    def stop(*_): raise error
+    line = f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json --quiet'
+    with monkeypatch.context() as patched:
+        patched.setattr(sparsecod.sparsity, 'measure_sparsity', stop)
+        assert type_in(line)[0] == code
+    found = json.loads((tmp_path / 'x.json').read_text())
+    assert found['sparsity'] is None and found['scalars']['causal']['value'] > 0 and (tmp_path / 'x.html').exists()
+    assert (tmp_path / 'x.parts').exists() == bool(code)
+    assert type_in(line)[0] == 0 and json.loads((tmp_path / 'x.json').read_text()) | dict(sparsity=None) == found
+    assert not list(tmp_path.glob('*.parts')) and not list(tmp_path.glob('*.new'))
+
+
+def test_one_short_text_is_enough_or_it_is_said_how_much_is(checkpoint, trained, type_in, tmp_path):
+    "A single file below 16 KB is one document: it is not split into a side to train on and one to hold out."
+    path = tmp_path / 'short.txt'
+    path.write_text(' '.join(f'word{(i * i) % 97}' for i in range(600)))
+    for model in (checkpoint, trained):
+        line = f'score {model} --data {path} --sequences 4 --fit 20 --length 16 --json {tmp_path}/x.json --quiet'
+        code, text, errors = type_in(line)
+        assert code == 0 and errors == '', errors
+        found = json.loads((tmp_path / 'x.json').read_text())
+        assert found['held_out'] == 'all of the text' and found['settings']['n_sequences'] == 4 and found['settings']['T'] == 16
+    path.write_text('too short by far')
+    code, text, errors = type_in(line)
+    assert code == 2 and re.search(r'the text has \d+ tokens; to score 4 sequences of 16 tokens and to fit affine maps on 20 others takes 385 tokens, about \d+ kB', errors)
+
+
+def test_wide_models_get_more_sequences_for_short_ones(checkpoint, type_in, tmp_path):
+    from sparsecod.cli import Subject, score_settings
+    from sparsecod.core import ModelConfig
+    class Args: sequences = fit = jacobian_probes = None; length = 128
+    class Wide: config = ModelConfig(d_model=4096, n_heads=32, context_length=512)
+    assert score_settings(Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
 
 
 def test_export_and_back(trained, type_in, tmp_path):
@@ -236,6 +312,22 @@ def test_eval(trained, type_in, tmp_path):
     again = type_in(f"eval {trained / 'model'} --questions 40 --limit 10 --out {tmp_path}/few.json --quiet")
     few = json.loads((tmp_path / 'few.json').read_text())
     assert again[0] == 0 and {row['n'] for row in few['results']} == {10} and few['corpus'] == found['corpus'] and few['limit'] == 10
+
+
+def test_eval_builds_a_corpus_only_for_cloze(checkpoint, trained, type_in, tmp_path, monkeypatch):
+    import sparsecod.cloze, sparsecod.data
+    asked = []
+    def evaluate(model, tokenizer, tasks, questions, *rest, **more):
+        asked.append((tokenizer.vocab_size, tasks, questions))
+        return dict(results=[], lm_eval='0', limit=None)
+    def never(*_, **more): raise AssertionError('a corpus was built')
+    monkeypatch.setattr(sparsecod.cloze, 'evaluate_tasks', evaluate)
+    monkeypatch.setattr(sparsecod.data, 'prepare', never)
+    for model in (checkpoint, trained):
+        code, _, errors = type_in(f'eval {model} --tasks hellaswag --out {tmp_path}/eval.json --quiet')
+        assert code == 0 and asked[-1][1:] == (['hellaswag'], None) and json.loads((tmp_path / 'eval.json').read_text())['corpus'] is None, errors
+    assert asked[0][0] == 512
+    with pytest.raises(AssertionError, match='a corpus was built'): main(['eval', str(checkpoint), '--debug'])
 
 
 def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
@@ -313,7 +405,16 @@ def test_a_damaged_model_is_named(trained, tmp_path, type_in):
     path = tmp_path / 'copy' / 'model' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:100])
     code, _, errors = type_in(f'score {tmp_path}/copy --quiet')
-    assert code == 2 and 'holds no readable model' in errors
+    assert code == 2 and f'{path} is damaged or was not copied completely' in errors and errors.count('\n') == 1
+
+
+def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
+    import shutil
+    shutil.copytree(checkpoint, tmp_path / 'copy')
+    path = tmp_path / 'copy' / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-10])                             # as after a broken download
+    code, _, errors = type_in(f'score {tmp_path}/copy --quiet')
+    assert code == 2 and f'{path} is damaged or was not copied completely' in errors and errors.count('\n') == 1
 
 
 def test_help_names_every_study():

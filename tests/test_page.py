@@ -10,7 +10,7 @@ import pytest
 
 from browser import INSTALL, open_page
 from sparsecod import page as pages
-from sparsecod.page import NEAR_IDENTITY, SMALL_SWAP, layers, made_up, plain_reading, score_page, score_table, write_page
+from sparsecod.page import NEAR_IDENTITY, SMALL_SWAP, layers, made_up, pairs, plain_reading, score_page, score_table, write_page
 
 VOID = {'meta', 'link', 'input', 'br', 'img'}
 
@@ -55,7 +55,9 @@ def random_scores(L: int, seed: int = 0, intervals: bool = True) -> dict:
     P = [[None] * L for _ in range(L)]
     for i in range(L):
         for j in range(i): P[i][j] = P[j][i] = 10 ** r.uniform(-4, 0)
-    found = made_up(**by_layer, permutation=P, causal=[[r.random() if l > s else None for l in range(L)] for s in range(L)], fit_rank=[64] * L)
+    by_pair = dict(permutation=P, causal=[[r.random() if l > s else None for l in range(L)] for s in range(L)])
+    if intervals: by_pair = {name: pairs(values, .01) for name, values in by_pair.items()}
+    found = made_up(**by_layer, **by_pair, fit_rank=[64] * L)
     found['scalars'] |= {name: dict(value=r.random(), low=.1, high=1.2) for name in pages.MEANING if name != 'loss'}
     return found
 
@@ -218,6 +220,19 @@ def test_nearly_linear_needs_the_whole_interval_below_the_threshold():
     assert line(at(1.2, .05)) == ['Not nearly linear by this measure'] and line(at(1.2, .15)) == ['Undecided']
 
 
+def test_the_words_of_the_page_are_explained(text):
+    page, reading = Page(text), text[text.index('In plain words'):]
+    assert reading.index('class="words"') < reading.index('class="reading"')
+    for word in ('block', 'update', 'affine map', 'nats'): assert f'<dt>{word}</dt>' in reading
+
+
+def test_tables_of_pairs_hold_their_intervals(scores, text):
+    small = re.findall(r'<td>([^<]*)<small>([^<]*)</small></td>', text)
+    ends, E = scores['intervals']['causal'], scores['arrays']['causal']
+    want = [(f'{E[i][j]:.6g}', f"{ends['low'][i][j]:.3g} to {ends['high'][i][j]:.3g}") for i in range(8) for j in range(i + 1, 8)]
+    assert small[:len(want)] == want and len(small) == 28 + 56
+
+
 def test_the_threshold_is_that_of_the_settings():
     scores = made_up(variance_mean=[1, 1], usefulness_ratio=layers([1.05], .01))
     scores['settings']['threshold'] = 1.02
@@ -264,8 +279,15 @@ def test_no_cost_shown_says_what_cannot_be_excluded():
 
 def test_interchangeable_neighbours():
     P = [[None, SMALL_SWAP * .9, .5], [SMALL_SWAP * .9, None, SMALL_SWAP * 1.1], [.5, SMALL_SWAP * 1.1, None]]
-    scores = made_up(variance_mean=[1] * 4, permutation=P)
-    assert said(scores, None, 'Interchangeable neighbours: 1–2.') and said(scores, None, 'of it or more: 2–3 ') and said(scores, None, 'For 1 of all 3 pairs of blocks')
+    scores = made_up(variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .05))
+    assert said(scores, None, 'Interchangeable neighbours: 1–2.', 'upper ends') and said(scores, None, 'by more than 1 % of it: 2–3 (lower ends') and said(scores, None, 'For 1 of all 3 pairs of blocks')
+    wide = made_up(variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .2))
+    assert said(wide, None, 'Undecided, interchangeable or not: 1–2 and 2–3.') and not said(wide, None, 'Interchangeable') and said(wide, None, 'For 0 of all 3 pairs')
+    bare = made_up(variance_mean=[1] * 4, permutation=P)
+    assert not said(bare, None, 'Interchangeable') and said(bare, None, 'less than 1 % of it: 1–2, one pair at a time (by the values alone)', 'cannot be said without intervals of pairs')
+    assert said(bare, None, 'of it or more: 2–3 (by the values alone)') and said(bare, None, 'For 1 of all 3 pairs of blocks', 'by the values alone')
+    one = made_up(n_sequences=1, variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .05))
+    assert not said(one, None, 'Interchangeable')                                                      # one sequence gives no interval
     assert pages.pairs_text([1, 3, 4, 5]) == '1–2 and each pair from 3–4 to 5–6'
     assert said(made_up(variance_mean=[1, 1]), None, 'One block has no pairs') and said(made_up(variance_mean=[1, 1, 1]), None, 'Swaps: what they cost is not known')
 
@@ -389,6 +411,9 @@ def test_a_cell_says_what_python_has(scores, text):
                 page.mouse.move(x, y)
                 value, says = scores['arrays'][name][i - 1][j - 1], figure.locator('.says').inner_text()
                 assert f'{value:.6g}' in says if value is not None else 'not defined' in says
+                if value is not None:
+                    low, high = (scores['intervals'][name][end][i - 1][j - 1] for end in ('low', 'high'))
+                    assert says.endswith(f' 95 % interval: {low:.3g} to {high:.3g}.')
                 assert all(blocks == sorted((i, j)) for blocks in marked(page).values())
 
 
@@ -406,7 +431,7 @@ def test_all_works_from_the_keyboard(scores, text):
         figure = page.locator('figure').first
         assert figure.locator('.pic').evaluate('e => e == document.activeElement') and 'Block 1 skipped' in figure.locator('.says').inner_text()
         for key in ('ArrowRight', 'ArrowRight', 'ArrowDown'): page.keyboard.press(key)
-        assert figure.locator('.says').inner_text() == f"Block 2 skipped: the update of block 4 changes by {scores['arrays']['causal'][1][3]:.6g} of its size."
+        assert figure.locator('.says').inner_text().startswith(f"Block 2 skipped: the update of block 4 changes by {scores['arrays']['causal'][1][3]:.6g} of its size. 95 %")
         assert set(map(tuple, marked(page).values())) == {(2, 4)}
         page.keyboard.press('End')
         page.keyboard.press('ArrowRight')                                             # no further than the last block

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import weakref
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 import sparsecod.scores as scores_module
 from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
+from sparsecod.data import train_bpe
 from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, fit_blocks, jacobian_deviation, jacobian_estimate,
                               jacobian_products, n_probes, needed_bytes, plan_memory, root_of_mean, score_model, skip_effects, swap_losses,
-                              token_variances, trace, update_sizes)
+                              text_config, token_variances, trace, update_sizes)
 
 SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=2, batch_size=4, n_bootstrap=50)
 
@@ -148,7 +150,7 @@ def test_scalars_are_means_of_arrays(model):
     assert s['scalars']['usefulness']['value'] == sum(r > 1.10 for r in ratios) / 4
     assert s['scalars']['final_variance']['value'] == pytest.approx(s['arrays']['variance_mean'][-1])
     for estimate in s['scalars'].values():
-        assert estimate['low'] <= estimate['high']
+        assert estimate['low'] <= estimate['value'] <= estimate['high']
 
 
 # --- the traps, by their number in the list of the chapter on corrections
@@ -553,8 +555,9 @@ def test_everything_is_left_as_it_was(model, family, dtype):
 
 # --- stopping and going on
 
-@pytest.mark.parametrize('calls, parts', [(2, 0), (12, 2), (20, 3), ('last', 5)])
+@pytest.mark.parametrize('calls, parts', [(2, 0), (8, 7), (12, 11), (20, 24), ('last', 2 + 2 * 13 + 2 * 4 - 3)])
 def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, calls, parts):
+    "The parts: two sets of maps, for each of two batches a base and three pieces a block, and a Jacobian of each block on each of two sequences."
     config = SETTINGS.replace(batch_size=4, jacobian_probes=4)
     options = dict(windows=windows(6, 1), fit_windows=windows(8, 2), config=config, progress=False, as_published=True)
     seen = []
@@ -565,7 +568,7 @@ def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, call
     with pytest.raises(KeyboardInterrupt): score_model(model, resume=tmp_path, **options)
     hook.remove()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob('*.safetensors')}
-    assert len(kept) == parts
+    assert len(kept) == parts, sorted(kept)
     assert score_model(model, resume=tmp_path, **options) == want
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())        # nothing is measured twice
     assert not list(tmp_path.glob('*.new'))
@@ -577,7 +580,7 @@ def test_finished_measurements_are_only_read(model, tmp_path):
     other = SETTINGS.replace(threshold=1.01, n_bootstrap=60)                       # what is made of measurements may change
     again = score_model(model, windows(6, 1), windows(40, 2), other, progress=False, resume=tmp_path)
     hook.remove()
-    assert len(calls) == 1                                                         # streams for the Jacobians
+    assert calls == []
     assert again['arrays'] == want['arrays'] and again['settings']['threshold'] == 1.01
 
 
@@ -605,19 +608,22 @@ def test_adapted_models_are_resumed_too(tmp_path):
 
 
 def test_progress_counts_all_the_work_once(model, tmp_path, monkeypatch):
-    bars, plan = [], scores_module.plan_bar
-    def keep(bar, *args):
-        plan(bar, *args)
-        bars.append((bar, bar.initial))
-    monkeypatch.setattr(scores_module, 'plan_bar', keep)
+    bars, make = [], scores_module.tqdm
+    def keep(**options):
+        bars.append(make(**options))
+        return bars[-1]
+    monkeypatch.setattr(scores_module, 'tqdm', keep)
     options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, resume=tmp_path)
     hook = interrupting(model.blocks[1], 25)
     with pytest.raises(KeyboardInterrupt): score_model(model, **options)
     hook.remove()
     score_model(model, **options)
-    (first, nothing), (second, done) = bars
-    assert nothing == 0 < done < first.total == second.total == second.n
-    assert first.total == 6 * scores_module.block_runs(4) + 4 * 2 * 16
+    first, second = bars
+    assert first.initial == 0 < second.initial < first.total == second.total == pytest.approx(second.n)
+    assert second.initial == pytest.approx(first.n)                                # what was shown as done is not done again
+    loss = 61 / (12 * 16)                                                          # of a sequence, in runs through a block
+    read_out = 6 * (1 + 4 + 4 + 6)                                                 # plain, skipped, replaced, swapped
+    assert first.total == pytest.approx(6 * scores_module.block_runs(4) + loss * read_out + 40 * 4 * 4 / 3 + 2 * 4 * 2 * 16)
 
 
 def test_a_part_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -679,20 +685,108 @@ def test_memory_stays_within_its_bound(kind):
     config, used = SETTINGS.replace(n_sequences=12, batch_size=12, n_bootstrap=10), []
     plain = score_model(m, w, fit, config, progress=False)['scalars']
     for B in (1, 12):
-        memory = needed_bytes(m, B, 12, T)
+        memory = needed_bytes(m, B, 12, T, n_bootstrap=10)
         plan = plan_memory(m, 12, T, config, memory)
         assert plan.sequences == B
-        with scores_module.untouched(m), Live() as live: scores_module.measure(m, w, fit, config, plan=plan)
+        with scores_module.untouched(m), Live() as live: found = scores_module.measure(m, w, fit, config, plan=plan)
         print(f'{kind}: {B} sequences, {live.most} of {memory} bytes')
         assert live.most <= memory
         used.append(live.most)
+        with Live() as live: scores_module.summarise(*found, config, w, fit, m.config.d_model, pair_intervals=True)
+        assert live.most <= memory
         held = score_model(m, w, fit, config, progress=False, memory=memory)['scalars']
         for name, s in plain.items(): assert held[name]['value'] == pytest.approx(s['value'], rel=1e-3, abs=1e-5), name
     assert used[0] < used[1] / 2                                                   # a small bound is no empty promise
-    with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T) - 1)
+    with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T, n_bootstrap=10) - 1)
+
+
+@pytest.mark.parametrize('family, T', [('Llama', 192), ('Gemma2', 192), ('GPT2', 192)])
+def test_attention_that_is_written_out_is_counted(family, T):
+    "Eager attention, the default of Gemma 2, holds H x T x T weights in several versions; they are most of what scoring takes here."
+    sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if family != 'GPT2': sizes |= dict(intermediate_size=32, num_key_value_heads=2, head_dim=4)
+    if family == 'Gemma2': sizes |= dict(sliding_window=50)
+    network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{family}Config')(**sizes)).eval()
+    fused = needed_bytes(adapt(network), 1, 2, T) if family != 'Gemma2' else 0
+    network.set_attn_implementation('eager')
+    m, w, fit = adapt(network), windows(3, 1, T=T), windows(3, 2, T=T)
+    config = SETTINGS.replace(n_sequences=3, batch_size=3, n_jacobian=1, jacobian_probes=4, n_bootstrap=10)
+    assert needed_bytes(m, 1, 2, T) > 2 * fused
+    for B in (1, 3):
+        memory = needed_bytes(m, B, 3, T, n_bootstrap=10)
+        plan = plan_memory(m, 3, T, config, memory)
+        assert plan.sequences == B
+        with scores_module.untouched(m), Live() as live: scores_module.measure(m, w, fit, config, plan=plan)
+        print(f'{family}: {B} sequences, {live.most} of {memory} bytes')
+        assert memory / 4 < live.most <= memory
+
+
+def test_the_bootstrap_is_within_the_bound():
+    "With many blocks, all pairs under all resamples at once would take many times as much."
+    torch.manual_seed(0)
+    L, N, T = 24, 4, 16
+    m = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, context_length=T)).eval()
+    w, fit, config = windows(N, 1, T=T), windows(6, 2, T=T), SETTINGS.replace(n_sequences=N, n_jacobian=1, jacobian_probes=2, n_bootstrap=1000)
+    memory = needed_bytes(m, 1, N, T)
+    with scores_module.untouched(m): found = scores_module.measure(m, w, fit, config, plan=plan_memory(m, N, T, config, memory))
+    with Live() as live: scores_module.summarise(*found, config, w, fit, 16, pair_intervals=True)
+    print(f'{live.most} of {memory} bytes')
+    assert live.most <= memory < 8 * 1001 * 5 * L * L
 
 
 # --- intervals, ranks, usefulness as published, schema
+
+def test_a_magnitude_has_an_interval_that_holds_it_and_the_truth():
+    "Pairs with small true changes: percentile intervals of the mean magnitude lie above it, reflected ones do not."
+    g = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
+    W, hits = scores_module.resamples(24, 200), dict(percentile=0, reflected=0, single=0)
+    true = .15 * normal(15)
+    for _ in range(100):
+        change = (W @ (true + .6 * normal(24, 1) + .8 * normal(24, 15)) / 24).T                # (pairs, R + 1)
+        for name, e in (('percentile', scores_module.estimate), ('reflected', scores_module.magnitude_estimate)):
+            ends = e(change.abs().mean(0))
+            assert 0 <= ends['low'] <= ends['value'] <= ends['high'] and ends['value'] == change.abs().mean(0)[0]
+            hits[name] += (ends['low'] <= true.abs().mean() <= ends['high']).item()
+        low, high = scores_module.magnitude_ends(change)
+        assert (low <= change[:, 0].abs()).all() and (change[:, 0].abs() <= high).all()
+        hits['single'] += ((low <= true.abs()) & (true.abs() <= high)).double().mean().item()
+    assert hits['percentile'] < 40 and hits['reflected'] > 85 and 88 < hits['single'] <= 100
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_permutation_scores_lie_in_their_own_intervals(seed):
+    "Random blocks: swaps hardly matter, so that all changes are within the noise."
+    torch.manual_seed(seed)
+    m = Transformer(ModelConfig(vocab_size=61, n_layers=6, d_model=16, n_heads=2, context_length=10)).eval()
+    s = score_model(m, windows(12, seed), windows(30, 50 + seed), SETTINGS.replace(n_sequences=12, n_jacobian=1), progress=False, pair_intervals=True)
+    for e in s['scalars'].values(): assert e['low'] <= e['value'] <= e['high']
+    assert s['scalars']['permutation']['low'] >= 0
+    for name in ('causal', 'causal_max', 'permutation'):
+        for values, low, high in zip(s['arrays'][name], s['intervals'][name]['low'], s['intervals'][name]['high']):
+            for v, a, b in zip(values, low, high): assert (v, a, b) == (None,) * 3 or 0 <= a <= v <= b
+
+
+def test_intervals_of_pairs_are_those_of_their_resamples(model):
+    "From full arrays of all pairs under all resamples, the slow and obvious way."
+    w = windows(6, 1)
+    s = score_model(model, w, windows(40, 2), SETTINGS, progress=False, pair_intervals=True)
+    plain = score(model)
+    assert set(s['intervals']) - set(plain['intervals']) == {'causal', 'causal_max', 'permutation'}
+    assert {**s, 'intervals': 0} == {**plain, 'intervals': 0}                                  # and nothing else changes
+    W, t = scores_module.resamples(6, SETTINGS.n_bootstrap, SETTINGS.seed), trace(model, w)
+    change, _ = skip_effects(model, t)
+    C = causal_ratio(change @ W.T, update_sizes(t).double().sum(-1) @ W.T)                      # (L, L, R + 1)
+    low, high = C[..., 1:].quantile(torch.tensor([.025, .975]).double(), dim=-1)
+    signed = (swap_losses(model, t) @ W.T - t.loss @ W.T) / (t.loss @ W.T)                      # (L, L, R + 1)
+    for i, j in itertools.combinations(range(4), 2):
+        assert s['intervals']['causal']['low'][i][j] == pytest.approx(low[i, j].item(), rel=1e-4)
+        assert s['intervals']['causal']['high'][i][j] == pytest.approx(high[i, j].item(), rel=1e-4)
+        a, b = signed[i, j, 1:].quantile(torch.tensor([.025, .975]).double()).tolist()
+        want = (0, max(-a, b)) if a < 0 < b else (min(abs(a), abs(b)), max(abs(a), abs(b)))
+        got = [s['intervals']['permutation'][end][i][j] for end in ('low', 'high')]
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-6) and got == [s['intervals']['permutation'][end][j][i] for end in ('low', 'high')]
+    assert s['intervals']['causal']['low'][2][1] is None and s['intervals']['permutation']['low'][1][1] is None
 
 def test_intervals_by_layer_are_percentiles_of_the_resamples(model):
     w, s = windows(6, 1), score(model)
@@ -730,11 +824,35 @@ def test_undetermined_maps_are_reported(model):
     assert s['arrays']['fit_rank'] == [3, 3, 16, 16] and s['settings']['undetermined_fits'] == [1, 2]
 
 
-@pytest.mark.parametrize('options', [{}, dict(as_published=True), dict(probes=4), dict(layers=1)])
+@pytest.mark.parametrize('scale', [1e-5, 1e4, 1e7])
+@pytest.mark.parametrize('offset', [0., 300.])
+def test_one_channel_on_another_scale_leaves_the_maps_determined(model, scale, offset):
+    "An exactly affine block stays one, whatever the scale of a channel, and far from 0."
+    generator = torch.Generator().manual_seed(3)
+    model.embedding.weight.data[:, 0] *= scale
+    model.embedding.weight.data[:, 1] += offset
+    model.blocks[0] = Skip()
+    A = torch.randn(16, 16, generator=generator) / 2
+    A[:, :2] = 0                                                                   # the loud channels are read by nobody
+    model.blocks[1] = Affine(A)
+    s = score(model)
+    assert s['arrays']['fit_rank'][:2] == [16, 16] and not {1, 2} & set(s['settings']['undetermined_fits'])
+    assert s['arrays']['usefulness_ratio'][1] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_schema_lies_in_the_package():
+    path = Path(scores_module.__file__).with_name('scores.schema.json')
+    write = 'python -c "from sparsecod.scores import write_schema; write_schema(\'sparsecod/scores.schema.json\')"'
+    assert path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(SCORES_SCHEMA)), f'out of date: run {write}'
+    described = SCORES_SCHEMA['properties']
+    assert all(isinstance(entry, dict) for entry in described.values()) and SCORES_SCHEMA['$id'].endswith('/sparsecod/scores.schema.json')
+
+
+@pytest.mark.parametrize('options', [{}, dict(as_published=True), dict(probes=4), dict(layers=1), dict(pair_intervals=True), dict(layers=1, pair_intervals=True)])
 def test_results_satisfy_the_schema(model, options):
     if options.get('layers'): model.blocks = model.blocks[:1]
-    config = SETTINGS.replace(jacobian_probes=options.get('probes'))
-    result = score_model(model, windows(6, 1), windows(40, 2), config, progress=False, as_published=options.get('as_published', False))
+    config, more = SETTINGS.replace(jacobian_probes=options.get('probes')), {k: v for k, v in options.items() if k in ('as_published', 'pair_intervals')}
+    result = score_model(model, windows(6, 1), windows(40, 2), config, progress=False, **more)
     jsonschema.Draft202012Validator.check_schema(SCORES_SCHEMA)
     check = jsonschema.Draft202012Validator(SCORES_SCHEMA)
     check.validate(json.loads(json.dumps(result)))
@@ -744,6 +862,89 @@ def test_results_satisfy_the_schema(model, options):
         broken = copy.deepcopy(result)
         if broken[part].pop(name, None) is not None: assert not check.is_valid(broken)
     assert not check.is_valid(result | dict(arrays=result['arrays'] | dict(usefulness_ratio=['useful'])))
+
+
+# --- what can be given
+
+TEXT = ' '.join(f'word{(i * k) % 97}' for i in range(1, 40) for k in range(1, 40))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "A stock checkpoint with its tokenizer, and the tokenizer."
+    tokenizer, folder = train_bpe([TEXT], 300), tmp_path_factory.mktemp('saved')
+    torch.manual_seed(0)
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None))
+    network.save_pretrained(folder)
+    tokenizer.backend.save(str(folder / 'tokenizer.json'))
+    return folder, tokenizer
+
+
+FEW = ScoreConfig(n_sequences=6, n_fit=20, n_jacobian=1, n_bootstrap=20)
+
+
+def test_a_folder_and_a_text_are_enough(saved, tmp_path):
+    folder, tokenizer = saved
+    (tmp_path / 'one.txt').write_text(TEXT)
+    (tmp_path / 'texts').mkdir()
+    for k in range(3): (tmp_path / 'texts' / f'{k}.txt').write_text(TEXT[k * 2000:])
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    from_text = score_model(folder, TEXT, config=FEW, progress=False)
+    assert from_text['settings']['T'] == 32 and from_text['settings']['n_sequences'] == 6                  # all the room the model has
+    assert from_text == score_model(str(folder), [TEXT], config=FEW, progress=False) == score_model(network, TEXT, config=FEW, progress=False)
+    assert from_text == score_model(network, TEXT, config=FEW, progress=False, tokenizer=tokenizer)
+    assert from_text == score_model(folder, tmp_path / 'one.txt', config=FEW, progress=False) == score_model(folder, str(tmp_path / 'one.txt'), config=FEW, progress=False)
+    several = score_model(folder, tmp_path / 'texts', config=FEW, length=16, progress=False)
+    assert several['settings']['T'] == 16 and several['scalars']['loss'] != from_text['scalars']['loss']
+
+
+def test_windows_of_text_are_the_text(saved):
+    _, tokenizer = saved
+    strip, size = scores_module.text_tokens([TEXT, TEXT, 'something else'], tokenizer)
+    assert tokenizer.decode(strip) == TEXT + tokenizer.eos_token + 'something else' + tokenizer.eos_token and size == len(TEXT) + 14
+    to_score, to_fit = scores_module.text_windows(TEXT, tokenizer, 16, FEW)
+    assert to_score.shape == (6, 17) and to_fit.shape[1] == 17 and 15 < len(to_fit) <= 20
+    whole = TEXT + tokenizer.eos_token
+    assert all(tokenizer.decode(w) in whole for w in torch.cat([to_score, to_fit]))
+    assert not set(map(tuple, to_score.tolist())) & set(map(tuple, to_fit.tolist()))
+    assert torch.equal(to_score, scores_module.text_windows(TEXT, tokenizer, 16, FEW)[0])
+    assert not torch.equal(to_score, scores_module.text_windows(TEXT, tokenizer, 16, FEW.replace(seed=1))[0])
+
+
+def test_too_little_text_says_how_much_it_takes(saved):
+    folder, _ = saved
+    with pytest.raises(ValueError, match=r'the text has \d+ tokens; to score 6 sequences of 32 tokens and to fit affine maps on 20 others takes 833 tokens, about \d+ kB'):
+        score_model(folder, TEXT[:500], config=FEW, progress=False)
+    with pytest.raises(ValueError, match=r"data='no_such_file.txt' is no file or folder here"): score_model(folder, 'no_such_file.txt', config=FEW, progress=False)
+    with pytest.raises(ValueError, match='no_such_file.txt'): score_model(folder, Path('no_such_file.txt'), config=FEW, progress=False)
+    with pytest.raises(ValueError, match='there is no text'): score_model(folder, [], config=FEW, progress=False)
+
+
+def test_text_needs_a_tokenizer(model, saved):
+    folder, tokenizer = saved
+    with pytest.raises(ValueError, match='name one with tokenizer='): score_model(model, TEXT, config=FEW, progress=False)
+    with pytest.raises(ValueError, match='fit_windows'): score_model(folder, TEXT, windows(4), FEW, progress=False)
+    with pytest.raises(ValueError, match='the model knows 0 to 60'): score_model(model, TEXT, config=FEW, length=10, tokenizer=folder, progress=False)
+
+
+def test_wide_models_get_more_text_to_fit_on():
+    assert text_config(64, 128) == ScoreConfig() and text_config(4096, 256).n_fit == 64 and text_config(4096, 128).n_fit == 128
+
+
+def test_ready_windows_are_split(model):
+    both = torch.cat([windows(6, 1), windows(40, 2)])
+    assert score_model(model, both, config=SETTINGS, progress=False) == score(model)
+    with pytest.raises(ValueError, match='windows holds 6 sequences; n_sequences=6'): score_model(model, both[:6], config=SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize('kind', ['ours', 'Llama', 'GPT2'])
+def test_sequences_longer_than_the_context_are_refused(model, kind):
+    m, limit = (model, 10) if kind == 'ours' else (tiny(kind), 32)
+    with pytest.raises(ValueError, match=f'windows holds sequences of T={limit + 1} tokens; this model was made for at most {limit}'):
+        score_model(m, windows(6, 1, T=limit + 1), windows(40, 2, T=limit + 1), SETTINGS, progress=False)
+    assert score_model(m, windows(6, 1, T=limit), windows(40, 2, T=limit), SETTINGS, progress=False)['settings']['T'] == limit
 
 
 def test_new_settings_leave_names_of_old_runs_alone():

@@ -1,15 +1,23 @@
 """Sparsity: known answers beyond those of the chapter."""
+import copy
 import math
+import re
+import sys
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
 from test_adapters import FAMILIES, TOKENS as STOCK_TOKENS, tiny
 
+import sparsecod.sparsity as sparsity_module
+from sparsecod.adapters import adapt
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.layers import attention_weights, rope_angles
+from sparsecod.scores import scoring_model, untouched
 from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass, measure_sparsity,
-                                participation, weight_sparsity)
+                                participation, routed_share, sparsity_bytes, sparsity_of, weight_sparsity)
 
 
 def model(**changes):
@@ -112,3 +120,94 @@ def test_every_family_can_be_measured(family):
     assert network.config._attn_implementation == mode and network.training is False
     if 'expert_load' in found['arrays']: assert torch.tensor(found['arrays']['expert_load']).sum(1).allclose(torch.full((4,), 2.))
     assert ('expert_load' in found['arrays']) == (family in ('Mixtral', 'Olmoe', 'Qwen3Moe'))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_maps_seen_from_outside_are_those_that_the_network_returns(family):
+    network = tiny(family)
+    found = attention_sparsity(network, STOCK_TOKENS)
+    network.set_attn_implementation('eager')
+    with torch.no_grad(): theirs = network(STOCK_TOKENS, output_attentions=True).attentions
+    for l, p in enumerate(theirs):
+        assert torch.allclose(found['first'][l], p[..., 1:, 0].double().mean((0, 2)), atol=1e-5)
+        assert torch.allclose(found['keys'][l], keys_for_mass(p)[..., 1:].double().mean((0, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['Llama', 'Gemma2', 'GPT2', 'Mixtral', 'Olmoe', 'Qwen3Moe'])
+def test_the_head_is_never_run(family):
+    "Logits would be the largest thing in memory."
+    network = tiny(family)
+    def stop(*_): raise AssertionError('the head was run')
+    with network.get_output_embeddings().register_forward_hook(stop):
+        adapted = adapt_without_check(network)
+        attention_sparsity(adapted, STOCK_TOKENS)
+        if family in ('Mixtral', 'Olmoe', 'Qwen3Moe'): expert_loads(adapted, STOCK_TOKENS)
+
+
+def adapt_without_check(network):
+    "An adapted model, without the comparison of logits."
+    from sparsecod.adapters import AdaptedModel
+    return AdaptedModel(network)
+
+
+@pytest.mark.parametrize('family', ['Mixtral', 'Olmoe', 'Qwen3Moe'])
+def test_loads_are_counts_of_the_routers_choices(family):
+    "Against the router logits of one full forward pass over all sequences, and one sequence at a time."
+    network, lengths = tiny(family), []
+    with torch.no_grad(): logits = network(STOCK_TOKENS, output_router_logits=True).router_logits
+    want = torch.stack([torch.zeros(len(x), 4).scatter(1, x.topk(2).indices, 1).double().mean(0) for x in logits])
+    with network.get_decoder().register_forward_pre_hook(lambda part, args, kwargs: lengths.append(kwargs['input_ids'].shape[0]) if 'input_ids' in kwargs else None, with_kwargs=True):
+        assert torch.allclose(expert_loads(adapt_without_check(network), STOCK_TOKENS), want, atol=1e-6)
+    assert lengths == [1] * len(STOCK_TOKENS)
+
+
+def test_attention_is_put_back_after_an_interruption(monkeypatch):
+    "Also while a traceback keeps all frames alive, as a notebook does."
+    network = tiny('Llama')
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(sparsity_module, 'head_sparsity', stop)
+    try: measure_sparsity(network, STOCK_TOKENS)
+    except KeyboardInterrupt as error: kept = sys.exc_info()[2]
+    assert kept is not None and network.config._attn_implementation == 'sdpa'
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+class ListedExperts(nn.Module):
+    "A mixture as many models on the Hub write it: a router, and a list of experts."
+    def __init__(self, D, F, E, names=('experts',)):
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        for name in names: setattr(self, name, nn.ModuleList(nn.ModuleDict(dict(up=nn.Linear(D, F, bias=False), down=nn.Linear(F, D, bias=False))) for _ in range(E)))
+
+
+def test_experts_in_a_list_are_counted():
+    stacked = tiny('Mixtral')
+    listed = copy.deepcopy(stacked)
+    for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4)
+    assert routed_share(adapt_without_check(stacked), stacked.model.layers[0]) == routed_share(adapt_without_check(listed), listed.model.layers[0]) == .5
+    for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4, ['specialists'])
+    with pytest.raises(ValueError, match='has a router for 4 experts, but none were found'): routed_share(adapt_without_check(listed), listed.model.layers[0])
+    dense = copy.deepcopy(stacked)
+    dense.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 40))              # some mixtures begin with a dense block
+    assert routed_share(adapt_without_check(dense), dense.model.layers[0]) == 1
+
+
+def test_attention_that_cannot_be_seen_is_refused(monkeypatch):
+    network = tiny('Llama')
+    for layer in network.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, forward=forward, **kwargs: (forward(*args, **kwargs)[0], None)
+    with pytest.raises(ValueError, match='block 1 of LlamaForCausalLM hands out no attention maps'): measure_sparsity(network, STOCK_TOKENS)
+    assert network.config._attn_implementation == 'sdpa'
+
+
+@pytest.mark.parametrize('kind', ['ours', 'experts', 'Llama', 'Gemma2', 'Qwen3Moe'])
+@pytest.mark.parametrize('T', [16, 96])
+def test_memory_stays_within_its_bound(kind, T):
+    from test_scores import Live
+    if kind in FAMILIES: m, V = adapt(tiny(kind, max_position_embeddings=128)), 61
+    else: m, V = model(context_length=128, **dict(experts=dict(n_experts=4)).get(kind, {})), 61
+    tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
+    with untouched(m), Live() as live: sparsity_of(scoring_model(m), tokens)
+    print(f'{kind}, T={T}: {live.most} of {sparsity_bytes(m, T)} bytes')
+    assert live.most <= sparsity_bytes(m, T)
