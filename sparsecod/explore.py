@@ -9,21 +9,22 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEA
            'by_setting', 'label_variants', 'family_colors', 'looks', 'Series', 'combined', 'finished', 'profile',
            'layer_series', 'curve', 'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here',
            'whole_layers', 'plot_variance', 'plot_updates', 'draw_diverged', 'plot_curve', 'plot_final_variance',
-           'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'name_ticks', 'spread', 'seeds_text', 'fit_limits',
-           'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes', 'plot_published',
-           'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means', 'plot_pairs',
-           'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series', 'plot_distance',
-           'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure', 'save_figure',
-           'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table', 'verdict_text', 'runs_text',
-           'results_folder', 'interval_note', 'not_run', 'study_cells', 'study_table', 'published_numbers',
-           'published_columns', 'published_rows', 'beside_table', 'small_axes', 'plot_study', 'seed_changes',
-           'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes', 'reference', 'plot_changes',
-           'changes_table', 'draw_scatter', 'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths',
-           'Panel', 'describe', 'series_table', 'ends_table', 'variance_panel', 'updates_panel', 'jacobian_panel',
-           'training_panel', 'loss_panel', 'describe_score', 'score_panel', 'effectiveness_panel',
-           'final_variance_panel', 'few', 'pairs_panel', 'usefulness_panel', 'known_metrics', 'changes_panel',
-           'sparsity_panel', 'relations_panel', 'table_html', 'folded', 'picture_html', 'panel_html', 'ledger_html',
-           'runs_html', 'plain', 'provenance_html', 'summary_html', 'report_setting', 'write_report']
+           'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text',
+           'fit_limits', 'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published',
+           'paper_axes', 'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian',
+           'pair_means', 'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance',
+           'distance_series', 'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores',
+           'headline_figure', 'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table',
+           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'interval_note', 'not_run',
+           'learnt_little', 'dagger', 'study_cells', 'study_table', 'published_numbers', 'published_columns',
+           'published_rows', 'beside_table', 'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero',
+           'draw_change', 'fit_width', 'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter',
+           'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths', 'Panel', 'describe', 'series_table',
+           'ends_table', 'variance_panel', 'updates_panel', 'jacobian_panel', 'training_panel', 'loss_panel',
+           'describe_score', 'score_panel', 'effectiveness_panel', 'final_variance_panel', 'few', 'pairs_panel',
+           'usefulness_panel', 'known_metrics', 'changes_panel', 'sparsity_panel', 'relations_panel', 'table_html',
+           'folded', 'picture_html', 'panel_html', 'ledger_html', 'runs_html', 'plain', 'provenance_html',
+           'summary_html', 'report_setting', 'write_report']
 
 # %% ../nbs/build/14_explore.ipynb #108bec8f
 import base64
@@ -219,6 +220,7 @@ def profile(
     arrays = record['scores']['arrays']
     return arrays[name] if name in arrays else record['curve'][name][-1]
 
+# %% ../nbs/build/14_explore.ipynb #b53c629d
 def layer_series(
     records: list[dict],  # of runs
     name: str,            # see `profile`
@@ -275,6 +277,7 @@ def add_legend(
     if len(ax.figure.axes) == 1: ax.figure.set_figwidth(6.8)
     ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
 
+# %% ../nbs/build/14_explore.ipynb #30593d97
 def draw_series(
     ax,                    # axes to draw on
     series: dict,          # setting -> Series
@@ -388,6 +391,7 @@ def plot_final_variance(
     ax.set(ylabel='variance of $h_L$', yscale='log', title=f'Final-layer variance in training\n({STATISTICS[statistic]})')
     return ax
 
+# %% ../nbs/build/14_explore.ipynb #ab56a4e7
 @styled
 def plot_loss(
     records: list[dict],  # of runs
@@ -464,6 +468,12 @@ def metric_text(
     title, axis = METRICS[base]
     return title + (' (evaluated at a common length)' if T == 'common' else f' (evaluated at T = {T})' if T else ''), axis
 
+def is_share(
+    name: str,  # see `metric_text`
+) -> bool:
+    "Does this metric lie between 0 and 1 by what it is?"
+    return metric_text(name)[1].startswith('share of')
+
 # %% ../nbs/build/14_explore.ipynb #36e84600
 def name_ticks(
     ax,            # axes with names on the x axis
@@ -513,6 +523,18 @@ def fit_limits(
     bottom, top = max(min([*low, *y]), min(y) - room), min(max([*high, *y]), max(y) + room)
     if bottom == top: bottom, top = bottom - room, top + room
     ax.set_ylim(bottom - .05 * (top - bottom), top + .05 * (top - bottom))
+
+# %% ../nbs/build/14_explore.ipynb #583cc92d
+def cut_share(
+    found: dict,   # from `estimates`
+    name: str,     # of the metric
+    ax,            # axes whose label says so if an interval is cut
+) -> dict:         # the same with ends that can be drawn
+    "Intervals of a share, no further than 0 and 1."
+    if not is_share(name): return found
+    cut = {v: e | dict(low=max(0, e['low']), high=min(1, e['high'])) for v, e in found.items()}
+    if cut != found: ax.set_ylabel(f'{ax.get_ylabel()}\n(intervals cut at 0 and 1)')
+    return cut
 
 # %% ../nbs/build/14_explore.ipynb #ad359ca8
 def plot_points(
@@ -564,10 +586,11 @@ def plot_score(
     ax.set(title=textwrap.fill(title, 44) + (f'\n({seeds_text(found)})' if found else ''), ylabel=ylabel)
     mark_diverged(ax, groups, places)
     if not found: return nothing_here(ax, 'nothing to draw' if finished(records) else 'no finished run') or ax
-    plot_points(ax, found, places, marker='o', ls='' if by == VARIANT else '-')
+    drawn = cut_share(found, name, ax)
+    plot_points(ax, drawn, places, marker='o', ls='' if by == VARIANT else '-')
     seeds = [(places[value], m['value'], r['seed']) for value in found for r in finished(groups[value]) if (m := read_metric(r, name))]
     if len(seeds) > len(found): draw_seeds(ax, seeds, joined=by == VARIANT)
-    ends = [[e[key] for e in found.values()] for key in ('low', 'high')]
+    ends = [[e[key] for e in drawn.values()] for key in ('low', 'high')]
     fit_limits(ax, [y for _, y, _ in seeds], *ends, log=logarithmic(name))
     return ax
 
@@ -693,10 +716,11 @@ def estimates_of(
     records: list[dict],                 # of runs
     measure: Callable[[dict], float],    # from a finished run to a number; NaN: none
     by: str = DEPTH,                     # the field that tells settings apart
+    log: bool = False,                   # average by ratio, as for variances
 ) -> dict:                               # setting -> value, low, high, n, over
     "Something computed from records, over the seeds of each setting."
     found = {value: [v for r in finished(group) if (v := measure(r)) == v] for value, group in by_setting(records, by).items()}
-    return {value: over_seeds([dict(value=v, low=v, high=v) for v in values]) for value, values in found.items() if values}
+    return {value: over_seeds([dict(value=v, low=v, high=v) for v in values], log) for value, values in found.items() if values}
 
 def pair_parts(
     records: list[dict],  # of runs
@@ -791,6 +815,7 @@ def useful_share(
     "Usefulness at several thresholds."
     return (np.asarray(ratios, dtype=float)[:, None] > thresholds).mean(0)
 
+# %% ../nbs/build/14_explore.ipynb #6636784e
 @styled
 def plot_thresholds(
     records: list[dict],  # of runs
@@ -819,11 +844,12 @@ def draw_scores(
 ):
     "Several scores in one panel, told apart by colour and marker."
     places = spread(ax, sorted({x for found in points.values() for x in found}), DEPTH)
+    ax.set_ylabel('score')
     for (name, found), color, marker in zip(points.items(), OKABE_ITO, MARKERS):
-        if found: plot_points(ax, found, places, color=color, marker=marker, label=SCORES[name])
+        if found: plot_points(ax, cut_share(found, name, ax), places, color=color, marker=marker, label=SCORES[name])
     if not any(points.values()): return nothing_here(ax)
     top = max(e['value'] for found in points.values() for e in found.values())
-    ax.set(ylim=(-.05, max(1.05, 1.05 * top)), ylabel='score')
+    ax.set_ylim(-.05, max(1.05, 1.05 * top))
     ax.legend()
 
 # %% ../nbs/build/14_explore.ipynb #da272fec
@@ -905,7 +931,8 @@ def verdict_text(
     "One row of the ledger as a sentence."
     s, claim = row['statistic'], row['statement']
     if s is None: return f"**{row['verdict'].capitalize()}**: {claim} Published: {row['published']}; by our sum: {row['ours']}."
-    found = 'no seed was run at every setting' if s['n'] == 0 else f"{number(s['value'])} with one seed, and hence no interval" if s['n'] == 1 else (
+    nothing = 'not defined: the metric is the same in all runs' if s.get('seeds') else 'no seed was run at every setting'
+    found = nothing if s['n'] == 0 else f"{number(s['value'])} with one seed, and hence no interval" if s['n'] == 1 else (
             f"{number(s['value'])}, 95 % interval {number(s['low'])} to {number(s['high'])} over {s['n']} seeds")
     return f"**{row['verdict'].capitalize()}**: {claim} ({row['rule'].split('; confirmed')[0]}: {found})"
 
@@ -949,20 +976,43 @@ def not_run(
     wanted = study_named(study).changes(base or scale_config(runs[0]['scale'])) if runs else {}
     return [name for name in wanted if name not in {r[VARIANT] for r in runs}]
 
+# %% ../nbs/build/14_explore.ipynb #52cd5ef9
+def learnt_little(
+    record: dict,  # of a run
+) -> bool:
+    "Is the held-out loss of a finished run no better than that of token frequencies alone?"
+    loss = read_metric(record, 'val_loss')
+    return loss is not None and loss['value'] >= record['final']['unigram_loss']
+
+# %% ../nbs/build/14_explore.ipynb #687cb1bf
+def dagger(
+    runs: list[dict],    # from `label_variants`
+) -> tuple[dict, str]:   # variant -> its title, marked if one of its runs has learnt little; and a sentence, empty if none has
+    "Mark models that have learnt less than token frequencies."
+    groups = by_setting(runs, VARIANT)
+    weak = {v: [r for r in group if learnt_little(r)] for v, group in groups.items()}
+    titles = {v: f'{v} †' if weak[v] else v for v in groups}
+    if not any(weak.values()): return titles, ''
+    losses = ' or '.join(sorted({number(r['final']['unigram_loss']) for group in weak.values() for r in group}))
+    done = {v: len(finished(group)) for v, group in groups.items()}
+    some = '; '.join(f'{v}: {len(weak[v])} of {done[v]} seeds' for v in groups if 0 < len(weak[v]) < done[v])
+    return titles, (f' † Held-out loss not below {losses} nats a token, the loss of token frequencies alone: '
+                    f"these models have learnt less than how frequent each token is{f' ({some})' if some else ''}.")
+
 # %% ../nbs/build/14_explore.ipynb #acb429a4
 def study_cells(
     runs: list[dict],    # from `label_variants`
     names: list[str],    # of metrics
-) -> tuple[dict, str]:   # variant -> column title -> cell; and a note on the intervals
+) -> tuple[dict, dict, str]:   # variant -> column title -> cell; variant -> its title; and a note
     "The cells of a table of variants."
     columns = {name: estimates(runs, name, VARIANT) for name in names}
     lost = any(r['status'] != 'finished' for r in runs)
-    rows = {}
+    rows, (titles, note) = {}, dagger(runs)
     for v, group in by_setting(runs, VARIANT).items():
         done = len(finished(group))
         rows[v] = {metric_text(name)[0]: estimate_text(found.get(v)) or '-' for name, found in columns.items()} | dict(seeds=done)
         if lost: rows[v]['diverged'] = f'{len(group) - done} of {len(group)}' if done < len(group) else ''
-    return rows, interval_note([e for found in columns.values() for e in found.values()])
+    return rows, titles, interval_note([e for found in columns.values() for e in found.values()]) + note
 
 # %% ../nbs/build/14_explore.ipynb #92a30302
 def study_table(
@@ -973,10 +1023,10 @@ def study_table(
 ) -> str:                  # Markdown
     "Estimates with intervals over seeds, a row a variant."
     runs = label_variants(study, records, base)
-    rows, note = study_cells(runs, names)
+    rows, titles, note = study_cells(runs, names)
     missing = not_run(study, runs, base)
     header = [VARIANT, *next(iter(rows.values()))]
-    return markdown_table(header, [[v, *cells.values()] for v, cells in rows.items()]) + f'\n\n{note}' + (f" Not run: {', '.join(missing)}." if missing else '')
+    return markdown_table(header, [[titles[v], *cells.values()] for v, cells in rows.items()]) + f'\n\n{note}' + (f" Not run: {', '.join(missing)}." if missing else '')
 
 # %% ../nbs/build/14_explore.ipynb #dd2d7d5d
 def published_numbers(
@@ -995,6 +1045,7 @@ def published_columns(
     columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if row.get(name) is not None} for name in names}
     return {title: column for title, column in columns.items() if column}
 
+# %% ../nbs/build/14_explore.ipynb #fdc52946
 def published_rows(
     study: str | Study,    # which study
     names: list[str],      # of metrics
@@ -1013,11 +1064,11 @@ def beside_table(
     base: RunConfig | None = None,  # None: the scale that the records name
 ) -> str:                  # Markdown
     "Our estimates and the paper's numbers side by side; rows that only the paper has come last."
-    ours, note = study_cells(label_variants(study, records, base), names)
+    ours, marked, note = study_cells(label_variants(study, records, base), names)
     paper = published_columns(study, names)
     theirs = [v for v in published_numbers(study) if v not in ours and any(v in column for column in paper.values())]
     titles = list(next(iter(ours.values())))
-    row = lambda v: [v, *(ours.get(v, {}).get(t, '') for t in titles), *(column.get(v, '') for column in paper.values())]
+    row = lambda v: [marked.get(v, v), *(ours.get(v, {}).get(t, '') for t in titles), *(column.get(v, '') for column in paper.values())]
     return markdown_table([VARIANT, *titles, *paper], [row(v) for v in [*ours, *theirs]]) + f'\n\n{note}'
 
 # %% ../nbs/build/14_explore.ipynb #2eb9b70c
@@ -1034,6 +1085,7 @@ def small_axes(
     for ax in axes.flat[n:]: ax.remove()
     return fig, list(axes.flat[:n])
 
+# %% ../nbs/build/14_explore.ipynb #79774240
 @styled
 def plot_study(
     study: str | Study,    # which study
@@ -1080,6 +1132,7 @@ def clears_zero(
     "Does the interval lie wholly on one side of zero?"
     return c['n'] > 1 and (c['low'] > 0 or c['high'] < 0)
 
+# %% ../nbs/build/14_explore.ipynb #1bce0953
 def draw_change(
     ax,         # axes to draw on
     y: float,   # where
@@ -1140,6 +1193,7 @@ def reference(
     if against is not None and against not in known: raise ValueError(f'against={against!r} must be one of {"; ".join(known)}')
     return known[0] if against is None else against
 
+# %% ../nbs/build/14_explore.ipynb #5e4aa8a0
 @styled
 def plot_changes(
     study: str | Study,         # which study

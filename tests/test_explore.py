@@ -9,7 +9,7 @@ import pytest
 
 from sparsecod import explore
 from sparsecod.claims import CLAIMS, PUBLISHED, ledger
-from sparsecod.studies import PRESETS, SCALES, STUDIES, by_variant
+from sparsecod.studies import PRESETS, SCALES, STUDIES, by_variant, load_results
 from synthetic import depth_study, interval, record
 
 
@@ -153,6 +153,49 @@ def test_an_interval_may_lie_beside_its_value():
     explore.headline_figure([r])
 
 
+def with_usefulness(values: dict) -> list:
+    "Records of one depth study whose usefulness is given: depth -> values of the seeds."
+    made = [record(L, seed) for L, found in values.items() for seed, _ in enumerate(found)]
+    for r, v in zip(made, (v for found in values.values() for v in found)): r['scores']['scalars']['usefulness'] = interval(v, .01)
+    return made
+
+
+def test_intervals_of_a_share_are_drawn_no_further_than_0_and_1():
+    runs = with_usefulness({4: (1., .75, 1.), 8: (0., .25, 0.)})
+    found = explore.estimates(runs, 'usefulness')
+    assert found[4]['high'] > 1 and found[8]['low'] < 0                                    # the numbers stay
+    ax = explore.plot_score(runs, 'usefulness')
+    spans = [segment[:, 1] for segment in ax.containers[0].lines[2][0].get_segments()]
+    assert np.allclose(spans, [(found[4]['low'], 1), (0, found[8]['high'])]) and 'cut at 0 and 1' in ax.get_ylabel()
+    assert explore.estimate_text(found[4]) in explore.estimates_table(runs, ['usefulness'])
+    middle = explore.headline_figure(runs).axes[1]
+    spans = [segment[:, 1] for segment in middle.containers[2].lines[2][0].get_segments()]
+    assert np.allclose(spans, [(found[4]['low'], 1), (0, found[8]['high'])]) and 'cut at 0 and 1' in middle.get_ylabel()
+
+
+def test_other_intervals_are_left_alone():
+    for name, runs in (('usefulness', with_usefulness({4: (.5, .5, .6)})), ('causal', depth_study(seeds=2))):
+        ax, found = explore.plot_score(runs, name), explore.estimates(runs, name)
+        spans = [segment[:, 1] for segment in ax.containers[0].lines[2][0].get_segments()]
+        assert np.allclose(spans, [(e['low'], e['high']) for e in found.values()]) and 'cut' not in ax.get_ylabel()
+
+
+@pytest.mark.parametrize('name', explore.METRICS)
+def test_shares_are_known_by_their_axis(name):
+    shares = {'usefulness', 'accuracy', 'accuracy_plain', 'density', 'density_attention', 'density_feed_forward', 'keys_for_90_percent', 'attention_entropy', 'mass_on_first',
+              'weights_below_0_01', 'weights_below_0_1_rms', 'participation', 'expert_density'}
+    assert explore.is_share(name) == explore.is_share(f'{name}@common') == (name in shares)
+
+
+def test_a_measure_of_ones_own_can_be_averaged_by_ratio(records):
+    last = lambda r: r['scores']['scalars']['final_variance']['value']
+    for L, e in explore.estimates_of(records, last, log=True).items():
+        values = [last(r) for r in records if r['config']['model']['n_layers'] == L]
+        assert e['value'] == pytest.approx(np.exp(np.mean(np.log(values)))) and 0 < e['low'] < e['value'] < e['high']
+        assert e == explore.estimates(records, 'final_variance')[L]
+    assert explore.estimates_of(records, last)[4]['value'] == pytest.approx(np.mean([last(r) for r in records if r['config']['model']['n_layers'] == 4]))
+
+
 # ---- what is refused
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(records):
@@ -194,6 +237,15 @@ def test_words_come_from_the_records(records):
     assert '0.259' in explore.published_table(['causal', 'permutation'])
     rows = ledger([], 'depth')
     assert all(explore.verdict_text(row).startswith(f"**{row['verdict'].capitalize()}**") for row in rows)
+
+
+def test_a_verdict_without_a_statistic_says_why():
+    row = ledger([], 'depth')[0]
+    text = lambda **changes: explore.verdict_text(row | changes | dict(statistic=row['statistic'] | changes.get('statistic', {})))
+    assert 'no seed was run at every setting' in text() and 'no seed was run' in text(statistic=dict(n=0, seeds=0))
+    same = text(statistic=dict(n=0, seeds=3), ours={'L=2': dict(value=0., low=0., high=0., n=3, over='seeds')})
+    assert 'not defined: the metric is the same in all runs' in same and 'no seed' not in same
+    assert 'over 3 seeds' in text(statistic=dict(n=3, seeds=3, value=1., low=.5, high=1.5))
 
 
 def test_usefulness_at_the_published_threshold_is_the_score(records):
@@ -306,7 +358,7 @@ def variants(study='gqa', seeds=(0, 1, 2), diverged=(), missing=()):
             k = list(STUDIES[study].changes(SCALES['laptop'])).index(name)
             r['sparsity'] = dict(scalars=dict(density_attention=1 - .1 * k, density_feed_forward=.9), arrays={})
             r['cloze'] = dict(accuracy=interval(.3 + .01 * k, .1))
-            r['final'] = r['final'] | dict(val_loss=interval(4 + .5 * k + .1 * config.seed * (1 + k), .05))
+            r['final'] = r['final'] | dict(val_loss=interval(4 + .5 * k + .1 * config.seed * (1 + k), .05), unigram_loss=99.)
             r['scores']['scalars']['final_variance'] = interval(2. ** (k + config.seed * (k == 1)), .01)
             r['lengths'] = {str(n): dict(val_loss=interval(4 + k + i / n, .1), final_variance=interval(1 + k, .1)) for n in (T // 2, T, 2 * T)}
         made.append(r)
@@ -484,6 +536,30 @@ def test_study_table_lists_estimates_seeds_and_what_is_missing():
     assert 'diverged' not in explore.study_table('gqa', variants(), NAMES)
 
 
+def test_models_that_learnt_less_than_token_frequencies_get_a_dagger():
+    "Losses of the variants, a seed each: one as large as the unigram loss, one larger in one seed, one larger in all."
+    losses = {'G=2': (6.4, 6.4, 6.4), 'G=4': (6.5, 6., 6.), 'G=4, matched': (7., 8., 9.)}
+    records = variants(diverged=[('G=2, matched', 0)])
+    for r in explore.label_variants('gqa', records):
+        if r['variant'] in losses: next(x for x in records if x['name'] == r['name'])['final'] = r['final'] | dict(val_loss=interval(losses[r['variant']][r['seed']], .1), unigram_loss=6.4)
+    for text in (explore.study_table('gqa', records, NAMES), explore.beside_table('gqa', records, NAMES)):
+        assert [row['variant'] for row in cells(text)][:5] == ['G=1', 'G=2 †', 'G=2, matched', 'G=4 †', 'G=4, matched †']
+        note = text.split('\n\n')[1]
+        assert note.count('†') == 1 and 'not below 6.4 nats a token' in note and '(G=4: 1 of 3 seeds)' in note and note.endswith('.')
+    assert '†' not in explore.study_table('gqa', variants(), NAMES) + explore.beside_table('gqa', variants(), NAMES)
+    assert not explore.learnt_little(record(2, diverged=True))
+
+
+def test_the_recorded_models_that_learnt_little_are_marked(root):
+    records = load_results(root / 'results', 'laptop')
+    for study in STUDIES:
+        runs = explore.label_variants(study, records)
+        if not runs: continue                                                              # a study that nobody has run yet
+        weak = {r['variant'] for r in runs if r['final']['val_loss'] and r['final']['val_loss']['value'] >= r['final']['unigram_loss']}
+        marked = {row['variant'].removesuffix(' †') for row in cells(explore.study_table(study, records, ['val_loss'])) if row['variant'].endswith('†')}
+        assert marked == weak, study
+
+
 def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
     names = ['val_loss', 'perplexity', 'usefulness', 'final_variance']
     table = cells(explore.beside_table('gqa', gqa, names))
@@ -587,3 +663,16 @@ def test_report_of_a_study_without_its_runs(tmp_path):
 
 def test_the_report_of_the_depth_study_keeps_its_published_pictures(report):
     assert re.search('<h1>Depth and the residual stream</h1>', report) and 'Published Jacobian deviations' in report
+
+
+def test_report_of_the_study_of_training(tmp_path):
+    "Depth and training vary together: every variant is named, and nothing is averaged over learning rates."
+    labels = list(STUDIES['training'].changes(SCALES['laptop']))
+    runs = [record(c.model.n_layers, c.seed) | dict(name=f'training-{i}', config=c.to_dict()) for i, (_, c) in enumerate(STUDIES['training'].runs(SCALES['laptop'], (0, 1)))]
+    look = explore.looks(labels, 'variant')
+    assert len({x['color'] for x in look.values()}) == 2 and len({(x['color'], x['ls'], x['marker']) for x in look.values()}) == len(labels)
+    path = explore.write_report(runs, tmp_path / 'r.html', study='training')
+    page = Page(path.read_text(encoding='utf-8'))
+    assert headings(path)[0] == STUDIES['training'].question and 'L=8, η/3' in labels
+    for name in labels: assert any(name in i['alt'] for i in page.all('img'))
+    assert not any('paper' in i['alt'].lower() for i in page.all('img'))
