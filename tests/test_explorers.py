@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from itertools import product
@@ -11,12 +10,11 @@ from xml.etree import ElementTree
 import pytest
 
 from browser import open_page
+from docs_check import node_path
 from sparsecod import explorers as ex
 from sparsecod.core import NORMS
 from sparsecod.explore import label_variants
-from sparsecod.studies import SCALES, STUDIES, load_results, over_seeds, read_metric, vary
-
-NODE = pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed: apt-get install nodejs')
+from sparsecod.studies import SCALES, STUDIES, load_results, read_metric, scale_config, summarise, vary
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +71,7 @@ def test_a_page_is_whole_small_and_asks_nobody(pages, which):
     assert any(a.get('aria-live') == 'polite' for _, a in page.tags)
     for c in ex.LIGHT.values(): assert c in text
     count = lambda kind: sum(tag == kind for tag, _ in page.tags)
-    assert count('details') == count('table') >= 1                                      # a table behind the pictures
+    assert count('details') == count('table') + count('ul') >= 1                        # a table behind the pictures; of a mean, its runs
 
 
 def test_two_explorers_can_share_a_page(points):
@@ -92,7 +90,7 @@ def test_text_from_records_cannot_break_out(records):
     evil = [r | dict(provenance=r['provenance'] | dict(hardware=hostile, commit=hostile)) for r in records[:12]]
     text = ex.results_explorer(evil)
     assert '<script>alert' not in text and not Page(text).open and text.count('</script>') == 2
-    assert data_of(text)['common']['hardware'] == hostile
+    assert ex.facts(data_of(text), 0)['hardware'] == hostile
 
 
 def test_markdown_holds_the_page_in_a_raw_block(pages):
@@ -123,7 +121,7 @@ def test_marks_are_few_and_lie_on_the_axis(a, b, log):
 
 def in_node(script: str, data):
     "Run a script on data."
-    done = subprocess.run(['node', '-'], input=f'const INPUT = {json.dumps(data)}\n{script}', capture_output=True, text=True, timeout=120)
+    done = subprocess.run([node_path(), '-'], input=f'const INPUT = {json.dumps(data)}\n{script}', capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -135,7 +133,6 @@ def functions_of(page: str, until: str) -> str:
     return f'const document = {{getElementById: () => ({{textContent: {json.dumps(json.dumps(data_of(page)))}}})}}\n' + script.split(until)[0]
 
 
-@NODE
 def test_javascript_numbers_and_axes_are_pythons(pages):
     script = functions_of(pages['variance'], 'const read')
     numbers = [0, 1, -1, 0.1, 123.456, 1234.5, 9999.4, 12345.678, 1e-4, 9.9e-5, 2.5e-7, -3.14159e8, 0.00123456, None, 2 / 3, 136.5, -136.5, 0.0625, 1.125, 9995.0, 99950000.0]
@@ -145,7 +142,6 @@ def test_javascript_numbers_and_axes_are_pythons(pages):
         assert found == pytest.approx(ex.marks(a, b, log), rel=1e-12)
 
 
-@NODE
 def test_javascript_formulas_are_pythons(pages):
     grid = list(product((1, 7, 64), (0.05, 0.1, 0.35, 0.5, 1.0), (0, 3, 10, 14), NORMS))
     script = functions_of(pages['variance'], 'const read') + 'console.log(JSON.stringify(INPUT.map(stack)))'
@@ -154,30 +150,39 @@ def test_javascript_formulas_are_pythons(pages):
         for name in ('variance', 'jacobian'): assert js[name] == pytest.approx(python[name], rel=1e-6), setting
 
 
-@NODE
 def test_a_changed_formula_is_noticed(pages):
     script = functions_of(pages['variance'].replace('c.F * w * s2 * square', 'c.F * w * s2 * square * 1.00001'), 'const read')
     found = in_node(script + 'console.log(JSON.stringify(stack(INPUT)))', ex.javascript_setting(8, 0.5, 10, 'pre_ln'))
     assert found['variance'] != pytest.approx(ex.theory_stack(8, 0.5, 10, 'pre_ln')['variance'], rel=1e-6)
 
 
-@NODE
+def choices(data: dict, study: str, row: int, **more) -> dict:
+    "What the results explorer shows: a row of a study, and its runs."
+    found = data['scales']['laptop'][study]
+    version = next((r.index(row) for r in found['dial']['rows'] if row in r), 0) if found['dial'] else 0
+    return dict(scale='laptop', study=study, metric='causal', curve='variance_mean', row=row, version=version, point=f'mean-{row}') | more
+
+
 def test_every_view_of_the_results_is_the_same_in_both_languages(pages):
     data = data_of(pages['results'])
     views = []
     for study, s in data['scales']['laptop'].items():
         for k, (metric, curve) in enumerate(zip([*data['metrics']], [*data['curves']] * 9)):
             row = k % len(s['rows'])
-            views.append(dict(scale='laptop', study=study, metric=metric, curve=curve, row=row, run=s['rows'][row]['runs'][-1]))
+            runs, paper = data['groups'][s['rows'][row][1]]['runs'], data['paper'].get(study, {}).get(metric)
+            points = [f'mean-{row}', f'run-{runs[-1]}', *(['paper-0'] if paper else [])]
+            views.append(choices(data, study, row, metric=metric, curve=curve, point=points[k % len(points)]))
+    assert {c['point'].split('-')[0] for c in views} == {'mean', 'run', 'paper'}
     script = functions_of(pages['results'], 'const state') + '''
-    console.log(JSON.stringify(INPUT.map(c => [forest(metricForest(c)), paperForest(c) && forest(paperForest(c)), chart(curveChart(c)), says(c), estimateRows(c), curveRows(curveChart(c)), runRows(c.run)])))'''
+    console.log(JSON.stringify(INPUT.map(c => [forest(metricForest(c)), paperForest(c) && forest(paperForest(c)), chart(curveChart(c)), says(c), estimateRows(c),
+      curveRows(curveChart(c)), pointSays(c), pointTitle(c), pointHtml(c)])))'''
     for c, js in zip(views, in_node(script, views), strict=True):
         paper, lines = ex.paper_forest(data, c), ex.curve_chart(data, c)
-        ours = [ex.forest(ex.metric_forest(data, c)), paper and ex.forest(paper), ex.chart(lines), ex.results_says(data, c), ex.estimate_rows(data, c), ex.curve_rows(lines), ex.run_rows(data, c['run'])]
-        for a, b in zip(js, ours): assert (a is None and b is None) or alike(a, b), c
+        ours = [ex.forest(ex.metric_forest(data, c)), paper and ex.forest(paper), ex.chart(lines), ex.results_says(data, c), ex.estimate_rows(data, c),
+                ex.curve_rows(lines), ex.point_says(data, c), ex.point_title(data, c), ex.point_html(data, c)]
+        for a, b in zip(js, ours, strict=True): assert (a is None and b is None) or alike(a, b), c
 
 
-@NODE
 def test_every_operation_is_the_same_in_both_languages(pages):
     tables = data_of(pages['surgery'])['tables']
     views = [(d, mode, i, j) for d, t in tables.items() for mode in ex.MODES for i, j in product((1, 2, len(t['skip'])), (1, 2))]
@@ -234,45 +239,160 @@ def test_impossible_settings_are_named(bad):
 def test_the_page_has_every_run_and_its_values(pages, records):
     data = data_of(pages['results'])
     assert len(data['runs']) == len(records)
-    for run, r in zip(data['runs'], records):
-        about = data['common'] | run['own']
+    for n, (run, r) in enumerate(zip(data['runs'], records)):
+        about = ex.facts(data, n)
         assert about['run'] == r['name'] and about['seed'] == str(r['seed']) and about['commit'] == str(r['provenance']['commit'])
         assert about['train.lr'] == str(r['config']['train']['lr']) and about['train.weight_decay'] == str(r['config']['train']['weight_decay'])
         assert about['tokens'] == f"{r['tokens']:,}" and about['hardware'] == r['provenance']['hardware'] and about['steps'] == str(r['step'])
+        assert about == {k: ex.plain(v) for k, v in ex.about_run(r).items()} | {k: '-' for k in about if k not in ex.about_run(r)}
         for value, name in zip(run['values'], data['metrics'], strict=True):
             m = read_metric(r, name)
-            assert value == (m and pytest.approx(m['value'], rel=1e-4, abs=1e-12)), (r['name'], name)
-        assert run['curves']['variance_mean'] == pytest.approx(r['scores']['arrays']['variance_mean'], rel=1e-3)
-        assert data['steps'][run['steps']][-1] == r['curve']['step'][-1] and run['curves']['train_loss'][-1] == pytest.approx(r['curve']['loss'][-1], rel=1e-3)
+            assert value == (m and pytest.approx(m['value'], rel=1e-3, abs=1e-12)) and ex.short(value) == ex.short(m and m['value']), (r['name'], name)
 
 
-def test_estimates_are_those_over_seeds(pages, records):
+def test_every_estimate_is_that_of_the_chapters(pages, records):
+    "To the last of the three digits that page and chapters show; the ends of intervals too."
     data = data_of(pages['results'])
     assert set(data['scales']['laptop']) == {name for name in STUDIES if label_variants(name, records)}
-    for study, s in data['scales']['laptop'].items():
-        groups = {}
-        for r in label_variants(study, records): groups.setdefault(r['variant'], []).append(r)
-        assert [row['label'] for row in s['rows']] == list(groups)
-        for row in s['rows']:
-            for name, found in zip(data['metrics'], row['found'], strict=True):
-                values = [m for r in groups[row['label']] if (m := read_metric(r, name))]
-                if not values: assert found is None; continue
-                e = over_seeds(values)
-                assert found[3:] == [e['n'], e['over']] and found[:3] == pytest.approx([e['value'], e['low'], e['high']], rel=1e-3, abs=1e-9)
+    numbers = 0
+    for study in data['scales']['laptop']:
+        rows, summary = ex.rows_of(data, dict(scale='laptop', study=study)), summarise(study, records, list(data['metrics']))
+        assert [row['label'] for row in rows] == list(summary)
+        for k, name in enumerate(data['metrics']):
+            c = choices(data, study, 0, metric=name)
+            table = re.findall('<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', ex.estimate_rows(data, c))
+            for row, (label, *shown), drawn in zip(rows, table, ex.metric_forest(data, c)['rows']):
+                e = summary[row['label']].get(name)
+                assert drawn['mean'] == row['found'][k] == (e and pytest.approx([e['value'], e['low'], e['high']], rel=1e-3, abs=1e-12)), (study, label, name)
+                assert shown == ([ex.short(e[end]) for end in ('value', 'low', 'high')] if e else ['-'] * 3), (study, label, name)
+                assert not e or e['n'] == len(drawn['seeds'])
+                if e and ex.logarithmic(name): assert 0 < row['found'][k][1] <= row['found'][k][0] <= row['found'][k][2]
+                numbers += bool(e)
+    assert numbers > 1000
+
+
+def test_curves_are_those_of_the_seeds(pages, records):
+    data, by_name = data_of(pages['results']), {r['name']: r for r in records}
+    for group in data['groups']:
+        runs = [by_name[ex.facts(data, n)['run']] for n in group['runs']]
+        for lines, values in zip(group['curves'], ([ex.run_curve(r, name) for r in runs] for name in data['curves']), strict=True):
+            columns = list(zip(*values))
+            expected = [[f(column) for column in columns] for f in (lambda v: sum(v) / len(v), min, max)]
+            for line, want in zip(lines, expected): assert [ex.short(v) for v in line] == [ex.short(v) for v in want]
+        assert data['steps'][group['steps']][-1] == runs[0]['curve']['step'][-1]
+        assert group['curves'][list(data['curves']).index('train_loss')][0][-1] == pytest.approx(sum(r['curve']['loss'][-1] for r in runs) / len(runs), rel=5e-3)
+
+
+def test_numbers_are_short_and_round_as_before():
+    for x in (0.1234567, 2.15496, -2.15496, 1e-9, 99995.0, 0.0, 9.9949999, 12344.999):
+        y = ex.trim(x, 4)
+        assert ex.short(y) == ex.short(x) and y == pytest.approx(x, rel=6e-4)
+    assert ex.trim([1, None, math.inf, 'a'], 4) == [1, None, None, 'a']
+
+
+def test_a_run_costs_little_more_than_a_kilobyte(pages, records):
+    "There are more runs to come, and the limit is 300 KB."
+    size = {n: len(ex.results_explorer(some).encode()) for n, some in ((len(records), records), (len(records) // 2, records[:len(records) // 2]))}
+    (many, large), (few, small) = size.items()
+    assert (large - small) / (many - few) < 1500 and large < 50_000 + 1500 * many
+
+
+def test_shares_stay_between_0_and_1_in_the_picture_and_not_in_the_table(pages):
+    data = data_of(pages['results'])
+    share, = {d[3] for name, d in data['metrics'].items() if name == 'usefulness'}
+    assert share and not data['metrics']['causal'][3] and not data['metrics']['final_variance'][3]
+    for study, name in product(data['scales']['laptop'], (name for name, d in data['metrics'].items() if d[3])):
+        s = ex.metric_forest(data, choices(data, study, 0, metric=name))
+        low, high = ex.forest_axis(s)
+        assert 0 <= low < high <= 1, (study, name)
+        outside = any(r['mean'] and (r['mean'][1] < 0 or r['mean'][2] > 1) for r in s['rows'])
+        assert outside == ('drawn up to 0 and 1' in s['title'])
+    data['groups'][data['scales']['laptop']['depth']['rows'][0][1]]['found'][list(data['metrics']).index('usefulness')] = [.9, .6, 1.2]
+    c = choices(data, 'depth', 0, metric='usefulness')
+    assert 'drawn up to 0 and 1' in ex.metric_forest(data, c)['title'] and '<td>1.2</td>' in ex.estimate_rows(data, c) and '0.6 to 1.2' in ex.results_says(data, c)
+    wide = dict(title='', log=False, share=True, ghost=False, point='', rows=[dict(name='L=2', on=False, mean=[.75, -.2, 1.7], seeds=[[.5, 0, 0], [1., 1, 1]])])
+    X = ex.place(*ex.forest_axis(wide), 14, 386)
+    assert f'M{X(0.0)} 24H{X(1.0)}' in ex.forest(wide) and ex.forest_axis(wide)[1] == 1
+    assert ex.forest_axis(wide | dict(share=False))[1] > 1
+
+
+def test_rings_of_close_values_do_not_hide_each_other(pages):
+    data = data_of(pages['results'])
+    for study, name in product(data['scales']['laptop'], data['metrics']):
+        svg = ElementTree.fromstring(ex.forest(ex.metric_forest(data, choices(data, study, 0, metric=name))))
+        rings = [(float(e.attrib['cx']), float(e.attrib['cy'])) for e in svg.iter('circle') if e.attrib['class'] == 'ring']
+        assert all(abs(x - a) >= 19.9 or abs(y - b) >= 19.9 for i, (x, y) in enumerate(rings) for a, b in rings[:i]), (study, name)
+
+
+# Which control a study gets
+
+def test_ordered_numbers_get_a_slider_and_everything_else_a_list(pages):
+    studies = data_of(pages['results'])['scales']['laptop']
+    assert {name: bool(s['dial']) for name, s in studies.items()} == {name: name in ('depth', 'decay', 'context', 'gqa') for name in studies}
+    labels = {name: [label for label, _ in s['rows']] for name, s in studies.items()}
+    walk = lambda name, version: [labels[name][r[version]] for r in studies[name]['dial']['rows']]
+    assert walk('depth', 0) == ['L=2', 'L=4', 'L=8', 'L=16'] and len(studies['depth']['dial']['versions']) == 1
+    assert walk('decay', 0) == ['λ=0', 'λ=0.01', 'λ=0.1', 'λ=1', 'λ=3'] and walk('decay', 1) == ['λ=0', *(f'λ={x}, all' for x in ('0.01', '0.1', '1', '3'))]
+    assert walk('context', 1) == ['T=32, sequences fixed', 'T=128', 'T=512, sequences fixed'] and walk('gqa', 1) == ['G=1', 'G=2, matched', 'G=4, matched']
+    for name in ('decay', 'context', 'gqa'): assert studies[name]['dial']['versions'] == list(ex.VERSIONS[name][1].values())
+    for s in studies.values():
+        if s['dial']: assert {i for r in s['dial']['rows'] for i in r} == set(range(len(s['rows'])))       # every row can be reached
+
+
+@pytest.mark.parametrize('study', STUDIES)
+@pytest.mark.parametrize('scale', SCALES)
+def test_every_study_at_every_scale_has_a_control_that_reaches_every_row(study, scale):
+    labels = list(STUDIES[study].changes(SCALES[scale]))
+    d = ex.dial(study, labels)
+    assert d is None or {i for r in d['rows'] for i in r} == set(range(len(labels)))
+    if study not in ('depth', 'decay', 'context', 'gqa'): assert d is None
+    assert study in ex.KNOBS and ex.KNOBS[study] != 'Setting'
+
+
+def training_study(records: list[dict]) -> list[dict]:
+    "All variants of the training study, made of the runs of the depth study."
+    base, made = scale_config('laptop'), []
+    runs = {(r['config']['model']['n_layers'], r['seed']): r for r in label_variants('depth', records)}
+    for label, changes in STUDIES['training'].changes(base).items():
+        for seed in (0, 1, 2):
+            r = runs[changes['model.n_layers'], seed]
+            made.append({k: v for k, v in r.items() if k != 'variant'} | dict(name=f'{label} {seed}', config=vary(base, changes | {'seed': seed}).to_dict()))
+    return made
+
+
+def test_the_study_of_training(records, tmp_path):
+    text = ex.results_explorer(training_study(records), study='training', metric='val_loss', curve='train_loss')
+    data, path = data_of(text), tmp_path / 'training.html'
+    path.write_text(ex.page(text, 'training'), encoding='utf-8')
+    labels = ['L=2', 'L=8', 'L=2, η/3', 'L=8, η/3', 'L=2, 4× tokens', 'L=8, 4× tokens']
+    with open_page(path, 1000, 'light') as page:
+        assert page.locator('#sce-results-row option').all_text_contents() == labels and page.locator('#sce-results-dial').is_hidden()
+        page.locator('#sce-results-row').select_option('3')
+        assert page.locator('#sce-results-says').inner_text() == ex.results_says(data, data['first'] | dict(row=3)) and 'L=8, η/3' in page.locator('#sce-results-curves-caption').inner_text()
 
 
 def test_diverged_single_and_missing_runs_are_said_to_be_so(records):
     two = [r for r in label_variants('depth', records) if r['seed'] < 2 and r['variant'] in ('L=2', 'L=4')]
     lost = {k: v for k, v in two[0].items() if k != 'scores'} | dict(status='diverged', final=two[0]['final'] | dict(val_loss=None))
     data = ex.results_data([lost, *two[1:]])
-    c = dict(scale='laptop', study='depth', metric='causal', curve='variance_mean', row=0, run=0)
-    row, = (r for r in data['scales']['laptop']['depth']['rows'] if r['label'] == 'L=2')
-    assert row['lost'] == 1 and data['runs'][0]['values'] == [None] * len(data['metrics']) and 'train_loss' in data['runs'][0]['curves']
+    c = choices(data, 'depth', 0)
+    row, = (r for r in ex.rows_of(data, c) if r['label'] == 'L=2')
+    assert row['lost'] == 1 and row['weak'] == 0 and data['runs'][0]['values'] == [None] * len(data['metrics']) and len(row['curves'][0]) == 1
     assert '(1 of 2 diverged)' in ex.forest(ex.metric_forest(data, c)) and 'one seed' in ex.results_says(data, c)
     assert 'over 2 seeds' in ex.results_says(data, c | dict(row=1))
+    assert ex.point_html(data, c).count('<button') == 2 and 'seed 0: -' in ex.point_html(data, c)     # the lost run can be opened too
     alone = ex.results_data([lost, *two[2:]])
     assert 'was not measured' in ex.results_says(alone, c) and ex.chart(ex.curve_chart(alone, c)).count('class="line') == 1
     assert not Page(ex.results_explorer([lost, *two[2:]])).open
+
+
+def test_models_that_learnt_little_are_marked(pages, records):
+    data = data_of(pages['results'])
+    weak = {r['name'] for r in records if r['final']['val_loss']['value'] >= r['final']['unigram_loss']}
+    for study in data['scales']['laptop']:
+        for row, drawn in zip(ex.rows_of(data, c := choices(data, study, 0)), ex.metric_forest(data, c)['rows']):
+            assert drawn['name'].endswith('†') == bool(weak & {ex.facts(data, n)['run'] for n in row['runs']})
+    assert ex.WEAK in ex.results_body('sce-x', data, choices(data, 'decay', 0)) and ex.WEAK not in ex.results_body('sce-x', data, choices(data, 'depth', 0))
 
 
 def at_tiny(records: list[dict]) -> list[dict]:
@@ -287,8 +407,8 @@ def test_scales_are_kept_apart(records):
     few = [r for r in records if r['seed'] == 0]
     data = ex.results_data(few + at_tiny(few) + [few[0] | dict(scale='own', name='own')])
     assert list(data['scales']) == ['laptop', 'tiny'] and list(data['scales']['tiny']) == ['depth'] and len(data['runs']) == len(few) + len(at_tiny(few)) + 1
-    runs = [n for row in data['scales']['tiny']['depth']['rows'] for n in row['runs']]
-    assert runs and all((data['common'] | data['runs'][n]['own'])['run'].startswith('tiny_') for n in runs)
+    runs = [n for row in ex.rows_of(data, dict(scale='tiny', study='depth')) for n in row['runs']]
+    assert runs and all(ex.facts(data, n)['run'].startswith('tiny_') for n in runs)
 
 
 def test_a_page_with_fewer_curves_is_smaller(records, pages):
@@ -297,9 +417,12 @@ def test_a_page_with_fewer_curves_is_smaller(records, pages):
 
 
 def test_equal_seeds_have_no_interval():
-    row = dict(label='L=2', runs=[0, 1], lost=0, found=[[.5, .5, .5, 2, 'seeds']])
-    data = dict(scales={'laptop': {'depth': dict(rows=[row])}}, metrics=dict(usefulness=['Usefulness', 'share of blocks', False]))
-    assert ex.results_says(data, dict(scale='laptop', study='depth', metric='usefulness', row=0)) == 'L=2: Usefulness 0.5, the same in all 2 seeds.'
+    data = dict(scales={'laptop': {'depth': dict(rows=[['L=2', 0]])}}, metrics=dict(usefulness=['Usefulness', 'share of blocks', False, True]),
+                runs=[dict(seed=s, values=[.5]) for s in (0, 1)], groups=[dict(runs=[0, 1], found=[[.5, .5, .5]])])
+    c = dict(scale='laptop', study='depth', metric='usefulness', row=0)
+    assert ex.results_says(data, c) == 'L=2: Usefulness 0.5, the same in all 2 seeds.'
+    data['groups'][0]['runs'] = [0]
+    assert ex.results_says(data, c) == 'L=2: Usefulness 0.5, one seed.'
 
 
 @pytest.mark.parametrize('which', ['variance', 'results', 'surgery'])
@@ -310,8 +433,17 @@ def test_a_planted_value_is_found(pages, which):
     for start, end in (says.span(1), re.search(r'<td>(\d[\d.]+)</td>', text).span(1)):
         planted = text[:start] + '7.77' + text[end:]
         assert ex.first_view_faults(planted) == [f'sce-{which}: the first view is not what the data inside give']
-    assert 'script' in ex.first_view_faults(text.replace('Math.sqrt', 'Math.cbrt'))[-1]
+    assert 'script' in ex.first_view_faults(text.replace('Math.max(...v)', 'Math.min(...v)'))[-1]
     assert ex.first_view_faults('') == ['there is no explorer in it']
+
+
+@pytest.mark.parametrize('which', ['variance', 'results', 'surgery'])
+def test_data_of_another_form_are_a_fault_and_no_crash(pages, which):
+    data = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', pages[which], re.S)
+    keys = dict(variance='points', results='metrics', surgery='tables')
+    old = {k: v for k, v in json.loads(data[1]).items() if k != 'groups'} | {keys[which]: {'causal': ['one']}}
+    text = pages[which][:data.start(1)] + ex.embed(old) + pages[which][data.end(1):]
+    assert ex.first_view_faults(text) == [f'sce-{which}: the data inside have not the present form']
 
 
 def test_nothing_to_show_is_an_error():
@@ -323,10 +455,13 @@ def test_nothing_to_show_is_an_error():
 def test_the_papers_numbers_keep_their_own_picture(pages):
     data = data_of(pages['results'])
     assert data['paper']['depth']['causal'] == [['L=12', .355], ['L=16', .336], ['L=24', .289], ['L=32', .259]]
-    c = dict(scale='laptop', study='decay', metric='final_variance', curve='variance_mean', row=0, run=0)
+    c = choices(data, 'decay', 0, metric='final_variance')
     paper = ex.paper_forest(data, c)
     assert paper['ghost'] and not paper['log'] and 'class="dot"' not in ex.forest(paper)    # a published 0 has no logarithm
     assert ex.paper_forest(data, c | dict(study='remedies')) is None
+    points = 100 * .4
+    share = ex.paper_forest(dict(paper={'ladder': {'accuracy': [['L=16', points]]}}, metrics=data['metrics']), c | dict(study='ladder', metric='accuracy'))
+    assert not share['share'] and ex.forest_axis(share)[1] > points                        # given in per cent
 
 
 def test_surgery_shows_what_the_scores_say(records):
@@ -384,8 +519,11 @@ def test_a_page_opens_from_disk_without_complaint(saved, which, theme, width):
         assert light(ground) == (theme == 'light') and light(text) != light(ground)
         mark = page.locator('.sce').evaluate("e => getComputedStyle(e).getPropertyValue('--a').trim()")
         assert mark == (ex.LIGHT if theme == 'light' else ex.DARK)['a']
-        small = page.evaluate("[...document.querySelectorAll('button, select, input[type=range]')].filter(e => e.offsetParent && e.getBoundingClientRect().height < 24).length")
-        assert small == 0, 'a control too small for a finger'
+        targets = page.evaluate('''[...document.querySelectorAll('button, select, summary, input[type=range], .point')].map(e => e.getBoundingClientRect())
+            .filter(b => b.width).map(b => Math.min(b.width, b.height))''')
+        assert min(targets) >= 24 and len(targets) > 4, 'a control too small for a finger'
+        stops = page.evaluate('''[...document.querySelectorAll('svg')].map(e => e.querySelectorAll('[tabindex="0"]').length)''')
+        assert max(stops) <= 1, 'a picture is more than one stop for the Tab key'
         page.locator('summary').first.click()
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
 
@@ -433,34 +571,134 @@ def test_sliders_of_the_first_explorer(saved, points):
         assert page.locator('.dot').count() == 33 + 32
 
 
-def test_results_by_keyboard(saved, pages, records):
-    data = data_of(pages['results'])
+class Results:
+    "The results explorer in a browser, beside what Python expects of it."
+    def __init__(self, page, data):
+        self.page, self.data, self.c = page, data, dict(data['first'])
+
+    def at(self, part): return self.page.locator(f'#sce-results-{part}')
+    def point(self, id): return self.page.locator(f'.point[data-point="{id}"]')
+    def focused(self): return self.page.evaluate('document.activeElement.dataset.point || document.activeElement.id')
+
+    def check(self, **changes):
+        self.c |= changes
+        data, c = self.data, self.c
+        assert in_page(ex.forest(ex.metric_forest(data, c)), svg_in(self.page, 'sce-results-metrics')), c
+        assert in_page(ex.chart(ex.curve_chart(data, c)), svg_in(self.page, 'sce-results-curves')), c
+        paper = ex.paper_forest(data, c)
+        assert in_page(ex.forest(paper), svg_in(self.page, 'sce-results-paper')) if paper else self.at('paper').inner_html() == ''
+        assert self.at('says').inner_text() == ex.results_says(data, c)
+        assert self.at('point').inner_text() == ex.point_says(data, c) and self.at('about-what').inner_text() == ex.point_title(data, c)
+        assert self.at('about').evaluate('e => e.innerHTML') == ex.point_html(data, c)
+        shown = {part: self.at(part).is_visible() for part in ('dial', 'version', 'row')}
+        d, label = data['scales'][c['scale']][c['study']]['dial'], ex.rows_of(data, c)[c['row']]['label']
+        assert shown == dict(dial=bool(d), version=bool(d) and len(d['versions']) > 1, row=not d)
+        if d: assert self.at('dial-out').inner_text() == self.at('dial').get_attribute('aria-valuetext') == label and c['row'] in d['rows'][int(self.at('dial').input_value())]
+        else: assert self.at('row').input_value() == str(c['row']) and self.at('row').locator('option:checked').inner_text() == label
+        if shown['version']: assert self.at('version').input_value() == str(c['version'])
+
+    def opened(self):
+        "Are the details of the point open, in view, and announced?"
+        fold = self.at('about-fold')
+        box, height = fold.bounding_box(), self.page.viewport_size['height']
+        return fold.get_attribute('open') is not None and box['y'] < height and box['y'] + box['height'] > 0 and self.at('point').get_attribute('aria-live') == 'polite'
+
+
+def test_controls_of_the_results(saved, pages):
     with open_page(saved['results'], 1000, 'light') as page:
-        at = lambda part: page.locator(f'#sce-results-{part}')
-        def check(c):
-            assert in_page(ex.forest(ex.metric_forest(data, c)), svg_in(page, 'sce-results-metrics')) and in_page(ex.chart(ex.curve_chart(data, c)), svg_in(page, 'sce-results-curves'))
-            assert at('says').inner_text() == ex.results_says(data, c)
-        c = dict(data['first'])
-        at('row').focus()
+        r = Results(page, data := data_of(pages['results']))
+        r.check()
+        r.at('dial').focus()
         page.keyboard.press('Home')
-        c |= dict(row=0, run=ex.rows_of(data, c)[0]['runs'][0])
-        check(c)
-        for study, metric, curve in (('decay', 'final_variance', 'train_loss'), ('context', 'val_loss', 'skip_loss_increase'), ('sources', 'accuracy', 'train_variance'), ('depth', 'usefulness', 'variance_mean')):
-            for part, value in dict(study=study, metric=metric, curve=curve).items(): at(part).select_option(value)
-            c |= dict(study=study, metric=metric, curve=curve, row=0)
-            c['run'] = ex.rows_of(data, c)[0]['runs'][0]
-            check(c)
-            paper = ex.paper_forest(data, c)
-            assert in_page(ex.forest(paper), svg_in(page, 'sce-results-paper')) if paper else at('paper').inner_html() == ''
-        ring = page.locator('#sce-results-metrics .seed').last
-        number = int(ring.get_attribute('data-run'))
-        ring.focus()
+        r.check(row=0, point='mean-0')
+        page.keyboard.press('ArrowRight')
+        r.check(row=1, point='mean-1')
+        for study, metric, curve in (('moe', 'final_variance', 'train_loss'), ('sources', 'accuracy', 'train_variance'), ('remedies', 'usefulness', 'variance_mean'), ('ladder', 'val_loss@common', 'train_loss')):
+            for part, value in dict(study=study, metric=metric, curve=curve).items(): r.at(part).select_option(value)
+            r.check(study=study, metric=metric, curve=curve, row=0, version=0, point='mean-0')
+            r.at('row').focus()
+            page.keyboard.press('ArrowDown')
+            r.check(row=1, point='mean-1')
+        for study in ('decay', 'context', 'gqa'):
+            rows, labels = data['scales']['laptop'][study]['dial']['rows'], [label for label, _ in data['scales']['laptop'][study]['rows']]
+            r.at('study').select_option(study)
+            r.check(study=study, row=0, version=0, point='mean-0')
+            r.at('version').select_option('1')
+            r.check(row=rows[labels.index(labels[0]) if study != 'context' else 1][1], version=1, point='mean-0')
+            r.at('dial').focus()
+            for key, position in (('End', len(rows) - 1), ('ArrowLeft', len(rows) - 2), ('Home', 0)):       # the version is kept, also where it is the plain run
+                page.keyboard.press(key)
+                r.check(row=rows[position][1], point=f'mean-{rows[position][1]}')
+        assert r.c['version'] == 1 and r.at('question').inner_text() == data['scales']['laptop']['gqa']['question']
+
+
+def test_every_point_opens_what_stands_behind_it_by_keyboard(saved, pages, records):
+    with open_page(saved['results'], 1000, 'light', height=500) as page:
+        r = Results(page, data := data_of(pages['results']))
+        r.at('dial').focus()
+        page.keyboard.press('Tab')
+        assert r.focused() == 'mean-3'                                                     # the open point is the stop of its picture
+        page.keyboard.press('Home')
+        assert r.focused() == 'mean-0' and r.at('about-fold').get_attribute('open') is None
+        runs = ex.rows_of(data, r.c)[0]['runs']
+        for key, id in (('ArrowRight', f'run-{runs[0]}'), ('ArrowRight', f'run-{runs[1]}'), ('ArrowDown', 'mean-1'), ('ArrowUp', 'mean-0'), ('ArrowLeft', 'mean-0'), ('ArrowRight', f'run-{runs[0]}')):
+            page.keyboard.press(key)
+            assert r.focused() == id and page.locator('#sce-results-metrics [tabindex="0"]').count() == 1
         page.keyboard.press('Enter')
-        r = next(r for r in records if r['name'] == (data['common'] | data['runs'][number]['own'])['run'])
-        assert r['name'] in at('run-name').inner_text() and page.evaluate('document.activeElement.dataset.run') == str(number)
-        cells = dict(zip(page.locator('#sce-results-run tbody th').all_text_contents(), page.locator('#sce-results-run tbody td').all_text_contents()))
-        assert cells['commit'] == str(r['provenance']['commit']) and cells['hardware'] == r['provenance']['hardware'] and cells['seed'] == str(r['seed'])
-        assert cells['model.n_layers'] == str(r['config']['model']['n_layers']) and at('row-out').inner_text() == f"L={r['config']['model']['n_layers']}"
+        r.check(row=0, point=f'run-{runs[0]}')
+        assert r.opened() and r.focused() == f'run-{runs[0]}'
+        record = next(x for x in records if x['name'] == ex.facts(data, runs[0])['run'])
+        cells = dict(zip(page.locator('#sce-results-about tbody th').all_text_contents(), page.locator('#sce-results-about tbody td').all_text_contents()))
+        assert cells['commit'] == str(record['provenance']['commit']) and cells['hardware'] == record['provenance']['hardware'] and cells['seed'] == str(record['seed'])
+        assert cells['model.n_layers'] == str(record['config']['model']['n_layers']) and record['name'] in r.at('point').inner_text()
+        page.keyboard.press('End')
+        page.keyboard.press('ArrowUp')
+        page.keyboard.press(' ')
+        r.check(row=3, point='mean-3')                                                     # a mean lists its runs
+        assert r.opened() and r.at('about').locator('button').count() == 3
+        r.at('about').locator('button').nth(1).focus()
+        page.keyboard.press('Enter')
+        r.check(point=f"run-{ex.rows_of(data, r.c)[3]['runs'][1]}")
+        assert r.opened() and r.focused() == 'sce-results-about-what'                      # the button is gone: the focus is on the fold
+        r.point('paper-0').focus()
+        page.keyboard.press('ArrowRight')
+        page.keyboard.press('Enter')
+        r.check(point='paper-1')
+        assert r.opened() and r.focused() == 'paper-1' and '0.336' in r.at('about').inner_text() and 'arXiv 2603.15389' in r.at('about').inner_text()
+        r.at('metric').select_option('val_loss')                                           # without published numbers
+        r.check(metric='val_loss', point='mean-3')
+
+
+@pytest.mark.parametrize('width', [360, 1100])
+def test_every_point_opens_what_stands_behind_it_by_pointer(saved, pages, width):
+    with open_page(saved['results'], width, 'light') as page:
+        r = Results(page, data := data_of(pages['results']))
+        r.at('study').select_option('decay')
+        r.c |= dict(study='decay', version=0)
+        for metric in ('usefulness', 'val_loss', 'final_variance'):                        # equal, close and different values
+            r.at('metric').select_option(metric)
+            r.c |= dict(metric=metric)
+            ids = page.locator('#sce-results-metrics .point').evaluate_all('all => all.map(p => p.dataset.point)')
+            assert len(ids) == 9 * 4
+            for id in [*ids[::5], ids[3]]:
+                middle = page.locator(f'.point[data-point="{id}"] .hit')
+                middle.scroll_into_view_if_needed()
+                box = middle.bounding_box()
+                page.mouse.click(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)  # whatever lies on top
+                kind, n = id.split('-')
+                row = int(n) if kind == 'mean' else next(i for i, x in enumerate(ex.rows_of(data, r.c)) if int(n) in x['runs'])
+                version = next(x.index(row) for x in data['scales']['laptop']['decay']['dial']['rows'] if row in x) if row else r.c['version']
+                r.check(row=row, version=version, point=id)
+                assert r.opened()
+            r.point(ids[0]).scroll_into_view_if_needed()
+            box = r.point(ids[0]).locator('.hit').bounding_box()
+            assert box['width'] >= 24 and box['height'] >= 24
+        page.mouse.click(box['x'] + 2 + box['width'] / 2, box['y'] + 3)                    # at the edge of the disc
+        r.check(row=0, version=r.c['version'], point='mean-0')
+        r.point('paper-2').scroll_into_view_if_needed()
+        r.point('paper-2').click()
+        r.check(point='paper-2')
+        assert r.opened()
 
 
 def test_surgery_by_keyboard_and_pointer(saved, pages):
@@ -503,6 +741,6 @@ def test_another_scale_can_be_chosen(records, tmp_path):
     with open_page(path, 1000, 'light') as page:
         page.locator('#sce-results-scale').select_option('tiny')
         assert page.locator('#sce-results-study option').all_text_contents() == ['depth']
-        c = data['first'] | dict(scale='tiny', study='depth', row=0, run=data['scales']['tiny']['depth']['rows'][0]['runs'][0])
+        c = data['first'] | dict(scale='tiny', study='depth', row=0, version=0, point='mean-0')
         assert page.locator('#sce-results-says').inner_text() == ex.results_says(data, c)
         assert in_page(ex.forest(ex.metric_forest(data, c)), svg_in(page, 'sce-results-metrics'))
