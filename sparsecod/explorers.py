@@ -809,7 +809,7 @@ def study_rows(
 # %% ../nbs/build/18_explorers.ipynb #edc93c3c
 KNOBS = dict.fromkeys(STUDIES, 'Setting') | dict(
     depth='Depth L', decay='Weight decay λ, as published', context='Context length T', gqa='Query heads per key/value head G',
-    moe='Gates', training='Training', remedies='Norm placement', ladder='Rung', sources='Source')
+    moe='Gates', training='Training', remedies='Norm placement', ladder='Rung', sources='Source', budget='Source')
 VERSIONS = dict(decay=('Decay falls on', {'': 'matrices', 'all': 'all parameters'}),
                 context=('Fixed for each step', {'': 'tokens', 'sequences fixed': 'sequences'}),
                 gqa=('Saved parameters', {'': 'left out', 'matched': 'given back'}))
@@ -1446,8 +1446,10 @@ def first_view_faults(
     if not (name and text): return ['there is no explorer in it']
     name, data = name[1], json.loads(text[1])
     c = data['first']
-    if 'points' in data: body, script = variance_body(name, c, data['points'], data['about']), VARIANCE_JS
-    elif 'tables' in data: body, script = surgery_body(name, data['tables'], **c), SURGERY_JS + SURGERY_PAGE_JS
-    else: body, script = results_body(name, data, c), RESULTS_JS + RESULTS_PAGE_JS
+    try:
+        if 'points' in data: body, script = variance_body(name, c, data['points'], data['about']), VARIANCE_JS
+        elif 'tables' in data: body, script = surgery_body(name, data['tables'], **c), SURGERY_JS + SURGERY_PAGE_JS
+        else: body, script = results_body(name, data, c), RESULTS_JS + RESULTS_PAGE_JS
+    except (KeyError, IndexError, TypeError, ValueError): return [f'{name}: the data inside have not the present form']
     parts = {'the first view is not what the data inside give': body, 'the script is not the present one': script}
     return [f'{name}: {fault}' for fault, part in parts.items() if part not in explorer]

@@ -554,6 +554,7 @@ def test_the_recorded_models_that_learnt_little_are_marked(root):
     records = load_results(root / 'results', 'laptop')
     for study in STUDIES:
         runs = explore.label_variants(study, records)
+        if not runs: continue                                                              # a study that nobody has run yet
         weak = {r['variant'] for r in runs if r['final']['val_loss'] and r['final']['val_loss']['value'] >= r['final']['unigram_loss']}
         marked = {row['variant'].removesuffix(' †') for row in cells(explore.study_table(study, records, ['val_loss'])) if row['variant'].endswith('†')}
         assert marked == weak, study
