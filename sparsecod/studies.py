@@ -736,7 +736,7 @@ def budget_setting(
 ) -> dict:            # changes by path
     "As for the single sources, with the scale's own budget of tokens."
     shared = source_setting(base) | {f'train.{name}': getattr(base.train, name) for name in ('steps', 'tokens_per_step')}
-    return shared | {'train.weight_decay': equivalent_decay(base.train, 0.1)}
+    return shared | {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
 
 def budget_variants(
     base: RunConfig,     # the study's configuration
