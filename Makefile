@@ -57,6 +57,7 @@ test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapte
 	$(BIN)/python tests/drift.py
 	@echo '== Do the exporting chapters run?'
 	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/build --do_print --timing
+	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/tools --do_print --timing
 	@echo '== Do the other pages run, and are their stored outputs true?'
 	$(ONE_CORE) $(BIN)/python tests/stored_outputs.py $(READ_BACK)
 	@echo '== Are the docs in order?'

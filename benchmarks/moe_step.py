@@ -92,7 +92,7 @@ def main():
         record = dict(sizes={name: getattr(a, name) for name in SIZES}, bar=BAR, results=results,
                       hardware=dict(processor=processor(), cores=os.cpu_count(), device='cpu'),
                       versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit())
-        a.json.write_text(json.dumps(record, indent=1) + '\n')
+        a.json.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -208,19 +208,19 @@ def in_process(a, task):
         sizes = [x for name in SIZES for x in (f"--{name.replace('_', '-')}", str(getattr(a, name)))]
         subprocess.run([sys.executable, __file__, *sizes, '--device', a.device, '--task', task, '--out', str(target)], check=True,
                        env=os.environ | {'OMP_NUM_THREADS': str(a.threads)})
-        return json.loads(target.read_text())
+        return json.loads(target.read_text(encoding='utf-8'))
 
 
 def commit():
     "The commit that was run, with a mark if files differ from it."
-    ask = lambda *args: subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    ask = lambda *args: subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True, encoding='utf-8').stdout.strip()
     return (ask('rev-parse', 'HEAD') or 'unknown') + (' with changes' if ask('status', '--porcelain', '--', '..') else '')
 
 
 def processor():
     "The name of the processor."
     info = Path('/proc/cpuinfo')
-    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    names = [line.split(':', 1)[1].strip() for line in info.read_text(encoding='utf-8').splitlines() if line.startswith('model name')] if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -243,7 +243,7 @@ def main():
     parser.add_argument('--task', choices=TASKS, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.task:
-        a.out.write_text(json.dumps(run_task(a)))
+        a.out.write_text(json.dumps(run_task(a)), encoding='utf-8')
         return
     results = {task: in_process(a, task) for task in TASKS if not (task == 'exact' and a.no_exact)}
     differences = {task: compare(results[task], results['obvious']) for task in results if task != 'obvious'}
@@ -261,7 +261,7 @@ def main():
                       largest_differences=differences, hardware=dict(processor=processor(), cores=os.cpu_count(),
                                                                       device=torch.cuda.get_device_name() if a.device.startswith('cuda') else a.device),
                       versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit())
-        a.out.write_text(json.dumps(record, indent=1) + '\n')
+        a.out.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -263,7 +263,7 @@ def find_folder(
                                              ignore_patterns=['*/*', 'consolidated*']))
         except (OSError, ValueError) as error:
             raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face Hub: {error}') from error
-    for place in (folder / 'model', folder):           # a training of ours keeps its model in `model`
+    for place in (folder / 'model', folder):           # a training of ours keeps its model in model
         if (place / 'config.json').is_file(): return place
     raise ValueError(f'{source} holds no model; looked for config.json in it and in its folder model')
 
@@ -293,7 +293,7 @@ def load_network(
     try: network, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True)
     except (OSError, ValueError) as error:
-        programs = 'auto_map' in json.loads((folder / 'config.json').read_text()) and not trust_remote_code
+        programs = 'auto_map' in json.loads((folder / 'config.json').read_text(encoding='utf-8')) and not trust_remote_code
         raise ValueError(f'{folder} cannot be opened as a causal language model of the transformers library: {str(error).splitlines()[0]}'
                          + ' (it comes with programs of its own, which run only with trust_remote_code=True)' * programs) from error
     if lacking := sorted(found['missing_keys']):
@@ -306,7 +306,7 @@ def load_model(
     trust_remote_code: bool = False,  # run programs that come with the model
 ) -> nn.Module:                       # in fp32 and evaluation mode
     "Load a saved model."
-    settings = json.loads((folder / 'config.json').read_text())
+    settings = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if settings.get('is_encoder_decoder'): raise ValueError(f'{folder} cannot be adapted: {ENCODER_DECODER}')
     check_weights(folder)
     if 'model_type' in settings: return load_network(folder, trust_remote_code)

@@ -159,8 +159,8 @@ def complete_seeds(
     study: str | Study,    # which study
     records: list[dict],   # of one scale
     base: RunConfig | None = None,         # None: the scale that the records name
-    needs: tuple[int, ...] | None = None,  # variants that are needed, see `Claim`
-) -> dict[int, list[dict]]:  # seed -> its runs in the order of the variants, or of `needs`
+    needs: tuple[int, ...] | None = None,  # variants that are needed, see Claim
+) -> dict[int, list[dict]]:  # seed -> its runs in the order of the variants, or of needs
     "The runs of every seed for which all needed variants are there and finished."
     study, groups = study_named(study), by_variant(study, records, base)
     if not groups: return {}
@@ -301,7 +301,7 @@ CLAIMS += [
 
 # %% ../nbs/build/13_claims.ipynb #b6ffe242
 def contrast(
-    metric: str,      # see `read_metric`
+    metric: str,      # see read_metric
     log: bool = False # binary logarithm of the ratio, instead of the difference
 ) -> Callable[[list[dict]], float | None]:  # from two runs of one seed to the contrast
     "Statistic: what changes from the first run to the second."
@@ -329,7 +329,7 @@ SOURCE_METRICS = ('final_variance', 'val_loss', 'usefulness', 'linear_loss_incre
 # %% ../nbs/build/13_claims.ipynb #58000168
 def claim_about(
     study: str,               # a key of STUDIES
-    metric: str,              # see `read_metric`
+    metric: str,              # see read_metric
     statement: str,           # what is claimed
     side: int,                # +1 if the metric is to rise from the first to the second variant, -1 if it is to fall
     needs: tuple[int, int],   # indices of the two variants
@@ -448,7 +448,7 @@ CLAIMS += source_claims('ladder', 'The whole recipe', (1, 8), dict(usefulness='0
 
 # %% ../nbs/build/13_claims.ipynb #4fe6ecd3
 def metric_correlation(
-    x: str,  # see `read_metric`
+    x: str,  # see read_metric
     y: str,  # another metric
 ) -> Callable[[list[dict]], float | None]:  # from the runs of one seed to the correlation
     "Statistic: Fisher's z of the rank correlation of two metrics across runs."
@@ -674,7 +674,7 @@ def ledger_cells(
     return row['verdict'], claim, row['published'] or '-', ours_text(row), statistic_text(row)
 
 def ledger_table(
-    rows: list[dict],         # from `ledger`
+    rows: list[dict],         # from ledger
     width: int | None = None, # characters in a line; None: the terminal's, 100 to 160
 ) -> str:
     "The ledger as a table for the terminal, and a line that counts the verdicts."
@@ -692,7 +692,7 @@ def ledger_table(
 
 # %% ../nbs/build/13_claims.ipynb #9d903a83
 def verdict_counts(
-    rows: list[dict],  # from `ledger`
+    rows: list[dict],  # from ledger
 ) -> str:
     "How many rows got which verdict: the paper's claims, our controls, and the sums."
     kind = lambda row: 'sums' if row['study'] is None else 'our controls' if row['control'] else "the paper's claims"
@@ -701,7 +701,7 @@ def verdict_counts(
     return '; '.join(f'{name}: ' + ', '.join(f'{n} {v}' for v, n in c.items() if n or name != 'sums') for name, c in found.items())
 
 def ledger_markdown(
-    rows: list[dict],  # from `ledger`
+    rows: list[dict],  # from ledger
 ) -> str:
     "The ledger as a Markdown table."
     table = [(*HEADS, 'rule'), ('---',) * 6, *((*ledger_cells(row), row['rule']) for row in rows)]
@@ -716,14 +716,14 @@ HEADLINES = ('depth-final-variance', 'depth-causal', 'depth-permutation', 'depth
              'theory-proportional', 'theory-relative-growth')
 
 def headlines(
-    rows: list[dict],  # from `ledger`, of all studies
+    rows: list[dict],  # from ledger, of all studies
 ) -> list[dict]:       # the rows named in HEADLINES, in that order
     "The rows that carry the argument."
     by_id = {row['id']: row for row in rows}
     return [by_id[name] for name in HEADLINES]
 
 def short_markdown(
-    rows: list[dict],  # from `ledger` or `headlines`
+    rows: list[dict],  # from ledger or headlines
 ) -> str:              # Markdown
     "Verdict, claim and statistic, without the published numbers and ours by variant."
     statistic = lambda row: f"{row['rule'].split('; confirmed')[0]}: {statistic_text(row)}" if row['study'] else f"{ours_text(row)} (arithmetic)"

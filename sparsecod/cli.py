@@ -209,7 +209,7 @@ def training_folder(
 ) -> Path:         # of the training, if there is one
     "The folder that knows how a model was trained; a training that diverged has no scores."
     if folder.name == 'model' and (folder.parent / 'run.json').exists(): folder = folder.parent
-    if (folder / 'result.json').exists() and json.loads((folder / 'result.json').read_text()).get('status') == 'diverged':
+    if (folder / 'result.json').exists() and json.loads((folder / 'result.json').read_text(encoding='utf-8')).get('status') == 'diverged':
         raise ValueError(f'{folder} holds a training that diverged: there is nothing to score')
     return folder
 
@@ -249,7 +249,7 @@ def own_subject(
     "A model of ours: as its training says, with what was asked to be different."
     from sparsecod.data import DataConfig
     from sparsecod.studies import SCALES, RunConfig, vary
-    if (folder / 'run.json').exists(): config = RunConfig.from_json((folder / 'run.json').read_text())
+    if (folder / 'run.json').exists(): config = RunConfig.from_json((folder / 'run.json').read_text(encoding='utf-8'))
     else:
         print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is trained, '
               "so the scores are of that text and not of the model's own", file=sys.stderr)
@@ -280,7 +280,7 @@ def stock_subject(
 
 # %% ../nbs/build/17_cli.ipynb #44690221
 def find_subject(
-    args,     # of a command with `add_model`
+    args,     # of a command with add_model
 ) -> Subject:
     "Open the model of a command."
     check_device(args.device)
@@ -344,7 +344,7 @@ def write_scores(
     from sparsecod.page import score_table, write_page
     from sparsecod.scores import write_whole
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1)))
+    write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
     page = target.with_suffix('.html')
     name = subject.about.get('model') or subject.folder.name
     write_page(page, result, title=Path(name).name if Path(name).exists() else name, about=page_facts(subject, result), sparsity=result.get('sparsity'))
@@ -435,7 +435,7 @@ def add_eval(
 
 # %% ../nbs/build/17_cli.ipynb #34537f14
 def result_lines(
-    rows: list[dict],  # from `sparsecod.cloze.result_rows`
+    rows: list[dict],  # from sparsecod.cloze.result_rows
 ) -> list[str]:
     "Results as a table."
     lines = [f"{'task':24s} {'metric':16s} {'value':>8s}   {'95 % interval':18s} {'stderr':>8s} {'chance':>8s} {'n':>7s}"]
@@ -460,7 +460,7 @@ def do_eval(
     target = Path(args.out or subject.folder / 'eval.json')
     target.parent.mkdir(parents=True, exist_ok=True)
     about = subject.about | dict(corpus=corpus.fingerprint if corpus else None, tasks=args.tasks, questions=len(questions or []))
-    target.write_text(json.dumps(about | found, indent=1))
+    target.write_text(json.dumps(about | found, indent=1), encoding='utf-8')
     print('\n'.join([*result_lines(found['results']), f'written to {target}']))
     return 0
 
@@ -484,7 +484,7 @@ def do_export(
 ) -> int:    # exit code
     "Export a model."
     from sparsecod.exchange import export_folder
-    record = json.loads(Path(args.record).read_text()) if args.record else None
+    record = json.loads(Path(args.record).read_text(encoding='utf-8')) if args.record else None
     print(f'written to {export_folder(args.folder, args.out, args.format, args.overwrite, record)}')
     return 0
 

@@ -171,7 +171,7 @@ def token_scores(
     tokens: Tensor,      # padded on the right, (B, T)
     picked: Tensor,      # where the next token is scored, bool, (B, T)
     targets: Tensor,     # the next tokens at these places, (M,)
-) -> Tensor:             # as `read_off`, (M, 2)
+) -> Tensor:             # as read_off, (M, 2)
     "Scores of some of the tokens in a batch."
     h = model.run(model.embed(tokens))[picked]                                              # (M, D)
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
@@ -193,7 +193,7 @@ def batches(
 
 # %% ../nbs/build/10_cloze.ipynb #ac323a5b
 def pad_batch(
-    parts: list[tuple[list[int], int]],  # from `pieces`
+    parts: list[tuple[list[int], int]],  # from pieces
 ) -> tuple[Tensor, Tensor, Tensor]:      # tokens (B, T), where the next token is scored (B, T), and these next tokens (M,)
     "Pieces side by side, padded on the right."
     tokens = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in parts], batch_first=True)   # (B, T)
@@ -203,8 +203,8 @@ def pad_batch(
 
 # %% ../nbs/build/10_cloze.ipynb #0c8e0092
 def continuation_scores(
-    score: Callable,             # as `token_scores` without its first argument
-    texts: list[tuple[list[int], int]],  # from `encode_pairs`
+    score: Callable,             # as token_scores without its first argument
+    texts: list[tuple[list[int], int]],  # from encode_pairs
     T: int,                      # positions that the model reads at once
     batch_tokens: int = 2 ** 14, # tokens a forward pass
     device='cpu',                # where to compute
@@ -235,9 +235,9 @@ def reading(
 # %% ../nbs/build/10_cloze.ipynb #f0b88c7b
 def score_texts(
     model: Transformer,          # left as it was
-    texts: list[tuple[list[int], int]],  # from `encode_pairs`
+    texts: list[tuple[list[int], int]],  # from encode_pairs
     batch_tokens: int = 2 ** 14, # tokens a forward pass
-) -> Tensor:                     # as `continuation_scores`, (N, 2)
+) -> Tensor:                     # as continuation_scores, (N, 2)
     "Score the continuation of every text with a model."
     with reading(model) as reader:
         return continuation_scores(partial(token_scores, reader), texts, model.config.context_length, batch_tokens,
@@ -471,7 +471,7 @@ def evaluate_tasks(
     batch_tokens: int = 2 ** 14,              # tokens a forward pass
     samples: bool = False,                    # also return lm-eval's protocol, question by question
     progress: bool = False,                   # let lm-eval show what it does
-) -> dict:                                    # 'results': see `result_rows`; 'lm_eval': its version; 'limit'; 'samples'
+) -> dict:                                    # 'results': see result_rows; 'lm_eval': its version; 'limit'; 'samples'
     "Evaluate a model with lm-eval."
     if 'cloze' in tasks and not questions: raise ValueError("the task 'cloze' needs questions; make_questions makes some")
     lm = lm_eval_model(model, tokenizer, batch_tokens)

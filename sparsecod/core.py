@@ -361,7 +361,7 @@ class Transformer(StackWithHead, HubModel):
     def forward(self,
         tokens: Tensor,                  # (B, T)
         targets: Tensor | None = None,   # next tokens, (B, T)
-        watch: Callable[[int, BlockOutput], None] | None = None,  # see `Stack.run`
+        watch: Callable[[int, BlockOutput], None] | None = None,  # see Stack.run
     ) -> Tensor:                         # logits (B, T, V); with targets, the mean loss to train on (a scalar)
         "Logits, or the mean cross-entropy plus the auxiliary losses of a mixture of experts."
         extra = []

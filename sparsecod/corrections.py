@@ -61,7 +61,7 @@ def over_models(
     return found['value'], found['low'], found['high']
 
 def combine(
-    rows: list[dict],  # from `row`, of several models
+    rows: list[dict],  # from row, of several models
 ) -> list[dict]:       # one a quantity: mean, low and high of both numbers and of their ratio; n models
     "Quantities over seeds."
     found = []
@@ -75,7 +75,7 @@ def combine(
 
 # %% ../nbs/beyond/02_corrections.ipynb #4c48d970
 def ratio_text(
-    found: tuple[float, float, float],  # from `combine`
+    found: tuple[float, float, float],  # from combine
 ) -> str:
     "A factor with its interval; more digits near 1."
     value, low, high = found
@@ -143,7 +143,7 @@ def states(
     return found
 
 def differences(
-    found: list[Tensor],  # from `states`
+    found: list[Tensor],  # from states
 ) -> list[Tensor]:        # updates, each (B, T, D)
     "Updates as differences of consecutive states."
     return [b - a for a, b in zip(found, found[1:])]
@@ -233,7 +233,7 @@ def per_seed(
     study: str,           # a key of STUDIES
     records: list[dict],  # of one scale
     read: dict[str, str], # name -> label of a variant
-    metric: str,          # see `read_metric`
+    metric: str,          # see read_metric
 ) -> list[dict[str, float]]:  # for each seed that has all variants, name -> number
     "The same metric of several variants, seed by seed."
     groups = by_variant(study, records)
@@ -362,7 +362,7 @@ def chosen_scores(
     model: Transformer,   # in eval mode, fp32
     windows: Tensor,      # sequences to choose from, (N, T + 1)
     fit_windows: Tensor,  # other sequences, to fit the affine maps on
-    weights: Tensor,      # from `choices`, (R, N)
+    weights: Tensor,      # from choices, (R, N)
     batch_size: int = 16, # sequences in memory at once
 ) -> dict[str, Tensor]:   # scalar scores of each choice, (R,)
     "Scores on many choices of sequences from one measurement."
@@ -394,7 +394,7 @@ MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal s
 
 def ordered(
     rows: list[dict],  # of all traps
-) -> list[dict]:       # from `combine`, largest effect first
+) -> list[dict]:       # from combine, largest effect first
     "The main quantity of each trap, by effect."
     main = [c for c in combine(rows) if MAIN[c['trap']] == c['quantity']]
     return sorted(main, key=lambda c: -abs(math.log(c['ratio'][0])) if c['ratio'][0] > 0 else 1.0)
@@ -520,7 +520,7 @@ def corrections(
     n_pool: int = 96,     # further ones, to choose from in trap 11
     n_loss: int = 512,    # for losses
     seed: int = 0,        # of the choice of sequences
-) -> list[dict]:          # from `row`; traps 6, 8 and 9 need records of trained runs and are not among them
+) -> list[dict]:          # from row; traps 6, 8 and 9 need records of trained runs and are not among them
     "Every trap's numbers before and after, on one model."
     T = model.config.context_length
     windows, fit_windows, pool = corpus.sample_windows('val', n_sequences + n_fit + n_pool, T, seed).split([n_sequences, n_fit, n_pool])

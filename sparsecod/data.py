@@ -133,7 +133,7 @@ def load_tokenizer(
             f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, "
             f"or a name that can be fetched from the Hugging Face Hub: {error}"
         ) from error
-    settings = json.loads(settings_file.read_text()) if settings_file and settings_file.is_file() else {}
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file and settings_file.is_file() else {}
     return Tokenizer(backend, eos_token or find_eos(backend, settings, name))
 
 # %% ../nbs/build/04_data.ipynb #dce261fb
@@ -842,7 +842,7 @@ def find_corpus(
 ) -> Corpus | None:
     "The stored corpus of a request, None if it has to be built."
     try:
-        fingerprint = json.loads((cache / "requests" / f"{request}.json").read_text())["fingerprint"]
+        fingerprint = json.loads((cache / "requests" / f"{request}.json").read_text(encoding="utf-8"))["fingerprint"]
         return Corpus(cache / "corpora" / fingerprint)
     except DamagedEntry as error:
         if warn:
@@ -891,7 +891,7 @@ def build(
         shutil.rmtree(folder, ignore_errors=True)
     note = cache / "requests" / f"{request}.json"
     note.parent.mkdir(exist_ok=True)
-    note.with_suffix(".tmp").write_text(json.dumps({"fingerprint": meta["fingerprint"], "config": config.to_dict()}))
+    note.with_suffix(".tmp").write_text(json.dumps({"fingerprint": meta["fingerprint"], "config": config.to_dict()}), encoding="utf-8")
     os.replace(note.with_suffix(".tmp"), note)
     return Corpus(cache / "corpora" / meta["fingerprint"])
 
@@ -930,7 +930,7 @@ def wait_for(
 # %% ../nbs/build/04_data.ipynb #fb63f546
 def prepare(
     config: DataConfig = DataConfig(),    # what the corpus is made of
-    cache_dir: str | Path | None = None,  # None: see `cache_folder`
+    cache_dir: str | Path | None = None,  # None: see cache_folder
     progress: bool = True,                # show a bar while building
 ) -> Corpus:
     "The corpus of a config: found in the cache, or built and put there."

@@ -87,7 +87,7 @@ CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi
                qwen2_moe='Qwen2MoeForCausalLM', glm4='Glm4ForCausalLM')  # model_type: class
 
 def stock_family(
-    config: ModelConfig,  # of a `Transformer`
+    config: ModelConfig,  # of a Transformer
 ) -> str:                 # a key of CLASSES
     "The stock class that computes the same function, by its model_type."
     E = config.n_experts
@@ -100,7 +100,7 @@ def stock_family(
 
 # %% ../nbs/build/16_exchange.ipynb #b77c5afc
 def stock_config(
-    config: ModelConfig,         # of a `Transformer`
+    config: ModelConfig,         # of a Transformer
     eos_id: int | None = None,   # the token that ends a text, if known
 ):                               # a transformers configuration
     "Our configuration in the words of the stock class."
@@ -123,7 +123,7 @@ def stock_config(
 
 # %% ../nbs/build/16_exchange.ipynb #6236ea81
 def stock_experts(
-    block: dict[str, Tensor],  # our weights of one block, names without `blocks.l.`
+    block: dict[str, Tensor],  # our weights of one block, names without blocks.l.
     config: ModelConfig,       # of a mixture of experts
 ) -> dict[str, Tensor]:        # the weights that are not merely renamed
     "Routed experts, and the shared expert, as the stock classes hold them."
@@ -138,10 +138,10 @@ def stock_experts(
 
 # %% ../nbs/build/16_exchange.ipynb #66ee1394
 def stock_block(
-    block: dict[str, Tensor],  # our weights of one block, names without `blocks.l.`
+    block: dict[str, Tensor],  # our weights of one block, names without blocks.l.
     config: ModelConfig,       # of the model
     l: int,                    # the block's number, 1..L
-) -> dict[str, Tensor]:        # names without `model.layers.{l-1}.`
+) -> dict[str, Tensor]:        # names without model.layers.{l-1}.
     "The weights of one block as the stock class holds them."
     made = {RENAMED[name]: weight for name, weight in block.items() if name in RENAMED}
     if config.norm == 'layernorm_scaling':
@@ -162,7 +162,7 @@ def within(
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 def stock_weights(
-    model: Transformer,      # any model that `stock_family` allows
+    model: Transformer,      # any model that stock_family allows
 ) -> dict[str, Tensor]:      # state dictionary of the stock model
     "All weights as the stock class holds them."
     state = {name: weight.detach() for name, weight in model.state_dict().items()}
@@ -240,7 +240,7 @@ def check_settings(
 # %% ../nbs/build/16_exchange.ipynb #90a36386
 def own_config(
     config,          # a transformers configuration
-) -> ModelConfig:    # of the `Transformer` with the same function
+) -> ModelConfig:    # of the Transformer with the same function
     "A stock configuration in our words; a ValueError if it is another function."
     check_family(config), check_settings(config)
     c, family = config, config.model_type
@@ -259,7 +259,7 @@ def own_config(
 def own_experts(
     block: dict[str, Tensor],  # stock weights of one block; those used are taken out
     config: ModelConfig,       # of our model
-) -> dict[str, Tensor]:        # our names without `blocks.l.`
+) -> dict[str, Tensor]:        # our names without blocks.l.
     "Routed and shared experts as our layer holds them."
     routed, shared = expert_factors(config)
     gate, up = block.pop('mlp.experts.gate_up_proj').transpose(1, 2).chunk(2, -1)                # two of (E, D, F)
@@ -290,7 +290,7 @@ def split_projections(
 def own_block(
     block: dict[str, Tensor],  # stock weights of one block; those used are taken out
     config: ModelConfig,       # of our model
-) -> dict[str, Tensor]:        # our names without `blocks.l.`
+) -> dict[str, Tensor]:        # our names without blocks.l.
     "The weights of one block as our block holds them."
     split_projections(block, config)
     if config.norm == 'peri_ln':
@@ -409,7 +409,7 @@ def read_json(
 
 def record_facts(
     record: dict,  # of a run, or scores by themselves
-) -> dict:         # keys as in `run_facts`
+) -> dict:         # keys as in run_facts
     "What a record or a file of scores says about a model."
     config, provenance = record.get('config') or {}, record.get('provenance') or {}
     scores = record.get('scores', record)  # a whole record, or scores by themselves
@@ -455,7 +455,7 @@ def run_facts(
 
 # %% ../nbs/build/16_exchange.ipynb #0e620840
 def public_name(
-    name: str,  # `source` or `tokenizer` of a run's data
+    name: str,  # source or tokenizer of a run's data
 ) -> str:       # the same, unless it is a place on this machine
     "Name a source without telling where it lies on a disk."
     if name in ('stdlib', 'site', 'texts', 'bpe', *ALIASES): return name
@@ -495,7 +495,7 @@ def code_of(
     return f'{commit}, with changes that were not committed' if commit and dirty else commit
 
 def training_rows(
-    facts: dict,   # from `run_facts`
+    facts: dict,   # from run_facts
 ) -> list[tuple]:  # what, and its value; None where it is not recorded
     "All that is known about how a model was trained."
     data, train, provenance = (facts.get(name) or {} for name in ('data', 'train', 'provenance'))
@@ -510,7 +510,7 @@ def training_rows(
 
 # %% ../nbs/build/16_exchange.ipynb #80c4a203
 def training_text(
-    facts: dict,  # from `run_facts`
+    facts: dict,  # from run_facts
 ) -> str:
     "How the model was trained, as far as that is known."
     if not facts.get('train') and not facts.get('tokens'): return 'How these weights were trained is not recorded here.'
@@ -525,7 +525,7 @@ SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token', final_varianc
 NEVER_MEASURED = ('bias, toxicity or safety of what the model writes', 'loss on text unlike that of its corpus')
 
 def measured(
-    facts: dict,  # from `run_facts`
+    facts: dict,  # from run_facts
 ) -> dict:        # name: value, low, high
     "The scores, with the final loss among them; without those that have no value."
     final = facts.get('final') or {}
@@ -534,7 +534,7 @@ def measured(
 
 # %% ../nbs/build/16_exchange.ipynb #ff652641
 def answers_text(
-    facts: dict,  # from `run_facts`
+    facts: dict,  # from run_facts
 ) -> list[str]:   # none if no questions were asked
     "How many questions were answered rightly."
     number = lambda x: '-' if x is None else f'{x:.4g}'
@@ -544,7 +544,7 @@ def answers_text(
 
 # %% ../nbs/build/16_exchange.ipynb #7bcf102a
 def not_measured(
-    facts: dict,  # from `run_facts`
+    facts: dict,  # from run_facts
 ) -> list[str]:
     "What a reader might look for on the card and must not take for granted."
     found, asked = measured(facts), {r['task'] for r in facts.get('tasks') or ()}
@@ -555,7 +555,7 @@ def not_measured(
 
 # %% ../nbs/build/16_exchange.ipynb #8660e4ea
 def scores_text(
-    facts: dict,  # from `run_facts`
+    facts: dict,  # from run_facts
 ) -> str:
     "What was measured, and what was not."
     number, words = lambda x: '-' if x is None else f'{x:.4g}', SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token')
@@ -569,7 +569,7 @@ def scores_text(
 def card_data(
     name: str,             # of the model
     library: str,          # 'transformers' or 'sparsecod'
-    facts: dict,           # from `run_facts`
+    facts: dict,           # from run_facts
     license: str | None,   # such as 'apache-2.0'; None: not stated
 ):                         # a huggingface_hub.ModelCardData
     "The head of the card."
@@ -583,7 +583,7 @@ def card_data(
 # %% ../nbs/build/16_exchange.ipynb #b8b72fcb
 def model_card(
     config: ModelConfig,            # of the model
-    facts: dict | None = None,      # from `run_facts`; None: nothing is known
+    facts: dict | None = None,      # from run_facts; None: nothing is known
     library: str = 'sparsecod',     # what opens the folder: 'transformers' or 'sparsecod'
     name: str = 'A sparsecod model',# title
     license: str | None = None,     # such as 'apache-2.0'; None: not stated
@@ -621,7 +621,7 @@ def is_as_trained(
 
 def known_facts(
     model: Transformer,  # any
-) -> dict:               # keys as in `run_facts`; empty if nothing is known
+) -> dict:               # keys as in run_facts; empty if nothing is known
     "What the folder of a model's training says, while the weights are those in it."
     folder = getattr(model, 'trained_in', None)
     return run_facts(folder, find_record(folder)) if folder is not None and is_as_trained(model, folder) else {}
@@ -629,8 +629,8 @@ def known_facts(
 # %% ../nbs/build/16_exchange.ipynb #7fbc7936
 def generate_model_card(
     self,                       # a Transformer
-    facts: dict | None = None,  # from `run_facts`; None: what is known of its training
-    **fields,                   # further arguments of `model_card`
+    facts: dict | None = None,  # from run_facts; None: what is known of its training
+    **fields,                   # further arguments of model_card
 ):
     "The README.md of a model that is saved or shared."
     return model_card(self.config, known_facts(self) if facts is None else facts, **fields)
@@ -666,18 +666,18 @@ def check_target(
 # %% ../nbs/build/16_exchange.ipynb #c5dcc31e
 def write_tokenizer(
     tokenizer: Tokenizer,  # of the model
-    folder: Path,          # where `load_tokenizer` shall find it
+    folder: Path,          # where load_tokenizer shall find it
 ):
     "Write `tokenizer.json`, and the token that ends a text."
     (folder / 'tokenizer.json').write_text(tokenizer.backend.to_str(), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)))
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)), encoding='utf-8')
 
 # %% ../nbs/build/16_exchange.ipynb #c3ce30ee
 def export_model(
     model: Transformer,                  # left as it was
     out: str | Path,                     # the folder to make
     tokenizer: Tokenizer | None = None,  # of the model
-    facts: dict | None = None,           # for the card, from `run_facts`; None: what is known of its training
+    facts: dict | None = None,           # for the card, from run_facts; None: what is known of its training
     format: str = 'hf',                  # one of FORMATS
     overwrite: bool = False,             # whether a model there may be replaced
     license: str | None = None,          # for the card, such as 'apache-2.0'
@@ -712,7 +712,7 @@ def open_training(
 
 # %% ../nbs/build/16_exchange.ipynb #7e6b3481
 def open_saved(
-    folder: Path,    # of a training, of a saved `Transformer`, or of a transformers checkpoint
+    folder: Path,    # of a training, of a saved Transformer, or of a transformers checkpoint
     format: str,     # what it is to become, one of FORMATS
 ) -> tuple[Transformer, Tokenizer | None]:
     "The model in a folder, and its tokenizer."
@@ -729,7 +729,7 @@ def open_saved(
 
 # %% ../nbs/build/16_exchange.ipynb #5fa02d9d
 def export_folder(
-    folder: str | Path,          # of a training, of a saved `Transformer`, or of a transformers checkpoint
+    folder: str | Path,          # of a training, of a saved Transformer, or of a transformers checkpoint
     out: str | Path,             # the folder to make
     format: str = 'hf',          # one of FORMATS
     overwrite: bool = False,     # whether a model there may be replaced
@@ -748,7 +748,7 @@ def export_folder(
 
 # %% ../nbs/build/16_exchange.ipynb #c59f2eb0
 def push_folder(
-    folder: str | Path,        # written by `export_model` or `export_folder`
+    folder: str | Path,        # written by export_model or export_folder
     repo_id: str,              # 'user/name'
     private: bool = True,      # whether a new repository is private
     token: str | None = None,  # None: the one that was logged in with

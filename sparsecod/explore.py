@@ -223,7 +223,7 @@ def profile(
 # %% ../nbs/build/14_explore.ipynb #b53c629d
 def layer_series(
     records: list[dict],  # of runs
-    name: str,            # see `profile`
+    name: str,            # see profile
     by: str = DEPTH,      # the field that tells the lines apart
 ) -> dict:                # setting -> Series over layers
     "Values against layer, one series a setting."
@@ -469,7 +469,7 @@ def metric_text(
     return title + (' (evaluated at a common length)' if T == 'common' else f' (evaluated at T = {T})' if T else ''), axis
 
 def is_share(
-    name: str,  # see `metric_text`
+    name: str,  # see metric_text
 ) -> bool:
     "Does this metric lie between 0 and 1 by what it is?"
     return metric_text(name)[1].startswith('share of')
@@ -501,7 +501,7 @@ def spread(
 
 # %% ../nbs/build/14_explore.ipynb #a279d742
 def seeds_text(
-    found: dict,   # from `estimates`
+    found: dict,   # from estimates
 ) -> str:          # such as "3 seeds"
     "How many seeds stand behind an estimate."
     n = sorted({e['n'] for e in found.values()})
@@ -526,7 +526,7 @@ def fit_limits(
 
 # %% ../nbs/build/14_explore.ipynb #583cc92d
 def cut_share(
-    found: dict,   # from `estimates`
+    found: dict,   # from estimates
     name: str,     # of the metric
     ax,            # axes whose label says so if an interval is cut
 ) -> dict:         # the same with ends that can be drawn
@@ -539,7 +539,7 @@ def cut_share(
 # %% ../nbs/build/14_explore.ipynb #ad359ca8
 def plot_points(
     ax,                   # axes to draw on
-    found: dict,          # from `estimates`
+    found: dict,          # from estimates
     places: dict,         # setting -> position on the x axis
     **style,              # of the line
 ):
@@ -926,7 +926,7 @@ def published_table(
 
 # %% ../nbs/build/14_explore.ipynb #2b2b017e
 def verdict_text(
-    row: dict,   # from `claims.ledger`
+    row: dict,   # from claims.ledger
 ) -> str:
     "One row of the ledger as a sentence."
     s, claim = row['statistic'], row['statement']
@@ -969,7 +969,7 @@ def interval_note(
 
 def not_run(
     study: str | Study,    # which study
-    runs: list[dict],      # from `label_variants`
+    runs: list[dict],      # from label_variants
     base: RunConfig | None = None,  # None: the scale that the records name
 ) -> list[str]:            # labels
     "The variants of a study that have no record."
@@ -986,7 +986,7 @@ def learnt_little(
 
 # %% ../nbs/build/14_explore.ipynb #687cb1bf
 def dagger(
-    runs: list[dict],    # from `label_variants`
+    runs: list[dict],    # from label_variants
 ) -> tuple[dict, str]:   # variant -> its title, marked if one of its runs has learnt little; and a sentence, empty if none has
     "Mark models that have learnt less than token frequencies."
     groups = by_setting(runs, VARIANT)
@@ -1001,7 +1001,7 @@ def dagger(
 
 # %% ../nbs/build/14_explore.ipynb #acb429a4
 def study_cells(
-    runs: list[dict],    # from `label_variants`
+    runs: list[dict],    # from label_variants
     names: list[str],    # of metrics
 ) -> tuple[dict, dict, str]:   # variant -> column title -> cell; variant -> its title; and a note
     "The cells of a table of variants."
@@ -1018,7 +1018,7 @@ def study_cells(
 def study_table(
     study: str | Study,    # which study
     records: list[dict],   # of one scale
-    names: list[str],      # of metrics, see `metric_text`
+    names: list[str],      # of metrics, see metric_text
     base: RunConfig | None = None,  # None: the scale that the records name
 ) -> str:                  # Markdown
     "Estimates with intervals over seeds, a row a variant."
@@ -1102,7 +1102,7 @@ def plot_study(
 
 # %% ../nbs/build/14_explore.ipynb #7821b82d
 def seed_changes(
-    runs: list[dict],     # from `label_variants`
+    runs: list[dict],     # from label_variants
     name: str,            # of a metric
     against: str,         # the variant to compare with
 ) -> dict[str, dict]:     # every other variant -> value, low, high, n, by_seed, runs and diverged
@@ -1120,14 +1120,14 @@ def seed_changes(
 
 # %% ../nbs/build/14_explore.ipynb #d4357973
 def change_text(
-    c: dict,   # from `seed_changes`
+    c: dict,   # from seed_changes
 ) -> str:      # empty if all is well
     "What is missing from a change."
     if c['diverged']: return 'diverged' if c['diverged'] == c['runs'] else f"{c['diverged']} of {c['runs']} diverged"
     return '' if c['n'] else 'not measured'
 
 def clears_zero(
-    c: dict,   # from `seed_changes`
+    c: dict,   # from seed_changes
 ) -> bool:
     "Does the interval lie wholly on one side of zero?"
     return c['n'] > 1 and (c['low'] > 0 or c['high'] < 0)
@@ -1136,7 +1136,7 @@ def clears_zero(
 def draw_change(
     ax,         # axes to draw on
     y: float,   # where
-    c: dict,    # from `seed_changes`
+    c: dict,    # from seed_changes
 ):
     "One row of a forest plot."
     color = OKABE_ITO[0]
@@ -1149,7 +1149,7 @@ def draw_change(
 # %% ../nbs/build/14_explore.ipynb #5efb3b86
 def fit_width(
     ax,            # axes of a forest plot
-    found: dict,   # from `seed_changes`
+    found: dict,   # from seed_changes
 ):
     "Show zero, all seeds, and intervals as far as they are not many times longer."
     seeds = [0, *(x for c in found.values() for x in c['by_seed'].values())]
@@ -1163,7 +1163,7 @@ def fit_width(
 @styled
 def draw_changes(
     ax,                  # axes to draw on
-    runs: list[dict],    # from `label_variants`
+    runs: list[dict],    # from label_variants
     name: str,           # of a metric
     against: str,        # the variant to compare with
 ):
@@ -1230,7 +1230,7 @@ def changes_table(
 @styled
 def draw_scatter(
     ax,                  # axes to draw on
-    runs: list[dict],    # from `label_variants`
+    runs: list[dict],    # from label_variants
     x: str,              # a metric
     y: str,              # another
 ):
@@ -1294,7 +1294,7 @@ def length_series(
 # %% ../nbs/build/14_explore.ipynb #71ac4889
 @styled
 def plot_lengths(
-    records: list[dict],  # of runs; from `label_variants` for by='variant'
+    records: list[dict],  # of runs; from label_variants for by='variant'
     name: str,            # a metric that was evaluated at several lengths, such as 'val_loss'
     by: str = VARIANT,    # the field that tells the lines apart
     ax=None,              # axes to draw on; None: a new figure
@@ -1402,7 +1402,7 @@ def loss_panel(records: list[dict], by: str) -> Panel:
 # %% ../nbs/build/14_explore.ipynb #06c98d2e
 def describe_score(
     name: str,        # a key of METRICS
-    found: dict,      # from `estimates`
+    found: dict,      # from estimates
     by: str = DEPTH,  # the setting's field
 ) -> str:
     "Points with intervals in words."
@@ -1557,7 +1557,7 @@ def panel_html(
 
 # %% ../nbs/build/14_explore.ipynb #5553b08b
 def ledger_html(
-    rows: list[dict] | None,  # from `claims.ledger`
+    rows: list[dict] | None,  # from claims.ledger
 ) -> str:
     "The ledger with its verdicts and rules; empty without rows."
     if not rows: return ''
@@ -1653,7 +1653,7 @@ def report_setting(
 def write_report(
     records: list[dict],    # of a study; runs that diverged or are missing leave gaps
     path: str | Path,       # the HTML file
-    ledger_rows: list[dict] | None = None,  # from `claims.ledger`
+    ledger_rows: list[dict] | None = None,  # from claims.ledger
     title: str | None = None,   # None: the study's question
     by: str | None = None,      # the field that the runs differ in, or 'variant' for labelled records; None: find out
     study: str | Study | None = None,  # of which the records are; None: find out

@@ -168,7 +168,7 @@ def point(
 
 # %% ../nbs/build/18_explorers.ipynb #2444d486
 def forest_axis(
-    s: dict,  # see `forest`
+    s: dict,  # see forest
 ) -> tuple[float, float]:
     "Lower and upper end of the axis."
     low, high = limits([v for r in s['rows'] for v in [*(d[0] for d in r['seeds']), *(r['mean'] or [])[:1]]], s['log'])
@@ -176,7 +176,7 @@ def forest_axis(
     return (max(low, 0.0), min(high, 1.0)) if s['share'] else (low, high)
 
 def forest_stop(
-    s: dict,          # see `forest`
+    s: dict,          # see forest
 ) -> str | None:      # id of a point
     "Where the Tab key comes to: the open point, or else the first."
     kind = 'paper' if s['ghost'] else 'mean'
@@ -575,8 +575,8 @@ NORM_NAMES = {'pre_ln': 'pre-LN', 'layernorm_scaling': 'LayerNorm Scaling', 'per
 
 def variance_charts(
     c: dict,             # L, p, step and norm
-    points: list[dict],  # from `simulate_points`
-) -> list[dict]:         # descriptions for `chart`: stream variance, Jacobian deviation
+    points: list[dict],  # from simulate_points
+) -> list[dict]:         # descriptions for chart: stream variance, Jacobian deviation
     "What the first explorer draws."
     L, now, dense = c['L'], theory_stack(**c), theory_stack(**c | dict(p=1.0))
     dots = next((s for s in points if all(s[k] == c[k] for k in ('p', 'step', 'norm'))), None)
@@ -598,7 +598,7 @@ def variance_says(
 
 # %% ../nbs/build/18_explorers.ipynb #5ea1131c
 def variance_rows(
-    charts: list[dict],  # from `variance_charts`
+    charts: list[dict],  # from variance_charts
 ) -> str:                # HTML
     "The table behind both charts."
     (stream, jacobian), rows = charts, []
@@ -655,7 +655,7 @@ def scale_text(step: int) -> str:
     return short(scale_at(step)) + {10: ', as published', 0: ', our laptop models'}.get(step, '')
 
 def variance_explorer(
-    simulated: dict | None = None,  # from `simulate_all`; None: curves without dots
+    simulated: dict | None = None,  # from simulate_all; None: curves without dots
     L: int = 32,                    # where the sliders stand at first: depth
     p: float = 0.5,                 # density, a multiple of 0.05
     step: int = 10,                 # position of the initial scale, 0..14
@@ -676,7 +676,7 @@ def variance_explorer(
 def variance_body(
     name: str,           # prefix of all ids
     c: dict,             # L, p, step and norm
-    points: list[dict],  # from `simulate_points`
+    points: list[dict],  # from simulate_points
     about: str,          # where they come from
 ) -> str:                # HTML
     "Controls and first view of the first explorer."
@@ -796,7 +796,7 @@ def study_rows(
     records: list[dict],    # of one scale
     number: dict[str, int], # name of a run -> its place among all
     names: tuple,           # of metrics, and of curves
-    groups: dict,           # numbers of runs -> from `run_group`; new ones are added
+    groups: dict,           # numbers of runs -> from run_group; new ones are added
 ) -> list[list]:            # label and place among the groups
     "The variants of a study."
     rows = []
@@ -877,14 +877,14 @@ def results_data(
 
 # %% ../nbs/build/18_explorers.ipynb #dc7e9999
 def rows_of(
-    data: dict,      # from `results_data`
+    data: dict,      # from results_data
     c: dict,         # scale and study
-) -> list[dict]:     # label, and what `run_group` returned
+) -> list[dict]:     # label, and what run_group returned
     "The rows of the chosen study."
     return [dict(label=label, **data['groups'][g]) for label, g in data['scales'][c['scale']][c['study']]['rows']]
 
 def values_of(
-    data: dict,      # from `results_data`
+    data: dict,      # from results_data
     c: dict,         # metric
     runs: list[int], # numbers of runs
 ) -> list[list]:     # value, seed and number of each run that has the metric
@@ -894,9 +894,9 @@ def values_of(
 
 # %% ../nbs/build/18_explorers.ipynb #2af6ffeb
 def metric_forest(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
-) -> dict:       # description for `forest`
+) -> dict:       # description for forest
     "The chosen metric by variant."
     (title, unit, log, share), k, rows = data['metrics'][c['metric']], list(data['metrics']).index(c['metric']), []
     for i, r in enumerate(rows_of(data, c)):
@@ -908,9 +908,9 @@ def metric_forest(
 
 # %% ../nbs/build/18_explorers.ipynb #9a5d89e6
 def paper_forest(
-    data: dict,   # from `results_data`
+    data: dict,   # from results_data
     c: dict,      # the choices
-) -> dict | None: # description for `forest`; None if there are no published numbers
+) -> dict | None: # description for forest; None if there are no published numbers
     "The paper's numbers for the chosen metric."
     found = data['paper'].get(c['study'], {}).get(c['metric'])
     if not found: return None
@@ -922,9 +922,9 @@ def paper_forest(
 
 # %% ../nbs/build/18_explorers.ipynb #00a881f6
 def curve_chart(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
-) -> dict:       # description for `chart`
+) -> dict:       # description for chart
     "The chosen curve: all variants as thin lines, the picked one with the range of its seeds."
     (title, xlabel, log), k, lines = data['curves'][c['curve']], list(data['curves']).index(c['curve']), []
     for i, r in enumerate(rows_of(data, c)):
@@ -937,7 +937,7 @@ def curve_chart(
 
 # %% ../nbs/build/18_explorers.ipynb #18428744
 def results_says(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:
     "The picked estimate in words."
@@ -954,7 +954,7 @@ PAPER = 'Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Spars
 IS = 'a number printed in the paper or read off one of its figures; it is about a far larger model, and no run of ours stands behind it'
 
 def point_says(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:
     "The chosen point in a sentence."
@@ -969,7 +969,7 @@ def point_says(
 
 # %% ../nbs/build/18_explorers.ipynb #34b448d4
 def point_title(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:
     "What the fold with the details of the chosen point is called."
@@ -978,7 +978,7 @@ def point_title(
     return f"Runs of {rows_of(data, c)[int(n)]['label']}" if kind == 'mean' else 'Configuration and provenance of this run'
 
 def point_html(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:        # HTML
     "What stands behind the chosen point."
@@ -995,7 +995,7 @@ def point_html(
 
 # %% ../nbs/build/18_explorers.ipynb #be0fcd67
 def estimate_rows(
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:        # HTML
     "The table behind the first chart: ours, then the paper's."
@@ -1007,7 +1007,7 @@ def estimate_rows(
     return table(['setting', 'mean', 'low', 'high', 'single runs'], rows)
 
 def curve_rows(
-    s: dict,     # from `curve_chart`
+    s: dict,     # from curve_chart
 ) -> str:        # HTML
     "The table behind the second chart: the picked variant."
     line = next((l for l in s['lines'] if l['cls'] == 'main'), None)
@@ -1167,7 +1167,7 @@ WEAK = ('† The held-out loss of at least one run is not below that of token fr
 WORDS = {'knobs': KNOBS, 'unpublished': UNPUBLISHED, 'weak': WEAK, 'is': IS, 'source': PAPER}
 
 def first_choices(
-    data: dict,    # from `results_data`
+    data: dict,    # from results_data
     scale: str,    # of data
     study: str,    # of the scale
     metric: str,   # of data
@@ -1181,7 +1181,7 @@ def first_choices(
 
 # %% ../nbs/build/18_explorers.ipynb #9bfa6fa3
 def results_explorer(
-    records: list[dict],         # of any scales, as from `load_results`
+    records: list[dict],         # of any scales, as from load_results
     study: str | None = None,    # shown at first; None: the first that has runs
     metric: str = 'causal',      # shown at first
     curve: str = 'variance_mean',  # shown at first, a key of CURVES
@@ -1201,7 +1201,7 @@ def results_explorer(
 # %% ../nbs/build/18_explorers.ipynb #24d52979
 def results_controls(
     name: str,   # prefix of all ids
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:        # HTML
     "Controls of the second explorer."
@@ -1225,7 +1225,7 @@ RESULTS_KEY = ('<p class="key"><b></b>mean with 95 % interval <b class="ring"></
 
 def results_body(
     name: str,   # prefix of all ids
-    data: dict,  # from `results_data`
+    data: dict,  # from results_data
     c: dict,     # the choices
 ) -> str:        # HTML
     "Controls and first view of the second explorer."
@@ -1266,7 +1266,7 @@ def surgery_table(
 MODES = {'skip': 'Skip block i', 'swap': 'Swap blocks i and j', 'linear': 'Replace block i by its affine map'}
 
 def surgery_cost(
-    t: dict,    # from `surgery_table`
+    t: dict,    # from surgery_table
     mode: str,  # a key of MODES
     i: int,     # the block, from 1
     j: int,     # the other block, for swaps
@@ -1278,7 +1278,7 @@ def surgery_cost(
 
 # %% ../nbs/build/18_explorers.ipynb #706b60fb
 def surgery_says(
-    t: dict,    # from `surgery_table`
+    t: dict,    # from surgery_table
     mode: str,  # a key of MODES
     i: int,     # the block, from 1
     j: int,     # the other block
@@ -1296,7 +1296,7 @@ def surgery_says(
 
 # %% ../nbs/build/18_explorers.ipynb #3726e7fe
 def block_buttons(
-    t: dict,    # from `surgery_table`
+    t: dict,    # from surgery_table
     mode: str,  # a key of MODES
     i: int,     # the block, from 1
     j: int,     # the other block
@@ -1315,11 +1315,11 @@ def block_buttons(
 
 # %% ../nbs/build/18_explorers.ipynb #01609a8f
 def surgery_maps(
-    t: dict,    # from `surgery_table`
+    t: dict,    # from surgery_table
     mode: str,  # a key of MODES
     i: int,     # the block, from 1
     j: int,     # the other block
-) -> list[dict]:  # descriptions for `heat_map`: swaps, causal scores
+) -> list[dict]:  # descriptions for heat_map: swaps, causal scores
     "Both heat maps, with what the operation touches in a frame."
     L = len(t['skip'])
     pair = [[i - 1, j - 1], [j - 1, i - 1]] if mode == 'swap' and i != j else []
@@ -1329,7 +1329,7 @@ def surgery_maps(
 
 # %% ../nbs/build/18_explorers.ipynb #6b73926e
 def surgery_rows(
-    t: dict,    # from `surgery_table`
+    t: dict,    # from surgery_table
 ) -> str:       # HTML
     "The table of single blocks."
     return table(['block', 'skip: loss increase', 'affine map: loss increase', 'affine map: loss ratio'],
@@ -1395,7 +1395,7 @@ draw()
 
 # %% ../nbs/build/18_explorers.ipynb #35a4113e
 def surgery_explorer(
-    tables: dict[str, dict],      # from `surgery_tables`
+    tables: dict[str, dict],      # from surgery_tables
     depth: str | None = None,     # shown at first, a key of tables; None: the last
     mode: str = 'skip',           # shown at first, a key of MODES
     i: int = 1,                   # the block at first
@@ -1416,7 +1416,7 @@ def surgery_explorer(
 # %% ../nbs/build/18_explorers.ipynb #c722e1d5
 def surgery_body(
     name: str,                # prefix of all ids
-    tables: dict[str, dict],  # from `surgery_tables`
+    tables: dict[str, dict],  # from surgery_tables
     depth: str,               # a key of tables
     mode: str,                # a key of MODES
     i: int,                   # the block, from 1

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 def attention_weights(
     attention: Attention,         # the layer to look into
     x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, D_h/2)
+    rope: tuple[Tensor, Tensor],  # from rope_angles, each (T, D_h/2)
 ) -> Tensor:                      # probabilities, (B, H, T, T): query position, then key position
     "The attention map of every head, computed as the equation says."
     q, k, _ = attention.heads(x, rope)                                      # (B, H, T, D_h), (B, K, T, D_h)

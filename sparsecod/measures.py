@@ -40,12 +40,12 @@ def at_length(
 # %% ../nbs/build/11_measures.ipynb #abd28caf
 def measure_lengths(
     model: Transformer,        # weights in fp32
-    corpus,                    # a `Corpus`
+    corpus,                    # a Corpus
     lengths: tuple,            # context lengths to evaluate at
     n_tokens: int = 2 ** 14,   # about how many tokens at each
     seed: int = 0,             # of the choice of windows
     n_bootstrap: int = 1000,   # for the intervals
-) -> dict[str, dict]:          # length -> from `at_length`, and the number of windows
+) -> dict[str, dict]:          # length -> from at_length, and the number of windows
     "Loss and final-layer variance at several context lengths, on as many held-out tokens at each."
     found = {}
     for T in lengths:

@@ -38,7 +38,7 @@ def route(
 # %% ../nbs/build/02_moe.ipynb #ded8733c
 def experts_loop(
     x: Tensor,        # tokens, (N, D)
-    routing: Routing, # from `route`
+    routing: Routing, # from route
     gate: Tensor,     # (E, D, F)
     up: Tensor,       # (E, D, F)
     down: Tensor,     # (E, F, D)
@@ -56,7 +56,7 @@ def experts_loop(
 # %% ../nbs/build/02_moe.ipynb #8c6e2e24
 def experts_grouped(
     x: Tensor,        # tokens, (N, D)
-    routing: Routing, # from `route`
+    routing: Routing, # from route
     gate: Tensor,     # (E, D, F)
     up: Tensor,       # (E, D, F)
     down: Tensor,     # (E, F, D)
@@ -82,7 +82,7 @@ def working_precision(
 
 def run_experts(
     x: Tensor,         # tokens, (N, D)
-    routing: Routing,  # from `route`
+    routing: Routing,  # from route
     *weights: Tensor,  # gate and up, (E, D, F), and down, (E, F, D)
 ) -> Tensor:           # sum of gated expert outputs, (N, D)
     "All experts, by the fastest way that fits."
@@ -92,7 +92,7 @@ def run_experts(
 
 # %% ../nbs/build/02_moe.ipynb #8dbb4925
 def expert_load(
-    routing: Routing,  # from `route`
+    routing: Routing,  # from route
 ) -> Tensor:           # assignments to each expert per token, (E,); sums to k
     "How busy each expert is."
     N, E = routing.logits.shape

@@ -37,7 +37,7 @@ def clean(x) -> float | None:
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
 
 def checked(
-    scores: dict,     # from `sparsecod.scores.score_model`
+    scores: dict,     # from sparsecod.scores.score_model
     name: str,        # of the score
     value, low, high, # as stored
 ) -> Estimate:
@@ -49,7 +49,7 @@ def checked(
 
 # %% ../nbs/build/15_page.ipynb #115eb5f1
 def scalar(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
     name: str,     # such as 'loss'
 ) -> Estimate:
     "One scalar score."
@@ -57,7 +57,7 @@ def scalar(
     return checked(scores, name, found.get('value'), found.get('low'), found.get('high'))
 
 def by_layer(
-    scores: dict,      # from `sparsecod.scores.score_model`
+    scores: dict,      # from sparsecod.scores.score_model
     name: str,         # such as 'skip_loss_increase'
 ) -> list[Estimate]:   # one for each block, or for each stream; empty if the score is not there
     "A score by layer."
@@ -68,7 +68,7 @@ def by_layer(
 
 # %% ../nbs/build/15_page.ipynb #407dd5e9
 def by_pair(
-    scores: dict,      # from `sparsecod.scores.score_model`
+    scores: dict,      # from sparsecod.scores.score_model
     name: str,         # 'causal' or 'permutation'
 ) -> list[list[Estimate]]:   # (L, L); empty if the score is not there
     "A score of pairs."
@@ -79,7 +79,7 @@ def by_pair(
 
 # %% ../nbs/build/15_page.ipynb #9bbc074f
 def n_blocks(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> int:          # L
     "How many blocks the scored model has."
     arrays = scores['arrays']
@@ -161,7 +161,7 @@ def number_of(
         except ValueError: pass
 
 def undetermined(
-    scores: dict,         # from `sparsecod.scores.score_model`
+    scores: dict,         # from sparsecod.scores.score_model
     about: dict | None = None,  # facts about the model, among them d_model or width
 ) -> list[int]:           # blocks
     "Blocks whose affine map is not determined by the data: their rank is below the width."
@@ -171,7 +171,7 @@ def undetermined(
 
 # %% ../nbs/build/15_page.ipynb #7f3df4b4
 def read_replacements(
-    scores: dict,               # from `sparsecod.scores.score_model`
+    scores: dict,               # from sparsecod.scores.score_model
     about: dict | None = None,  # facts about the model
 ) -> list[str]:
     "Which blocks an affine map can stand in for."
@@ -191,7 +191,7 @@ def threshold_of(scores: dict) -> float:
 
 # %% ../nbs/build/15_page.ipynb #f95a1f19
 def read_costs(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "Which affine replacements have no cost that shows."
     cost = by_layer(scores, 'linear_loss_increase')
@@ -202,7 +202,7 @@ def read_costs(
     return lines
 
 def read_uselessness(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "What a usefulness of 0 means."
     loss, cost = scalar(scores, 'loss').value, {l: e.value for l, e in enumerate(by_layer(scores, 'linear_loss_increase'), 1) if e.value is not None}
@@ -232,8 +232,8 @@ def made_up(
     n_sequences: int = 32,   # N
     loss: float = 2.,        # nats a token
     T: int = 128,            # tokens a sequence
-    **by_layer,              # scores by layer or pair, from `layers` or `pairs`, or plain lists (no intervals)
-) -> dict:                   # as from `sparsecod.scores.score_model`
+    **by_layer,              # scores by layer or pair, from layers or pairs, or plain lists (no intervals)
+) -> dict:                   # as from sparsecod.scores.score_model
     "Made-up scores, to try a reading on."
     arrays = {name: v[0] if isinstance(v, tuple) else v for name, v in by_layer.items()}
     return dict(scalars=dict(loss=dict(value=loss, low=.95 * loss, high=1.05 * loss)), arrays=arrays,
@@ -277,7 +277,7 @@ def read_neighbours(
 
 # %% ../nbs/build/15_page.ipynb #2ad1de2a
 def read_swaps(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "Which blocks can change places."
     L, E = n_blocks(scores), by_pair(scores, 'permutation')
@@ -292,7 +292,7 @@ def read_swaps(
 
 # %% ../nbs/build/15_page.ipynb #5168e26c
 def read_skips(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "Which blocks can be skipped."
     cost = by_layer(scores, 'skip_loss_increase')
@@ -310,7 +310,7 @@ def read_skips(
 
 # %% ../nbs/build/15_page.ipynb #8b1a9466
 def read_causal(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "How much later blocks depend on earlier ones."
     C, mean = scores['arrays'].get('causal') or [], scalar(scores, 'causal')
@@ -327,7 +327,7 @@ def read_causal(
 
 # %% ../nbs/build/15_page.ipynb #e7f827c6
 def first_share(
-    scores: dict,           # from `sparsecod.scores.score_model`
+    scores: dict,           # from sparsecod.scores.score_model
 ) -> Estimate:              # share of position 0 in the mean variance of the last stream, between 0 and 1
     "How much of the final variance is made by position 0, with a cautious range."
     mean, rest, T = scalar(scores, 'final_variance'), scalar(scores, 'final_variance_without_first'), clean((scores.get('settings') or {}).get('T'))
@@ -338,7 +338,7 @@ def first_share(
 
 # %% ../nbs/build/15_page.ipynb #ef779d69
 def read_variance(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "How the variance of the stream grows with depth."
     v, L = by_layer(scores, 'variance_mean'), n_blocks(scores)
@@ -359,7 +359,7 @@ def read_variance(
 NEAR_IDENTITY = 0.1   # relative change of a random direction
 
 def relative_deviation(
-    scores: dict,        # from `sparsecod.scores.score_model`
+    scores: dict,        # from sparsecod.scores.score_model
     D: float,            # width of the model
 ) -> list[Estimate]:     # by block
     "Jacobian deviation as the relative change of a random direction."
@@ -370,7 +370,7 @@ def relative_deviation(
 
 # %% ../nbs/build/15_page.ipynb #c25cd754
 def read_jacobian(
-    scores: dict,               # from `sparsecod.scores.score_model`
+    scores: dict,               # from sparsecod.scores.score_model
     about: dict | None = None,  # facts about the model, among them d_model or width
 ) -> list[str]:
     "Which blocks are near the identity."
@@ -387,7 +387,7 @@ def read_jacobian(
 
 # %% ../nbs/build/15_page.ipynb #d67a62b8
 def read_loss(
-    scores: dict,               # from `sparsecod.scores.score_model`
+    scores: dict,               # from sparsecod.scores.score_model
     about: dict | None = None,  # facts about the model, among them vocab_size or vocabulary
 ) -> list[str]:
     "Whether the model predicts the text at all."
@@ -403,7 +403,7 @@ def read_loss(
 
 # %% ../nbs/build/15_page.ipynb #ab9306f7
 def cautions(
-    scores: dict,  # from `sparsecod.scores.score_model`
+    scores: dict,  # from sparsecod.scores.score_model
 ) -> list[str]:
     "What holds for every reading."
     settings, lines = scores.get('settings') or {}, []
@@ -418,7 +418,7 @@ def cautions(
 
 # %% ../nbs/build/15_page.ipynb #136ab00d
 def plain_reading(
-    scores: dict,               # from `sparsecod.scores.score_model`
+    scores: dict,               # from sparsecod.scores.score_model
     about: dict | None = None,  # facts about the model; d_model (or width) and vocab_size (or vocabulary) are used
 ) -> list[str]:                 # sentences
     "What the scores say about the model, and what they do not."
@@ -430,7 +430,7 @@ COLUMNS = dict(usefulness_ratio='affine ratio', skip_loss_increase='skip nats', 
                linear_loss_increase='affine nats', variance_median='median var')   # in order of importance
 
 def layer_rows(
-    scores: dict,        # from `sparsecod.scores.score_model`
+    scores: dict,        # from sparsecod.scores.score_model
     columns: list[str],  # of COLUMNS
 ) -> list[str]:
     "Lines of the table by layer; a variance is that of the stream after the block."
@@ -443,7 +443,7 @@ def layer_rows(
 
 # %% ../nbs/build/15_page.ipynb #57bea595
 def score_table(
-    scores: dict,              # from `sparsecod.scores.score_model`
+    scores: dict,              # from sparsecod.scores.score_model
     width: int | None = None,  # characters a line; None: the terminal's
 ) -> str:
     "Scalars with intervals and scores by layer, as text."
@@ -769,7 +769,7 @@ HEATS = dict(
                  'Blocks {a} and {b} swapped: the loss changes by {v} of itself.'))
 
 def heat_pictures(
-    scores: dict,   # from `sparsecod.scores.score_model`
+    scores: dict,   # from sparsecod.scores.score_model
 ) -> list[str]:     # HTML
     "Heat maps of what is known about pairs."
     parts, L = [], n_blocks(scores)
@@ -790,7 +790,7 @@ BARS = dict(
     jacobian_per_token=('Jacobian deviation', 'How far the block’s Jacobian is from the identity: the Frobenius norm of J − I over the width, averaged over tokens.', 'deviation', 0.))
 
 def bar_pictures(
-    scores: dict,   # from `sparsecod.scores.score_model`
+    scores: dict,   # from sparsecod.scores.score_model
 ) -> list[str]:     # HTML
     "Bars of the scores by block."
     parts = []
@@ -808,7 +808,7 @@ def bar_pictures(
 
 # %% ../nbs/build/15_page.ipynb #5456a1ef
 def variance_picture(
-    scores: dict,   # from `sparsecod.scores.score_model`
+    scores: dict,   # from sparsecod.scores.score_model
 ) -> list[str]:     # HTML
     "Variance of the stream by layer."
     wanted = {'mean': 'variance_mean', 'median': 'variance_median', 'mean without position 0': 'variance_without_first'}
@@ -820,8 +820,8 @@ def variance_picture(
     return [picture('variance', 'lines', 'Variance by layer', f'{text} {key_of(list(found), "lines")}', svg, layer_table('Variance by layer', found, 0))]
 
 def sparsity_picture(
-    scores: dict,           # from `sparsecod.scores.score_model`
-    sparsity: dict | None,  # from `sparsecod.sparsity.measure_sparsity`
+    scores: dict,           # from sparsecod.scores.score_model
+    sparsity: dict | None,  # from sparsecod.sparsity.measure_sparsity
 ) -> list[str]:             # HTML
     "Density of both sublayers by block."
     arrays = (sparsity or {}).get('arrays', {})
@@ -851,7 +851,7 @@ MEANING = dict(
 
 # %% ../nbs/build/15_page.ipynb #d49b5815
 def scalar_table(
-    scores: dict,           # from `sparsecod.scores.score_model`
+    scores: dict,           # from sparsecod.scores.score_model
 ) -> str:                   # HTML
     "Scalar scores with intervals and explanations."
     rows = []
@@ -876,7 +876,7 @@ SPARSE = dict(
 
 # %% ../nbs/build/15_page.ipynb #0802a726
 def sparsity_table(
-    sparsity: dict | None,  # from `sparsecod.sparsity.measure_sparsity`
+    sparsity: dict | None,  # from sparsecod.sparsity.measure_sparsity
 ) -> str:                   # HTML
     "Scalars of sparsity."
     if not sparsity: return ''
@@ -891,7 +891,7 @@ def sparsity_table(
 FACTS = dict(d_model='width D', n_parameters='parameters', vocab_size='vocabulary', width='width D')
 
 def facts_list(
-    scores: dict,                # from `sparsecod.scores.score_model`
+    scores: dict,                # from sparsecod.scores.score_model
     about: dict | None = None,   # fact -> value
 ) -> str:                        # HTML
     "The model's facts as a list."
@@ -1059,10 +1059,10 @@ def glossary() -> str:
 
 # %% ../nbs/build/15_page.ipynb #e193de1b
 def score_page(
-    scores: dict,                   # from `sparsecod.scores.score_model`
+    scores: dict,                   # from sparsecod.scores.score_model
     title: str | None = None,       # the model's name; None: the fact 'name'
     about: dict | None = None,      # facts about the model, such as d_model, n_parameters, vocab_size and text
-    sparsity: dict | None = None,   # from `sparsecod.sparsity.measure_sparsity`
+    sparsity: dict | None = None,   # from sparsecod.sparsity.measure_sparsity
 ) -> str:                           # HTML that needs nothing else
     "One page with the scores of a model: a plain reading, linked pictures, and all numbers."
     L, name = n_blocks(scores), str(title or (about or {}).get('name') or 'a model')
@@ -1076,8 +1076,8 @@ def score_page(
 # %% ../nbs/build/15_page.ipynb #3884d904
 def write_page(
     path: str | Path,     # the HTML file
-    scores: dict,         # from `sparsecod.scores.score_model`
-    **more,               # title, about and sparsity, as `score_page`
+    scores: dict,         # from sparsecod.scores.score_model
+    **more,               # title, about and sparsity, as score_page
 ) -> Path:                # the file
     "Write the page of a model's scores."
     path = Path(path)
@@ -1087,8 +1087,8 @@ def write_page(
 
 # %% ../nbs/build/15_page.ipynb #fad3e78c
 def record_page(
-    record: dict,   # of a finished run, from `sparsecod.studies`
-) -> dict:          # arguments of `score_page`
+    record: dict,   # of a finished run, from sparsecod.studies
+) -> dict:          # arguments of score_page
     "What a record knows about its model."
     from sparsecod.core import ModelConfig, param_counts
     if not record.get('scores'): raise ValueError(f"record {record.get('name')!r} has status={record.get('status')!r} and no scores; a finished run is needed")
@@ -1102,7 +1102,7 @@ class Framed:
     "A page in a frame, as Markdown with a raw block; a notebook on the site shows it."
     def __init__(
         self,
-        page: str,           # from `score_page`
+        page: str,           # from score_page
         height: str = '46rem',
     ): self.page, self.height = page, height
     def __repr__(self): return f'Framed({len(self.page)} characters)'

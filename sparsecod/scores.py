@@ -98,7 +98,7 @@ def trace(
 
 # %% ../nbs/build/07_scores.ipynb #95375ffa
 def token_variances(
-    t: Trace,       # from `trace`
+    t: Trace,       # from trace
 ) -> Tensor:        # fp64, (L + 1, B, T); index l is the stream h_l
     "Unbiased variance over channels of every token's stream, from h_0 to h_L (before the final norm)."
     return torch.stack([h.double().var(-1) for h in t.streams])
@@ -109,7 +109,7 @@ def jacobian_products(
     h: Tensor,              # the stream it reads, one sequence, (T, D)
     vectors: Tensor,        # v, one a row, (R, D)
     rows_at_once: int = 32, # copies of the sequence that are run together
-) -> Iterator[Tensor]:      # v J_t for up to `rows_at_once` rows after another and every t, (rows, T, D)
+) -> Iterator[Tensor]:      # v J_t for up to rows_at_once rows after another and every t, (rows, T, D)
     "Gradient of v times the output, summed over output positions, at every input position."
     copies = h.expand(min(rows_at_once, len(vectors)), -1, -1).detach().clone().requires_grad_()  # (copies, T, D)
     with torch.enable_grad(): out = block(copies)                                       # (copies, T, D)
@@ -141,7 +141,7 @@ def jacobian_deviation(
 @torch.no_grad()
 def skip_run(
     model: Transformer,        # the model of the trace
-    t: Trace,                  # from `trace`
+    t: Trace,                  # from trace
     s: int,                    # the block to skip, 1..L
     until: int | None = None,  # skip at positions before this one only; None: at all positions
 ) -> tuple[list[Tensor], Tensor]:  # ||change of u_l|| of each token for l = s+1 .. L, each (B, T); the last stream (B, T, D)
@@ -156,7 +156,7 @@ def skip_run(
 @torch.no_grad()
 def skip_effect(
     model: Transformer,        # the model of the trace
-    t: Trace,                  # from `trace`
+    t: Trace,                  # from trace
     s: int,                    # the block to skip, 1..L
 ) -> tuple[Tensor, Tensor]:    # sum over tokens of ||change of u_l||, fp64, (L, B) at l-1; loss with s skipped, (B,)
     "Skip one block; measure the change of all later updates, and the loss."
@@ -167,8 +167,8 @@ def skip_effect(
 
 def skip_effects(
     model: Transformer,        # the model of the trace
-    t: Trace,                  # from `trace`
-) -> tuple[Tensor, Tensor]:    # as `skip_effect`, (L, L, B) at [s-1, l-1] and (L, B)
+    t: Trace,                  # from trace
+) -> tuple[Tensor, Tensor]:    # as skip_effect, (L, L, B) at [s-1, l-1] and (L, B)
     "Skip every block in turn."
     change, loss = zip(*(skip_effect(model, t, s) for s in range(1, len(t.updates) + 1)))
     return torch.stack(change), torch.stack(loss)
@@ -197,7 +197,7 @@ def causal_ratio(
 # %% ../nbs/build/07_scores.ipynb #291661a6
 def future_effect(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
+    t: Trace,            # from trace
     s: int,              # the block to skip, 1..L
 ) -> Tensor:             # (L, B) at l-1; NaN unless s < l
     "Largest relative change of u_l at later tokens when block s is skipped at the first half of the positions."
@@ -210,7 +210,7 @@ def future_effect(
 
 def future_effects(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
+    t: Trace,            # from trace
 ) -> Tensor:             # (L, L, B) at [s-1, l-1]; NaN unless s < l
     "The same for every block."
     return torch.stack([future_effect(model, t, s) for s in range(1, len(t.updates) + 1)])
@@ -233,7 +233,7 @@ def swapped_run(
 @torch.no_grad()
 def swap_row(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
+    t: Trace,            # from trace
     i: int,              # the earlier block, 1..L
 ) -> Tensor:             # loss of each sequence with i and j swapped, fp64, (L, B) at j-1; NaN unless i < j
     "Loss after swapping one block with each later one."
@@ -249,7 +249,7 @@ def both_ways(upper: Tensor) -> Tensor:
 
 def swap_losses(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
+    t: Trace,            # from trace
 ) -> Tensor:             # loss of each sequence with i and j swapped, (L, L, B); NaN on the diagonal
     "Loss after swapping each pair of blocks."
     return both_ways(torch.stack([swap_row(model, t, i) for i in range(1, len(t.updates) + 1)]))
@@ -314,9 +314,9 @@ def fit_blocks(
 @torch.no_grad()
 def linear_loss(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
+    t: Trace,            # from trace
     l: int,              # the block to replace, 1..L
-    fitted: tuple,       # its affine map, from `fit_blocks`
+    fitted: tuple,       # its affine map, from fit_blocks
     transposed: bool = False,  # apply the fitted matrix transposed, as the official code does
 ) -> Tensor:             # loss of each sequence, (B,)
     "Loss after replacing one block by its affine map."
@@ -327,9 +327,9 @@ def linear_loss(
 
 def linear_losses(
     model: Transformer,  # the model of the trace
-    t: Trace,            # from `trace`
-    maps: list,          # from `fit_blocks`
-    transposed: bool = False,  # see `linear_loss`
+    t: Trace,            # from trace
+    maps: list,          # from fit_blocks
+    transposed: bool = False,  # see linear_loss
 ) -> Tensor:             # loss of each sequence with block l replaced, (L, B)
     "Loss after replacing each block by its affine map."
     return torch.stack([linear_loss(model, t, l, one, transposed) for l, one in enumerate(maps, 1)])
@@ -348,7 +348,7 @@ def resamples(
 ENDS = torch.tensor([.025, .975], dtype=torch.float64)    # of a 95 % interval
 
 def estimate(
-    values: Tensor,  # a statistic of each row of `resamples`, (R + 1,)
+    values: Tensor,  # a statistic of each row of resamples, (R + 1,)
 ) -> dict:           # value, and low and high ends of the 95 % bootstrap interval
     "The statistic on the data, with its percentile interval, stretched to the value if it should miss it."
     value, (low, high) = values[0].item(), values[1:].quantile(ENDS).tolist()
@@ -356,14 +356,14 @@ def estimate(
 
 # %% ../nbs/build/07_scores.ipynb #bbde7ed6
 def magnitude_estimate(
-    values: Tensor,  # a mean of magnitudes, for each row of `resamples`, (R + 1,)
-) -> dict:           # as `estimate`
+    values: Tensor,  # a mean of magnitudes, for each row of resamples, (R + 1,)
+) -> dict:           # as estimate
     "The statistic on the data, with its reflected interval."
     value, (low, high) = values[0].item(), values[1:].quantile(ENDS).tolist()
     return dict(value=value, low=min(max(2 * value - high, 0.), value), high=max(2 * value - low, value))
 
 def magnitude_ends(
-    signed: Tensor,  # a statistic with its sign, for each row of `resamples`, (..., R + 1)
+    signed: Tensor,  # a statistic with its sign, for each row of resamples, (..., R + 1)
 ) -> tuple[Tensor, Tensor]:  # low and high ends for its magnitude, each (...)
     "The 95 % interval of one magnitude, from that of the signed statistic."
     low, high = signed[..., 1:].quantile(ENDS, dim=-1)                       # each (...)
@@ -374,7 +374,7 @@ def magnitude_ends(
 # %% ../nbs/build/07_scores.ipynb #73502e52
 def batch_pieces(
     model: Transformer,  # in eval mode, fp32
-    maps: list,          # from `fit_blocks`
+    maps: list,          # from fit_blocks
     published_maps: list | None = None,  # maps for usefulness as published; None: leave it out
 ) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:  # name of a piece -> what measures it on a trace
     "The pieces of work on a batch."
@@ -394,10 +394,10 @@ def batch_pieces(
 def measure_batch(
     model: Transformer,  # in eval mode, fp32
     windows: Tensor,     # sequences to score, (B, T + 1)
-    maps: list,          # from `fit_blocks`
+    maps: list,          # from fit_blocks
     published_maps: list | None = None,  # maps for usefulness as published; None: leave it out
     keep: Callable[[str, Callable], dict] = lambda name, make: make(),  # gets a piece by its name, or makes it
-) -> dict[str, Tensor]:  # measurements; the last axis is the sequence, except for `variance`, where it is the token
+) -> dict[str, Tensor]:  # measurements; the last axis is the sequence, except for variance, where it is the token
     "Everything that is measured on a batch, from one trace."
     L, traced = len(model.blocks), cache(lambda: trace(model, windows))
     done = {name: keep(name, lambda: do(traced())) for name, do in batch_pieces(model, maps, published_maps).items()}
@@ -418,7 +418,7 @@ def batch_costs(
     L: int,               # blocks
     c: Costs = Costs(),   # without more, what is counted is runs through a block
     as_published: bool = False,  # with usefulness as published
-) -> dict[str, float]:    # name of a piece, as in `batch_pieces` -> its cost for one sequence
+) -> dict[str, float]:    # name of a piece, as in batch_pieces -> its cost for one sequence
     "What the pieces of work on a batch cost."
     costs = dict(base=L + c.loss)
     for l in range(1, L + 1):
@@ -543,7 +543,7 @@ def stream_scores(
 
 # %% ../nbs/build/07_scores.ipynb #7436368a
 def jacobian_scores(
-    m: dict[str, Tensor],  # from `measure_jacobian`, joined, each (L, n)
+    m: dict[str, Tensor],  # from measure_jacobian, joined, each (L, n)
     W: Tensor,             # weights, (R + 1, n)
 ) -> tuple[dict, dict]:    # scalars, each (R + 1,); arrays, each (L, R + 1), standard errors (L, 1)
     "Jacobian deviation by layer, as published and per token, and their means over layers."
@@ -652,7 +652,7 @@ def plan_memory(
     N: int,               # sequences to score
     T: int,               # positions of a sequence
     config: ScoreConfig,  # how to score
-    memory: int | None = None,   # bytes beyond the model; None: as `config.batch_size` says
+    memory: int | None = None,   # bytes beyond the model; None: as config.batch_size says
     as_published: bool = False,  # with maps for usefulness as published
 ) -> Plan:
     "The most that fits, up to `config.batch_size` sequences and 32 copies."
@@ -766,7 +766,7 @@ def measured_maps(
     plan: Plan,          # how many at once
     keep: Keep,          # where measurements are kept
     name: str,           # of the part
-) -> list:               # as `fit_blocks`
+) -> list:               # as fit_blocks
     "Affine maps of all blocks, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
@@ -781,7 +781,7 @@ def measured_jacobians(
     config: ScoreConfig,  # how to score
     plan: Plan,           # how many copies at once
     keep: Keep,           # where measurements are kept
-) -> dict[str, Tensor]:   # as `measure_jacobian`, each (L, n)
+) -> dict[str, Tensor]:   # as measure_jacobian, each (L, n)
     "Jacobian deviations of all blocks, from disk where they are there."
     L, probes, found = len(model.blocks), n_probes(config, model.config.d_model), []
     for i, window in enumerate(windows):
@@ -798,7 +798,7 @@ def measured_jacobians(
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 @contextmanager
 def counted(
-    work: dict[str, float],  # cost of each part, from `planned_work`
+    work: dict[str, float],  # cost of each part, from planned_work
     parts: Parts,            # what has been measured before
     progress: bool,          # show a progress bar
 ):                           # a context whose value gets a part by its name, or makes it
@@ -819,10 +819,10 @@ def measure(
     fit_windows: Tensor,  # other sequences, to fit the affine maps on, (M, T + 1)
     config: ScoreConfig,  # how to score
     progress: bool = False,  # show a progress bar
-    plan: Plan | None = None,  # how many sequences at once; None: as `config.batch_size` says
+    plan: Plan | None = None,  # how many sequences at once; None: as config.batch_size says
     parts: Parts = Parts(),  # where measurements are kept
     as_published: bool = False,  # with usefulness as published
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:  # from `measure_batch` and `measure_jacobian`, joined; ranks of the fits (L,)
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:  # from measure_batch and measure_jacobian, joined; ranks of the fits (L,)
     "All measurements on all sequences."
     device, plan = next(model.parameters()).device, plan or plan_memory(model, len(windows), windows.shape[1] - 1, config)
     windows, fit_windows, found = windows.to(device), fit_windows.to(device), []
@@ -862,7 +862,7 @@ def text_tokens(
 
 # %% ../nbs/build/07_scores.ipynb #1801fd9b
 def text_windows(
-    data: str | Path | Iterable[str],  # see `text_tokens`
+    data: str | Path | Iterable[str],  # see text_tokens
     tokenizer: Tokenizer,  # of the model
     T: int,                # positions of a sequence
     config: ScoreConfig,   # how many sequences
@@ -916,7 +916,7 @@ def text_config(
 def prepare_windows(
     model,        # that can be scored
     data,         # ready sequences, (N, T + 1) or (N + M, T + 1), or text
-    fit_windows: Tensor | None,   # ready sequences to fit on; None: from `data`
+    fit_windows: Tensor | None,   # ready sequences to fit on; None: from data
     config: ScoreConfig | None,   # how to score; None: defaults
     length: int | None = None,    # T of sequences that are cut from text
     tokenizer=None,               # a Tokenizer, or what to call for one
@@ -937,12 +937,12 @@ def prepare_windows(
 
 # %% ../nbs/build/07_scores.ipynb #87666152
 def score_model(
-    model,                 # the model, anything that `adapt` takes, or a folder or a name on the Hub; left as it was
-    windows: Tensor | str | Path | Iterable[str],  # held-out sequences to score, (N, T + 1), or text: see `text_tokens`
+    model,                 # the model, anything that adapt takes, or a folder or a name on the Hub; left as it was
+    windows: Tensor | str | Path | Iterable[str],  # held-out sequences to score, (N, T + 1), or text: see text_tokens
     fit_windows: Tensor | None = None,    # other held-out sequences, to fit the affine maps on, (M, T + 1); None: split off the first
-    config: ScoreConfig | None = None,    # how to score; None: the defaults, for text those of `text_config`
+    config: ScoreConfig | None = None,    # how to score; None: the defaults, for text those of text_config
     progress: bool = True, # show a progress bar
-    memory: int | None = None,   # bound in bytes, beyond an fp32 model; None: `config.batch_size` sequences at once
+    memory: int | None = None,   # bound in bytes, beyond an fp32 model; None: config.batch_size sequences at once
     resume: str | Path | None = None,  # folder for what has been measured, to go on from after a stop; None: keep nothing
     as_published: bool = False,  # also usefulness with the two traps of the official code
     length: int | None = None,   # T of sequences that are cut from text; None: what the model has room for, up to DEFAULT_LENGTH
@@ -964,15 +964,15 @@ def score_model(
 MAGNITUDES = ('permutation', 'permutation_without_block_1')   # means of absolute values, whose intervals are reflected
 
 def summarise(
-    m: dict[str, Tensor],  # from `measure_batch`, joined
-    j: dict[str, Tensor],  # from `measure_jacobian`, joined
+    m: dict[str, Tensor],  # from measure_batch, joined
+    j: dict[str, Tensor],  # from measure_jacobian, joined
     ranks: Tensor,         # of the affine fits, (L,)
     config: ScoreConfig,   # how the model was scored
     windows: Tensor,       # sequences scored, (N, T + 1)
     fit_windows: Tensor,   # sequences fitted on, (M, T + 1)
     D: int,                # width of the model
     pair_intervals: bool = False,  # also intervals of each pair of blocks
-) -> dict:                 # as `score_model`
+) -> dict:                 # as score_model
     "From measurements to scores with intervals."
     n = min(config.n_jacobian, len(windows))
     W, W_few = (resamples(N, config.n_bootstrap, config.seed) for N in (len(windows), n))

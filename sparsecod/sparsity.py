@@ -45,7 +45,7 @@ def participation(
 
 # %% ../nbs/build/08_sparsity.ipynb #fb2a738d
 def sublayer_matrices(
-    model,  # ours, or any that `adapt` takes
+    model,  # ours, or any that adapt takes
 ) -> list[dict[str, list[Tensor]]]:  # for each block: 'attention' and 'feed_forward'
     "The weight matrices of both sublayers of every block."
     found = []
@@ -134,7 +134,7 @@ def attention_maps(
 # %% ../nbs/build/08_sparsity.ipynb #eb92b577
 def head_sparsity(
     p: Tensor,              # attention maps, (B, H, T, T)
-    mass: float = 0.9,      # see `keys_for_mass`
+    mass: float = 0.9,      # see keys_for_mass
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (H,): means over sequences and positions 1 .. T-1
     "The three numbers for every head of one block."
     rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0]) for one in p.split(1, 1)]  # (B, 1, T) each
@@ -142,9 +142,9 @@ def head_sparsity(
 
 @torch.no_grad()
 def attention_sparsity(
-    model,                  # ours, or any that `adapt` takes
+    model,                  # ours, or any that adapt takes
     tokens: Tensor,         # (B, T)
-    mass: float = 0.9,      # see `keys_for_mass`
+    mass: float = 0.9,      # see keys_for_mass
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
     "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
     model, total = adapt(model), None
@@ -181,7 +181,7 @@ def sequence_loads(
 
 @torch.no_grad()
 def expert_loads(
-    model,               # a mixture of experts, ours or any that `adapt` takes
+    model,               # a mixture of experts, ours or any that adapt takes
     tokens: Tensor,      # (B, T)
 ) -> Tensor:             # assignments to each expert per token, (L, E), of the blocks that have experts; rows sum to k
     "Measured load of every expert of every block."
@@ -223,11 +223,11 @@ def routed_share(
 
 # %% ../nbs/build/08_sparsity.ipynb #54405bbc
 def effective_density(
-    model,                    # ours, or any that `adapt` takes
+    model,                    # ours, or any that adapt takes
     tokens: Tensor,           # text for the attention maps, (B, T)
     threshold: float = 0.1,   # of a small weight, in units of its matrix's root mean square
     mass: float = 0.9,        # of attention to collect
-    attention: dict | None = None,  # from `attention_sparsity` with this mass, if it is there already
+    attention: dict | None = None,  # from attention_sparsity with this mass, if it is there already
 ) -> dict[str, list[float]]:  # 'attention' and 'feed_forward': density of each block, L numbers each
     "Share of active connections of both sublayers, block by block."
     model = adapt(model)
@@ -241,7 +241,7 @@ def effective_density(
 ABSOLUTE, RELATIVE = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [.01, .03, .1, .3, 1.]
 
 def measure_sparsity(
-    model,           # ours, or any that `adapt` takes; left as it was
+    model,           # ours, or any that adapt takes; left as it was
     tokens: Tensor,  # text for attention maps and routing, (B, T)
 ) -> dict:           # 'scalars' and 'arrays' of plain numbers
     "Weight, attention, sharing and routing sparsity of a model, with threshold sweeps."

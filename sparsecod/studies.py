@@ -211,7 +211,7 @@ def hardware(
 ) -> str:                  # name of the GPU or of the CPU
     "What the run was computed on."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError: lines = []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
@@ -226,7 +226,7 @@ def git(
 ) -> str | None:      # its output; None if it fails or git is not there
     "Ask git about the folder of the package."
     command = ['git', '-C', str(Path(sparsecod.__file__).parent), *arguments]
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8')
     except (OSError, subprocess.SubprocessError): return None
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -271,7 +271,7 @@ def shortened(
     return float(f'{value:.6g}') if isinstance(value, float) and math.isfinite(value) else value
 
 def curves(
-    log: list[dict],  # from `train`
+    log: list[dict],  # from train
 ) -> dict[str, list]: # a list for each quantity, one entry a logged step
     "The training log by quantity."
     return shortened({name: [r.get(key) for r in log] for name, key in CURVE.items()})
@@ -382,7 +382,7 @@ def make_record(
 # %% ../nbs/build/12_studies.ipynb #0cb342a4
 def work_folder(
     out: str | Path,                 # where records go
-    work: str | Path | None = None,  # None: decide by `out`
+    work: str | Path | None = None,  # None: decide by out
 ) -> Path:
     "Where checkpoints and trained models are kept."
     out = Path(out)
@@ -448,7 +448,7 @@ class Place(NamedTuple):
 def locate(
     config: RunConfig,               # any run
     out: str | Path,                 # where records go
-    work: str | Path | None = None,  # see `work_folder`
+    work: str | Path | None = None,  # see work_folder
     progress: bool = True,           # show a bar while the corpus is built
 ) -> Place:
     "Prepare the corpus of a run and find out where its files are."
@@ -517,7 +517,7 @@ def complete(
 def run(
     config: RunConfig,               # what to run
     out: str | Path = 'runs',        # the record goes to out/<scale>/<name>.json
-    work: str | Path | None = None,  # checkpoints and the model; see `work_folder`
+    work: str | Path | None = None,  # checkpoints and the model; see work_folder
     force: bool = False,             # run again even if there is a record
     progress: bool = True,           # show progress bars
 ) -> dict:                           # the record
@@ -534,7 +534,7 @@ def run(
     result = train(config.model, config.train, place.corpus, place.work, progress=progress)
     if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
     record = make_record(config, place.corpus, result, progress)
-    record['provenance'] |= json.loads((place.work / 'training.json').read_text())
+    record['provenance'] |= json.loads((place.work / 'training.json').read_text(encoding='utf-8'))
     write_record(place.record, record)
     shutil.rmtree(place.work / 'checkpoints', ignore_errors=True)
     return record
@@ -606,7 +606,7 @@ PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_dec
 def equivalent_decay(
     train: TrainConfig,  # a training
     published: float,    # lambda of the published weight-decay study
-) -> float:              # lambda that gives this training the same `decay_product`
+) -> float:              # lambda that gives this training the same decay_product
     "Translate a published weight decay."
     return float(f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
 
@@ -797,9 +797,9 @@ def start_worker(
     package = str(Path(sparsecod.__file__).absolute().parents[1])
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])))
     if threads: env |= dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads)) | dict(TOKENIZERS_PARALLELISM='false')
-    with open(job.place.work / 'stderr.txt', 'w') as errors:
+    with open(job.place.work / 'stderr.txt', 'w', encoding='utf-8') as errors:
         process = subprocess.Popen([sys.executable, '-c', 'from sparsecod.studies import worker; worker()'], env=env, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, encoding='utf-8')
     orders = dict(config=job.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()), threads=threads)
     try:
         process.stdin.write(json.dumps(orders) + '\n')
@@ -835,7 +835,7 @@ def complaint(
 ) -> str:            # one line
     "Why a run failed: the last line of what it said, or the signal that ended it."
     if code < 0: return f'ended by signal {-code} ({signal.Signals(-code).name}); out of memory?'
-    lines = (job.place.work / 'stderr.txt').read_text(errors='replace').strip().splitlines()
+    lines = (job.place.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8').strip().splitlines()
     return lines[-1] if lines else f'exit status {code}'
 
 # %% ../nbs/build/12_studies.ipynb #3ee58abd
@@ -939,7 +939,7 @@ def collect(
         if code is None: continue
         process.stdin.close()
         del s.active[slot]
-        text = (job.place.work / 'stderr.txt').read_text(errors='replace')
+        text = (job.place.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
         for line in text.splitlines():
             if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
         if code == 0: s.finished.append(job)
@@ -1032,7 +1032,7 @@ def run_study(
     seeds: int | Iterable[int] = 1,  # how many, or which
     out: str | Path = 'runs',        # records go to out/<scale>/
     jobs: int | None = None,         # runs at a time; None: one a core on a CPU, one on a GPU
-    work: str | Path | None = None,  # checkpoints and models; see `work_folder`
+    work: str | Path | None = None,  # checkpoints and models; see work_folder
     force: bool = False,             # run again what has been run
     progress: bool = True,           # show progress
 ) -> list[dict]:                     # the records of all runs
@@ -1126,7 +1126,7 @@ CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy', 
 
 def metric_place(
     record: dict,    # of a run
-    name: str,       # see `read_metric`
+    name: str,       # see read_metric
 ):                   # a number, a dictionary with its interval, or None
     "Look a metric up in a record."
     if name == 'val_loss': return record['final'].get(name)

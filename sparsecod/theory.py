@@ -82,7 +82,7 @@ def gate_moments(
 
 # %% ../nbs/build/09_theory.ipynb #7029ff75
 def by_layer(
-    p,      # a number; L numbers; or 'attention' and 'feed_forward' with L numbers each, as from `effective_density`
+    p,      # a number; L numbers; or 'attention' and 'feed_forward' with L numbers each, as from effective_density
     L: int, # blocks
 ) -> list[tuple[float, float]]:  # densities of both sublayers, for blocks 1..L
     "Two densities a block, from one of the three ways to give them."
@@ -104,7 +104,7 @@ def magnitude_mask(
 @torch.no_grad()
 def apply_masks(
     model: Stack,                 # changed in place
-    p,                            # density, see `by_layer`
+    p,                            # density, see by_layer
     how: str = 'random',          # 'random', or 'magnitude': keep the largest entries
     rescale: float = 0.0,         # r: surviving weights are divided by p ** r
     seed: int = 0,                # of the random masks
@@ -126,7 +126,7 @@ def apply_masks(
 @torch.no_grad()
 def random_stack(
     config: ModelConfig,              # the architecture
-    p=1.0,                            # density, see `by_layer`
+    p=1.0,                            # density, see by_layer
     rescale: float = 0.0,             # r: surviving weights are divided by p ** r
     sublayers: str = 'block',         # one of SUBLAYERS
     seed: int = 0,                    # of weights and masks
@@ -145,10 +145,10 @@ def random_stack(
 @torch.no_grad()
 def simulate_stream(
     config: ModelConfig,               # the architecture
-    p=1.0,                             # density, see `by_layer`
+    p=1.0,                             # density, see by_layer
     n_models: int = 8,                 # independent models
     n_tokens: int = 64,                # sequences of one token, all different; at most V
-    **options,                         # as in `random_stack`
+    **options,                         # as in random_stack
 ) -> Tensor:                           # mean over tokens of the stream variance, (n_models, L + 1)
     "Stream variance by layer of random masked models."
     tokens = torch.arange(n_tokens)[:, None]                               # (B, 1)
@@ -172,7 +172,7 @@ def mean_interval(
 # %% ../nbs/build/09_theory.ipynb #8eb1c689
 def block_updates(
     config: ModelConfig,       # D, F, L, initial scale and norm placement
-    p=1.0,                     # density, see `by_layer`
+    p=1.0,                     # density, see by_layer
     rescale: float = 0.0,      # r: surviving weights are divided by p ** r
     sublayers: str = 'block',  # one of SUBLAYERS
 ) -> list[tuple[float, float]]: # for blocks 1..L: variance of the first and the second update
@@ -182,7 +182,7 @@ def block_updates(
 
 def stream_variance(
     config: ModelConfig,               # D, F, L, initial scale and norm placement
-    p=1.0,                             # density, see `by_layer`
+    p=1.0,                             # density, see by_layer
     v0: float | None = None,           # variance of the embedding; None: init_std squared
     rescale: float = 0.0,              # r: surviving weights are divided by p ** r
     sublayers: str = 'block',          # one of SUBLAYERS
@@ -211,7 +211,7 @@ def gate_gain(
 # %% ../nbs/build/09_theory.ipynb #3e977665
 def jacobian_deviation(
     config: ModelConfig,       # D, F, L, initial scale and norm placement
-    p=1.0,                     # density, see `by_layer`
+    p=1.0,                     # density, see by_layer
     v0: float | None = None,   # variance of the embedding; None: init_std squared
     rescale: float = 0.0,      # r: surviving weights are divided by p ** r
     sublayers: str = 'block',  # one of SUBLAYERS
@@ -233,10 +233,10 @@ def jacobian_deviation(
 # %% ../nbs/build/09_theory.ipynb #1d347bf7
 def simulate_jacobian(
     config: ModelConfig,  # the architecture
-    p=1.0,                # density, see `by_layer`
+    p=1.0,                # density, see by_layer
     n_models: int = 6,    # independent models
     n_tokens: int = 6,    # sequences of one token, all different; at most V
-    **options,            # as in `random_stack`
+    **options,            # as in random_stack
 ) -> tuple[Tensor, Tensor]:  # ||J - I||_F / D: of the average over tokens, and mean per token; each (n_models, L)
     "Jacobian deviation by layer of random masked models."
     D, L = config.d_model, config.n_layers
@@ -262,9 +262,9 @@ def weighted_variance(
 
 # %% ../nbs/build/09_theory.ipynb #019217ee
 def attention_averaging(
-    attention: nn.Module,         # an `Attention` layer
+    attention: nn.Module,         # an Attention layer
     x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from `rope_angles`, each (T, D_h/2)
+    rope: tuple[Tensor, Tensor],  # from rope_angles, each (T, D_h/2)
 ) -> Tensor:                      # mean over heads, (B, T); 1 at position 0
     "Variance of the attention average relative to that of a single value, for random value matrices."
     weights = attention_weights(attention, x, rope)                                # (B, H, T, T)
@@ -292,7 +292,7 @@ def variance_budget(
 @torch.no_grad()
 def own_update_variance(
     block: Block,             # any block with a SwiGLU
-    averaging: float = 1.0,   # variance of the attention average relative to one value, see `attention_averaging`
+    averaging: float = 1.0,   # variance of the attention average relative to one value, see attention_averaging
     p: tuple[float, float] = (1.0, 1.0),  # density of random masks on the matrices of both sublayers
 ) -> tuple[float, float]:     # attention update, feed-forward update
     "Update variances if the block's matrices were random, with the mean squares that they have."
@@ -325,9 +325,9 @@ def measure_averaging(
 @torch.no_grad()
 def predict_variance(
     model: Stack,               # any model with SwiGLU blocks
-    p=1.0,                      # density, see `by_layer`
+    p=1.0,                      # density, see by_layer
     v0: float | None = None,    # variance of the embedding; None: mean over the vocabulary
-    averaging: Sequence[float] | None = None,  # from `measure_averaging`; None: first position, 1 in all blocks
+    averaging: Sequence[float] | None = None,  # from measure_averaging; None: first position, 1 in all blocks
     masks: str = 'matrices',    # what p lies on: 'matrices', all of a block's, or 'sublayers', one factor p each
 ) -> list[float]:               # L + 1 numbers
     "Stream variance that the theory predicts from the size of a model's weights."
@@ -379,7 +379,7 @@ def masked_updates(
     model: Stack,              # left as it is
     tokens: Tensor,            # text, (B, T), T > 1
     p: float,                  # density of the masks
-    how: str = 'magnitude',    # as in `apply_masks`
+    how: str = 'magnitude',    # as in apply_masks
     seed: int = 0,             # of random masks
 ) -> Tensor:                   # attention and feed-forward, (2, L, B); variances relative to those without masks
     "Variance that masks leave of every update, each block reading the stream of the intact model."

@@ -243,7 +243,7 @@ class Run:
     optimizer: torch.optim.AdamW   # on the plain model's parameters
     accelerator: Accelerator       # device and processes
     config: TrainConfig            # how the model is trained
-    corpus: object                 # has `batch(step, n_sequences, T, seed)`, `vocab_size` and `fingerprint`
+    corpus: object                 # has batch(step, n_sequences, T, seed), vocab_size and fingerprint
     folder: Path                   # where log and checkpoints go
     step: int = 0                  # updates done
     seconds: float = 0.0           # spent in steps, over all interruptions
@@ -275,7 +275,7 @@ def start_run(
 
 # %% ../nbs/build/05_train.ipynb #b77b6211
 def step_windows(
-    run: Run,   # the step to come is number `run.step`, counted from 0
+    run: Run,   # the step to come is number run.step, counted from 0
 ) -> Tensor:    # the windows of this process, (N / processes, T + 1)
     "This process's share of the windows of the coming step; also seeds PyTorch's generators for it."
     config, rank, processes = run.config, run.accelerator.process_index, run.accelerator.num_processes
@@ -292,7 +292,7 @@ class Measured(NamedTuple):
     grad_norm: float  # norm of the gradient before clipping
 
 def training_step(
-    run: Run,                          # the run to advance; `run.step` is left to the caller
+    run: Run,                          # the run to advance; run.step is left to the caller
     watch: StreamWatch | None = None,  # sees the blocks
     stop: Callable[[], bool] = lambda: False,  # whether this process was asked to stop
 ) -> tuple[Measured, bool]:            # what was measured, and whether any process was asked to stop
@@ -329,7 +329,7 @@ def without_infinities(
 
 # %% ../nbs/build/05_train.ipynb #b915e011
 def write_record(
-    run: Run,                   # the run, with `step` and `seconds` up to date
+    run: Run,                   # the run, with step and seconds up to date
     measured: Measured,         # what the step reported
     watch: StreamWatch | None,  # what the step's forward pass showed
 ) -> dict:                      # the record
@@ -343,7 +343,7 @@ def write_record(
         record['loss'] -= record.get('auxiliary', 0.0)  # the log states the cross-entropy
     record = without_infinities(record)
     if run.accelerator.is_main_process:
-        with open(run.folder / 'log.jsonl', 'a') as file: file.write(json.dumps(record) + '\n')
+        with open(run.folder / 'log.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(record) + '\n')
     return record
 
 # %% ../nbs/build/05_train.ipynb #b5aacb4f
@@ -352,7 +352,7 @@ def read_log(
 ) -> list[dict]:         # its records, in order
     "The log of a run as a list of records; a torn last line is left out."
     path, records = Path(folder) / 'log.jsonl', []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
         try: records.append(json.loads(line))
         except ValueError: break
     return records
@@ -388,22 +388,22 @@ def write_text(
 ):
     "Replace a file's content at once."
     draft = path.with_name(path.name + '.draft')
-    draft.write_text(text)
+    draft.write_text(text, encoding='utf-8')
     flush(draft)
     draft.replace(path)
     flush(path.parent)
 
 # %% ../nbs/build/05_train.ipynb #c4480ba2
 def optimizer_tensors(
-    optimizer: torch.optim.AdamW,  # made by `make_optimizer`
+    optimizer: torch.optim.AdamW,  # made by make_optimizer
 ) -> dict[str, Tensor]:            # 'key:parameter name' to tensor
     "The optimiser's state as one flat dictionary."
     return {f'{key}:{name}': value for group in optimizer.param_groups
             for name, p in zip(group['names'], group['params']) for key, value in optimizer.state[p].items()}
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.AdamW,  # made by `make_optimizer` for the same model
-    tensors: dict[str, Tensor],    # as `optimizer_tensors` returned them
+    optimizer: torch.optim.AdamW,  # made by make_optimizer for the same model
+    tensors: dict[str, Tensor],    # as optimizer_tensors returned them
 ):
     "Put a flat dictionary back into the optimiser."
     names = [name for group in optimizer.param_groups for name in group['names']]
@@ -427,7 +427,7 @@ def sha256(
 
 def checkpoints(
     folder: Path,   # of a run
-) -> list[Path]:    # folders `checkpoints/step-00000200` and so on
+) -> list[Path]:    # folders checkpoints/step-00000200 and so on
     "The checkpoints of a run, oldest first."
     return sorted((folder / 'checkpoints').glob('step-[0-9]*[0-9]'))
 
@@ -443,8 +443,8 @@ def save_checkpoint(
     with atomic_folder(target) as draft:
         save_model(run.model, str(draft / 'model.safetensors'))
         save_file(optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
-        (draft / 'state.json').write_text(json.dumps(state))
-        (draft / 'manifest.json').write_text(json.dumps({name: sha256(draft / name) for name in CHECKPOINT_FILES}))
+        (draft / 'state.json').write_text(json.dumps(state), encoding='utf-8')
+        (draft / 'manifest.json').write_text(json.dumps({name: sha256(draft / name) for name in CHECKPOINT_FILES}), encoding='utf-8')
     older = [path for path in checkpoints(run.folder) if path.name < target.name]
     for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
 
@@ -453,7 +453,7 @@ def damage(
     checkpoint: Path,  # a checkpoint's folder
 ) -> str | None:       # what is wrong with it, or None
     "Look for damage to a checkpoint."
-    try: expected = json.loads((checkpoint / 'manifest.json').read_text())
+    try: expected = json.loads((checkpoint / 'manifest.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return 'manifest.json is missing or not readable'
     for name in CHECKPOINT_FILES:
         if not (checkpoint / name).exists(): return f'{name} is missing'
@@ -489,7 +489,7 @@ def restore(
     if path is not None:
         load_model(run.model, str(path / 'model.safetensors'))
         load_optimizer_tensors(run.optimizer, load_file(path / 'optimizer.safetensors'))
-        state = json.loads((path / 'state.json').read_text())
+        state = json.loads((path / 'state.json').read_text(encoding='utf-8'))
         run.step, run.seconds, run.mark = state['step'], state['seconds'], tuple(state['mark'])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
@@ -507,7 +507,7 @@ def read_label(
     "What config.json says about the run in a folder; a ValueError if it is not that of a training."
     path = folder / 'config.json'
     if not path.exists(): return None
-    try: label = json.loads(path.read_text())
+    try: label = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, IsADirectoryError): label = None
     if not (isinstance(label, dict) and 'corpus' in label and all(isinstance(label.get(k), dict) for k in ('model', 'train'))):
         raise ValueError(f'{path} is not that of a training; choose another folder')
@@ -674,7 +674,7 @@ class TrainResult:
 def finish(
     run: Run,     # after the loop
     status: str,  # how the loop ended
-) -> TrainResult: # what `train` returns
+) -> TrainResult: # what train returns
     "Save the final model and the result of a run that has ended for good."
     result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step, seconds=run.seconds)
     if status != 'interrupted' and run.accelerator.is_main_process:
@@ -688,7 +688,7 @@ def read_result(
 ) -> dict:         # status, step, tokens, seconds
     "What result.json says; a ValueError if it is damaged."
     path = folder / 'result.json'
-    try: result = json.loads(path.read_text())
+    try: result = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: result = None
     if not (isinstance(result, dict) and set(result) == {'status', 'step', 'tokens', 'seconds'}):
         raise ValueError(f'{path} is damaged')
@@ -729,7 +729,7 @@ def ended_result(
 def train(
     model_config: ModelConfig,  # the model to train
     train_config: TrainConfig,  # how to train it
-    corpus,                     # what to train it on, a `Corpus`
+    corpus,                     # what to train it on, a Corpus
     folder: str | Path,         # where log, checkpoints and the final model go
     resume: bool = True,        # whether to continue a run found in the folder; otherwise that run is erased
     progress: bool = True,      # whether to show a progress bar

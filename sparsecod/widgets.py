@@ -132,10 +132,10 @@ def train_controlled(
 class TrainingFields(Pausable):
     "What a training needs and what it leaves behind."
     def __init__(self,
-        config: RunConfig,             # the run; its parts `model`, `data` and `train` are used
+        config: RunConfig,             # the run; its parts model, data and train are used
         folder: str | Path,            # where log and model go; what a run has left there is erased
-        corpus: Corpus | None = None,  # what to train on; None: as `config.data` says
-        tell: Callable[['Watched'], None] = lambda training: None,  # see `Watched`
+        corpus: Corpus | None = None,  # what to train on; None: as config.data says
+        tell: Callable[['Watched'], None] = lambda training: None,  # see Watched
     ):
         super().__init__(tell)
         self.config, self.folder, self.corpus = config, Path(folder), corpus
@@ -255,14 +255,14 @@ def line(
     x: list,         # numbers
     y: list,         # numbers, None where there is none
     cls: str = '',   # class of the line in the style sheet
-) -> dict:           # for `chart`
+) -> dict:           # for chart
     "One line of a chart."
     return dict(x=x, y=y, cls=cls)
 
 def picture(
     title: str,          # shown above it
     xlabel: str,         # of the horizontal axis
-    lines: list[dict],   # from `line`
+    lines: list[dict],   # from line
     log: bool = False,   # logarithmic vertical axis
 ) -> str:                # HTML
     "A chart with its title."
@@ -402,7 +402,7 @@ class TrainResults(TrainClicks):
 # %% ../nbs/build/19_widgets.ipynb #5c38bf2c
 class TrainPanel(TrainResults):
     "Fields, buttons and a picture for a `Training`."
-    def __init__(self, scale='tiny', out=None, corpus=None):  # see `train_widget`
+    def __init__(self, scale='tiny', out=None, corpus=None):  # see train_widget
         w = controls()
         self.base, self.corpus, self.training, self.drawing = scale_config(scale), corpus, None, threading.Lock()
         if corpus is not None: self.base = fit_vocabulary(self.base, corpus)
@@ -426,7 +426,7 @@ def train_widget(
     scale: str | RunConfig = 'tiny',  # where the fields start: a key of SCALES, or a run of your own
     out: str | Path | None = None,    # where runs go, as out/run-1 and so on; None: a temporary folder
     corpus: Corpus | None = None,     # what to train on; None: as the scale says
-) -> TrainPanel:                      # shown by a notebook; `model` and `log` are there after the end
+) -> TrainPanel:                      # shown by a notebook; model and log are there after the end
     "Train a model by clicks."
     return TrainPanel(scale, out, corpus)
 
@@ -459,7 +459,7 @@ MODES = ('keep', 'skip', 'linear')
 class SurgeryInputs:
     "A model to operate on, and the windows to judge it by; the model is only read."
     def __init__(self,
-        model,                                # one that `adapt` takes
+        model,                                # one that adapt takes
         windows: Tensor,                      # to measure the loss on, (N, T + 1)
         fit_windows: Tensor | None = None,    # other windows, to fit affine maps on, (M, T + 1); None: blocks cannot be linearised
         batch_size: int = 16,                 # sequences in memory at once
@@ -492,7 +492,7 @@ class SurgeryPlan(SurgeryInputs):
 def check_sequences(
     model,           # one that can be scored
     least: int = 2,  # tokens in a sequence
-    **sequences,     # tensors of tokens by the name to complain of, each (N, at least `least`)
+    **sequences,     # tensors of tokens by the name to complain of, each (N, at least least)
 ):
     "Raise a ValueError unless these are sequences that the model can read."
     for name, w in sequences.items():
@@ -646,7 +646,7 @@ def surgery_view(
 
 # %% ../nbs/build/19_widgets.ipynb #a4ca9059
 def library_windows(
-    tokenizer,       # with `encode`
+    tokenizer,       # with encode
     n: int = 32,     # windows
     T: int = 64,     # tokens of each, less one
 ) -> Tensor:         # (n, T + 1)
@@ -728,7 +728,7 @@ def block_controls(
 # %% ../nbs/build/19_widgets.ipynb #05fdbe76
 class SurgeryPanel(SurgeryText):
     "Switches and a picture for a `Surgery`."
-    def __init__(self, model, tokenizer=None, windows=None, fit_windows=None):  # see `surgery_widget`
+    def __init__(self, model, tokenizer=None, windows=None, fit_windows=None):  # see surgery_widget
         w, self.tokenizer, self.own, self.quiet = controls(), tokenizer, None, False
         self.surgery = s = Surgery(model, *two_parts(tokenizer, windows, fit_windows))
         self.switches, self.pair = block_controls(list(s.modes))
@@ -746,9 +746,9 @@ class SurgeryPanel(SurgeryText):
 # %% ../nbs/build/19_widgets.ipynb #7be69dfb
 def surgery_widget(
     model,                              # one of ours, an adapted one, or a causal language model of the transformers library
-    tokenizer=None,                     # with `encode` and `decode`; None: the text is shown as numbers
+    tokenizer=None,                     # with encode and decode; None: the text is shown as numbers
     windows: Tensor | None = None,      # held-out windows, (N, T + 1); None: from the standard library, by the tokenizer
-    fit_windows: Tensor | None = None,  # other windows for the affine maps, (M, T + 1); None: the second half of `windows`
+    fit_windows: Tensor | None = None,  # other windows for the affine maps, (M, T + 1); None: the second half of windows
 ) -> SurgeryPanel:                      # shown by a notebook
     "Operate on the blocks of a live model by clicks."
     return SurgeryPanel(model, tokenizer, windows, fit_windows)

@@ -238,7 +238,7 @@ def read_pages(
 ) -> dict:         # path from the folder of notebooks -> Page
     "Process all notebooks in a process of their own and read what came out."
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), '--process', str(target)], cwd=site.root, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), '--process', str(target)], cwd=site.root, env=env, capture_output=True, text=True, encoding='utf-8')
     if done.returncode: raise Missing(f'The processing by nbdev ended with an error:\n{done.stdout}{done.stderr}')
     faults, read = json.loads((target / 'faults.json').read_text(encoding='utf-8')), lambda p: json.loads(p.read_text(encoding='utf-8'))
     paths = sorted(p.relative_to(target).as_posix() for p in target.rglob('*.ipynb'))
@@ -692,7 +692,7 @@ def check_form(site: Site) -> list:
         for cell in p.html.bare: say('a displayed equation has no label: {#eq-name} after the last $$', cell)
         for label, n in Counter(p.html.labels).items():
             if n > 1: say(f'the label {label!r} is on the page {n} times')
-        if p.path != 'index.ipynb' and not p.path.startswith('reference/') and (fault := exercises_fault(joined(p.notebook['cells'][-1]['source']))): say(fault, p.numbers()[-1])
+        if p.path != 'index.ipynb' and not p.path.startswith(('tools/', 'reference/')) and (fault := exercises_fault(joined(p.notebook['cells'][-1]['source']))): say(fault, p.numbers()[-1])
         source = {c.get('id'): joined(c['source']) for c in p.source['cells'] if c['cell_type'] == 'code'}
         for number, cell in zip(p.numbers(), p.notebook['cells']):
             if cell['cell_type'] != 'code': continue

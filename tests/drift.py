@@ -48,7 +48,7 @@ def find_drift(
         copy.mkdir()
         _copy_sources(root, copy, package)
         for command in ('nbdev_export', 'nbdev_clean'):
-            done = subprocess.run([TOOLS / command], cwd=copy, env=env, capture_output=True, text=True)
+            done = subprocess.run([TOOLS / command], cwd=copy, env=env, capture_output=True, text=True, encoding='utf-8')
             if done.returncode: return [f'{command} failed:\n{done.stdout}{done.stderr}']
         have, want = (_read(base / package, '*.py', base) for base in (root, copy))
         before, after = (_read(base / 'nbs', '*.ipynb', base) for base in (root, copy))

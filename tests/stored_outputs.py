@@ -26,7 +26,7 @@ def read_with_counts(*args, **kwargs):
 
 def compare(path: str) -> tuple[int, str]:
     "Run one notebook in a process of its own; exit code and what it printed."
-    done = subprocess.run([sys.executable, __file__, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, __file__, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8')
     return done.returncode, done.stdout
 
 

@@ -512,10 +512,10 @@ def test_programs_in_a_checkpoint_run_only_when_trusted(saved, tmp_path, trust, 
     monkeypatch.syspath_prepend(str(tmp_path / 'modules'))
     (folder / 'strange.py').write_text(
         f"open({str(folder / 'sprung')!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class StrangeConfig(LlamaConfig): model_type = 'strange'\nclass Strange(LlamaForCausalLM): config_class = StrangeConfig\n")
-    settings = json.loads((folder / 'config.json').read_text())
+        "class StrangeConfig(LlamaConfig): model_type = 'strange'\nclass Strange(LlamaForCausalLM): config_class = StrangeConfig\n", encoding='utf-8')
+    settings = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     settings |= dict(model_type='strange', auto_map=dict(AutoConfig='strange.StrangeConfig', AutoModelForCausalLM='strange.Strange'))
-    (folder / 'config.json').write_text(json.dumps(settings))
+    (folder / 'config.json').write_text(json.dumps(settings), encoding='utf-8')
     if trust: assert type(open_model(folder, trust_remote_code=True)[0].network).__name__ == 'Strange'
     else:
         with pytest.raises(ValueError, match='programs of its own, which run only with trust_remote_code=True'): open_model(folder)

@@ -39,7 +39,7 @@ def process(line: str) -> subprocess.Popen:
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from sparsecod.cli import main; sys.exit(main())'
     hears_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell tells its background jobs to ignore it
     return subprocess.Popen([sys.executable, '-c', code, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=hears_ctrl_c)
+                            preexec_fn=hears_ctrl_c, encoding='utf-8')
 
 
 # ---- help and mistakes
@@ -66,7 +66,7 @@ def test_help_names_what_there_is(type_in):
 def test_nothing_heavy_is_imported_for_help():
     code = ("import sys; from sparsecod.cli import main\ntry: main(['reproduce', '--help'])\nexcept SystemExit: pass\n"
             "print(*sys.modules)")
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True, encoding='utf-8')
     assert not {'torch', 'numpy', 'scipy', 'matplotlib', 'tqdm'} & set(done.stdout.split())
 
 
@@ -113,7 +113,7 @@ def trained(tmp_path_factory):
 
 
 def test_train(trained, type_in):
-    config = RunConfig.from_json((trained / 'run.json').read_text())
+    config = RunConfig.from_json((trained / 'run.json').read_text(encoding='utf-8'))
     assert (config.model.n_layers, config.model.n_kv_heads, config.train.lr, config.train.steps, config.seed) == (2, 1, .02, 6, 3)
     model = Transformer.from_pretrained(trained / 'model')
     assert model.config == config.model
@@ -137,25 +137,25 @@ def test_a_training_that_diverges_says_so(type_in, tmp_path):
 def test_score(trained, type_in, tmp_path):
     code, text, errors = type_in(f'score {trained} --sequences 4 --quiet')
     assert code == 0 and errors == '' and 'permutation' in text
-    scores = json.loads((trained / 'scores.json').read_text())
+    scores = json.loads((trained / 'scores.json').read_text(encoding='utf-8'))
     assert set(scores['scalars']) >= {'causal', 'usefulness'} and len(scores['arrays']['causal']) == 2
     assert scores['config']['score']['n_sequences'] == 4 and scores['config']['model']['n_layers'] == 2
     text_file = tmp_path / 'own.txt'
-    text_file.write_text('\n'.join(f'def number_{i}(): return {i * i}' for i in range(20000)))
+    text_file.write_text('\n'.join(f'def number_{i}(): return {i * i}' for i in range(20000)), encoding='utf-8')
     code, _, errors = type_in(f'score {trained} --sequences 4 --data {text_file} --json {tmp_path}/own.json --quiet')
     assert code == 0, errors
-    own = json.loads((tmp_path / 'own.json').read_text())
+    own = json.loads((tmp_path / 'own.json').read_text(encoding='utf-8'))
     assert own['corpus'] != scores['corpus'] and own['config']['data']['tokenizer'] == str(trained / 'tokenizer.json')
 
 
 def test_score_a_model_without_a_training(type_in, tmp_path):
     Transformer(ModelConfig(vocab_size=300, n_layers=2, d_model=16, n_heads=2, context_length=16)).save_pretrained(tmp_path / 'bare')
     (tmp_path / 'texts').mkdir()
-    for i in range(40): (tmp_path / 'texts' / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 400)))
+    for i in range(40): (tmp_path / 'texts' / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 400)), encoding='utf-8')
     code, text, errors = type_in(f"score {tmp_path / 'bare'} --data {tmp_path / 'texts'} --sequences 4 --fit 8 --quiet")
     assert code == 0 and 'usefulness' in text, errors
     Transformer(ModelConfig(vocab_size=290, n_layers=2, d_model=16, n_heads=2, context_length=16)).save_pretrained(tmp_path / 'bare')
-    (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text())['config']).to_json())
+    (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text(encoding='utf-8'))['config']).to_json(), encoding='utf-8')
     code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
     assert code == 2 and 'the model knows 290' in errors
 
@@ -174,15 +174,15 @@ def checkpoint(tmp_path_factory):
 def test_score_a_stock_checkpoint(checkpoint, type_in, tmp_path):
     texts = tmp_path / 'texts'
     texts.mkdir()
-    for i in range(60): (texts / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 300)))
+    for i in range(60): (texts / f'{i}.txt').write_text(' '.join(f'word{(i * k) % 97}' for k in range(1, 300)), encoding='utf-8')
     line = f'score {checkpoint} --data {texts} --sequences 4 --fit 8 --json {tmp_path}/out/own.json --quiet'
     code, text, errors = type_in(line)
     assert code == 0 and errors == '' and 'permutation' in text, errors
-    found = json.loads((tmp_path / 'out' / 'own.json').read_text())
+    found = json.loads((tmp_path / 'out' / 'own.json').read_text(encoding='utf-8'))
     assert found['architecture'] == 'LlamaForCausalLM' and found['settings']['T'] == 32 and len(found['arrays']['causal']) == 3
-    assert (tmp_path / 'out' / 'own.html').read_text().startswith('<!') and not (tmp_path / 'out' / 'own.parts').exists()
+    assert (tmp_path / 'out' / 'own.html').read_text(encoding='utf-8').startswith('<!') and not (tmp_path / 'out' / 'own.parts').exists()
     assert type_in(line + ' --memory 1')[0] == 0
-    again = json.loads((tmp_path / 'out' / 'own.json').read_text())
+    again = json.loads((tmp_path / 'out' / 'own.json').read_text(encoding='utf-8'))
     assert again['scalars']['causal'] == pytest.approx(found['scalars']['causal'], rel=1e-5)
 
 
@@ -212,12 +212,12 @@ SCORE_FAST = '--sequences 4 --fit 30 --length 16'
 
 
 def test_a_file_of_scores_satisfies_its_schema(checkpoint, trained, type_in, tmp_path):
-    schema = json.loads((Path(sparsecod.__file__).parent / 'scores.schema.json').read_text())
+    schema = json.loads((Path(sparsecod.__file__).parent / 'scores.schema.json').read_text(encoding='utf-8'))
     check = jsonschema.Draft202012Validator(schema)
     check.check_schema(schema)
     for name, line in dict(stock=f'{checkpoint} {SCORE_FAST} --as-published', ours=f'{trained} --sequences 4 --jacobian-probes 4').items():
         assert type_in(f'score {line} --json {tmp_path}/{name}.json --quiet')[0] == 0
-        found = json.loads((tmp_path / f'{name}.json').read_text())
+        found = json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8'))
         check.validate(found)
         assert found['$schema'] == schema['$id'] and found['format'] == 1
         assert set(found) <= set(schema['properties']) and all(entry.get('description') or entry.get('properties') for entry in schema['properties'].values())
@@ -229,10 +229,10 @@ def test_a_file_of_scores_satisfies_its_schema(checkpoint, trained, type_in, tmp
 def test_a_bound_is_kept_and_said(checkpoint, type_in, tmp_path):
     line = f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json'
     code, text, errors = type_in(line)
-    found = json.loads((tmp_path / 'x.json').read_text())
+    found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
     assert code == 0 and 'working memory beside the model: at most 4 GB (one sequence at a time takes' in errors and found['memory'] == 4 * 2**30, errors
     code, text, errors = type_in(line + ' --memory 0.01 --quiet')
-    held = json.loads((tmp_path / 'x.json').read_text())
+    held = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
     assert code == 0 and held['memory'] == int(.01 * 2**30) and errors == '' and held['sparsity']['scalars'] == pytest.approx(found['sparsity']['scalars'])
 
 
@@ -240,7 +240,7 @@ def test_sparsity_is_left_out_if_it_does_not_fit(checkpoint, type_in, tmp_path, 
     import sparsecod.sparsity
     monkeypatch.setattr(sparsecod.sparsity, 'sparsity_bytes', lambda model, T: 2**40)
     code, text, errors = type_in(f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json --quiet')
-    assert code == 0 and 'sparsity was not measured: it takes 1e+03 GB' in text and json.loads((tmp_path / 'x.json').read_text())['sparsity'] is None
+    assert code == 0 and 'sparsity was not measured: it takes 1e+03 GB' in text and json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))['sparsity'] is None
 
 
 @pytest.mark.parametrize('error, code', [(KeyboardInterrupt(), 130), (RuntimeError('out of memory'), 1), (ValueError('no maps'), 0)])
@@ -251,24 +251,24 @@ def test_scores_are_written_before_sparsity_is_measured(checkpoint, type_in, tmp
     with monkeypatch.context() as patched:
         patched.setattr(sparsecod.sparsity, 'measure_sparsity', stop)
         assert type_in(line)[0] == code
-    found = json.loads((tmp_path / 'x.json').read_text())
+    found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
     assert found['sparsity'] is None and found['scalars']['causal']['value'] > 0 and (tmp_path / 'x.html').exists()
     assert (tmp_path / 'x.parts').exists() == bool(code)
-    assert type_in(line)[0] == 0 and json.loads((tmp_path / 'x.json').read_text()) | dict(sparsity=None) == found
+    assert type_in(line)[0] == 0 and json.loads((tmp_path / 'x.json').read_text(encoding='utf-8')) | dict(sparsity=None) == found
     assert not list(tmp_path.glob('*.parts')) and not list(tmp_path.glob('*.new'))
 
 
 def test_one_short_text_is_enough_or_it_is_said_how_much_is(checkpoint, trained, type_in, tmp_path):
     "A single file below 16 KB is one document: it is not split into a side to train on and one to hold out."
     path = tmp_path / 'short.txt'
-    path.write_text(' '.join(f'word{(i * i) % 97}' for i in range(600)))
+    path.write_text(' '.join(f'word{(i * i) % 97}' for i in range(600)), encoding='utf-8')
     for model in (checkpoint, trained):
         line = f'score {model} --data {path} --sequences 4 --fit 20 --length 16 --json {tmp_path}/x.json --quiet'
         code, text, errors = type_in(line)
         assert code == 0 and errors == '', errors
-        found = json.loads((tmp_path / 'x.json').read_text())
+        found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
         assert found['held_out'] == 'all of the text' and found['settings']['n_sequences'] == 4 and found['settings']['T'] == 16
-    path.write_text('too short by far')
+    path.write_text('too short by far', encoding='utf-8')
     code, text, errors = type_in(line)
     assert code == 2 and re.search(r'the text has \d+ tokens; to score 4 sequences of 16 tokens and to fit affine maps on 20 others takes 385 tokens, about \d+ kB', errors)
 
@@ -296,13 +296,13 @@ def test_export_and_back(trained, type_in, tmp_path):
 
 def test_eval_a_stock_checkpoint(checkpoint, type_in, tmp_path):
     code, text, errors = type_in(f'eval {checkpoint} --questions 20 --out {tmp_path}/eval.json --quiet')
-    assert code == 0 and json.loads((tmp_path / 'eval.json').read_text())['questions'] == 20, errors
+    assert code == 0 and json.loads((tmp_path / 'eval.json').read_text(encoding='utf-8'))['questions'] == 20, errors
 
 
 def test_eval(trained, type_in, tmp_path):
     code, text, errors = type_in(f'eval {trained} --questions 40 --quiet')
     assert code == 0 and errors == '' and 'acc_mutual_info' in text and str(trained / 'eval.json') in text
-    found = json.loads((trained / 'eval.json').read_text())
+    found = json.loads((trained / 'eval.json').read_text(encoding='utf-8'))
     assert found['questions'] == 40 and found['tasks'] == ['cloze'] and found['config']['model']['n_layers'] == 2
     assert {row['metric']: row['n'] for row in found['results']} == dict(acc=40, acc_norm=40, acc_mutual_info=40)
     for row in found['results']:
@@ -310,7 +310,7 @@ def test_eval(trained, type_in, tmp_path):
         assert float(line[2]) == pytest.approx(row['value'], rel=1e-3) and line[-2:] == ['0.25', '40']
         assert float(line[3].strip('[,')) <= row['value'] <= float(line[4].strip(']')) and 0 < row['low'] < row['high'] < 1
     again = type_in(f"eval {trained / 'model'} --questions 40 --limit 10 --out {tmp_path}/few.json --quiet")
-    few = json.loads((tmp_path / 'few.json').read_text())
+    few = json.loads((tmp_path / 'few.json').read_text(encoding='utf-8'))
     assert again[0] == 0 and {row['n'] for row in few['results']} == {10} and few['corpus'] == found['corpus'] and few['limit'] == 10
 
 
@@ -325,7 +325,7 @@ def test_eval_builds_a_corpus_only_for_cloze(checkpoint, trained, type_in, tmp_p
     monkeypatch.setattr(sparsecod.data, 'prepare', never)
     for model in (checkpoint, trained):
         code, _, errors = type_in(f'eval {model} --tasks hellaswag --out {tmp_path}/eval.json --quiet')
-        assert code == 0 and asked[-1][1:] == (['hellaswag'], None) and json.loads((tmp_path / 'eval.json').read_text())['corpus'] is None, errors
+        assert code == 0 and asked[-1][1:] == (['hellaswag'], None) and json.loads((tmp_path / 'eval.json').read_text(encoding='utf-8'))['corpus'] is None, errors
     assert asked[0][0] == 512
     with pytest.raises(AssertionError, match='a corpus was built'): main(['eval', str(checkpoint), '--debug'])
 
@@ -351,7 +351,7 @@ def test_reproduce_and_report(type_in, tmp_path):
     judged = sum(map(int, re.findall(r'(\d+) (?:confirmed|contradicted|open)\b', text)))
     assert code == 0 and judged == sum(c.study == 'depth' for c in CLAIMS) and str(report) in text, errors
     assert errors.count('held-out loss') == len(STUDIES['depth'].runs('tiny')) == len(list(tmp_path.glob('tiny/*.json')))
-    page = report.read_text()
+    page = report.read_text(encoding='utf-8')
     assert '<html' in page and 'contradicted' in page and not re.findall(r'(?:src|href)="https?:', page)
     report.unlink()
     code, text, errors = type_in(f'report --results {tmp_path} --scale tiny --markdown --out {tmp_path}/mine.html')
@@ -367,12 +367,12 @@ def test_all_studies_by_one_command_that_goes_on_where_it_stopped(type_in, tmp_p
     monkeypatch.setattr(claims, 'CLAIMS', [c for c in claims.CLAIMS if c.study in studies.STUDIES])
     configs = {studies.identity(c, '') for name in studies.STUDIES for _, c in studies.STUDIES[name].runs('tiny')}
     code, text, errors = type_in(f'reproduce --study all --scale tiny --out {tmp_path} --jobs 2')
-    records = {p: p.read_text() for p in tmp_path.glob('tiny/*.json')}
+    records = {p: p.read_text(encoding='utf-8') for p in tmp_path.glob('tiny/*.json')}
     assert code == 0 and len(records) == len(configs) and (tmp_path / 'tiny' / 'report-training.html').exists(), errors
     next(iter(records)).unlink()                                                                                # as after a stop
     code, text, errors = type_in(f'reproduce --study all --scale tiny --out {tmp_path} --jobs 2')
     assert code == 0 and errors.count('held-out loss') == 1 and set(tmp_path.glob('tiny/*.json')) == set(records)
-    assert sum(p.read_text() == text for p, text in records.items()) >= len(records) - 1                        # all others were read back
+    assert sum(p.read_text(encoding='utf-8') == text for p, text in records.items()) >= len(records) - 1                        # all others were read back
 
 
 def test_failed_runs_end_in_exit_code_1(type_in, tmp_path, monkeypatch):
@@ -398,7 +398,7 @@ def test_ctrl_c_says_how_to_go_on(line, tmp_path):
 def test_scoring_the_model_folder_is_scoring_the_training(trained, tmp_path, type_in):
     for folder, name in ((trained, 'a'), (Path(trained) / 'model', 'b')):
         assert type_in(f'score {folder} --sequences 4 --json {tmp_path}/{name}.json --quiet')[0] == 0
-    a, b = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'ab')
+    a, b = (json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8')) for name in 'ab')
     assert a['corpus'] == b['corpus'] and a['scalars'] == b['scalars']
 
 

@@ -314,7 +314,7 @@ def test_the_task_file_works_on_lm_evals_own_command_line(questions, tmp_path):
     pytest.importorskip('lm_eval')
     assert write_task(questions, tmp_path / 'with space: #1') == tmp_path / 'with space: #1' / 'cloze.yaml'
     done = subprocess.run([sys.executable, '-m', 'lm_eval', '--model', 'dummy', '--tasks', 'cloze', '--include_path', tmp_path / 'with space: #1'],
-                          capture_output=True, text=True, cwd=tmp_path)
+                          capture_output=True, text=True, cwd=tmp_path, encoding='utf-8')
     assert done.returncode == 0 and 'acc_mutual_info' in done.stdout and 'cloze' in done.stdout, done.stderr[-2000:]
 
 

@@ -288,7 +288,7 @@ def test_corrections_repeat_and_leave_the_model_alone(corpus):
 
 
 @pytest.fixture(scope='module')
-def record(root): return json.loads((root / 'results' / 'corrections.json').read_text())
+def record(root): return json.loads((root / 'results' / 'corrections.json').read_text(encoding='utf-8'))
 
 
 def test_the_record_says_where_it_comes_from(record):

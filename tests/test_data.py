@@ -68,7 +68,7 @@ def as_glob(path, texts):
 
 
 def as_jsonl(path, texts):
-    (path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    (path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)), encoding="utf-8")
     return path / "rows.jsonl"
 
 
@@ -113,20 +113,20 @@ def test_sides_do_not_depend_on_the_source(tmp_path, cache, texts):
 
 def test_a_single_text_file_is_cut_into_documents(tmp_path, cache, texts):
     path = tmp_path / "book.txt"
-    path.write_text("".join(texts) + "".join(make_texts(400, seed=2)))
+    path.write_text("".join(texts) + "".join(make_texts(400, seed=2)), encoding="utf-8")
     corpus = make(path, cache)
     assert corpus.stats["train_documents"] + corpus.stats["val_documents"] > 5
     assert max(len(text.encode()) for text in all_texts(corpus)) <= 2**14
     finer = make(path, cache, max_document_bytes=1000)
     assert max(len(text.encode()) for text in all_texts(finer)) <= 1000
-    assert sum(map(len, all_texts(finer))) == len(path.read_text())
+    assert sum(map(len, all_texts(finer))) == len(path.read_text(encoding="utf-8"))
 
 
 def test_files_are_read_in_blocks_without_changing_the_pieces(tmp_path):
     raw = ("αβγδ" * 50 + "\n" + "short\n" * 30 + "x" * 700).encode()
     (tmp_path / "a.txt").write_bytes(raw)
     for limit in (4, 5, 64, 333, len(raw), 10**6):
-        items = list(data.read_text(tmp_path / "a.txt", limit))
+        items = list(data.read_text(tmp_path / "a.txt", limit, encoding="utf-8"))
         assert [item.text.encode() for item in items] == list(data.cut(raw, limit))
         assert {item.problem for item in items} <= {"", "empty"} and sum(item.consumed for item in items) == len(raw)
     assert list(data.cut(b"\x80" * 100, 10))  # no character starts here: still ends
@@ -144,7 +144,7 @@ def test_stdlib_inside_a_virtual_environment(tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = next(p for p in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if p.exists())
-    found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"], capture_output=True, text=True, check=True)
+    found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"], capture_output=True, text=True, check=True, encoding="utf-8")
     assert [Path(found.stdout.strip())] == data.python_folders("stdlib")
 
 
@@ -216,14 +216,14 @@ def test_revision_goes_to_datasets(monkeypatch):
 
 def test_unusable_documents_are_counted(tmp_path, cache, texts):
     folder = write_folder(tmp_path / "texts", texts)
-    (folder / "copy.txt").write_text(texts[3])
-    (folder / "empty.txt").write_text("")
-    (folder / "blank.md").write_text(" \n\n")
+    (folder / "copy.txt").write_text(texts[3], encoding="utf-8")
+    (folder / "empty.txt").write_text("", encoding="utf-8")
+    (folder / "blank.md").write_text(" \n\n", encoding="utf-8")
     (folder / "picture.txt").write_bytes(b"\x89PNG\x00\x01\x02")
     (folder / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    (folder / "rows.jsonl").write_text('{"text": "a row of its own"}\n[1, 2]\n{"text": 5}\n{broken\n\n{"text": "\\ud800"}\n')
+    (folder / "rows.jsonl").write_text('{"text": "a row of its own"}\n[1, 2]\n{"text": 5}\n{broken\n\n{"text": "\\ud800"}\n', encoding="utf-8")
     (folder / "ignored.bin").write_bytes(b"not of a text suffix")
-    (folder / ".hidden.txt").write_text("hidden")
+    (folder / ".hidden.txt").write_text("hidden", encoding="utf-8")
     corpus = make(folder, cache)
     counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data.PROBLEMS)}
     assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3, "unreadable": 0}
@@ -241,7 +241,7 @@ def test_unreadable_file_is_counted(tmp_path, monkeypatch):
 
 def test_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    assert [item.text for item in data.read_text(tmp_path / "a.txt", 100)] == ["hello"]
+    assert [item.text for item in data.read_text(tmp_path / "a.txt", 100, encoding="utf-8")] == ["hello"]
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -313,7 +313,7 @@ def test_bpe_is_the_same_in_another_process(texts):
     here = data.content_id(train_bpe(texts, 400).backend.to_str()).hex()
     for threads in ("1",):
         there = subprocess.run([sys.executable, "-c", code], input=json.dumps(texts), capture_output=True, text=True, check=True,
-                               env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads})
+                               env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}, encoding="utf-8")
         assert there.stdout.strip() == here
 
 
@@ -324,7 +324,7 @@ def save_pretrained(folder, texts, rename_eos=None, settings=None):
         definition = definition.replace("<|endoftext|>", rename_eos)
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     if settings is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
@@ -356,7 +356,7 @@ def test_tokenizer_without_end_of_document(tmp_path, texts):
 def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     import tokenizers
 
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer='.*' must be 'bpe', a folder with a tokenizer.json"):
         load_tokenizer(str(tmp_path))
     monkeypatch.setattr(data, "hub_file", lambda name, filename: None)
@@ -478,7 +478,7 @@ def test_fingerprint_follows_content_tokenizer_and_split(tmp_path, cache, texts)
     assert make(write_folder(tmp_path / "copy", texts), cache).fingerprint == base.fingerprint
     others = [make(source, cache, **fields).fingerprint for fields in (dict(vocab_size=299), dict(val_share=0.4), dict(seed=1), dict(max_documents=50))]
     assert len({base.fingerprint, *others}) == 5
-    (source / "0.txt").write_text("a new text\n")
+    (source / "0.txt").write_text("a new text\n", encoding="utf-8")
     assert make(source, cache).fingerprint != base.fingerprint
     config = json.loads(json.dumps(base.config.to_dict()))
     assert DataConfig(**config) == base.config
@@ -496,11 +496,11 @@ def damage_missing_meta(folder):
 
 
 def damage_broken_meta(folder):
-    (folder / "meta.json").write_text('{"fingerprint": ')
+    (folder / "meta.json").write_text('{"fingerprint": ', encoding="utf-8")
 
 
 def damage_old_meta(folder):
-    (folder / "meta.json").write_text("{}")
+    (folder / "meta.json").write_text("{}", encoding="utf-8")
 
 
 def damage_short_tokens(folder):
@@ -513,7 +513,7 @@ def damage_missing_tokens(folder):
 
 
 def damage_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("")
+    (folder / "tokenizer.json").write_text("", encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", [damage_missing_meta, damage_broken_meta, damage_old_meta, damage_short_tokens, damage_missing_tokens, damage_tokenizer])
@@ -535,7 +535,7 @@ def test_damaged_entries_are_reported_and_rebuilt(damage, tmp_path, cache, texts
 def start(code, source, cache):
     head = f"import sys; sys.path[:0] = {sys.path!r}\nimport time, sparsecod.data as data\n"
     tail = f"\nconfig = data.DataConfig({str(source)!r}, vocab_size=300, val_share=0.2)\nprint(data.prepare(config, {str(cache)!r}, progress=False).fingerprint)"
-    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def test_two_processes_build_once(tmp_path, cache, texts):
@@ -588,13 +588,13 @@ def test_a_failed_build_leaves_nothing(tmp_path, cache, texts, monkeypatch):
 
 def test_importing_is_light():
     code = f"import sys; sys.path[:0] = {sys.path!r}; import sparsecod.data; print([m for m in ('tokenizers', 'datasets', 'pyarrow', 'pandas') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert found.stdout.strip() == "[]"
 
 
 def test_progress_bar_ends_at_the_end(tmp_path, cache, texts, capsys):
     source = write_folder(tmp_path / "texts", texts)
-    (source / "copy.txt").write_text(texts[0])
+    (source / "copy.txt").write_text(texts[0], encoding="utf-8")
     prepare(DataConfig(str(source), vocab_size=300, val_share=0.2), cache)
     assert "100%" in capsys.readouterr().err
     prepare(DataConfig(str(source), vocab_size=300, val_share=0.2), cache)

@@ -153,7 +153,7 @@ def write_site(
     (root / 'settings.ini').write_text('[DEFAULT]\nrepo = small\nlib_name = small\nlib_path = small\nversion = 0\nmin_python = 3.11\nlicense = apache2\nnbs_path = nbs\nrecursive = True\n'
                                        'doc_path = _docs\nbranch = main\ntitle = small\nauthor = nobody\nauthor_email = nobody@example.org\nuser = nobody\ndescription = A small site.\nkeywords = none\n'
                                        'status = 1\nlanguage = English\naudience = Developers\ncopyright = none\nblack_formatting = False\nput_version_in_init = False\ncustom_sidebar = True\n'
-                                       'doc_host = https://example.org\ndoc_baseurl = /small\ngit_url = https://github.com/nobody/small\n')
+                                       'doc_host = https://example.org\ndoc_baseurl = /small\ngit_url = https://github.com/nobody/small\n', encoding='utf-8')
     chapters = {'build/01_sane.ipynb': page(explorer), 'build/02_other.ipynb': [markdown('# Other', '', '> Another page.'), markdown(TEXT.replace('[@known2020]', 'nothing').replace(
         'to @eq-one', 'to nothing').replace('(#numbers)', '(#a-section)')), markdown('## A section', '', 'Text.')], 'index.ipynb': [
         markdown('# Home', '', '> Where it starts.'), markdown('The home page is short. It leads [to the first page](build/01_sane.ipynb), and it says a few words, at least twenty of them, so that it has an opening.')]}
@@ -166,13 +166,13 @@ def write_site(
         if 'Exercises' not in cells[-1]['source'] and name != 'index.ipynb': cells.append(markdown(EXERCISES))
         if NO_LINKS not in cells: cells.insert(len(cells) - (name != 'index.ipynb'), links)
         for i, cell in enumerate(cells): cell['id'] = f'c{i}'
-        (root / 'nbs' / name).write_text(json.dumps(dict(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5, cells=cells)))
+        (root / 'nbs' / name).write_text(json.dumps(dict(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5, cells=cells)), encoding='utf-8')
     site = dict(project=dict(type='website'), bibliography='references.bib', format=dict(html={'html-math-method': 'mathml'}), website=dict(sidebar=dict(contents=[
         'index.ipynb', dict(section='Build', contents=[*(n for n in chapters if n != 'index.ipynb'), *listed])])))
-    (root / '_quarto.yml').write_text(json.dumps(site))                                   # JSON is YAML
-    (root / 'nbs' / 'references.bib').write_text('@article{known2020,\n  title = {Known},\n  author = {Nobody},\n  year = {2020}\n}\n')
-    (root / 'nbs' / 'build' / 'dot.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><circle cx="1" cy="1" r="1"/></svg>')
-    (root / 'README.md').write_text('# Small\n\n[The first page](nbs/build/01_sane.ipynb#numbers), and [a part](#a-part).\n\n## A part\n\n![A dot](nbs/build/dot.svg)\n')
+    (root / '_quarto.yml').write_text(json.dumps(site), encoding='utf-8')                                   # JSON is YAML
+    (root / 'nbs' / 'references.bib').write_text('@article{known2020,\n  title = {Known},\n  author = {Nobody},\n  year = {2020}\n}\n', encoding='utf-8')
+    (root / 'nbs' / 'build' / 'dot.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><circle cx="1" cy="1" r="1"/></svg>', encoding='utf-8')
+    (root / 'README.md').write_text('# Small\n\n[The first page](nbs/build/01_sane.ipynb#numbers), and [a part](#a-part).\n\n## A part\n\n![A dot](nbs/build/dot.svg)\n', encoding='utf-8')
     return root
 
 
@@ -195,14 +195,14 @@ def small_site(tmp_path_factory, root, explorer):
 def found(small_site):
     "What the check says of a site with all faults at once."
     made = small_site({name: plant for name, (plant, _, _) in FAULTS.items()}, listed=['build/99_gone.ipynb'])
-    for name, text in {'README.md': '[gone](nbs/gone.ipynb), [nowhere](#nowhere) and ![no picture](gone.png)\n'}.items(): (made / name).write_text((made / name).read_text() + text)
-    (made / 'nbs' / 'build' / '98_unlisted.ipynb').write_text((made / 'nbs' / 'build' / '02_other.ipynb').read_text().replace('02_other.ipynb)', '98_unlisted.ipynb)'))
+    for name, text in {'README.md': '[gone](nbs/gone.ipynb), [nowhere](#nowhere) and ![no picture](gone.png)\n'}.items(): (made / name).write_text((made / name).read_text(encoding='utf-8') + text, encoding='utf-8')
+    (made / 'nbs' / 'build' / '98_unlisted.ipynb').write_text((made / 'nbs' / 'build' / '02_other.ipynb').read_text(encoding='utf-8').replace('02_other.ipynb)', '98_unlisted.ipynb)'), encoding='utf-8')
     return docs_check.check(made)[1]
 
 
 def run(*given):
     "Run the check as a command."
-    return subprocess.run([sys.executable, docs_check.__file__, *map(str, given)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, docs_check.__file__, *map(str, given)], capture_output=True, text=True, encoding='utf-8')
 
 
 def test_a_site_in_order_passes(small_site):
@@ -241,7 +241,7 @@ def test_a_preview_has_links_pictures_equations_and_citations(small_site, tmp_pa
     picture = code('#| fig-alt: "One dot."\ndot', {'image/png': DOT, 'text/plain': '<Figure>'})
     done = run(small_site(dict(picture=added(picture))), '--pages', tmp_path)
     assert done.returncode == 0 and '4 pages of a preview, not as Quarto makes them' in done.stdout, done.stdout + done.stderr
-    text, home = (' '.join((tmp_path / name).read_text().split()) for name in ('build/picture.html', 'index.html'))
+    text, home = (' '.join((tmp_path / name).read_text(encoding='utf-8').split()) for name in ('build/picture.html', 'index.html'))
     for part in (f'<img src="data:image/png;base64,{DOT}" alt="One dot."', '<a href="other.html#a-section">', '<a href="sane.html#numbers">', '<a href="#eq-one">Equation (1)</a>',
                  '<span class="number" id="eq-one">(1)</span>', '(<a href="#ref-known2020"', '<a href="../index.html">Home</a>', '<a href="picture.html" aria-current="page">Sane</a>',
                  '<title>Sane</title>', 'A page in order.', 'made without Quarto'): assert part in text, part

@@ -382,7 +382,7 @@ def test_questions_are_on_the_card(tmp_path):
     assert 'cloze | accuracy | 0.291 | 0.263 to 0.319 | 0.25 | 1000' in body
     assert '- accuracy on public benchmarks\n' in body and '- accuracy on cloze' not in body
     asked = [dict(task='piqa', metric='acc', value=.5, stderr=.01, n=100, low=None, high=None, chance=.5)]
-    (tmp_path / 'eval.json').write_text(json.dumps(dict(results=asked)))
+    (tmp_path / 'eval.json').write_text(json.dumps(dict(results=asked)), encoding='utf-8')
     _, body = head_and_body(model_card(ModelConfig(vocab_size=V), run_facts(tmp_path)), tmp_path)
     assert 'piqa | acc | 0.5 | - | 0.5 | 100' in body and 'benchmarks other than those above' in body and '- accuracy on cloze' in body
 
@@ -440,13 +440,13 @@ def test_export_folder_for_transformers(run, given, corpus, tmp_path):
     stock, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(place), transformers.AutoTokenizer.from_pretrained(place)
     assert place == tmp_path / 'out' and same(trained(run), stock, tokens)
     assert tokenizer('the cat number 7').input_ids == corpus.tokenizer.encode('the cat number 7')
-    body = (place / 'README.md').read_text()
+    body = (place / 'README.md').read_text(encoding='utf-8')
     for text in (corpus.fingerprint, 'training tokens | 192', 'status | finished', 'LlamaForCausalLM', "norm | layernorm_scaling"): assert text in body, text
 
 
 def read_card(model, place):
     model.save_pretrained(place)
-    return (place / 'README.md').read_text()
+    return (place / 'README.md').read_text(encoding='utf-8')
 
 
 def test_a_trained_model_knows_its_card(corpus, tmp_path, hub):
@@ -454,7 +454,7 @@ def test_a_trained_model_knows_its_card(corpus, tmp_path, hub):
     model = ModelConfig(vocab_size=corpus.vocab_size, n_layers=2, d_model=16, n_heads=2, context_length=16, tie_embeddings=True)
     folder = tmp_path / 'run'
     fresh = train(model, TrainConfig(steps=3, tokens_per_step=64), corpus, folder, progress=False).model
-    (folder / 'scores.json').write_text(json.dumps(dict(config=dict(model=model.to_dict()), corpus=corpus.fingerprint, **RECORD['scores'])))
+    (folder / 'scores.json').write_text(json.dumps(dict(config=dict(model=model.to_dict()), corpus=corpus.fingerprint, **RECORD['scores'])), encoding='utf-8')
     from sparsecod.train import load_result
     for i, known in enumerate((fresh, load_result(folder).model, Transformer.from_pretrained(folder / 'model'), load_result(folder).model.to(torch.bfloat16))):
         body = read_card(known, tmp_path / str(i))
@@ -462,8 +462,8 @@ def test_a_trained_model_knows_its_card(corpus, tmp_path, hub):
     Transformer.from_pretrained(folder / 'model').push_to_hub('me/model')
     sent = hub.calls[-1][2]['README.md'].decode()
     assert corpus.fingerprint in sent and 'causal score | 0.274' in sent and 'train.steps | 3' in sent
-    assert 'causal score | 0.274' in (export_model(fresh, tmp_path / 'stock') / 'README.md').read_text()
-    assert 'not recorded here' in (export_model(fresh, tmp_path / 'bare', facts={}) / 'README.md').read_text()
+    assert 'causal score | 0.274' in (export_model(fresh, tmp_path / 'stock') / 'README.md').read_text(encoding='utf-8')
+    assert 'not recorded here' in (export_model(fresh, tmp_path / 'bare', facts={}) / 'README.md').read_text(encoding='utf-8')
 
 
 def test_a_changed_model_claims_nothing(run, tmp_path):
@@ -483,7 +483,7 @@ def test_export_folder_for_sparsecod(run, corpus, tmp_path):
         assert same(trained(run), Transformer.from_pretrained(folder, strict=True), tokens, 1e-7)
         tokenizer = load_tokenizer(str(folder))
         assert tokenizer.encode('the cat') == corpus.tokenizer.encode('the cat') and tokenizer.eos_id == corpus.eos_id
-    assert corpus.fingerprint in (place / 'README.md').read_text() and 'not recorded here' in (again / 'README.md').read_text()
+    assert corpus.fingerprint in (place / 'README.md').read_text(encoding='utf-8') and 'not recorded here' in (again / 'README.md').read_text(encoding='utf-8')
 
 
 def test_export_folder_of_a_checkpoint(tmp_path):
@@ -498,10 +498,10 @@ def test_records_are_found_and_checked(run, corpus, tmp_path):
     from sparsecod.train import read_label
     label = read_label(run)
     record = RECORD | dict(config=RECORD['config'] | dict(model=label['model'], train=label['train']), provenance=RECORD['provenance'] | dict(corpus_fingerprint=corpus.fingerprint))
-    body = (export_folder(run, tmp_path / 'given', record=record) / 'README.md').read_text()
+    body = (export_folder(run, tmp_path / 'given', record=record) / 'README.md').read_text(encoding='utf-8')
     assert '4.251' in body and 'training tokens | 192' in body  # what the folder says of its training wins
-    (run / 'scores.json').write_text(json.dumps(dict(config=record['config'], corpus=corpus.fingerprint, **RECORD['scores'])))
-    try: assert 'causal score | 0.274' in (export_folder(run, tmp_path / 'found') / 'README.md').read_text()
+    (run / 'scores.json').write_text(json.dumps(dict(config=record['config'], corpus=corpus.fingerprint, **RECORD['scores'])), encoding='utf-8')
+    try: assert 'causal score | 0.274' in (export_folder(run, tmp_path / 'found') / 'README.md').read_text(encoding='utf-8')
     finally: (run / 'scores.json').unlink()
     for wrong, message in ((record | dict(provenance=dict(corpus_fingerprint='other')), "corpus='other'"),
                            (record | dict(config=record['config'] | dict(model=label['model'] | dict(n_layers=9))), 'model.n_layers=9'),
@@ -519,8 +519,8 @@ def test_record_of_a_study_is_found(run, corpus, tmp_path):
     record = RECORD | dict(config=RECORD['config'] | dict(model=label['model'], train=label['train']), provenance=dict(corpus_fingerprint=corpus.fingerprint))
     for place in (tmp_path / 'runs' / 'own' / 'some_run.json', tmp_path / 'results' / 'own' / 'some_run.json'):
         place.parent.mkdir(parents=True)
-        place.write_text(json.dumps(record))
-        assert '4.251' in (export_folder(work, tmp_path / 'out', overwrite=True) / 'README.md').read_text()
+        place.write_text(json.dumps(record), encoding='utf-8')
+        assert '4.251' in (export_folder(work, tmp_path / 'out', overwrite=True) / 'README.md').read_text(encoding='utf-8')
         place.unlink()
 
 
@@ -528,16 +528,16 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     export_folder(run, out)  # empty: fine
-    (out / 'mark').write_text('mine')
+    (out / 'mark').write_text('mine', encoding='utf-8')
     with pytest.raises(FileExistsError, match='out.*is not empty.*overwrite=True'): export_folder(run, out)
-    assert (out / 'mark').read_text() == 'mine'
+    assert (out / 'mark').read_text(encoding='utf-8') == 'mine'
     export_folder(run, out, overwrite=True)
     assert not (out / 'mark').exists()
     home = tmp_path / 'home'
     home.mkdir()
-    (home / 'letter').write_text('mine')
+    (home / 'letter').write_text('mine', encoding='utf-8')
     with pytest.raises(FileExistsError, match='something else'): export_folder(run, home, overwrite=True)
-    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'file').write_text('mine', encoding='utf-8')
     with pytest.raises(FileExistsError, match='not a folder'): export_folder(run, tmp_path / 'file', overwrite=True)
     for wrong in (run, run / 'model', run / 'export', run.parent):
         with pytest.raises((ValueError, FileExistsError), match='out='): export_folder(run, wrong, overwrite=True)
@@ -548,7 +548,7 @@ def test_errors_name_what_is_allowed(run, tmp_path):
     with pytest.raises(ValueError, match="format='onnx' must be one of hf, sparsecod"): export_folder(run, tmp_path / 'out', 'onnx')
     with pytest.raises(FileNotFoundError, match='nowhere.*allowed'): export_folder(tmp_path / 'nowhere', tmp_path / 'out')
     (tmp_path / 'half').mkdir()
-    (tmp_path / 'half' / 'config.json').write_text((run / 'config.json').read_text())
+    (tmp_path / 'half' / 'config.json').write_text((run / 'config.json').read_text(encoding='utf-8'), encoding='utf-8')
     with pytest.raises(ValueError, match='half.*has not ended'): export_folder(tmp_path / 'half', tmp_path / 'out')
     peri = Transformer(ModelConfig(vocab_size=V, n_layers=1, d_model=16, norm='peri_ln', n_experts=2))
     peri.save_pretrained(tmp_path / 'peri')
@@ -559,8 +559,8 @@ def test_errors_name_what_is_allowed(run, tmp_path):
 def test_diverged_training_is_refused(run, tmp_path):
     import shutil
     shutil.copytree(run, tmp_path / 'run')
-    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
-    (tmp_path / 'run' / 'result.json').write_text(json.dumps(result | dict(status='diverged')))
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text(encoding='utf-8'))
+    (tmp_path / 'run' / 'result.json').write_text(json.dumps(result | dict(status='diverged')), encoding='utf-8')
     with pytest.raises(ValueError, match="status='diverged'; allowed is finished"): export_folder(tmp_path / 'run', tmp_path / 'out')
 
 
@@ -601,7 +601,7 @@ def test_push_folder(run, format, tmp_path, hub):
 
 
 def test_push_of_something_else_is_refused(tmp_path, hub):
-    (tmp_path / 'config.json').write_text('{}')
+    (tmp_path / 'config.json').write_text('{}', encoding='utf-8')
     with pytest.raises(FileNotFoundError, match=r'lacks README.md, \*.safetensors'): push_folder(tmp_path, 'me/model')
     assert not hub.calls
 
@@ -609,6 +609,6 @@ def test_push_of_something_else_is_refused(tmp_path, hub):
 def test_the_verbs_of_a_transformer_write_the_card(tmp_path, hub):
     model, facts = random_model(), run_facts(record=RECORD)
     model.save_pretrained(tmp_path, model_card_kwargs=dict(facts=facts))
-    assert '4.251' in (tmp_path / 'README.md').read_text() and same(Transformer.from_pretrained(tmp_path), model)
+    assert '4.251' in (tmp_path / 'README.md').read_text(encoding='utf-8') and same(Transformer.from_pretrained(tmp_path), model)
     model.push_to_hub('me/model', model_card_kwargs=dict(facts=facts))
     assert b'a7794e02e12ff3e4' in hub.calls[-1][2]['README.md']

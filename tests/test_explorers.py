@@ -121,7 +121,7 @@ def test_marks_are_few_and_lie_on_the_axis(a, b, log):
 
 def in_node(script: str, data):
     "Run a script on data."
-    done = subprocess.run([node_path(), '-'], input=f'const INPUT = {json.dumps(data)}\n{script}', capture_output=True, text=True, timeout=120)
+    done = subprocess.run([node_path(), '-'], input=f'const INPUT = {json.dumps(data)}\n{script}', capture_output=True, text=True, timeout=120, encoding='utf-8')
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

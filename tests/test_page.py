@@ -67,7 +67,7 @@ ABOUT = dict(name='A model', d_model=64, vocab_size=2048, n_parameters=1234567, 
 
 @pytest.fixture(scope='module')
 def record(root):
-    return json.loads(sorted((root / 'results' / 'laptop').glob('L16_D64_T128_seed0-*.json'))[0].read_text())
+    return json.loads(sorted((root / 'results' / 'laptop').glob('L16_D64_T128_seed0-*.json'))[0].read_text(encoding='utf-8'))
 
 
 @pytest.fixture(scope='module')

@@ -116,13 +116,6 @@ def test_prose_between_code(path):
         assert len(in_a_row) <= 3, f'{name(path)}: cells {in_a_row} are code without a sentence between them'
 
 
-@every_chapter
-def test_cells_are_short(path):
-    for i, _, source, _ in cells(path, 'code'):
-        lines = [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
-        assert len(lines) <= 25, f'{name(path)}: cell {i} has {len(lines)} lines, at most 25 are allowed'
-
-
 @every_notebook
 def test_every_cell_is_tested(path):
     for i, kind, source, _ in cells(path):
@@ -294,7 +287,7 @@ def test_sidebar_lists_every_page():
 
 
 def test_versions_are_pinned_and_agree():
-    pins = [line.split('#')[0].strip() for line in (ROOT / 'constraints.txt').read_text().splitlines()]
+    pins = [line.split('#')[0].strip() for line in (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()]
     assert all(re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', pin) for pin in pins if pin), 'one plain pin a line, no local tags'
     names = {pin.split('==')[0].lower().replace('_', '-') for pin in pins if pin}
     wanted = f"{settings()['requirements']} {settings()['dev_requirements']}".split()
@@ -333,7 +326,7 @@ def small_project(tmp_path) -> Path:
     code = dict(cell_type='code', execution_count=None, metadata={}, outputs=[])
     nb = dict(metadata={}, nbformat=4, nbformat_minor=5, cells=[
         dict(code, id='a', source=['#| default_exp one']), dict(code, id='b', source=['#| export\n', 'answer = 42'])])
-    (root / 'nbs' / '01_one.ipynb').write_text(json.dumps(nb))
+    (root / 'nbs' / '01_one.ipynb').write_text(json.dumps(nb), encoding='utf-8')
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     for command in ('nbdev_export', 'nbdev_clean'): assert run(TOOLS / command, cwd=root, env=env).returncode == 0
     return root
@@ -346,7 +339,7 @@ def test_stale_outputs_are_found(tmp_path, stored, tagged, passes):
     cell = dict(cell_type='code', id='a', execution_count=None, source=['2 + 2'], outputs=[output],
                 metadata={'tags': ['nbval-check-output']} if tagged else {})
     notebook = tmp_path / 'stored.ipynb'
-    notebook.write_text(json.dumps(dict(metadata={}, nbformat=4, nbformat_minor=5, cells=[cell])))
+    notebook.write_text(json.dumps(dict(metadata={}, nbformat=4, nbformat_minor=5, cells=[cell])), encoding='utf-8')
     done = run(sys.executable, ROOT / 'tests' / 'stored_outputs.py', notebook, cwd=tmp_path)
     assert (done.returncode == 0) == passes and ('1 passed' if passes else '1 failed') in done.stdout, done.stdout + done.stderr
 
@@ -354,11 +347,11 @@ def test_stale_outputs_are_found(tmp_path, stored, tagged, passes):
 def test_drift_is_found(small_project):
     assert find_drift(small_project) == []
     module, notebook = small_project / 'sparsecod' / 'one.py', small_project / 'nbs' / '01_one.ipynb'
-    module.write_text(module.read_text().replace('42', '43'))
-    (small_project / 'sparsecod' / 'left_over.py').write_text('')
-    nb = json.loads(notebook.read_text())
+    module.write_text(module.read_text(encoding='utf-8').replace('42', '43'), encoding='utf-8')
+    (small_project / 'sparsecod' / 'left_over.py').write_text('', encoding='utf-8')
+    nb = json.loads(notebook.read_text(encoding='utf-8'))
     nb['cells'][1]['execution_count'] = 7
-    notebook.write_text(json.dumps(nb))
+    notebook.write_text(json.dumps(nb), encoding='utf-8')
     drift = '\n'.join(find_drift(small_project))
     for sentence in ('sparsecod/one.py differs', 'sparsecod/left_over.py comes from no notebook', 'nbs/01_one.ipynb is not clean'):
         assert sentence in drift

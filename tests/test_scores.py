@@ -843,7 +843,7 @@ def test_one_channel_on_another_scale_leaves_the_maps_determined(model, scale, o
 def test_the_schema_lies_in_the_package():
     path = Path(scores_module.__file__).with_name('scores.schema.json')
     write = 'python -c "from sparsecod.scores import write_schema; write_schema(\'sparsecod/scores.schema.json\')"'
-    assert path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(SCORES_SCHEMA)), f'out of date: run {write}'
+    assert path.is_file() and json.loads(path.read_text(encoding='utf-8')) == json.loads(json.dumps(SCORES_SCHEMA)), f'out of date: run {write}'
     described = SCORES_SCHEMA['properties']
     assert all(isinstance(entry, dict) for entry in described.values()) and SCORES_SCHEMA['$id'].endswith('/sparsecod/scores.schema.json')
 
@@ -887,9 +887,9 @@ FEW = ScoreConfig(n_sequences=6, n_fit=20, n_jacobian=1, n_bootstrap=20)
 
 def test_a_folder_and_a_text_are_enough(saved, tmp_path):
     folder, tokenizer = saved
-    (tmp_path / 'one.txt').write_text(TEXT)
+    (tmp_path / 'one.txt').write_text(TEXT, encoding='utf-8')
     (tmp_path / 'texts').mkdir()
-    for k in range(3): (tmp_path / 'texts' / f'{k}.txt').write_text(TEXT[k * 2000:])
+    for k in range(3): (tmp_path / 'texts' / f'{k}.txt').write_text(TEXT[k * 2000:], encoding='utf-8')
     network = transformers.AutoModelForCausalLM.from_pretrained(folder)
     from_text = score_model(folder, TEXT, config=FEW, progress=False)
     assert from_text['settings']['T'] == 32 and from_text['settings']['n_sequences'] == 6                  # all the room the model has

@@ -150,7 +150,7 @@ def test_any_other_page_on_a_phone(opened, name):
 @pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'), ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'), ('<p>All is well.</p>', None)])
 def test_what_looks_wrong_is_noticed(browser, tmp_path, body, said):
     path = tmp_path / 'page.html'
-    path.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head><body style="color: #000; background: #fff"><main>{body}</main></body></html>')
+    path.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head><body style="color: #000; background: #fff"><main>{body}</main></body></html>', encoding='utf-8')
     with visit(browser, path.as_uri(), 360) as page:
         if said is None: return looks_right(page, 'light')
         with pytest.raises(AssertionError, match=said): looks_right(page, 'light')

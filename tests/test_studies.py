@@ -126,7 +126,7 @@ def done(tmp_path_factory):
 
 def test_a_record_holds_everything(done):
     out, record, path = done
-    assert json.loads(path.read_text()) == record
+    assert json.loads(path.read_text(encoding='utf-8')) == record
     assert set(record) == {'schema', 'name', 'id', 'scale', 'config', 'seed', 'status', 'step', 'tokens', 'seconds', 'final', 'scores', 'sparsity', 'curve', 'provenance'}
     assert record['schema'] == 1 and record['status'] == 'finished' and record['step'] == 6 and record['tokens'] == 6 * 512
     assert record['name'].endswith(record['id']) and set(record['config']) >= {'model', 'train', 'data', 'score'}
@@ -146,7 +146,7 @@ def test_files_of_a_run(done):
     work = out / '.work' / record['name']
     assert [p.name for p in path.parent.iterdir()] == [path.name]               # no drafts
     assert {'model', 'run.json', 'tokenizer.json', 'log.jsonl'} <= {p.name for p in work.iterdir()} and not (work / 'checkpoints').exists()
-    assert RunConfig.from_json((work / 'run.json').read_text()) == RunConfig.from_dict(record['config'])
+    assert RunConfig.from_json((work / 'run.json').read_text(encoding='utf-8')) == RunConfig.from_dict(record['config'])
 
 
 def test_a_finished_run_is_read_back_and_force_runs_it_again(done, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_finished_run_is_read_back_and_force_runs_it_again(done, monkeypatch):
         assert run(QUICK, out, progress=False) == record
     forced = run(QUICK, out, force=True, progress=False)
     assert without_times(forced) == without_times(record)
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record), encoding='utf-8')
 
 
 def test_an_interrupted_run_continues(done, tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_divergence_is_recorded(tmp_path):
     record = run(vary(QUICK, {'train.lr': 300.0, 'train.steps': 100, 'train.warmup_steps': 0}), tmp_path, progress=False)
     assert record['status'] == 'diverged' and 'scores' not in record and record['final']['val_loss'] is None and record['final']['unigram_loss'] > 0
     assert record['curve']['step'][-1] == record['step'] < 100 and record['curve']['variance_mean'][0] is not None
-    assert json.loads(next(tmp_path.glob('tiny/*.json')).read_text()) == record
+    assert json.loads(next(tmp_path.glob('tiny/*.json')).read_text(encoding='utf-8')) == record
     assert results_table([record])[0]['status'] == 'diverged'
 
 
@@ -189,8 +189,8 @@ def test_divergence_is_recorded(tmp_path):
 def test_a_damaged_record_is_named_and_left_out(done, damage, tmp_path):
     _, record, path = done
     (tmp_path / 'tiny').mkdir()
-    (tmp_path / 'tiny' / 'sound.json').write_text(path.read_text())
-    (tmp_path / 'tiny' / 'torn.json').write_text(damage(path.read_text()))
+    (tmp_path / 'tiny' / 'sound.json').write_text(path.read_text(encoding='utf-8'), encoding='utf-8')
+    (tmp_path / 'tiny' / 'torn.json').write_text(damage(path.read_text(encoding='utf-8')), encoding='utf-8')
     with pytest.warns(UserWarning, match=r'tiny/torn.json is damaged'): records = load_results(tmp_path, 'tiny')
     assert records == [record]
 
@@ -256,7 +256,7 @@ def start_long_study(tmp_path) -> subprocess.Popen:
             f'from test_studies import LONG, Study, run_study, two_depths\n'
             f'run_study(Study("long", "?", two_depths), LONG, 1, {str(tmp_path)!r}, jobs=2)')
     process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=hears_ctrl_c)
+                               preexec_fn=hears_ctrl_c, encoding='utf-8')
     wait_for(lambda: len({p.parents[1] for p in tmp_path.glob('.work/*/checkpoints/step-*')}) == 2 and len(workers(tmp_path)) == 2, process)
     return process
 

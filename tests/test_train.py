@@ -66,7 +66,7 @@ def script(folder, code, processes=0, **options):
     path = folder / 'script.py'
     path.write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
                     f'import os, signal, torch; torch.set_num_threads({torch.get_num_threads()})\n'
-                    f'from test_train import *\n{code}\n')
+                    f'from test_train import *\n{code}\n', encoding='utf-8')
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
     root = str(Path(__file__).parents[1])
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
@@ -244,7 +244,7 @@ def test_the_log_is_complete(whole):
     assert abs(whole.log[0]['loss'] - math.log(V)) < 0.05
     assert all(r['lr'] == learning_rate(r['step'] - 1, CONFIG) and r['tokens_per_s'] > 0 for r in whole.log)
     assert (whole.status, whole.step, whole.tokens) == ('finished', 30, 30 * 128) and whole.seconds > 0
-    assert [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text().splitlines()] == whole.log
+    assert [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()] == whole.log
 
 
 def test_a_finished_run_is_read_back(whole):
@@ -339,7 +339,7 @@ def test_a_process_that_gets_sigterm_leaves_in_good_order(whole, tmp_path):
 
 def test_a_torn_log_line_is_dropped(whole, tmp_path):
     quiet(tmp_path, ToyCorpus(13, lambda: signal.raise_signal(signal.SIGTERM)))
-    with open(tmp_path / 'log.jsonl', 'a') as log: log.write('{"step": 15, "loss": 3.')
+    with open(tmp_path / 'log.jsonl', 'a', encoding="utf-8") as log: log.write('{"step": 15, "loss": 3.')
     assert read_log(tmp_path)[-1]['step'] == 12
     assert same_run(quiet(tmp_path), whole)
 
@@ -401,7 +401,7 @@ def test_a_checkpoint_that_is_damaged_twice_is_set_aside_twice(whole, tmp_path):
 @pytest.mark.parametrize('name', ['model/model.safetensors', 'result.json'])
 @pytest.mark.parametrize('with_checkpoints', [True, False])
 def test_a_damaged_ending_is_named_and_computed_again(harm, name, with_checkpoints, whole, tmp_path):
-    if (harm, name) == (remove, 'result.json'): harm = lambda path: path.write_text('[]')
+    if (harm, name) == (remove, 'result.json'): harm = lambda path: path.write_text('[]', encoding='utf-8')
     quiet(tmp_path)
     harm(tmp_path / name)
     if not with_checkpoints: shutil.rmtree(tmp_path / 'checkpoints')
@@ -439,10 +439,10 @@ def test_another_corpus_is_refused(whole):
 
 def test_afresh_erases_the_old_run_and_nothing_else(tmp_path):
     quiet(tmp_path)
-    (tmp_path / 'notes.txt').write_text('mine')
+    (tmp_path / 'notes.txt').write_text('mine', encoding='utf-8')
     other = quiet(tmp_path, config=CONFIG.replace(seed=1), resume=False)
     assert other.status == 'finished' and [r['step'] for r in other.log] == [1, *range(3, 31, 3)]
-    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    assert (tmp_path / 'notes.txt').read_text(encoding='utf-8') == 'mine'
 
 
 def contents(folder):
@@ -453,10 +453,10 @@ def contents(folder):
 def test_afresh_erases_no_folder_that_no_training_made(tmp_path):
     for name in ('model/weights.bin', 'checkpoints/mine', 'log.jsonl'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('mine')
+        (tmp_path / name).write_text('mine', encoding='utf-8')
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + '.*choose another'): quiet(tmp_path, resume=False)
-    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}', encoding='utf-8')
     with pytest.raises(ValueError, match='not that of a training; choose another folder'): quiet(tmp_path, resume=False)
     (tmp_path / 'config.json').unlink()
     assert contents(tmp_path) == before
@@ -479,7 +479,7 @@ def test_only_drafts_of_the_training_are_removed(whole, tmp_path):
     foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft', 'checkpoints.draft']
     for name in own + foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('text')
+        (tmp_path / name).write_text('text', encoding='utf-8')
     assert same_run(quiet(tmp_path), whole)
     assert not any((tmp_path / name).exists() for name in own) and all((tmp_path / name).exists() for name in foreign)
 
@@ -560,6 +560,6 @@ def test_files_that_no_training_made_are_left_alone(name, resume, tmp_path):
     "A folder of somebody else's, with names that a training uses too, is refused in both modes."
     mine = tmp_path / name / 'mine' if name in ('model', 'checkpoints') else tmp_path / name
     mine.parent.mkdir(exist_ok=True)
-    mine.write_text('precious')
+    mine.write_text('precious', encoding='utf-8')
     with pytest.raises(ValueError, match='choose another folder'): quiet(tmp_path, resume=resume)
-    assert mine.read_text() == 'precious'
+    assert mine.read_text(encoding='utf-8') == 'precious'

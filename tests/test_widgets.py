@@ -28,7 +28,7 @@ ENDLESS = vary(TINY, {'train.steps': 10 ** 7})
 
 @pytest.fixture(scope='module')
 def corpus():
-    texts = [path.read_text() for path in sorted(Path(os.__file__).parent.glob('json/*.py'))]
+    texts = [path.read_text(encoding='utf-8') for path in sorted(Path(os.__file__).parent.glob('json/*.py'))]
     return Corpus.from_texts([t[i:i + 500] for t in texts for i in range(0, len(t), 500)], vocab_size=300)
 
 
@@ -147,7 +147,7 @@ def test_python_ends_while_a_training_lives(tmp_path):
             "t.start(); until(lambda: t.step > 2)\nif sys.argv[1:]: t.pause()")
     for argument in ([], ['pause']):
         done = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True, timeout=60, env=os.environ | dict(
-            OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])))
+            OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])), encoding='utf-8')
         assert done.returncode == 0, done.stderr[-1000:]
         assert list((tmp_path / 'run' / 'checkpoints').glob('step-*')), 'no checkpoint of the stopped training'
 
@@ -519,13 +519,13 @@ def jupyterlab(folder: Path, cells: list[str]):
     places = {name: folder / name for name in ('config', 'data', 'runtime', 'ipython')}
     (places['config'] / 'labconfig').mkdir(parents=True)
     no_news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}
-    (places['config'] / 'labconfig' / 'page_config.json').write_text(json.dumps(no_news))
+    (places['config'] / 'labconfig' / 'page_config.json').write_text(json.dumps(no_news), encoding='utf-8')
     env = os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', JUPYTER_CONFIG_DIR=str(places['config']), JUPYTER_DATA_DIR=str(places['data']),
                             JUPYTER_RUNTIME_DIR=str(places['runtime']), IPYTHONDIR=str(places['ipython']), JUPYTER_PREFER_ENV_PATH='1',
                             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', '--ServerApp.port=0', '--IdentityProvider.token=secret',
                f'--ServerApp.root_dir={folder / "root"}', '--LabServerApp.notebook_starts_kernel=True', '--LabApp.extension_manager=readonly']
-    with open(folder / 'server.log', 'w') as log:
+    with open(folder / 'server.log', 'w', encoding="utf-8") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
         yield f'{address(server, folder)}doc/tree/work.ipynb?token=secret'
@@ -541,12 +541,12 @@ def address(server, folder: Path) -> str:
     "Where a server listens, once it does."
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        assert server.poll() is None, (folder / 'server.log').read_text()[-3000:]
+        assert server.poll() is None, (folder / 'server.log').read_text(encoding='utf-8')[-3000:]
         for path in (folder / 'runtime').glob('jpserver-*.json'):
-            try: return json.loads(path.read_text())['url']
+            try: return json.loads(path.read_text(encoding='utf-8'))['url']
             except ValueError: pass
         time.sleep(0.1)
-    raise AssertionError((folder / 'server.log').read_text()[-3000:])
+    raise AssertionError((folder / 'server.log').read_text(encoding='utf-8')[-3000:])
 
 
 class Lab:
@@ -595,7 +595,7 @@ def test_in_jupyterlab(tmp_path):
             if place := os.environ.get('SPARSECOD_SCREENSHOTS'): page.screenshot(path=Path(place) / 'jupyterlab.png')
         except Exception:
             page.screenshot(path=tmp_path / 'failed.png')
-            print((tmp_path / 'server.log').read_text()[-2000:])
+            print((tmp_path / 'server.log').read_text(encoding='utf-8')[-2000:])
             raise
         finally: browser.close()
 
