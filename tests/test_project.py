@@ -282,7 +282,7 @@ def listed(contents: list) -> list:
 def test_sidebar_lists_every_page():
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
     pages = listed(site['website']['sidebar']['contents'])
-    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'reference'].index(p.split('/')[0]), p))
+    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'tools', 'reference'].index(p.split('/')[0]), p))
     assert set(pages) == {p.relative_to(NBS).as_posix() for p in NOTEBOOKS}, 'sidebar in _quarto.yml and files in nbs/ disagree'
 
 
