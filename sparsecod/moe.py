@@ -80,6 +80,7 @@ def working_precision(
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
+@torch.compiler.disable  # the number of tokens of an expert differs from step to step
 def run_experts(
     x: Tensor,         # tokens, (N, D)
     routing: Routing,  # from route
