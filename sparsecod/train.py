@@ -7,17 +7,16 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'CHECKPOINT_FILES', 'OWN_FILES', 'FREE_
            'sequences_per_step', 'parameter_groups', 'make_optimizer', 'learning_rate', 'decay_product',
            'accumulate_gradients', 'channel_variance', 'StreamWatch', 'summarize_watch', 'summarize_experts', 'Run',
            'uses_bf16', 'start_run', 'step_windows', 'Measured', 'training_step', 'logs_at', 'without_infinities',
-           'write_record', 'read_log', 'flush', 'atomic_folder', 'write_text', 'optimizer_tensors',
-           'load_optimizer_tensors', 'sha256', 'checkpoints', 'save_checkpoint', 'damage', 'newest_checkpoint',
-           'set_aside', 'restore', 'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts',
-           'open_folder', 'lock_folder', 'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult',
-           'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'write_record', 'read_log', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints', 'save_checkpoint',
+           'damage', 'newest_checkpoint', 'set_newer_aside', 'restore', 'read_label', 'refuse_other_run', 'run_files',
+           'erase_run', 'remove_drafts', 'open_folder', 'lock_folder', 'StopSignal', 'progress_bar', 'show_record',
+           'run_steps', 'TrainResult', 'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import BlockOutput, Config, ModelConfig, Transformer, auxiliary_loss, require
+from .integrity import atomic_folder, checksum, set_aside, write_text
 from .moe import expert_load
 
 # %% ../nbs/build/05_train.ipynb #b3c11227
@@ -357,42 +357,6 @@ def read_log(
         except ValueError: break
     return records
 
-# %% ../nbs/build/05_train.ipynb #f7759591
-def flush(
-    path: Path,  # file or folder
-):
-    "Make sure that a file, or the list of names in a folder, is on the disk."
-    if os.name == 'nt': return  # Windows cannot open folders, and flushes metadata by itself
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-@contextmanager
-def atomic_folder(
-    target: Path,  # the folder to create or replace
-):
-    "Gives a draft folder that takes the place of `target` once the block has ended without error."
-    draft = target.with_name(target.name + '.draft')
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    for path in [*draft.iterdir(), draft]: flush(path)
-    if target.exists(): shutil.rmtree(target)
-    draft.rename(target)
-    flush(target.parent)
-
-# %% ../nbs/build/05_train.ipynb #240881f1
-def write_text(
-    path: Path,  # the file to create or replace
-    text: str,   # its new content
-):
-    "Replace a file's content at once."
-    draft = path.with_name(path.name + '.draft')
-    draft.write_text(text, encoding='utf-8')
-    flush(draft)
-    draft.replace(path)
-    flush(path.parent)
-
 # %% ../nbs/build/05_train.ipynb #c4480ba2
 def optimizer_tensors(
     optimizer: torch.optim.AdamW,  # made by make_optimizer
@@ -416,15 +380,6 @@ def load_optimizer_tensors(
 # %% ../nbs/build/05_train.ipynb #096d16ce
 CHECKPOINT_FILES = ('model.safetensors', 'optimizer.safetensors', 'state.json')
 
-def sha256(
-    path: Path,  # a file
-) -> str:        # 64 hexadecimal digits
-    "Checksum of a file, read in pieces."
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while piece := file.read(2 ** 20): digest.update(piece)
-    return digest.hexdigest()
-
 def checkpoints(
     folder: Path,   # of a run
 ) -> list[Path]:    # folders checkpoints/step-00000200 and so on
@@ -444,7 +399,7 @@ def save_checkpoint(
         save_model(run.model, str(draft / 'model.safetensors'))
         save_file(optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
         (draft / 'state.json').write_text(json.dumps(state), encoding='utf-8')
-        (draft / 'manifest.json').write_text(json.dumps({name: sha256(draft / name) for name in CHECKPOINT_FILES}), encoding='utf-8')
+        (draft / 'manifest.json').write_text(json.dumps({name: checksum(draft / name) for name in CHECKPOINT_FILES}), encoding='utf-8')
     older = [path for path in checkpoints(run.folder) if path.name < target.name]
     for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
 
@@ -457,7 +412,7 @@ def damage(
     except (OSError, ValueError): return 'manifest.json is missing or not readable'
     for name in CHECKPOINT_FILES:
         if not (checkpoint / name).exists(): return f'{name} is missing'
-        if sha256(checkpoint / name) != expected.get(name): return f'{name} does not match its checksum in manifest.json'
+        if checksum(checkpoint / name) != expected.get(name): return f'{name} does not match its checksum in manifest.json'
 
 def newest_checkpoint(
     folder: Path,   # of a run
@@ -469,16 +424,13 @@ def newest_checkpoint(
         warnings.warn(f'checkpoint {path.name} is damaged ({problem}); trying the one before it', stacklevel=2)
 
 # %% ../nbs/build/05_train.ipynb #d8862ff6
-def set_aside(
+def set_newer_aside(
     folder: Path,      # of a run
     used: Path | None, # the checkpoint that the run continues from; None: it starts anew
 ):
     "Rename every checkpoint that is newer than the one used, so that it counts no more."
     for path in checkpoints(folder):
-        if used is not None and path.name <= used.name: continue
-        target = path.with_name(path.name + '.damaged')
-        if target.exists(): shutil.rmtree(target)
-        path.rename(target)
+        if used is None or path.name > used.name: set_aside(path)
 
 # %% ../nbs/build/05_train.ipynb #8ccd0ae9
 def restore(
@@ -493,7 +445,7 @@ def restore(
         run.step, run.seconds, run.mark = state['step'], state['seconds'], tuple(state['mark'])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        set_aside(run.folder, path)
+        set_newer_aside(run.folder, path)
         kept = [json.dumps(r) + '\n' for r in read_log(run.folder) if r['step'] <= run.step]
         write_text(run.folder / 'log.jsonl', ''.join(kept))
 
@@ -561,8 +513,10 @@ def remove_drafts(
     folder: Path,  # of a run
 ):
     "Remove what an earlier call of `train` had begun to write when it was killed."
-    drafts = [folder / f'{name}.draft' for name in OWN_FILES if name != 'checkpoints']
-    for draft in [*drafts, *(folder / 'checkpoints').glob('step-[0-9]*[0-9].draft')]:
+    own = '|'.join(re.escape(name) for name in OWN_FILES if name != 'checkpoints')
+    found = [path for path in folder.iterdir() if re.fullmatch(rf'({own})(\.\d+)?\.draft', path.name)]
+    found += [path for path in (folder / 'checkpoints').glob('step-*') if re.fullmatch(r'step-\d+(\.\d+)?\.draft', path.name)]
+    for draft in found:
         if draft.is_dir(): shutil.rmtree(draft)
         else: draft.unlink(missing_ok=True)
 

@@ -475,8 +475,8 @@ def test_a_config_of_something_else_is_refused(text, tmp_path):
 
 def test_only_drafts_of_the_training_are_removed(whole, tmp_path):
     quiet(tmp_path, ToyCorpus(12, lambda: signal.raise_signal(signal.SIGTERM)))
-    own = ['config.json.draft', 'log.jsonl.draft', 'result.json.draft', 'model.draft/x', 'checkpoints/step-00000015.draft/x']
-    foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft', 'checkpoints.draft']
+    own = ['config.json.draft', 'log.jsonl.77.draft', 'result.json.draft', 'model.4321.draft/x', 'checkpoints/step-00000015.9.draft/x']
+    foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft', 'checkpoints.draft', 'model.mine.draft']
     for name in own + foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('text', encoding='utf-8')
