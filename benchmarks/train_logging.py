@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from sparsecod.core import ModelConfig
-from sparsecod.train import StreamWatch, TrainConfig, start_run, training_step, write_record
+from sparsecod.train import StreamWatch, TrainConfig, find_world, start_run, training_step, write_record
 
 
 class RandomCorpus:
@@ -43,7 +42,7 @@ def logging_overhead(layers=8, pairs=40):
     model_config = ModelConfig(n_layers=layers)
     config = TrainConfig(steps=10 ** 6)
     with tempfile.TemporaryDirectory() as folder:
-        run = start_run(model_config, config, RandomCorpus(model_config.vocab_size), Path(folder), Accelerator())
+        run = start_run(model_config, config, RandomCorpus(model_config.vocab_size), Path(folder), find_world())
         for _ in range(3): timed_step(run, logged=True)  # warm-up
         times = [(timed_step(run, False), timed_step(run, True)) for _ in range(pairs)]
     plain, logged = (statistics.median(column) for column in zip(*times))

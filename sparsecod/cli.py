@@ -140,15 +140,18 @@ def do_train(
         return 0
     from sparsecod.studies import fit_vocabulary, held_out, label_folder
     from sparsecod.data import prepare
-    from sparsecod.train import evaluate, train
-    corpus = prepare(config.data, progress=not args.quiet)
+    from sparsecod.train import evaluate, find_world, train
+    main = find_world().is_main_process  # of all processes that were launched, one talks
+    corpus = prepare(config.data, progress=main and not args.quiet)
     config = fit_vocabulary(config, corpus)
     with redirect_stdout(StringIO()):  # a finished model is loaded, and that prints
         result = train(config.model, config.train, corpus, args.folder, resume=not args.restart, progress=not args.quiet)
-    label_folder(args.folder, config, corpus)
-    print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, {result.seconds:.0f} s")
+    if main:
+        label_folder(args.folder, config, corpus)
+        print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, {result.seconds:.0f} s")
     if result.status == 'interrupted': raise KeyboardInterrupt
     if result.status == 'diverged': return 1
+    if not main: return 0
     loss = evaluate(result.model, held_out(config, corpus)[0]).mean().item()
     print(f"held-out loss {loss:.3f} nats a token; by token frequencies alone {corpus.unigram_loss():.3f}")
     print(f"the model is in {Path(args.folder) / 'model'}")
@@ -209,7 +212,9 @@ def training_folder(
 ) -> Path:         # of the training, if there is one
     "The folder that knows how a model was trained; a training that diverged has no scores."
     if folder.name == 'model' and (folder.parent / 'run.json').exists(): folder = folder.parent
-    if (folder / 'result.json').exists() and json.loads((folder / 'result.json').read_text(encoding='utf-8')).get('status') == 'diverged':
+    if not (folder / 'result.json').exists(): return folder
+    from sparsecod.train import read_result
+    if read_result(folder)['status'] == 'diverged':
         raise ValueError(f'{folder} holds a training that diverged: there is nothing to score')
     return folder
 

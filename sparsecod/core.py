@@ -12,6 +12,7 @@ __all__ = ['NORMS', 'PAPER', 'PRESETS', 'LOGITS_AT_ONCE', 'refuse_unknown', 'Con
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .integrity import MANIFEST, check_seal
 from .layers import Attention, RMSNorm, SwiGLU, rope_angles
 from .moe import GATES, MixtureOfExperts, Routing, balance_loss, moe_params, router_z_loss
 
@@ -347,7 +349,17 @@ def auxiliary_loss(
 
 # %% ../nbs/build/03_core.ipynb #11a88d00
 class HubModel(PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod']):
-    "Saving, loading and sharing; weights are safetensors only."
+    "Saving, loading and sharing; weights are safetensors only, and those that are sealed must be as they were saved."
+    def _save_pretrained(self, save_directory: Path):
+        super()._save_pretrained(save_directory)
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # it vouched for the weights that were there before
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
+        folder = Path(model_file).parent
+        if (folder / MANIFEST).exists(): check_seal(folder)
+        return super()._load_as_safetensor(model, model_file, map_location, strict)
+
     @classmethod
     def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):
         raise ValueError(f'{model_file} is a pickle, which can run any program when it is read; only model.safetensors is loaded')

@@ -28,7 +28,8 @@ from torch import Tensor
 from .adapters import check_weights, find_folder
 from .core import HubModel, ModelConfig, Transformer, param_counts
 from .data import ALIASES, Tokenizer, load_tokenizer
-from .train import FREE_FIELDS, atomic_folder, load_result, read_label
+from .integrity import atomic_folder
+from .train import FREE_FIELDS, load_result, read_label
 
 # %% ../nbs/build/16_exchange.ipynb #4eb1c78c
 def need_transformers():

@@ -89,9 +89,11 @@ MANIFEST = 'manifest.json'
 def seal(
     folder: Path,     # with the files, all written
     identity: dict,   # of which run, corpus or model the folder is: plain values that JSON can hold
+    names: tuple | None = None,  # of the files that are sealed; None: all
 ):
     "Write the manifest of a folder: its identity, and a checksum for each file in it."
-    files = {p.relative_to(folder).as_posix(): checksum(p) for p in sorted(folder.rglob('*')) if p.is_file() and p.name != MANIFEST}
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
+    files = {name: checksum(folder / name) for name in sorted(found if names is None else names)}
     write_text(folder / MANIFEST, json.dumps(stamp(dict(identity=identity, files=files)), indent=1))
 
 

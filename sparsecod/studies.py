@@ -53,7 +53,8 @@ from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .scores import ScoreConfig, estimate, resamples, score_model
 from .sparsity import measure_sparsity
-from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, train, without_infinities, write_text
+from .integrity import write_text
+from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, train, without_infinities
 
 # %% ../nbs/build/12_studies.ipynb #0732ccc0
 PARTS = dict(model=ModelConfig, data=DataConfig, train=TrainConfig, score=ScoreConfig)

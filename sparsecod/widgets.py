@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from .adapters import adapt
@@ -30,8 +29,8 @@ from .data import Corpus, prepare
 from .explorers import CSS, RawHTML, chart, short
 from .scores import check_windows, fit_blocks, untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows, vary
-from .train import (TrainResult, finish, lock_folder, make_optimizer, open_folder, read_log, restore, run_steps,
-                             sequences_per_step, start_run, uses_bf16)
+from .train import (TrainResult, find_world, finish, lock_folder, make_optimizer, open_folder, read_log, restore,
+                             run_steps, sequences_per_step, start_run, uses_bf16, usual_torch)
 
 # %% ../nbs/build/19_widgets.ipynb #f7c18341
 ENDED = ('finished', 'interrupted', 'diverged', 'failed')  # states that a training does not leave
@@ -117,13 +116,13 @@ def train_controlled(
     thread: Pausable,    # signal and bar
 ) -> TrainResult:        # also of a run that was stopped
     "What `train` does, under the control of a thread."
-    c, accelerator = config, Accelerator(mixed_precision='no')
+    c, world = config, find_world()
     sequences_per_step(c.train, c.model.context_length)
     folder.mkdir(parents=True, exist_ok=True)
-    gpus = [accelerator.device] if accelerator.device.type == 'cuda' else []
-    with lock_folder(folder, accelerator), torch.random.fork_rng(gpus):
-        open_folder(folder, c.model, c.train, corpus, False, accelerator)
-        run = start_run(c.model, c.train, corpus, folder, accelerator)
+    gpus = [world.device] if world.device.type == 'cuda' else []
+    with lock_folder(folder, world), usual_torch(), torch.random.fork_rng(gpus):
+        open_folder(folder, c.model, c.train, corpus, False, world)
+        run = start_run(c.model, c.train, corpus, folder, world)
         restore(run)
         if thread.going.is_set() and not thread.asked: thread.change('running')
         return finish(run, run_steps(run, stop=thread, bar=thread))
@@ -230,7 +229,7 @@ def training_cost(
     past: Training | None = None,   # an earlier training; if it was of the same kind, its steps give the time
 ) -> Cost:
     "What a training will take on this machine; a configuration that cannot be trained raises a ValueError."
-    t, T, device = config.train, config.model.context_length, Accelerator().device
+    t, T, device = config.train, config.model.context_length, find_world().device
     N, tokens = sequences_per_step(t, T), t.steps * t.tokens_per_step
     a_sequence = T * flops_per_token(config.model)
     done = past.result if past is not None else None
