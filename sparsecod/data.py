@@ -939,7 +939,7 @@ def find_corpus(
         corpus = Corpus(cache / "corpora" / answer["fingerprint"], fingerprint=answer["fingerprint"])
     except Damaged as error:
         if warn:
-            warnings.warn(f"a stored corpus is damaged: {error}; building it again", stacklevel=3)
+            warnings.warn(f"a stored corpus cannot be trusted: {error}; building it again", stacklevel=3)
         return None
     corpus.stats, corpus.left_out = answer["stats"], answer["left_out"]  # of this source; others may share the tokens
     return corpus
@@ -958,7 +958,7 @@ def publish(
                 read_entry(entry, fingerprint)
                 return shutil.rmtree(finished)
             except Damaged:
-                warnings.warn(f"the damaged corpus is kept as {set_aside(entry)}", stacklevel=4)
+                warnings.warn(f"the corpus that was there is kept as {set_aside(entry)}", stacklevel=4)
         for path in (*finished.iterdir(), finished):
             flush(path)
         os.replace(finished, entry)

@@ -20,7 +20,6 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', '
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
-import glob
 import hashlib
 import json
 import math
@@ -40,7 +39,8 @@ from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, find_folder, find_tokenizer, open_model
 from .core import LOGITS_AT_ONCE, POSITIVE, SEED, Config, Transformer, check_fields, require
-from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer, open_source, row_items, unique_documents
+from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer
+from .data import matching_files, open_source, row_items, unique_documents
 
 # %% ../nbs/build/07_scores.ipynb #a4e19f33
 JACOBIAN_EXACT_WIDTH, JACOBIAN_PROBES = 128, 32  # Jacobians are exact up to this width; beyond it, so many probes
@@ -842,7 +842,7 @@ def names_source(data) -> bool:
     if isinstance(data, Path): return True
     if not isinstance(data, str) or len(data) > 1000 or '\n' in data: return False
     path = os.path.expanduser(data)
-    return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(glob.glob(path, recursive=True))
+    return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(matching_files(path))
 
 def text_tokens(
     data: str | Path | Iterable[str],  # a source, a text, or texts

@@ -510,7 +510,7 @@ def refuse_other_run(
     pairs = {'corpus fingerprint': (found['corpus'], fingerprint)}
     for name, wanted in (('model', model_config), ('train', config)):
         try: there = type(wanted).from_dict(found[name])
-        except TypeError: raise ValueError(f"{folder / 'config.json'} is not that of a training; choose another folder") from None
+        except ValueError: raise ValueError(f"{folder / 'config.json'} is not that of a training; choose another folder") from None
         pairs |= {f.name: (getattr(there, f.name), getattr(wanted, f.name)) for f in fields(wanted)}
     for name, (there, wanted) in pairs.items():
         if name not in FREE_FIELDS and there != wanted:
