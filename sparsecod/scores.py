@@ -20,7 +20,6 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', '
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
-import glob
 import hashlib
 import json
 import math
@@ -39,8 +38,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, find_folder, find_tokenizer, open_model
-from .core import LOGITS_AT_ONCE, Config, Transformer, require
-from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer, open_source, row_items, unique_documents
+from .core import LOGITS_AT_ONCE, POSITIVE, SEED, Config, Transformer, check_fields, require
+from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer
+from .data import matching_files, open_source, row_items, unique_documents
 
 # %% ../nbs/build/07_scores.ipynb #a4e19f33
 JACOBIAN_EXACT_WIDTH, JACOBIAN_PROBES = 128, 32  # Jacobians are exact up to this width; beyond it, so many probes
@@ -58,13 +58,12 @@ class ScoreConfig(Config):
     seed: int = 0              # for the choice of sequences, the resampling and the probes
     jacobian_probes: int | None = None  # random probes a Jacobian; 0: exact; None: exact up to JACOBIAN_EXACT_WIDTH
 
+    RULES = {'n_sequences n_fit n_jacobian batch_size n_bootstrap threshold': POSITIVE, 'seed': SEED,
+             'jacobian_probes': ((lambda n: n == 0 or n > 1), 'must be None, 0 (exact) or at least 2')}
+
     def __post_init__(self):
-        for name in ('n_sequences', 'n_fit', 'n_jacobian', 'batch_size', 'n_bootstrap'):
-            require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, self, name, 'must be a positive whole number')
+        check_fields(self)
         require(self.n_jacobian <= self.n_sequences, self, 'n_jacobian', f'must be at most n_sequences={self.n_sequences}')
-        require(self.threshold > 0, self, 'threshold', 'must be positive')
-        require(self.jacobian_probes in (None, 0) or isinstance(self.jacobian_probes, int) and self.jacobian_probes > 1, self,
-                'jacobian_probes', 'must be None, 0 (exact) or at least 2')
 
 # %% ../nbs/build/07_scores.ipynb #0abb56a6
 class Trace(NamedTuple):
@@ -843,7 +842,7 @@ def names_source(data) -> bool:
     if isinstance(data, Path): return True
     if not isinstance(data, str) or len(data) > 1000 or '\n' in data: return False
     path = os.path.expanduser(data)
-    return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(glob.glob(path, recursive=True))
+    return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(matching_files(path))
 
 def text_tokens(
     data: str | Path | Iterable[str],  # a source, a text, or texts

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS',
-           'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'LOGARITHMIC', 'RunConfig', 'validate_run', 'whole',
-           'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config', 'hardware',
-           'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves', 'score_windows', 'held_out',
-           'final_loss', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures',
-           'make_record', 'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place',
-           'locate', 'forget', 'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list',
-           'depth_variants', 'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting',
-           'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants',
-           'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants', 'study_named', 'stop_with_parent',
-           'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence',
-           'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs',
-           'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants',
-           'at_some_length', 'metric_place', 'read_metric', 'results_table', 't_interval', 'logarithmic', 'over_seeds',
-           'summarise']
+           'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'LOGARITHMIC', 'RunConfig', 'whole', 'check_change', 'vary',
+           'changed_fields', 'short_hash', 'identity', 'run_name', 'scale_config', 'hardware', 'n_cores', 'git',
+           'code_state', 'versions', 'provenance', 'shortened', 'curves', 'score_windows', 'held_out', 'final_loss',
+           'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures', 'make_record',
+           'work_folder', 'write_record', 'check_shapes', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'forget',
+           'label_folder', 'note_training', 'as_trained', 'complete', 'run', 'Study', 'seed_list', 'depth_variants',
+           'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants',
+           'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants', 'ladder_variants',
+           'ladder_setting', 'budget_setting', 'budget_variants', 'study_named', 'stop_with_parent', 'worker', 'Job',
+           'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor',
+           'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display',
+           'run_study', 'variant_key', 'by_variant', 'one_corpus', 'load_results', 'source_variants', 'at_some_length',
+           'metric_place', 'read_metric', 'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/build/12_studies.ipynb #0e76a0d1
 import hashlib
@@ -25,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 import sparsecod
 from .cloze import measure_cloze
-from .core import PRESETS, Config, ModelConfig, Transformer, flops_per_token, param_counts, preset, require
+from .core import POSITIVE, PRESETS, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
+from .core import param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .scores import ScoreConfig, estimate, resamples, score_model
@@ -74,23 +75,14 @@ class RunConfig(Config):
     lengths: tuple[int, ...] = ()      # context lengths to evaluate at, for the measurement 'lengths'
     n_questions: int = 1000            # cloze questions to answer, for the measurement 'cloze'
 
-    def __post_init__(self):
-        for name, kind in PARTS.items():
-            value = getattr(self, name)
-            if isinstance(value, dict): object.__setattr__(self, name, kind.from_dict(value))
-        for name in ('measures', 'lengths'): object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
-        object.__setattr__(self, 'train', self.train.replace(seed=self.seed))
-        validate_run(self)
+    RULES = {'seed': SEED, 'n_eval n_questions': POSITIVE,
+             'scale': ((lambda name: re.fullmatch(r'\w[\w.-]*', name)), 'must be a name of letters, digits, . - _'),
+             'lengths': ((lambda lengths: all(T > 0 for T in lengths)), 'must be positive')}
 
-# %% ../nbs/build/12_studies.ipynb #23e465e8
-def validate_run(
-    config: RunConfig,  # the configuration to check
-):
-    "Raise a ValueError for the first field of a run that breaks a rule."
-    positive = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
-    for name in ('n_eval', 'n_questions'): require(positive(getattr(config, name)), config, name, 'must be a positive whole number')
-    require(all(map(positive, config.lengths)), config, 'lengths', 'must be positive whole numbers')
-    require(set(config.measures) <= set(MEASURES), config, 'measures', f'must be among {", ".join(MEASURES)}')
+    def __post_init__(self):
+        check_fields(self)
+        require(set(self.measures) <= set(MEASURES), self, 'measures', f'must be among {", ".join(MEASURES)}')
+        object.__setattr__(self, 'train', self.train.replace(seed=self.seed))
 
 # %% ../nbs/build/12_studies.ipynb #eb3dfe26
 def whole(

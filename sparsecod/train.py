@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'UNSUPPORTED', 'FREE_FIELDS', 'FORMAT', 'CHECKPOINT_FILES', 'OWN_FILES', 'ENDINGS',
-           'MODEL_FILES', 'TrainConfig', 'validate_training', 'sequences_per_step', 'parameter_groups',
-           'make_optimizer', 'learning_rate', 'decay_product', 'accumulate_gradients', 'channel_variance',
-           'StreamWatch', 'summarize_watch', 'summarize_experts', 'is_set', 'find_world', 'Run', 'uses_bf16',
-           'start_run', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs', 'run_id',
-           'other_run', 'logs_at', 'without_infinities', 'say_where', 'log_line', 'write_record', 'read_records',
-           'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints', 'step_of',
-           'save_checkpoint', 'check_folder', 'read_state', 'choose_checkpoint', 'pick_up', 'restore', 'is_stamped',
-           'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts', 'open_folder', 'lock_folder',
-           'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'usual_torch', 'finish',
-           'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'MODEL_FILES', 'TrainConfig', 'sequences_per_step', 'parameter_groups', 'make_optimizer', 'learning_rate',
+           'decay_product', 'accumulate_gradients', 'channel_variance', 'StreamWatch', 'summarize_watch',
+           'summarize_experts', 'is_set', 'find_world', 'Run', 'uses_bf16', 'start_run', 'step_windows', 'Measured',
+           'training_step', 'make_label', 'read_configs', 'run_id', 'other_run', 'logs_at', 'without_infinities',
+           'say_where', 'log_line', 'write_record', 'read_records', 'read_log', 'shortened', 'optimizer_tensors',
+           'load_optimizer_tensors', 'checkpoints', 'step_of', 'save_checkpoint', 'check_folder', 'read_state',
+           'choose_checkpoint', 'pick_up', 'restore', 'is_stamped', 'read_label', 'refuse_other_run', 'run_files',
+           'erase_run', 'remove_drafts', 'open_folder', 'lock_folder', 'StopSignal', 'progress_bar', 'show_record',
+           'run_steps', 'TrainResult', 'usual_torch', 'finish', 'read_result', 'load_result', 'ended_result', 'train',
+           'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import json
@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .core import BlockOutput, Config, ModelConfig, Transformer, auxiliary_loss, require
+from .core import NOT_NEGATIVE, POSITIVE, SEED, BlockOutput, Config, ModelConfig, Transformer
+from .core import auxiliary_loss, check_fields, one_of, require
 from .integrity import (Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
@@ -72,32 +73,15 @@ class TrainConfig(Config):
     checkpoint_every: int = 200            # steps between checkpoints
     keep_checkpoints: int = 2              # newest checkpoints that are kept
 
-    def __post_init__(self):
-        if isinstance(self.betas, list): object.__setattr__(self, 'betas', tuple(self.betas))  # JSON has lists only
-        validate_training(self)
+    RULES = {'steps tokens_per_step micro_batch_tokens lr eps clip log_every': POSITIVE,
+             'checkpoint_every keep_checkpoints': POSITIVE, 'warmup_steps weight_decay': NOT_NEGATIVE,
+             'min_lr_ratio': ((lambda ratio: 0 <= ratio <= 1), 'must lie between 0 and 1'),
+             'betas': ((lambda betas: all(0 <= b < 1 for b in betas)), 'must be two numbers in [0, 1)'),
+             'decay_groups': one_of(DECAY_GROUPS), 'precision': one_of(PRECISIONS), 'seed': SEED}
 
-# %% ../nbs/build/05_train.ipynb #f0b7cd15
-def validate_training(
-    config: TrainConfig,  # the configuration to check
-):
-    "Raise a ValueError for the first field that breaks a rule."
-    c = config
-    for name in ('steps', 'tokens_per_step', 'micro_batch_tokens', 'log_every', 'checkpoint_every', 'keep_checkpoints'):
-        value = getattr(c, name)
-        absent = value is None and name == 'micro_batch_tokens'
-        require(absent or isinstance(value, int) and value > 0, c, name, 'must be a positive whole number')
-    for name in ('lr', 'eps', 'clip'):
-        require(0 < getattr(c, name) < math.inf, c, name, 'must be positive and finite')
-    warmup = c.warmup_steps
-    require(warmup is None or isinstance(warmup, int) and 0 <= warmup <= c.steps, c, 'warmup_steps',
-            f'must be a whole number from 0 to steps={c.steps}')
-    require(0 <= c.min_lr_ratio <= 1, c, 'min_lr_ratio', 'must lie between 0 and 1')
-    require(0 <= c.weight_decay < math.inf, c, 'weight_decay', 'must be finite and not negative')
-    pair = isinstance(c.betas, tuple) and len(c.betas) == 2 and all(isinstance(b, (int, float)) for b in c.betas)
-    require(pair and all(0 <= b < 1 for b in c.betas), c, 'betas', 'must be two numbers in [0, 1)')
-    require(isinstance(c.seed, int) and c.seed >= 0, c, 'seed', 'must be a whole number, 0 or more')
-    require(c.decay_groups in DECAY_GROUPS, c, 'decay_groups', f'must be one of {", ".join(DECAY_GROUPS)}')
-    require(c.precision in PRECISIONS, c, 'precision', f'must be one of {", ".join(PRECISIONS)}')
+    def __post_init__(self):
+        check_fields(self)
+        require((self.warmup_steps or 0) <= self.steps, self, 'warmup_steps', f'must be at most steps={self.steps}')
 
 # %% ../nbs/build/05_train.ipynb #9ab18ed8
 def sequences_per_step(

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_files_are_read_in_blocks_without_changing_the_pieces(tmp_path):
     raw = ("αβγδ" * 50 + "\n" + "short\n" * 30 + "x" * 700).encode()
     (tmp_path / "a.txt").write_bytes(raw)
     for limit in (4, 5, 64, 333, len(raw), 10**6):
-        items = list(data.read_text(tmp_path / "a.txt", limit, encoding="utf-8"))
+        items = list(data.text_items(tmp_path / "a.txt", limit, "a.txt"))
         assert [item.text.encode() for item in items] == list(data.cut(raw, limit))
         assert {item.problem for item in items} <= {"", "empty"} and sum(item.consumed for item in items) == len(raw)
     assert list(data.cut(b"\x80" * 100, 10))  # no character starts here: still ends
@@ -241,21 +242,7 @@ def test_unreadable_file_is_counted(tmp_path, monkeypatch):
 
 def test_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    assert [item.text for item in data.read_text(tmp_path / "a.txt", 100, encoding="utf-8")] == ["hello"]
-
-
-@pytest.mark.parametrize("fields, message", [
-    (dict(vocab_size=256), "vocab_size=256 must be at least 257"),
-    (dict(val_share=0.0), "val_share=0.0 must be greater than 0"),
-    (dict(val_share=1), "val_share=1 must be .* less than 1"),
-    (dict(max_documents=0), "max_documents=0 must be at least 1"),
-    (dict(max_document_bytes=3), "max_document_bytes=3 must be at least 4"),
-    (dict(sample_bytes=0), "sample_bytes=0 must be at least 1"),
-    (dict(source=" "), "source=' ' must be a string that is not empty"),
-])
-def test_config_checks_itself(fields, message):
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**fields)
+    assert [item.text for item in data.text_items(tmp_path / "a.txt", 100, "a.txt")] == ["hello"]
 
 
 def test_missing_source_names_what_is_allowed(tmp_path, cache):
@@ -491,51 +478,254 @@ def test_found_without_reading(tmp_path, cache, texts, monkeypatch):
     assert make(source, cache).fingerprint == base.fingerprint
 
 
-def damage_missing_meta(folder):
-    (folder / "meta.json").unlink()
+def other_corpus(folder):
+    "A stored corpus in the same cache, of other texts."
+    return make(write_folder(folder.parents[2] / "others", make_texts(seed=5)), folder.parents[1]).folder
 
 
-def damage_broken_meta(folder):
-    (folder / "meta.json").write_text('{"fingerprint": ', encoding="utf-8")
+def replace_byte(path, i=200):
+    raw = bytearray(path.read_bytes())
+    raw[i] ^= 1
+    path.write_bytes(raw)
 
 
-def damage_old_meta(folder):
-    (folder / "meta.json").write_text("{}", encoding="utf-8")
+DAMAGE = {
+    "meta.json is missing": lambda f: (f / "meta.json").unlink(),
+    "meta.json is torn": lambda f: (f / "meta.json").write_text('{"fingerprint": ', encoding="utf-8"),
+    "meta.json is empty": lambda f: (f / "meta.json").write_text("{}", encoding="utf-8"),
+    "meta.json of another corpus": lambda f: (f / "meta.json").write_bytes((other_corpus(f) / "meta.json").read_bytes()),
+    "train.bin is short": lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]),
+    "train.bin has another bit": lambda f: replace_byte(f / "train.bin"),
+    "train.bin is zeros": lambda f: (f / "train.bin").write_bytes(bytes((f / "train.bin").stat().st_size)),
+    "val.bin has ids beyond V": lambda f: (f / "val.bin").write_bytes(b"\xff" * (f / "val.bin").stat().st_size),
+    "val.bin is missing": lambda f: (f / "val.bin").unlink(),
+    "tokenizer.json is empty": lambda f: (f / "tokenizer.json").write_text("", encoding="utf-8"),
+    "tokenizer.json has another token": lambda f: replace_byte(f / "tokenizer.json", -100),
+    "manifest.json is missing": lambda f: (f / "manifest.json").unlink(),  # as older versions left it
+}
 
 
-def damage_short_tokens(folder):
-    path = folder / "train.bin"
-    path.write_bytes(path.read_bytes()[:-2])
+def make_loudly(source, cache):
+    "The corpus, and what was warned of."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return make(source, cache), " ".join(str(w.message) for w in caught)
 
 
-def damage_missing_tokens(folder):
-    (folder / "val.bin").unlink()
-
-
-def damage_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("", encoding="utf-8")
-
-
-@pytest.mark.parametrize("damage", [damage_missing_meta, damage_broken_meta, damage_old_meta, damage_short_tokens, damage_missing_tokens, damage_tokenizer])
-def test_damaged_entries_are_reported_and_rebuilt(damage, tmp_path, cache, texts):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_entries_are_named_kept_and_built_again(name, tmp_path, cache, texts):
     source = write_folder(tmp_path / "texts", texts)
     base = make(source, cache)
-    expected = base.train.tolist()
-    damage(base.folder)
-    with pytest.raises(data.DamagedEntry, match="is damaged"):
+    expected = {side: base.tokens(side).tolist() for side in ("train", "val")}
+    DAMAGE[name](base.folder)
+    harmed = {path.name: path.read_bytes() for path in base.folder.iterdir()}
+    with pytest.raises(data.Damaged, match=name.split()[0]):
         Corpus(base.folder)
-    with pytest.warns(UserWarning, match="is damaged.*building it again"):
-        rebuilt = make(source, cache)
-    assert rebuilt.fingerprint == base.fingerprint and rebuilt.train.tolist() == expected
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make(source, cache)
+    rebuilt, said = make_loudly(source, cache)
+    assert str(base.folder / name.split()[0]) in said
+    assert rebuilt.fingerprint == base.fingerprint
+    assert {side: rebuilt.tokens(side).tolist() for side in ("train", "val")} == expected
+    kept, = (cache / "corpora").glob("*.damaged")
+    assert str(kept) in said and {path.name: path.read_bytes() for path in kept.iterdir()} == harmed
+    assert make_loudly(source, cache)[1] == "" and not list((cache / "building").iterdir())
 
 
-def start(code, source, cache):
+def test_a_corpus_under_the_name_of_another_is_not_taken(tmp_path, cache, texts):
+    source = write_folder(tmp_path / "texts", texts)
+    base = make(source, cache)
+    other = other_corpus(base.folder)
+    shutil.rmtree(base.folder)
+    shutil.copytree(other, base.folder)
+    rebuilt, said = make_loudly(source, cache)
+    assert all_texts(rebuilt) == sorted(texts) and base.fingerprint in said and other.name in said
+
+
+@pytest.mark.parametrize("harm", [
+    lambda note, other: note.write_text("[]", encoding="utf-8"),
+    lambda note, other: note.write_text("{", encoding="utf-8"),
+    lambda note, other: note.write_bytes(other.read_bytes()),
+    lambda note, other: note.write_text(json.dumps({"fingerprint": "../../elsewhere"}), encoding="utf-8"),
+    lambda note, other: note.write_text(note.read_text(encoding="utf-8").replace('"val_documents"', '"val_document"'), encoding="utf-8")])
+def test_a_damaged_note_of_a_request_is_not_believed(harm, tmp_path, cache, texts):
+    source = write_folder(tmp_path / "texts", texts)
+    base = make(source, cache)
+    note, = (cache / "requests").iterdir()
+    other_corpus(base.folder)
+    other, = set((cache / "requests").iterdir()) - {note}
+    harm(note, other)
+    rebuilt, said = make_loudly(source, cache)
+    assert rebuilt.fingerprint == base.fingerprint and str(note) in said
+    assert make_loudly(source, cache)[1] == ""
+
+
+def test_every_file_is_on_the_disk_before_a_corpus_appears(tmp_path, cache, texts, monkeypatch):
+    flushed, flush, move = [], data.flush, data.os.replace
+    monkeypatch.setattr(data, "flush", lambda path: (flushed.append(Path(path).name), flush(path)))
+    monkeypatch.setattr(data.os, "replace", lambda a, b: (flushed.append("moved" if Path(b).parent.name == "corpora" else ""), move(a, b)))
+    corpus = make(write_folder(tmp_path / "texts", texts), cache)
+    before = set(flushed[:flushed.index("moved")])
+    assert {path.name for path in corpus.folder.iterdir()} <= before and "corpora" in flushed[flushed.index("moved"):]
+
+
+# ---- what is left out is told
+
+
+def test_statistics_are_those_of_the_own_source(tmp_path, cache, texts):
+    rows = [json.dumps({"text": text}) for text in texts]
+    made = {}
+    for name, extra in {"clean": [], "broken": ["{", "null"], "twice": rows[:7], "empty": ['{"text": " "}']}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + extra), encoding="utf-8")
+        for _ in range(2):  # built, then found
+            made[name] = make(tmp_path / f"{name}.jsonl", cache)
+            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS) if made[name].stats[reason]}
+            assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7}, "empty": {"empty": 1}}[name]
+    assert len({corpus.fingerprint for corpus in made.values()}) == 1 and len(list((cache / "corpora").iterdir())) == 1
+    assert made["broken"].left_out == {"malformed": f"{tmp_path / 'broken.jsonl'}, row 61"} and not made["clean"].left_out
+
+
+def damaged_parquet(path, texts):
+    as_parquet(path, texts)
+    raw = (path / "rows.parquet").read_bytes()
+    (path / "rows.parquet").unlink()
+    return raw
+
+
+ODD = {  # file beside good ones: its content, from a scratch folder; the problem that it is counted as
+    "latin.txt": (lambda scratch: "déjà vu".encode("latin-1"), "not_utf8"),
+    "utf16.md": (lambda scratch: "text".encode("utf-16"), "binary"),
+    "cp1251.rst": (lambda scratch: "слово".encode("cp1251"), "not_utf8"),
+    "deep.jsonl": (lambda scratch: b"[" * 200_000, "malformed"),
+    "deeper.jsonl": (lambda scratch: b'{"text":' * 100_000, "malformed"),
+    "list.jsonl": (lambda scratch: b'["text"]\n', "malformed"),
+    "number.jsonl": (lambda scratch: b"5\n", "malformed"),
+    "latin.jsonl": (lambda scratch: '{"text": "é"}'.encode("latin-1"), "malformed"),
+    "empty.parquet": (lambda scratch: b"", "unreadable"),
+    "pointer.parquet": (lambda scratch: b"version https://example.org/spec\nsize 12345\n", "unreadable"),
+    "torn.parquet": (lambda scratch: damaged_parquet(scratch, make_texts(seed=9))[:-50], "unreadable"),
+    "page.parquet": (lambda scratch: (raw := damaged_parquet(scratch, make_texts(seed=9)))[:4] + bytes(300) + raw[304:], "unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_file_is_left_out_and_named(name, tmp_path, cache, texts):
+    content, problem = ODD[name]
+    source = write_folder(tmp_path / "texts", texts)
+    (source / name).write_bytes(content(tmp_path))
+    for _ in range(2):  # built, then found: who asks is told
+        corpus, said = make_loudly(source, cache)
+        assert all_texts(corpus) == sorted(texts) and corpus.stats[problem] == 1
+        assert f"1 {problem}" in said and str(source / name) in said
+        assert str(source / name) in corpus.left_out[problem]
+    (source / name).unlink()
+    clean, said = make_loudly(source, cache)
+    assert clean.fingerprint == corpus.fingerprint and said == ""
+
+
+def test_only_unreadable_text_is_an_error_with_a_name(tmp_path, cache):
+    folder = write_folder(tmp_path / "texts", [])
+    for i in range(5):
+        (folder / f"{i}.txt").write_bytes("é".encode("latin-1") * (i + 1))
+    with pytest.raises(ValueError, match=f"5 not_utf8.*{folder}"):
+        make(folder, cache)
+
+
+def test_texts_in_memory_are_named_by_their_row(texts):
+    with pytest.warns(UserWarning, match="2 not_utf8.*row 61.*1 malformed.*row 62|1 malformed.*row 62"):
+        corpus = Corpus.from_texts([*texts, "\ud800", None, "\udfff"])
+    assert all_texts(corpus) == sorted(all_texts(Corpus.from_texts(texts)))
+
+
+def test_stdlib_does_not_warn_of_its_own_oddities():
+    corpus = Corpus.from_texts(make_texts())
+    corpus.stats = {**corpus.stats, "not_utf8": 4}
+    for source, n in (("stdlib", 0), ("site", 0), ("mine", 1)):
+        corpus.config = corpus.config.replace(source=source)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.tell_left_out(corpus)
+        assert len(caught) == n
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", b"\xff\xfe.txt", b"\x80.jsonl"])
+def test_a_file_name_need_not_be_utf8(name, tmp_path, cache, texts):
+    source = write_folder(tmp_path / "texts", texts)
+    text = make_texts(1, seed=3)[0]
+    (source / os.fsdecode(name)).write_text(text if name.endswith(b"txt") else json.dumps({"text": text}), encoding="utf-8")
+    for pattern in (source, source / "*"):
+        assert all_texts(make(pattern, cache)) == sorted([*texts, text])
+    (source / os.fsdecode(b"bad-" + name[:-4] + b".txt")).write_bytes(b"\xff")
+    _, said = make_loudly(source, cache)
+    assert "1 not_utf8" in said and said.encode("utf-8")  # can be shown anywhere
+
+
+# ---- patterns
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "tree"
+    for name in ("a.txt", "sub/b.txt", "sub/deep/c.txt", "sub/deep/d.md", ".hidden/e.txt", "[x]/f.txt", "other/g.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "**", "sub/**/*", "**/deep/**/*.txt", "s*/**/c.*", "**/*/*.txt", "*.txt", "none/**/*"])
+def test_patterns_mean_what_they_mean_in_a_shell(pattern, tree, monkeypatch):
+    expected = {Path(p) for p in data.glob.glob(str(tree / pattern), recursive=True) if os.path.isfile(p)}
+    assert data.matching_files(str(tree / pattern)) == expected
+    monkeypatch.chdir(tree)
+    assert {tree / path for path in data.matching_files(pattern)} == expected
+
+
+@pytest.mark.parametrize("links", [{"l1": ".", "l2": "."}, {"sub/up": "..", "sub/deep/top": "../.."}, {"x": "y", "y": "x"},
+                                   {"sub/a": "../other", "other/b": "../sub"}, {f"l{i}": "." for i in range(9)}])
+def test_patterns_end_where_links_lead_in_circles(links, tree, cache):
+    expected = {path.resolve() for path in data.matching_files(str(tree / "**/*.txt"))}
+    for name, target in links.items():
+        (tree / name).symlink_to(target)
+    found = data.matching_files(str(tree / "**/*.txt"))
+    assert {path.resolve() for path in found} == expected and len(found) == len(expected)
+    assert not any(path.parts[len(tree.parts)] in links for path in found)  # real names, not those of links
+
+
+def test_patterns_follow_links_to_text_elsewhere(tree, tmp_path, texts):
+    elsewhere = write_folder(tmp_path / "elsewhere", texts[:3])
+    (tree / "sub" / "link").symlink_to(elsewhere)
+    assert {tree / "sub" / "link" / f"{i}.txt" for i in range(3)} <= data.matching_files(str(tree / "**/*.txt"))
+
+
+# ---- long words
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "acgt", "0123456789", " ", "\n\t ", "-_#", "日本語", "é"])
+def test_long_words_are_cut_and_nothing_else(alphabet):
+    long = "".join(random.Random(0).choices(alphabet, k=5 * data.LONGEST_WORD + 3))
+    pieces = list(data.cut_long_words([f"before {long} after", "short"]))
+    assert "".join(pieces) == f"before {long} after" + "short" and pieces[-1] == "short"
+    from tokenizers.pre_tokenizers import ByteLevel
+    longest = max(len(word) for piece in pieces for word, _ in ByteLevel(add_prefix_space=False, trim_offsets=False).pre_tokenize_str(piece))
+    assert longest <= 3 * data.LONGEST_WORD + 1  # in bytes, with the blank before
+
+
+def test_normal_text_is_not_cut(texts):
+    code = ["x = {" + "'key': [1, 2.5, None], " * 500 + "}", "-" * 79 + "\n" + " " * 400, "a1b2" * 2000, "lang" * 200]
+    assert list(data.cut_long_words([*texts, *code, ""])) == [*texts, *code, ""]
+
+
+def test_a_word_of_half_a_megabyte_is_no_obstacle():
+    word = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=500_000))
+    code = "import sys; from sparsecod.data import train_bpe; print(train_bpe([sys.stdin.read()], 1000).vocab_size)"
+    found = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; " + code], input=word, capture_output=True,
+                           text=True, timeout=100, encoding="utf-8", check=True)
+    assert found.stdout.strip() == "1000"
+
+
+def start(code, source, cache, **options):
     head = f"import sys; sys.path[:0] = {sys.path!r}\nimport time, sparsecod.data as data\n"
     tail = f"\nconfig = data.DataConfig({str(source)!r}, vocab_size=300, val_share=0.2)\nprint(data.prepare(config, {str(cache)!r}, progress=False).fingerprint)"
-    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE, text=True, encoding="utf-8", **options)
 
 
 def test_two_processes_build_once(tmp_path, cache, texts):
@@ -584,6 +774,93 @@ def test_a_failed_build_leaves_nothing(tmp_path, cache, texts, monkeypatch):
         make(source, cache)
     assert not list((cache / "building").iterdir()) and not (cache / "corpora").exists()
     assert all_texts(make(source, cache)) == sorted(texts)
+
+
+# ---- caches that others share, that cannot be written, or that are not there
+
+
+def test_no_home_names_the_variable_to_set(monkeypatch):
+    for name in ("SPARSECOD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: os.fspath(path))  # as if nobody knew a home
+    with pytest.raises(ValueError, match="SPARSECOD_CACHE"):
+        prepare(progress=False)
+    monkeypatch.setenv("SPARSECOD_CACHE", "~somebody/cache")
+    with pytest.raises(ValueError, match="~somebody/cache.*SPARSECOD_CACHE"):
+        data.cache_folder()
+
+
+@pytest.mark.parametrize("place", ["file/cache", "file"])
+def test_a_cache_that_cannot_be_written_is_named(place, tmp_path, texts):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    source = write_folder(tmp_path / "texts", texts)
+    with pytest.raises(OSError, match=f"{tmp_path / place}.*SPARSECOD_CACHE") as caught:
+        make(source, tmp_path / place)
+    assert caught.value.errno
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of file size are for Unix")
+@pytest.mark.parametrize("limit", [100, 5000])  # bytes a file may have: as if the disk were full
+def test_a_full_disk_leaves_nothing_and_names_the_way_out(limit, tmp_path, cache, texts):
+    source = write_folder(tmp_path / "texts", texts)
+    process = start(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))", source, cache, stderr=subprocess.STDOUT)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and str(cache) in said.splitlines()[-1] and "SPARSECOD_CACHE" in said.splitlines()[-1]
+    assert not [path for folder in ("building", "corpora", "requests") for path in (cache / folder).rglob("*")]
+    assert all_texts(make(source, cache)) == sorted(texts)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are those of Unix")
+@pytest.mark.parametrize("mode", [0o2775, 0o770, 0o755, 0o777])
+def test_those_who_may_write_to_a_cache_may_build_there(mode, tmp_path, cache, texts):
+    cache.mkdir()
+    cache.chmod(mode)
+    old = os.umask(0o022)
+    try: corpus = make(write_folder(tmp_path / "texts", texts), cache)
+    finally: os.umask(old)
+    for folder in ("locks", "building", "corpora", "requests"):
+        assert (cache / folder).stat().st_mode & 0o7777 == mode
+    assert all(lock.stat().st_mode & 0o777 == mode & 0o666 for lock in (cache / "locks").iterdir())
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in corpus.folder.iterdir())
+
+
+def test_what_is_stored_needs_no_right_to_write(tmp_path, cache, texts, monkeypatch):
+    source = write_folder(tmp_path / "texts", texts)
+    base = make(source, cache)
+    for name in ("cache_lock", "shared_folder", "write_text"):
+        monkeypatch.setattr(data, name, lambda *args: pytest.fail("something was written"))
+    assert make(source, cache).fingerprint == base.fingerprint
+
+
+def test_a_stream_is_closed_when_enough_is_read(monkeypatch, cache, texts):
+    import datasets
+
+    closed = []
+
+    def endless():
+        try:
+            for i in range(10**9):
+                yield {"text": f"{i} {texts[i % len(texts)]}"}
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: endless())
+    monkeypatch.setattr(data, "publish", lambda *args, publish=data.publish: (closed.append("published"), publish(*args)))
+    make("hf:endless", cache, max_documents=100)
+    assert closed == [True, "published"]
+
+
+def test_a_stream_that_breaks_is_named(monkeypatch, cache, texts):
+    import datasets
+
+    def broken():
+        yield {"text": texts[0]}
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: broken())
+    with pytest.raises(ValueError, match="hf:far/away.*the line is dead"):
+        make("hf:far/away", cache)
+    assert not list((cache / "building").iterdir())
 
 
 def test_importing_is_light():
