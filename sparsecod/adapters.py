@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from .core import LOGITS_AT_ONCE, Config, Transformer, cross_entropy
 from .data import Tokenizer, load_tokenizer
+from .integrity import MANIFEST, Damaged, check_seal, read_json
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
@@ -394,7 +395,7 @@ def find_folder(
     folder = Path(source).expanduser()
     if not folder.exists():
         from huggingface_hub import snapshot_download
-        try: folder = Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors'] + ['*.py'] * trust_remote_code,
+        try: folder = Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
                                              ignore_patterns=['*/*', 'consolidated*']))
         except (OSError, ValueError) as error:
             raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face Hub: {error}') from error
@@ -406,7 +407,10 @@ def find_folder(
 def check_weights(
     folder: Path,  # of a model
 ):
-    "Raise a ValueError unless the folder has weights in safetensors files, and all of these are complete."
+    "Raise a ValueError unless the folder has weights in safetensors files that are complete, and as they were sealed."
+    if (folder / MANIFEST).is_file() and 'identity' in read_json(folder / MANIFEST):   # other tools have manifests too
+        try: check_seal(folder)
+        except Damaged as error: raise Damaged(f'{error}; if it was changed on purpose, remove {MANIFEST}') from error
     for file in sorted(folder.glob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass                               # reads the header and compares sizes
