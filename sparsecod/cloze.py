@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from io import StringIO
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,7 +145,13 @@ def encode_pairs(
     ends = [len(context.rstrip()) for context, _ in pairs]
     heads = tokenizer.encode_batch([context[:end] for (context, _), end in zip(pairs, ends)])
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-    return [((head or [tokenizer.eos_id]) + whole[len(head):], len(whole) - len(head)) for head, whole in zip(heads, wholes)]
+    texts = []
+    for pair, head, whole in zip(pairs, heads, wholes):
+        if len(whole) <= len(head): head = [a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(whole, head))]
+        n = len(whole) - len(head)
+        if n == 0: raise ValueError(f'continuation {pair[1]!r} adds no token to context {pair[0][-40:]!r}, so it has no score')
+        texts.append(((head or [tokenizer.eos_id]) + whole[len(head):], n))
+    return texts
 
 # %% ../nbs/build/10_cloze.ipynb #3b7584e3
 def pieces(
@@ -217,7 +223,7 @@ def continuation_scores(
     for batch in batches([len(ids) - 1 for ids, _ in parts], batch_tokens):
         found = score(*(x.to(device) for x in pad_batch([parts[i] for i in batch])))        # (M, 2)
         row = torch.tensor([rows[i] for i in batch for _ in range(parts[i][1])])            # (M,)
-        out.index_add_(0, row, found.double().cpu())
+        out.index_add_(0, row, found.cpu().double())
     return out
 
 # %% ../nbs/build/10_cloze.ipynb #18b1f87e
@@ -321,13 +327,22 @@ class Answers:
     @property
     def eot_token_id(self) -> int: return self.coder.eos_id
     def tok_encode(self, string: str, add_special_tokens=None, **options) -> list[int]: return self.coder.encode(string)
-    def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm)
+    def loglikelihood(self, requests, disable_tqdm=True):
+        empty = [request.args for request in requests if not request.args[1]]
+        if empty: raise ValueError(f'a continuation is empty, so it has no score; its context is {empty[0][0][-40:]!r}')
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        (ids, n), = encode_pairs(self.coder, [(context, continuation)])
+        return ids[:-n], ids[-n:]
+
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
         scores = score_texts(self.model, [(context + ids, len(ids)) for _, context, ids in requests], self.batch_tokens)
         return [(score, misses == 0) for score, misses in scores.tolist()]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True) -> list[float]:
-        texts = encode_pairs(self.coder, [('', request.args[0]) for request in requests])
+        each = self.coder.encode_batch([request.args[0] for request in requests])
+        texts = [([self.coder.eos_id, *ids], len(ids)) for ids in each]
         return score_texts(self.model, texts, self.batch_tokens)[:, 0].tolist()
 
     def generate_until(self, requests, disable_tqdm=True) -> list[str]:

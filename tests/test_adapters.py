@@ -1,10 +1,12 @@
-"Thirteen families of the transformers library, block by block, against their own forward pass and against models edited by hand."
+"Families of the transformers library, block by block, against their own forward pass and against models edited by hand."
 import copy
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -30,7 +32,14 @@ FAMILIES = dict(
     Mixtral=dict(num_local_experts=4, sliding_window=WINDOW), Olmoe=dict(num_experts=4, num_experts_per_tok=2),
     Qwen3Moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
 WINDOWED = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Gemma3Text', 'Phi3', 'Mixtral')
-MORE = dict(Cohere=dict(logit_scale=0.3), Granite=dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5), Phi={}, OPT={})
+MORE = dict(
+    Cohere=dict(logit_scale=0.3), Granite=dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5), Phi={},
+    OPT=dict(ffn_dim=40), Bloom={}, XGLM=dict(ffn_dim=40), BioGpt={}, Mpt={}, Falcon={}, FalconRW=dict(alibi=True),
+    Llama4Text=dict(attention_chunk_size=WINDOW, intermediate_size_mlp=40, num_local_experts=4),
+    OPTProjected=dict(ffn_dim=40, word_embed_proj_dim=16), OPTPost=dict(ffn_dim=40, word_embed_proj_dim=16, do_layer_norm_before=False))
+CLASS_OF = dict(OPTProjected='OPT', OPTPost='OPT', FalconRW='Falcon')                   # where a family has more than one kind
+TUPLES = 'Bloom', 'Mpt', 'Falcon', 'FalconRW'                                           # their blocks return tuples
+NO_GROUPS = 'GPT2', 'GPTNeoX', 'OPT', 'Phi', 'Bloom', 'XGLM', 'BioGpt', 'Mpt', 'Falcon'
 TOKENS = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,9 +47,10 @@ def tiny(family, **changes):
     "A random network with weights large enough that every part of it shows in the logits."
     sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=40, num_hidden_layers=L, num_attention_heads=4, max_position_embeddings=32,
                  initializer_range=0.2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    if family not in ('GPT2', 'GPTNeoX', 'OPT', 'Phi'): sizes |= dict(num_key_value_heads=2, head_dim=8)
+    kind = CLASS_OF.get(family, family)
+    if kind not in NO_GROUPS: sizes |= dict(num_key_value_heads=2, head_dim=8)
     torch.manual_seed(0)
-    config = getattr(transformers, family + 'Config')(**sizes | (FAMILIES | MORE).get(family, {}) | changes)
+    config = getattr(transformers, kind + 'Config')(**sizes | (FAMILIES | MORE).get(family, {}) | changes)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -73,7 +83,9 @@ def test_blockwise_logits_are_the_networks_own(network, attention):
 @pytest.mark.parametrize('family', MORE)
 def test_further_families_need_no_code_of_their_own(family):
     network = tiny(family)
-    assert is_close(all_logits(adapt(network)), own_logits(network))
+    model = adapt(network)
+    for tokens in (TOKENS, TOKENS[:1], TOKENS[:2, 3:11], TOKENS):                       # the number of sequences changes too
+        assert is_close(all_logits(model, tokens), own_logits(network, tokens))
 
 
 @pytest.mark.parametrize('family', WINDOWED)
@@ -182,15 +194,19 @@ def swapped(network, i, j):
 
 
 @torch.no_grad()
-def test_skip_swap_and_replacement_equal_edited_networks(network):
+@pytest.mark.parametrize('family', FAMILIES | MORE)
+def test_skip_swap_and_replacement_equal_edited_networks(family):
+    network = tiny(family)
     model, plain = adapt(network), own_logits(network)
     h = model.embed(TOKENS)
     A, b = torch.randn(D, D, generator=torch.Generator().manual_seed(1)) / 8, torch.linspace(-1, 1, D)
     affine = lambda h: h + h @ A + b
     for l in (1, 3):
+        all_logits(model, TOKENS.flip(1))                                               # another batch leaves nothing behind
         before = model.run(h, stop=l - 1)
         for by_hand in (lambda h: h, affine):
-            with in_place(network, l, Instead(by_hand)): expected = own_logits(network)
+            instead = Instead((lambda h: (by_hand(h),)) if family in TUPLES else by_hand)
+            with in_place(network, l, instead): expected = own_logits(network)
             assert is_close(model.logits(model.run(by_hand(before), start=l)), expected) and not is_close(plain, expected)
     for i, j in ((1, 2), (1, 4)):
         with swapped(network, i, j): expected = own_logits(network)
@@ -395,6 +411,20 @@ class Doubled(transformers.LlamaForCausalLM):
         return out
 
 
+class Slightly(transformers.LlamaForCausalLM):
+    "Off by what half precision would excuse."
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 1.01 * out.logits
+        return out
+
+
+def spoilt(value):
+    network = tiny('Llama')
+    network.model.layers[2].mlp.down_proj.weight.data[3] = value
+    return network
+
+
 def hidden_block():
     network = tiny('Llama')
     network.config.num_hidden_layers = L - 1
@@ -407,7 +437,9 @@ REFUSED = dict(
     no_head=(lambda: tiny('Llama').model, 'LlamaModel.*not a causal language model; looked for a head'),
     classifier=(lambda: transformers.LlamaForSequenceClassification(tiny('Llama').config), 'LlamaForSequenceClassification.*not a causal language model'),
     no_attention=(lambda: tiny('Mamba', state_size=4), 'MambaForCausalLM.*layout is unknown; looked in MambaModel for .*.layers and .norm'),
-    secret_logits=(lambda: Doubled(tiny('Llama').config), "Doubled: .*do not give the network's own logits"),
+    secret_logits=(lambda: Doubled(tiny('Llama').config), "Doubled .*do not give the network's own logits"),
+    slightly_other_logits=(lambda: Slightly(tiny('Llama').config).double(), "do not give the network's own logits"),
+    no_number=(lambda: spoilt(float('nan')), 'not finite'), infinite=(lambda: spoilt(float('inf')), 'not finite'),
     hidden_block=(hidden_block, 'each of its 4 blocks once and in order, but made 3 calls'),
     plain_module=(lambda: nn.Linear(2, 2), 'Linear cannot be adapted: it must be a model of the transformers library, or offer embed, run'),
     nothing=(lambda: None, 'NoneType cannot be adapted'))
@@ -420,6 +452,223 @@ def test_refusals_say_what_was_looked_for(case):
     with pytest.raises(ValueError, match=message): adapt(wrong)
     if wrong is not None:
         with pytest.raises(ValueError, match=message): open_model(wrong)
+
+
+# --- blocks that read more than their stream ---
+
+class Watched(nn.Module):
+    "A part of a block that knows what other parts, or it itself, did before."
+    def __init__(self, part, kind, box, l):
+        super().__init__()
+        self.part, self.kind, self.box, self.l = part, kind, box, l
+
+    def forward(self, x):
+        out, box = self.part(x), self.box
+        if self.kind == 'last_input':
+            last, box[self.l] = box.get(self.l, out), out
+            return out + last
+        if self.kind == 'counts':
+            box['calls'] = box.get('calls', 0) + 1
+            return out * (1 + box['calls'] % 7)
+        source = dict(from_block_1=1, from_block_2=2, from_the_block_before=self.l, backwards=L)[self.kind]
+        left = box.get('left', out)
+        if self.l == source: box['left'] = out
+        return (out + left) / 2 if self.l > source or self.kind in ('backwards', 'from_the_block_before') else out
+
+
+def sharing(kind, names=('self_attn.v_proj',)):
+    "A Llama whose blocks share what the named parts give."
+    network, boxes = tiny('Llama'), {name: {} for name in names}
+    for l, block in enumerate(network.model.layers, 1):
+        for name, box in boxes.items(): block.set_submodule(name, Watched(block.get_submodule(name), kind, box, l))
+    return network
+
+
+KEYS_AND_VALUES = 'self_attn.k_proj', 'self_attn.v_proj'
+SHARING = dict(
+    value_residual=lambda: sharing('from_block_1'), value_residual_of_block_2=lambda: sharing('from_block_2'),
+    shared_keys_and_values=lambda: sharing('from_block_2', KEYS_AND_VALUES), a_chain=lambda: sharing('from_the_block_before'),
+    mlp_output=lambda: sharing('from_block_1', ['mlp']), last_input=lambda: sharing('last_input', ['mlp.down_proj']),
+    backwards=lambda: sharing('backwards', ['mlp.up_proj']), counts=lambda: sharing('counts', ['mlp']))
+
+
+@pytest.mark.parametrize('case', SHARING)
+def test_blocks_that_share_state_are_refused(case):
+    with pytest.raises(ValueError, match='block'): adapt(SHARING[case]())
+    with pytest.raises(ValueError, match='block'): score_model(SHARING[case](), SCORED, FITTED, SETTINGS, progress=False)
+
+
+def test_what_they_share_is_the_reason():
+    "The block that is named reads what another left; without that the same network passes."
+    for kind, readers in (('from_block_1', (2, 3, 4)), ('from_block_2', (3, 4))):
+        with pytest.raises(ValueError, match=r'block (\d)') as error: adapt(sharing(kind))
+        assert int(re.search(r'block (\d)', str(error.value))[1]) in readers
+    plain = tiny('Llama')
+    for block in plain.model.layers: block.self_attn.v_proj = nn.Sequential(block.self_attn.v_proj)
+    assert is_close(all_logits(adapt(plain)), own_logits(plain))
+
+
+def test_a_block_that_changes_its_stream_in_place_is_refused():
+    network = tiny('Llama')
+    network.model.layers[1].register_forward_pre_hook(lambda block, args: (args[0].add_(1), *args[1:]))
+    with pytest.raises(ValueError, match='block'): adapt(network)
+
+
+@pytest.mark.parametrize('family', ['Gemma3nText', 'Gemma4Text'])
+def test_families_whose_blocks_read_the_tokens_again_are_refused_in_words(family):
+    further = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=V, num_kv_shared_layers=2, layer_types=ALTERNATE)
+    further |= dict(laurel_rank=4) if family == 'Gemma3nText' else dict(global_head_dim=8)
+    with pytest.raises(ValueError, match='per_layer_input'): adapt(tiny(family, **further))
+
+
+def test_the_check_costs_a_few_passes_over_eight_tokens():
+    network, calls = tiny('Llama'), []
+    for block in network.model.layers:
+        block.register_forward_pre_hook(lambda block, args: calls.append(args[0].shape[:2].numel()))
+    adapt(network)
+    assert sum(calls) <= 6 * 8 * L
+
+
+# --- wrappers, and models that have to be handed in otherwise ---
+
+def parallel(network):
+    "DistributedDataParallel in a group of one process."
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(network)
+
+
+def compiled(network, *parts):
+    "The named parts compiled, each for itself."
+    for name in parts: network.set_submodule(name, torch.compile(network.get_submodule(name), backend='eager'))
+    return network
+
+
+def prepared(network):
+    "As a Trainer with bf16=True leaves it."
+    accelerate = pytest.importorskip('accelerate')
+    accelerate.state.AcceleratorState._reset_state(True)
+    try: return accelerate.Accelerator(cpu=True, mixed_precision='bf16').prepare(network)
+    finally: accelerate.state.AcceleratorState._reset_state(True)
+
+
+WRAPPED = dict(
+    compiled=lambda network: torch.compile(network, backend='eager'), data_parallel=nn.DataParallel, distributed=parallel,
+    both=lambda network: nn.DataParallel(torch.compile(network, backend='eager')),
+    twice=lambda network: torch.compile(nn.DataParallel(network), backend='eager'),
+    blocks=lambda network: compiled(network, 'model.layers.0', 'model.layers.2'), decoder=lambda network: compiled(network, 'model'),
+    prepared=prepared)
+
+
+@pytest.mark.parametrize('case', WRAPPED)
+def test_what_computes_the_same_is_looked_into(case):
+    expected = own_logits(tiny('Llama'))
+    model = adapt(WRAPPED[case](tiny('Llama')))
+    assert is_close(all_logits(model), expected)
+    with torch.no_grad(): assert is_close(model.run(model.run(model.embed(TOKENS), stop=2), start=2), model.run(model.embed(TOKENS)))
+
+
+@pytest.mark.parametrize('case', ['compiled', 'data_parallel', 'both', 'twice'])
+def test_our_own_model_is_found_in_the_same_wrappers(case):
+    ours = Transformer(ModelConfig(n_layers=1))
+    assert adapt(WRAPPED[case](ours)) is ours
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+class Pipeline:
+    "No module at all."
+    def __init__(self, inner): self.task, self.inner = 'text-generation', inner
+
+
+class Adapters(nn.Module):
+    "As PEFT shows itself: the model inside, and a way to be rid of the adapters."
+    def __init__(self, network):
+        super().__init__()
+        self.base_model = network
+
+    def merge_and_unload(self): return self.base_model
+
+
+class Subclass(torch.Tensor): "As packed or sharded weights are."
+
+
+def with_weight(make, name='model.layers.1.mlp.up_proj'):
+    network = tiny('Llama')
+    part = network.get_submodule(name)
+    part.weight = nn.Parameter(make(part.weight.data), requires_grad=False)
+    return network
+
+
+def packed():
+    "As a layer that keeps its integers in a buffer."
+    network = tiny('Llama')
+    part = network.get_submodule('model.layers.2.self_attn.q_proj')
+    weight = part.weight.data
+    del part.weight
+    part.register_buffer('qweight', weight.to(torch.int32))
+    return network
+
+
+class PackedLinear(nn.Module):
+    "As the dynamically quantised layers of PyTorch: the weight is a method."
+    def __init__(self, linear):
+        super().__init__()
+        self.kept = [linear]
+
+    def weight(self): return self.kept[0].weight
+    def forward(self, x): return self.kept[0](x)
+
+
+def dynamic():
+    network = tiny('Llama')
+    network.set_submodule('lm_head', PackedLinear(network.lm_head))
+    return network
+
+
+def on_meta():
+    with torch.device('meta'): return transformers.AutoModelForCausalLM.from_config(tiny('Llama').config)
+
+
+def offloaded(): return pytest.importorskip('accelerate').cpu_offload(tiny('Llama'))
+
+
+def partly_on_disk():
+    places = {'model.embed_tokens': 'cpu', 'model.norm': 'cpu', 'model.rotary_emb': 'cpu', 'lm_head': 'cpu',
+              **{f'model.layers.{l}': 'cpu' if l < 2 else 'disk' for l in range(L)}}
+    return pytest.importorskip('accelerate').dispatch_model(tiny('Llama'), places, main_device='cpu', offload_dir=tempfile.mkdtemp())
+
+
+HAND_IN = dict(
+    adapters=(lambda: Adapters(tiny('Llama')), 'merge_and_unload'), holder=(lambda: Holder(tiny('Llama')), r'\.inner, a Llama'),
+    holder_of_ours=(lambda: Holder(Transformer(ModelConfig(n_layers=1))), r'\.inner, a Transformer'),
+    compiled_holder=(lambda: torch.compile(Holder(tiny('GPT2')), backend='eager'), r'\.inner, a GPT2'),
+    pipeline=(lambda: Pipeline(tiny('Llama')), r'\.inner, a Llama'), meta=(on_meta, 'meta'), offloaded=(offloaded, 'offload'),
+    disk=(partly_on_disk, 'offload'), dynamic=(dynamic, 'quantised'), packed=(packed, r'layers\.2\.self_attn\.q_proj\.qweight.*int32'),
+    int8=(lambda: with_weight(lambda w: w.to(torch.int8)), r'layers\.1\.mlp\.up_proj.*int8'),
+    uint8=(lambda: with_weight(lambda w: w.to(torch.uint8).flatten()[:, None]), r'layers\.1\.mlp\.up_proj.*uint8'),
+    fp8=(lambda: with_weight(lambda w: w.to(torch.float8_e4m3fn)), r'layers\.1\.mlp\.up_proj.*float8'),
+    subclass=(lambda: with_weight(lambda w: w.as_subclass(Subclass)), r'layers\.1\.mlp\.up_proj.*Subclass'))
+
+
+@pytest.mark.parametrize('case', HAND_IN)
+def test_what_to_hand_in_instead_is_said(case):
+    make, name = HAND_IN[case]
+    with pytest.raises(ValueError, match=name): adapt(make())
+
+
+def test_adapting_where_gradients_are_off_leaves_them_possible_later():
+    for off in (torch.inference_mode(), torch.no_grad(), torch.set_grad_enabled(False)):
+        network = tiny('Gemma2')
+        with off: model = adapt(network)
+        x = torch.randn(2, 4, D, requires_grad=True)
+        with torch.enable_grad(): slope, = torch.autograd.grad(model.run(x).sum(), x)
+        assert slope.abs().max() > 0
+    torch.set_grad_enabled(True)
 
 
 # --- opening ---
@@ -487,6 +736,27 @@ def test_missing_weights_are_not_made_up(saved):
     with pytest.raises(ValueError, match='llama holds no readable model'): open_model(folder)
 
 
+EXTRA = dict(bias='model.layers.1.self_attn.q_proj.bias', block=f'model.layers.{L}.mlp.up_proj.weight', head='value_head.weight')
+
+
+@pytest.mark.parametrize('case', EXTRA)
+def test_weights_without_a_place_are_named(saved, case):
+    "A bias that the configuration denies, a block beyond the last one, a second head."
+    _, folder = saved
+    weights = load_file(folder / 'model.safetensors')
+    save_file(weights | {EXTRA[case]: torch.ones(D)}, folder / 'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match=re.escape(EXTRA[case])): open_model(folder)
+    model, _ = open_model(transformers.AutoModelForCausalLM.from_pretrained(folder))    # the way out
+    assert len(model.blocks) == L
+
+
+def test_weights_of_another_size_are_named(saved):
+    _, folder = saved
+    settings = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    (folder / 'config.json').write_text(json.dumps(settings | dict(intermediate_size=48)), encoding='utf-8')
+    with pytest.raises(ValueError, match=re.escape(str(folder))): open_model(folder)
+
+
 def test_places_without_a_model_are_named(tmp_path):
     with pytest.raises(ValueError, match=f'{tmp_path} holds no model; looked for config.json'): open_model(tmp_path)
     with pytest.raises(ValueError, match='no/such-model is no folder here, and it cannot be fetched'): open_model('no/such-model')
@@ -531,7 +801,7 @@ def test_from_the_hub_only_descriptions_and_safetensors_are_fetched(saved, trust
         return str(folder)
     monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
     assert torch.equal(all_logits(open_model('someone/llama', trust_remote_code=trust)[0]), all_logits(adapt(network)))
-    assert asked['name'] == 'someone/llama' and asked['allow_patterns'] == ['*.json', '*.safetensors'] + ['*.py'] * trust
+    assert asked['name'] == 'someone/llama' and asked['allow_patterns'] == ['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust
 
 
 def test_transformers_is_imported_only_when_needed(saved, monkeypatch):

@@ -272,12 +272,58 @@ def test_lm_eval_agrees_question_by_question(corpus, questions):
     assert np.allclose(lls[:, :4], scores, rtol=1e-4, atol=1e-3)
 
 
-def test_lm_eval_encodes_as_we_do(corpus, questions):
+PAIRS = [('line 1', ' of'), ('line 1 ', 'of'), ('line 1  \n', ' of the'), ('', 'line'), ('', ' line 2'), ('', '\n'), ('a\n', '\nb'),
+         ('ünï', 'cödé ☃ 文字'), ('文', '字'), ('tab\t', '\tx'), ('lin', 'e 1'), ('x' * 90, ' of'), ('line 1', ' of ' * 12)]
+
+
+def melted(tokenizer, words):
+    "Pairs whose continuation makes no token beyond those of the context."
+    pairs = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
+    return [(a, b) for a, b in pairs if a.strip() and len(tokenizer.encode(a + b)) <= len(tokenizer.encode(a.rstrip()))]
+
+
+def test_answers_equal_those_of_lm_evals_own_class(corpus, tmp_path):
+    "The stock export of a model, read by lm-eval itself."
     pytest.importorskip('lm_eval')
-    lm = lm_eval_model(small_model(corpus), corpus.tokenizer)
-    pairs = [(q.context, choice) for q in questions for choice in q.choices] + [('line 1 ', 'of'), ('lin', 'e 1'), ('a\n', '\nb')]
-    ours = [(ids[:-n], ids[-n:]) for ids, n in encode_pairs(corpus.tokenizer, pairs)]
-    assert ours == [lm._encode_pair(*pair) for pair in pairs]
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from sparsecod.exchange import to_hf, to_hf_tokenizer
+    model = small_model(corpus, T=24)
+    theirs = HFLM(pretrained=to_hf(model, corpus.tokenizer), tokenizer=to_hf_tokenizer(corpus.tokenizer, 24), batch_size=3, max_length=24)
+    ours = lm_eval_model(model, corpus.tokenizer)
+    asked = [Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(PAIRS)]
+    expected, found = theirs.loglikelihood(asked, disable_tqdm=True), ours.loglikelihood(asked)
+    for pair, (a, greedy), (b, as_greedy) in zip(PAIRS, found, expected):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4) and greedy == as_greedy, pair
+    rolled = [Instance('loglikelihood_rolling', {}, (text,), i) for i, text in enumerate((story(0)[:150], 'line', 'ünï ☃', ''))]
+    assert ours.loglikelihood_rolling(rolled) == pytest.approx(theirs.loglikelihood_rolling(rolled, disable_tqdm=True), rel=1e-4, abs=1e-4)
+
+
+def test_what_melts_into_its_context_is_scored(corpus):
+    "The sum over the tokens from the first one in which both together differ from the context alone."
+    instance = pytest.importorskip('lm_eval.api.instance')
+    model, tokenizer = small_model(corpus), corpus.tokenizer
+    pairs = melted(tokenizer, ['line', ' line', 'line 1 of', ' of', 'story'])
+    assert len(pairs) >= 3
+    found = lm_eval_model(model, tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(pairs)])
+    for (a, b), (score, _) in zip(pairs, found):
+        head, whole = tokenizer.encode(a.rstrip()), tokenizer.encode(a + b)
+        same = next(i for i in range(len(whole)) if head[i] != whole[i])
+        ids = torch.tensor([([] if same else [corpus.eos_id]) + whole])
+        with torch.no_grad(): logp = model(ids[:, :-1]).log_softmax(-1)[0]
+        expected = sum(logp[t - 1, ids[0, t]].item() for t in range(ids.shape[1] - (len(whole) - same), ids.shape[1]))
+        assert score == pytest.approx(expected, rel=1e-4) and score < -1
+    question = Question(pairs[0][0], (pairs[0][1], ' something else'), 0)
+    assert answer_scores(model, tokenizer, [question])[0, 0].item() == pytest.approx(found[0][0], rel=1e-4)
+
+
+@pytest.mark.parametrize('context', ['', 'line 1'])
+def test_an_empty_continuation_has_no_score(corpus, context):
+    instance = pytest.importorskip('lm_eval.api.instance')
+    model = small_model(corpus)
+    with pytest.raises(ValueError, match='continuation'):
+        lm_eval_model(model, corpus.tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, (context, ''), 0)])
+    with pytest.raises(ValueError, match='continuation'): encode_pairs(corpus.tokenizer, [(context, '')])
 
 
 def test_a_limit_and_a_missing_task(corpus, questions):

@@ -10,6 +10,7 @@ import torch
 transformers = pytest.importorskip('transformers', minversion='5.0')
 from huggingface_hub import ModelCard
 
+from sparsecod.adapters import open_model
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, Tokenizer, load_tokenizer, train_bpe
 from sparsecod.exchange import (export_folder, export_model, from_hf, half_split, interleave, model_card, need_transformers, public_name,
@@ -612,3 +613,128 @@ def test_the_verbs_of_a_transformer_write_the_card(tmp_path, hub):
     assert '4.251' in (tmp_path / 'README.md').read_text(encoding='utf-8') and same(Transformer.from_pretrained(tmp_path), model)
     model.push_to_hub('me/model', model_card_kwargs=dict(facts=facts))
     assert b'a7794e02e12ff3e4' in hub.calls[-1][2]['README.md']
+
+
+# What lies beside a model
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} ☃\n{% endfor %}"
+TOOLS = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+WHERE = dict(file=CHAT, inside=CHAT, several=[dict(name='default', template=CHAT), dict(name='tool_use', template=TOOLS)],
+             hostile=[dict(name='default', template=CHAT), dict(name='../../tool_use', template=TOOLS)])
+
+
+def checkpoint(folder, bpe, where='file'):
+    "A stock Llama with a tokenizer, a chat template and settings for generation."
+    stock = stock_model('Llama', vocab_size=bpe.vocab_size)
+    stock.generation_config.update(temperature=0.7, top_k=11, do_sample=True)
+    stock.save_pretrained(folder)
+    to_hf_tokenizer(bpe, 24).save_pretrained(folder)
+    if where == 'file': (folder / 'chat_template.jinja').write_text(CHAT, encoding='utf-8')
+    else:
+        path = folder / 'tokenizer_config.json'
+        settings = json.loads(path.read_text(encoding='utf-8'))
+        path.write_text(json.dumps(settings | dict(chat_template=WHERE[where])), encoding='utf-8')
+    return stock
+
+
+def said(folder, **options):
+    talk = [dict(role='user', content='the cat'), dict(role='assistant', content='ran')]
+    return transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(talk, tokenize=False, **options)
+
+
+@pytest.mark.parametrize('where', WHERE)
+def test_chat_templates_and_generation_settings_survive(where, tmp_path, bpe):
+    stock = checkpoint(tmp_path / 'stock', bpe, where)
+    ours = export_folder(tmp_path / 'stock', tmp_path / 'ours', 'sparsecod')
+    again = export_folder(ours, tmp_path / 'again', 'sparsecod')
+    places = [export_folder(folder, tmp_path / f'out{i}') for i, folder in enumerate((ours, again))]
+    model, tokenizer = from_hf(tmp_path / 'stock')
+    places.append(export_model(model, tmp_path / 'live', tokenizer))
+    for place in places:
+        assert said(place) == said(tmp_path / 'stock') == '<user> the cat ☃\n<assistant> ran ☃\n'
+        if where in ('several', 'hostile'): assert said(place, chat_template='tool_use') == '[the cat][ran]'
+        settings = transformers.GenerationConfig.from_pretrained(place)
+        assert (settings.temperature, settings.top_k, settings.do_sample) == (0.7, 11, True)
+        assert same(transformers.AutoModelForCausalLM.from_pretrained(place), stock)
+    assert not list(tmp_path.parent.glob('tool_use*')) and not list(tmp_path.glob('tool_use*'))
+
+
+def test_a_model_of_ours_has_no_template(tmp_path, bpe):
+    place = export_model(random_model(vocab_size=bpe.vocab_size), tmp_path / 'out', bpe)
+    assert transformers.AutoTokenizer.from_pretrained(place).chat_template is None
+
+
+# Damage
+
+def flip(path, at=-3):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('format', ['hf', 'sparsecod'])
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'tokenizer.json'])
+def test_a_damaged_export_is_neither_shared_nor_opened(name, format, tmp_path, bpe, hub):
+    place = export_model(random_model(vocab_size=bpe.vocab_size), tmp_path / 'out', bpe, format=format)
+    flip(place / name) if name != 'config.json' else (place / name).write_text((place / name).read_text(encoding='utf-8').replace('24', '23'), encoding='utf-8')
+    with pytest.raises(ValueError, match=name): push_folder(place, 'me/model')
+    with pytest.raises(ValueError, match=name): open_model(place)
+    with pytest.raises(ValueError, match=name): export_folder(place, tmp_path / 'further', 'sparsecod')
+    assert not hub.calls and not (tmp_path / 'further').exists()
+
+
+def test_weights_of_another_model_are_noticed(tmp_path, hub):
+    places = [export_model(random_model(seed), tmp_path / str(seed)) for seed in (0, 1)]
+    (places[0] / 'model.safetensors').write_bytes((places[1] / 'model.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='model.safetensors'): from_hf(places[0])
+    with pytest.raises(ValueError, match='model.safetensors'): push_folder(places[0], 'me/model')
+    (places[0] / 'model.safetensors').unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match='safetensors'): push_folder(places[0], 'me/model')
+    assert not hub.calls
+
+
+def test_the_card_and_the_template_may_be_edited(tmp_path, bpe, hub):
+    checkpoint(tmp_path / 'stock', bpe)
+    place = export_folder(tmp_path / 'stock', tmp_path / 'out', 'sparsecod')
+    for name in ('README.md', 'chat_template.jinja'): (place / name).write_text('mine', encoding='utf-8')
+    push_folder(place, 'me/model')
+    assert hub.calls[-1][2]['README.md'] == b'mine'
+    assert (export_folder(place, tmp_path / 'stock again') / 'chat_template.jinja').read_text(encoding='utf-8') == 'mine'
+
+
+def test_a_folder_without_a_seal_is_not_pushed(tmp_path, hub):
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='manifest.json'): push_folder(tmp_path, 'me/model')
+    assert not hub.calls
+
+
+def test_a_manifest_of_another_tool_is_left_alone(tmp_path):
+    stock = stock_model('Llama')
+    stock.save_pretrained(tmp_path)
+    for content in ('{"files": 3}', '[1, 2]'):
+        (tmp_path / 'manifest.json').write_text(content, encoding='utf-8')
+        assert same(from_hf(tmp_path)[0], stock)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('', encoding='utf-8')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full/notes.txt').write_text('', encoding='utf-8')
+    monkeypatch.setattr('sparsecod.exchange.open_saved', lambda *args: pytest.fail('work was done'))
+    monkeypatch.setattr('sparsecod.exchange.to_hf', lambda *args: pytest.fail('work was done'))
+    for name in ('file', 'file/out', 'file/a/b', 'full'):
+        with pytest.raises(OSError, match=name.split('/')[0]): export_folder(run, tmp_path / name)
+        with pytest.raises(OSError, match=name.split('/')[0]): export_model(random_model(), tmp_path / name)
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    with pytest.raises(PermissionError, match='new'): export_folder(run, tmp_path / 'new/out')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'full']
+
+
+def test_wrapped_models_come_in_and_quantised_ones_do_not():
+    stock = stock_model('Llama')
+    for wrapped in (torch.compile(stock, backend='eager'), torch.nn.DataParallel(stock)): assert same(from_hf(wrapped)[0], stock)
+    with torch.device('meta'): empty = transformers.LlamaForCausalLM(stock.config)
+    with pytest.raises(ValueError, match='meta'): from_hf(empty)
+    part = stock.model.layers[1].mlp.up_proj
+    part.weight = torch.nn.Parameter(part.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match='up_proj.*int8'): from_hf(stock)
