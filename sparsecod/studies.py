@@ -313,7 +313,7 @@ def final_loss(
 def lengths_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Loss and final variance at the run's `lengths`, on a quarter of the tokens of the final loss."
     n_tokens = config.n_eval * config.model.context_length // 4
-    return measure_lengths(model, corpus, config.lengths, n_tokens, config.score.seed, config.score.n_bootstrap)
+    return measure_lengths(model, corpus, config.lengths, n_tokens, config.score.seed)
 
 def cloze_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Accuracy in multiple-choice questions from held-out documents."
