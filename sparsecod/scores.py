@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', 'MOST_TOKENS', 'DEFAULT_LENGTH', 'SIGNED',
            'SCHEMA_ARRAYS', 'SCHEMA_OPTIONAL', 'SCHEMA_SCALARS', 'SCHEMA_SETTINGS', 'FORMAT', 'SCHEMA_FILE',
-           'SCORES_SCHEMA', 'ScoreConfig', 'to_fp64', 'Trace', 'sequence_loss', 'trace', 'token_variances',
-           'jacobian_products', 'jacobian_rows', 'jacobian_deviation', 'skip_run', 'skip_effect', 'skip_effects',
-           'update_sizes', 'relative', 'causal_ratio', 'future_effect', 'future_effects', 'swapped_run', 'swap_row',
-           'both_ways', 'swap_losses', 'solve_scaled', 'AffineFit', 'fit_blocks', 'linear_loss', 'linear_losses',
-           'leave_one_out', 'jackknife_ends', 'jackknife_estimate', 'magnitude_ends', 'median_estimate', 'resamples',
-           'estimate', 'batch_pieces', 'measure_batch', 'Costs', 'batch_costs', 'block_runs', 'n_probes',
-           'measure_jacobian', 'join_jacobians', 'pair_mean', 'pair_row', 'pair_scores', 'row_ends',
-           'usefulness_scores', 'intervention_scores', 'stream_scores', 'root_of_terms', 'jackknife_error',
+           'TRUE_NAMES', 'SCORES_SCHEMA', 'ScoreConfig', 'to_fp64', 'Trace', 'sequence_loss', 'trace',
+           'token_variances', 'jacobian_products', 'jacobian_rows', 'jacobian_deviation', 'skip_run', 'skip_effect',
+           'skip_effects', 'update_sizes', 'relative', 'causal_ratio', 'future_effect', 'future_effects', 'swapped_run',
+           'swap_row', 'both_ways', 'swap_losses', 'solve_scaled', 'AffineFit', 'fit_blocks', 'linear_loss',
+           'linear_losses', 'leave_one_out', 'jackknife_ends', 'jackknife_estimate', 'magnitude_ends',
+           'median_estimate', 'resamples', 'estimate', 'batch_pieces', 'measure_batch', 'Costs', 'batch_costs',
+           'block_runs', 'n_probes', 'measure_jacobian', 'join_jacobians', 'pair_mean', 'pair_row', 'pair_scores',
+           'row_ends', 'usefulness_scores', 'intervention_scores', 'stream_scores', 'root_of_terms', 'jackknife_error',
            'block_jacobian', 'jacobian_scores', 'layer_intervals', 'scoring_model', 'untouched', 'to_lists',
            'attention_numbers', 'work_bytes', 'sequence_bytes', 'fixed_bytes', 'jacobian_bytes', 'needed_bytes', 'Plan',
            'plan_memory', 'tensor_hash', 'write_whole', 'put_aside', 'write_part', 'read_part', 'claim_folder', 'Parts',
            'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted', 'measure',
            'names_source', 'text_tokens', 'text_windows', 'without_repetitions', 'tokenizer_of', 'text_config',
            'prepare_windows', 'score_model', 'all_estimates', 'summarise', 'check_windows', 'check_held_out',
-           'check_context', 'write_schema', 'random_signs', 'root_of_mean', 'jacobian_estimate']
+           'check_context', 'with_true_names', 'write_schema', 'random_signs', 'root_of_mean', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -641,7 +641,7 @@ def jacobian_scores(
     found = [block_jacobian(one, W) for one in blocks]
     arrays = {name: torch.stack([one[name] for one in found]) for name in found[0]}
     return dict(jacobian_deviation=arrays['jacobian_per_token'].mean(0), jacobian_deviation_published=arrays['jacobian_published'].mean(0),
-                jacobian_deviation_per_sequence=arrays['jacobian_per_sequence'].mean(0)), arrays
+                jacobian_per_sequence=arrays['jacobian_per_sequence'].mean(0)), arrays
 
 # %% ../nbs/build/07_scores.ipynb #c5d04387
 def layer_intervals(
@@ -1222,7 +1222,7 @@ SCHEMA_SCALARS = dict(
     final_variance='variance of h_L over channels, mean over tokens', final_variance_median='the same, median over tokens',
     final_variance_without_first='the same, mean over tokens without position 0', jacobian_deviation='mean over blocks of jacobian_per_token',
     jacobian_deviation_published='mean over blocks of jacobian_published',
-    jacobian_deviation_per_sequence='mean over blocks of jacobian_per_sequence')
+    jacobian_per_sequence='mean over blocks of jacobian_per_sequence')
 
 # %% ../nbs/build/07_scores.ipynb #968ed41f
 _ESTIMATE = dict(type='object', required=['value', 'low', 'high'], properties=dict(value=_NUMBER, low=_NUMBER, high=_NUMBER))
@@ -1247,6 +1247,19 @@ SCHEMA_FILE = dict(
     data=dict(type='object', description='where the text comes from, as a DataConfig'),
     sparsity=dict(type=['object', 'null'], description='from measure_sparsity; null: not measured', required=['scalars', 'arrays'], properties=dict(
         scalars=dict(type='object', description='shares', additionalProperties=_NUMBER), arrays=dict(type='object', description='by block, head or threshold'))))
+
+# %% ../nbs/build/07_scores.ipynb #b59ba7df
+TRUE_NAMES = dict(jacobian_published='jacobian_per_sequence', jacobian_published_error='jacobian_per_sequence_error',
+                  jacobian_deviation_published='jacobian_per_sequence')
+
+def with_true_names(
+    record: dict,   # with scores or without
+) -> dict:          # what was scored before version 2 renamed, all else as it is
+    "A record in which the Jacobian deviation per sequence is called that."
+    scores = record.get('scores')
+    if not isinstance(scores, dict) or 'jacobian_per_sequence' in scores.get('arrays', {}): return record
+    renamed = {part: {TRUE_NAMES.get(name, name): x for name, x in scores[part].items()} for part in ('scalars', 'arrays', 'intervals') if part in scores}
+    return record | dict(scores=scores | renamed)
 
 # %% ../nbs/build/07_scores.ipynb #a2196dae
 SCORES_SCHEMA = {

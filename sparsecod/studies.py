@@ -51,7 +51,7 @@ from .cloze import measure_cloze
 from .core import PRESETS, Config, ModelConfig, Transformer, flops_per_token, param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
-from .scores import ScoreConfig, estimate, resamples, score_model
+from .scores import ScoreConfig, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, train, without_infinities, write_text
 
@@ -424,7 +424,7 @@ def read_record(
         if missing: raise ValueError(f'it lacks {", ".join(missing)}')
         RunConfig.from_dict(record['config'])
         check_shapes(record)
-        return record
+        return with_true_names(record)
     except (OSError, ValueError, TypeError) as error:
         warnings.warn(f'the record {path} is damaged and left out ({error})', stacklevel=3)
     return None
