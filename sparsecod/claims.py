@@ -254,18 +254,18 @@ CLAIMS = [
 ]
 
 # %% ../nbs/build/13_claims.ipynb #772dd815
-def falling_jacobian(kind: str, metric: str, source: str) -> list[Claim]:
+def falling_jacobian(kind: str, metric: str, source: str, form: str) -> list[Claim]:
     "Two claims about a form of the Jacobian deviation: it falls along the blocks, and with depth."
     published = 'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002' if source != 'control' else ''
-    by_block = lambda record: record['scores']['arrays'][f"jacobian_{kind.replace('-', '_')}"]
-    return [Claim(f'depth-jacobian-{kind}-layers', f"Later blocks are closer to the identity (Jacobian deviation, {kind.replace('-', ' ')}).",
+    by_block = lambda record: record['scores']['arrays'][f"jacobian_{form.replace(' ', '_')}"]
+    return [Claim(f'depth-jacobian-{kind}-layers', f"Later blocks are closer to the identity (Jacobian deviation, {form}).",
                   source, published, 'depth', metric, along_blocks(by_block), -1,
                   "Fisher's z of the rank correlation of the deviation with the block in the deepest model", span=by_block),
-            Claim(f'depth-jacobian-{kind}-mean', f"The deeper the model, the closer its blocks are to the identity on average ({kind.replace('-', ' ')}).",
+            Claim(f'depth-jacobian-{kind}-mean', f"The deeper the model, the closer its blocks are to the identity on average ({form}).",
                   source, published, 'depth', metric, trend(metric, log=True), -1, f'doublings of {metric} for each doubling of L')]
 
-CLAIMS += falling_jacobian('published', 'jacobian_deviation_published', 'depth study, Jacobians')
-CLAIMS += falling_jacobian('per-token', 'jacobian_deviation', 'control')
+CLAIMS += falling_jacobian('published', 'jacobian_per_sequence', 'depth study, Jacobians', 'per sequence')
+CLAIMS += falling_jacobian('per-token', 'jacobian_deviation', 'control', 'per token')
 
 # %% ../nbs/build/13_claims.ipynb #3a716752
 def falling_score(metric: str, statement: str, published: str = '', source: str = 'depth study, table of scores') -> Claim:

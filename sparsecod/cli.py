@@ -375,8 +375,8 @@ def memory_bound(
     args,              # of the command
 ) -> int:              # bytes
     "The bound of the working memory: what was asked for, or the default, or what one sequence takes."
-    from sparsecod.scores import needed_bytes
-    least = needed_bytes(subject.model, 1, score.n_sequences, T, args.as_published, score.n_bootstrap)
+    from sparsecod.scores import n_probes, needed_bytes
+    least = needed_bytes(subject.model, 1, score.n_sequences, T, args.as_published, score.n_bootstrap, score.n_jacobian, n_probes(score, subject.model.config.d_model))
     bound = args.memory or max(int(DEFAULT_GIGABYTES * 2**30), least)
     if not args.quiet: print(f'working memory beside the model: at most {bound / 2**30:.3g} GB (one sequence at a time takes {least / 2**30:.2g}; --memory sets the bound)', file=sys.stderr)
     return bound

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'POSITIVE', 'NOT_NEGATIVE', 'SEED', 'NORMS', 'PAPER', 'PRESE
            'following_fields', 'ModelConfig', 'check_heads_and_experts', 'feed_forward_params', 'param_counts',
            'flops_per_token', 'preset', 'BlockOutput', 'make_feed_forward', 'Block', 'init_matrices', 'Stack',
            'initial_update_variance', 'cross_entropy', 'StackWithHead', 'auxiliary_loss', 'HubModel', 'Transformer',
-           'next_tokens']
+           'next_tokens', 'check_finite']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
@@ -469,3 +469,15 @@ def next_tokens(
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]       # (B, 1)
         logits = logits.masked_fill(logits < least, float('-inf'))             # (B, V)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+
+# %% ../nbs/build/03_core.ipynb #8a45b0d9
+@torch.no_grad()
+def check_finite(
+    model,  # a model, ours or another's, or an adapted one; anything else is passed over
+):
+    "Raise a ValueError that names the first weights of a model which are not finite numbers."
+    network = getattr(model, 'network', model)
+    if not isinstance(network, nn.Module): return
+    for name, p in network.named_parameters():
+        bad = 0 if p.is_meta else p.numel() - p.isfinite().sum().item()
+        if bad: raise ValueError(f'the model is not finite: {name} holds {bad:,} NaN or infinite values among its {p.numel():,}')

@@ -369,7 +369,7 @@ def chosen_scores(
     maps, found = fit_blocks(model, fit_windows, batch_size), []
     for part in windows.split(batch_size): found.append(measure_batch(model, part, maps))
     joined = {name: torch.cat([f[name] for f in found], dim=-1) for name in found[0] if name != 'variance'}
-    return intervention_scores(joined, weights, threshold=1.10)[0]
+    return intervention_scores(joined, weights)[0]
 
 # %% ../nbs/beyond/02_corrections.ipynb #b022b56a
 def full_block_runs(
@@ -440,12 +440,13 @@ def state_rows(
     zeros = torch.zeros(model.config.d_model)
     idle = with_block(model, middle, AffineBlock(torch.diag(zeros), zeros))
     idle_rows = [mean_score(causal_from_states(idle, windows, shifted=s)[middle - 1, :-1]) for s in (True, False)]
-    normed = causal_from_states(model, windows, normed=True)
+    normed, both = causal_from_states(model, windows, normed=True), causal_from_states(model, windows, shifted=True, normed=True)
     before, after = last_variances(model, windows)
     scaled, plain = [rounding(with_embeddings_scaled(model, c), windows[:8]) | dict(scale=c) for c in scales], rounding(model, windows)
     loudest, swaps = scaled[-1], [permutation_score(m, windows[:8]) for m in (copy.deepcopy(model).bfloat16(), model)]
     return [row(3, 'causal score', mean_score(shifted), mean_score(common), 'pairs s < l < L', dict(with_shift=shifted, without_shift=ours, unrelated=mean_score(unrelated))),
             row(3, f'block {middle} made the identity', *idle_rows, 'should be 0'),
+            row(3, 'causal score, with trap 4', mean_score(both), mean_score(common), 'both traps, as they act'),
             row(4, 'final variance', after, before, 'mean over tokens'),
             row(4, 'causal score of the last block', mean_score(normed[:, -1]), mean_score(ours[:, -1]), 'mean over skipped blocks'),
             row(5, 'causal score', plain['bf16'], plain['fp32'], f'mean over pairs; stream / update about {plain["size"]:.0f}', dict(scaled=scaled)),

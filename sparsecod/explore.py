@@ -408,7 +408,7 @@ def plot_loss(
     return ax
 
 # %% ../nbs/build/14_explore.ipynb #38236f7b
-JACOBIANS = {'per_token': 'per token', 'published': 'as published'}
+JACOBIANS = {'per_token': 'per token', 'per_sequence': 'per sequence'}
 
 @styled
 def plot_jacobian(
@@ -447,7 +447,7 @@ METRICS = {
     'final_variance_median': ('Final-layer variance, median', 'variance of $h_L$'),
     'final_variance_without_first': ('Final-layer variance, no position 0', 'variance of $h_L$'),
     'jacobian_deviation': ('Jacobian deviation, per token', 'mean over blocks'),
-    'jacobian_deviation_published': ('Jacobian deviation, as published', 'mean over blocks'), 'val_loss': ('Held-out loss', 'nats a token'),
+    'jacobian_per_sequence': ('Jacobian deviation, per sequence', 'mean over blocks'), 'val_loss': ('Held-out loss', 'nats a token'),
     'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions'),
     'accuracy_plain': ('Cloze accuracy, plain', 'share of questions'),
     'density': ('Effective density', 'share of connections'), 'density_attention': ('Effective density, attention', 'share of connections'),

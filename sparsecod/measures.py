@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .core import Transformer
 from .layers import SwiGLU
-from .scores import estimate, resamples, stream_scores
+from .scores import jackknife_estimate, leave_one_out, median_estimate, stream_scores
 from .sparsity import attention_maps, effective_density, sublayer_matrices
 from .theory import mask_weight_dependence, measure_averaging, predict_variance, variance_budget
 from .train import channel_variance
@@ -22,8 +22,6 @@ from .train import channel_variance
 def at_length(
     model: Transformer,        # weights in fp32
     windows: Tensor,           # held-out windows, (N, T + 1)
-    n_bootstrap: int = 1000,   # resamples of the windows for the intervals
-    seed: int = 0,             # of the resamples
     batch_tokens: int = 2 ** 13, # tokens in memory at once
 ) -> dict[str, dict]:          # val_loss and the forms of final_variance: value, low and high each
     "Loss and final-layer variance on windows of any length."
@@ -33,9 +31,9 @@ def at_length(
         losses.append(model.token_losses(h, part[:, 1:]).mean(1).cpu())        # (b,)
         variances.append(channel_variance(h).cpu())                            # (b, T)
     loss, variance = torch.cat(losses).double(), torch.cat(variances).double() # (N,), (N, T)
-    W = resamples(len(windows), n_bootstrap, seed)                             # (R + 1, N)
-    scalars, _ = stream_scores(variance[None], W)
-    return {name: estimate(v) for name, v in dict(val_loss=W @ loss / W.sum(1), **scalars).items()}
+    W = leave_one_out(len(windows))                                            # (N + 1, N)
+    scalars = dict(val_loss=W @ loss / W.sum(1), **stream_scores(variance[None], W)[0])
+    return {name: jackknife_estimate(v, 0.) for name, v in scalars.items()} | dict(final_variance_median=median_estimate(variance))
 
 # %% ../nbs/build/11_measures.ipynb #abd28caf
 def measure_lengths(
@@ -44,13 +42,12 @@ def measure_lengths(
     lengths: tuple,            # context lengths to evaluate at
     n_tokens: int = 2 ** 14,   # about how many tokens at each
     seed: int = 0,             # of the choice of windows
-    n_bootstrap: int = 1000,   # for the intervals
 ) -> dict[str, dict]:          # length -> from at_length, and the number of windows
     "Loss and final-layer variance at several context lengths, on as many held-out tokens at each."
     found = {}
     for T in lengths:
         N = min(max(2, n_tokens // T), corpus.n_windows('val', T))
-        found[str(T)] = dict(at_length(model, corpus.sample_windows('val', N, T, seed), n_bootstrap, seed), windows=N)
+        found[str(T)] = dict(at_length(model, corpus.sample_windows('val', N, T, seed)), windows=N)
     return found
 
 # %% ../nbs/build/11_measures.ipynb #9ea9ad40

@@ -409,7 +409,7 @@ def cautions(
     settings, lines = scores.get('settings') or {}, []
     N, n, L = settings.get('n_sequences'), settings.get('n_jacobian'), n_blocks(scores)
     if N == 1: lines.append('One sequence was scored, so there are no intervals.')
-    elif N: lines.append(f'Intervals are over the {N} scored sequences{", fewer than 10: expect them to be too narrow" if N < 10 else ""}. They say nothing about other texts or other trainings of the same architecture.')
+    elif N: lines.append(f'Intervals are over the {N} scored sequences{", fewer than 10: they are wide, and rough" if N < 10 else ""}. They say nothing about other texts or other trainings of the same architecture.')
     if n and n < 10 and N != 1: lines.append(f"Jacobians were taken on {n} sequence{'s, so their intervals are rough' if n > 1 else ', so they have no intervals'}.")
     if settings.get('n_fit') and any(e.value is not None for e in by_layer(scores, 'usefulness_ratio')): lines.append(f"Affine maps were fitted on {settings['n_fit']} other sequences. Maps fitted on more text could cost less, so the best affine map may do better than these.")
     if not scores.get('intervals') and N != 1: lines.append('No intervals of single blocks are stored, so what is said of single blocks rests on values, and how sure it is cannot be said.')
@@ -847,7 +847,8 @@ MEANING = dict(
     final_variance_median=('Final variance, median', 'The same, median over tokens.'),
     final_variance_without_first=('Final variance without position 0', 'The same, mean over tokens other than the first.'),
     jacobian_deviation=('Jacobian deviation', 'Mean over blocks of how far the Jacobian of a token is from the identity.'),
-    jacobian_deviation_published=('Jacobian deviation as published', 'The same with Jacobians averaged over tokens first.'))
+    jacobian_deviation_published=('Jacobian deviation as published', 'The same with Jacobians averaged over all tokens of all sequences first.'),
+    jacobian_per_sequence=('Jacobian deviation per sequence', 'The same with Jacobians averaged over the tokens of each sequence first.'))
 
 # %% ../nbs/build/15_page.ipynb #d49b5815
 def scalar_table(
@@ -900,8 +901,7 @@ def facts_list(
     if 'sequences' not in facts and {'n_sequences', 'T', 'n_fit'} <= s.keys():
         facts['tokens'] = f"{s['n_sequences']} sequences of {s['T']} scored, {s['n_fit']} others for affine maps" + (f", {s['n_jacobian']} for Jacobians" if s.get('n_jacobian') else '')
     if s.get('jacobian_probes'): facts['Jacobians'] = f"estimated from {s['jacobian_probes']} random probes each"
-    few_times = f", from {s['n_bootstrap']:,} bootstrap resamples" if isinstance(s.get('n_bootstrap'), int) else ''
-    facts['intervals'] = f'95 %, over the scored sequences{few_times}; not over trainings'
+    facts['intervals'] = '95 %, over the scored sequences; not over trainings'
     facts['numbering'] = 'blocks are 1 to L; streams are 0 (the embedding) to L (after block L)'
     text = lambda v: f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else str(v)
     return '<dl>' + ''.join(f'<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(text(v))}</dd></div>' for k, v in facts.items()) + '</dl>'

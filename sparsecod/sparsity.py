@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdaptedModel, adapt
-from .core import Transformer
+from .core import Transformer, check_finite
 from .layers import attention_weights, rope_angles
 from .moe import expert_load
-from .scores import attention_numbers, scoring_model, untouched, work_bytes
+from .scores import attention_numbers, scoring_model, to_fp64, untouched, work_bytes
 
 # %% ../nbs/build/08_sparsity.ipynb #c2daf5d1
 def weight_sparsity(
@@ -33,14 +33,14 @@ def weight_sparsity(
     size = matrix.detach().float().abs()                                               # same shape
     unit = size.square().mean().sqrt().item() if relative else 1.
     if unit == 0: return torch.ones(len(thresholds), dtype=torch.float64)              # a matrix of zeros is sparse
-    return torch.stack([(size < threshold * unit).double().mean() for threshold in thresholds]).cpu()
+    return torch.stack([to_fp64(size < threshold * unit).mean() for threshold in thresholds]).cpu()
 
 # %% ../nbs/build/08_sparsity.ipynb #62973fce
 def participation(
     matrix: Tensor,  # any shape
 ) -> float:          # between 1/n and 1; 1/3 for Gaussian entries
     "Participation ratio of a matrix's entries: the share that effectively carries the energy."
-    square = matrix.detach().double().square().flatten()                               # (n,)
+    square = to_fp64(matrix.detach()).square().flatten()                               # (n,)
     return (square.sum() ** 2 / (len(square) * square.square().sum()).clamp(min=1e-300)).item()
 
 # %% ../nbs/build/08_sparsity.ipynb #fb2a738d
@@ -70,8 +70,8 @@ def keys_for_mass(
     mass: float = 0.9,  # share of the attention to collect
 ) -> Tensor:            # share of the visible keys that is needed, (B, H, T)
     "How many of its keys a query needs for most of its attention."
-    collected = p.double().sort(-1, descending=True).values.cumsum(-1)                   # (B, H, T, T)
-    visible = torch.arange(1, p.shape[-1] + 1, device=p.device)                          # (T,)
+    collected = to_fp64(p).sort(-1, descending=True).values.cumsum(-1)                   # (B, H, T, T)
+    visible = torch.arange(1, p.shape[-1] + 1, device=collected.device)                  # (T,)
     needed = (collected < mass - 1e-6).sum(-1) + 1                                       # (B, H, T)
     return needed.minimum(visible) / visible                                             # (B, H, T)
 
@@ -138,7 +138,7 @@ def head_sparsity(
 ) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (H,): means over sequences and positions 1 .. T-1
     "The three numbers for every head of one block."
     rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0]) for one in p.split(1, 1)]  # (B, 1, T) each
-    return {name: torch.stack([row[name][..., 1:].double().mean() for row in rows]).cpu() for name in rows[0]}                 # (H,) each
+    return {name: torch.stack([to_fp64(row[name][..., 1:]).mean() for row in rows]).cpu() for name in rows[0]}                 # (H,) each
 
 @torch.no_grad()
 def attention_sparsity(
@@ -175,7 +175,7 @@ def sequence_loads(
     if isinstance(model, AdaptedModel):
         out = model.decoder(input_ids=sequence, output_router_logits=True, use_cache=False)
         if not getattr(out, 'router_logits', None): raise ValueError(f'{model.config.architecture} has {E} experts but hands out no router logits')
-        loads = [torch.bincount(x.topk(k).indices.flatten(), minlength=E).double() / sequence.numel() for x in out.router_logits]  # x: (T, E)
+        loads = [to_fp64(torch.bincount(x.topk(k).indices.flatten(), minlength=E)) / sequence.numel() for x in out.router_logits]  # x: (T, E)
     else: model.run(model.embed(sequence), watch=lambda l, out: loads.append(expert_load(out.routing)))
     return torch.stack(loads).cpu()
 
@@ -245,6 +245,7 @@ def measure_sparsity(
     tokens: Tensor,  # text for attention maps and routing, (B, T)
 ) -> dict:           # 'scalars' and 'arrays' of plain numbers
     "Weight, attention, sharing and routing sparsity of a model, with threshold sweeps."
+    check_finite(model)
     with untouched(adapt(model)) as whole: return sparsity_of(scoring_model(whole), tokens)
 
 # %% ../nbs/build/08_sparsity.ipynb #f2429f4b

@@ -52,7 +52,7 @@ from .core import POSITIVE, PRESETS, SEED, Config, ModelConfig, Transformer, che
 from .core import param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
-from .scores import ScoreConfig, estimate, resamples, score_model
+from .scores import ScoreConfig, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .integrity import write_text
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, train, without_infinities
@@ -306,7 +306,7 @@ def final_loss(
 def lengths_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Loss and final variance at the run's `lengths`, on a quarter of the tokens of the final loss."
     n_tokens = config.n_eval * config.model.context_length // 4
-    return measure_lengths(model, corpus, config.lengths, n_tokens, config.score.seed, config.score.n_bootstrap)
+    return measure_lengths(model, corpus, config.lengths, n_tokens, config.score.seed)
 
 def cloze_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Accuracy in multiple-choice questions from held-out documents."
@@ -417,7 +417,7 @@ def read_record(
         if missing: raise ValueError(f'it lacks {", ".join(missing)}')
         RunConfig.from_dict(record['config'])
         check_shapes(record)
-        return record
+        return with_true_names(record)
     except (OSError, ValueError, TypeError) as error:
         warnings.warn(f'the record {path} is damaged and left out ({error})', stacklevel=3)
     return None

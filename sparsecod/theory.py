@@ -279,7 +279,7 @@ def variance_budget(
     tokens: Tensor,   # text, (B, T), T > 1
 ) -> dict[str, Tensor]:  # before, attention, feed_forward, covariance, after; each (L, B), means over positions 1..T-1
     "What every block adds to the variance of the stream."
-    mean = lambda x: channel_variance(x)[:, 1:].mean(1).double()                   # (B, T, D) -> (B,)
+    mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()             # (B, T, D) -> (B,)
     rows, last = [], [model.embed(tokens)]
     def keep(l, out):
         a, f, before, after = (mean(x) for x in (out.attention, out.feed_forward, last[0], out.stream))
@@ -352,7 +352,7 @@ def mask_weight_dependence(
     mask: Tensor,        # bool, same shape; True where an entry counts
 ) -> dict[str, float]:   # density p; energy, the share of the squared weights that is kept; ratio = energy / density
     "How far a mask and the weights under it are from independent; the ratio is 1 if they are."
-    square, mask = weight.detach().double().square(), mask.bool()
+    square, mask = weight.detach().cpu().double().square(), mask.cpu().bool()
     density, energy = mask.double().mean().item(), (square[mask].sum() / square.sum()).item()
     if density == 0: raise ValueError('the mask keeps nothing, so there is no ratio')
     return dict(density=density, energy=energy, ratio=energy / density)
@@ -385,7 +385,7 @@ def masked_updates(
     "Variance that masks leave of every update, each block reading the stream of the intact model."
     c, masked = model.config, apply_masks(copy.deepcopy(model), p, how, seed=seed)
     rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
-    mean = lambda x: channel_variance(x)[:, 1:].mean(1).double()                    # (B, T, D) -> (B,)
+    mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()              # (B, T, D) -> (B,)
     rows, last = [], [model.embed(tokens)]
     def compare(l, out):
         block, h = masked.blocks[l - 1], last[0]

@@ -30,7 +30,8 @@ def scores(L: int, rng: random.Random, variance: list) -> dict:
     swaps = [[shake(.5 / L / (1 + min(i, j))) if i != j else None for j in range(L)] for i in range(L)]
     swaps = [[None if i == j else swaps[min(i, j)][max(i, j)] for j in range(L)] for i in range(L)]
     arrays = dict(variance_mean=variance, variance_median=[v * .9 for v in variance], variance_without_first=[v * .85 for v in variance],
-                  jacobian_published=[shake(.03 / (1 + l / 4)) for l in range(L)], jacobian_per_token=[shake(.05 / (1 + l / 4)) for l in range(L)],
+                  jacobian_published=[shake(.025 / (1 + l / 4)) for l in range(L)], jacobian_per_sequence=[shake(.03 / (1 + l / 4)) for l in range(L)],
+                  jacobian_per_token=[shake(.05 / (1 + l / 4)) for l in range(L)],
                   usefulness_ratio=[shake(1.05 + .3 / (1 + l)) for l in range(L)], linear_loss_increase=[shake(.5 / (1 + l)) for l in range(L)],
                   skip_loss_increase=[shake(.7 / (1 + l)) for l in range(L)], causal=pair(.4 / L ** .3), causal_max=pair(.3 / L ** .3),
                   permutation=swaps)
@@ -38,7 +39,8 @@ def scores(L: int, rng: random.Random, variance: list) -> dict:
     useful = sum(r > 1.10 for r in arrays['usefulness_ratio']) / L
     values = dict(loss=4.4 - .01 * L, final_variance=variance[-1], final_variance_median=.9 * variance[-1],
                   final_variance_without_first=.85 * variance[-1], jacobian_deviation=sum(arrays['jacobian_per_token']) / L,
-                  jacobian_deviation_published=sum(arrays['jacobian_published']) / L, causal=mean('causal'), causal_max=mean('causal_max'),
+                  jacobian_deviation_published=sum(arrays['jacobian_published']) / L,
+                  jacobian_per_sequence=sum(arrays['jacobian_per_sequence']) / L, causal=mean('causal'), causal_max=mean('causal_max'),
                   permutation=mean('permutation'), usefulness=useful, linear_loss_increase=sum(arrays['linear_loss_increase']) / L,
                   skip_loss_increase=sum(arrays['skip_loss_increase']) / L)
     for name in ('causal', 'permutation'):  # blocks 2 .. L only

@@ -162,6 +162,25 @@ def test_the_shift_compares_with_the_next_block(model, windows):
     assert shifted[:, -1].isnan().all() and len(states(model, windows, s, shifted=True)) == L
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_the_shift_and_the_norm_act_together_on_the_last_column(windows, seed):
+    "From lists of states as the decorator of the library makes them: outputs of the blocks that are called, the last one normed."
+    model = make_model(seed)
+    def recorded(skip=0):
+        h = [model.embed(windows[:, :-1])]
+        for l in range(1, L + 1): h += [model.run(h[-1], start=l - 1, stop=l)] if l != skip else []
+        return [*h[:-1], model.final_norm(h[-1])]
+    with torch.no_grad(): before, got = recorded(), causal_from_states(model, windows, shifted=True, normed=True)
+    for s in range(1, L):
+        with torch.no_grad(): after = recorded(s)
+        for l in range(s + 1, L):
+            change = (after[l] - after[l - 1]) - (before[l] - before[l - 1])
+            want = change.norm(dim=-1).sum() / (before[l] - before[l - 1]).norm(dim=-1).sum()
+            assert got[s - 1, l - 1].item() == pytest.approx(want.item(), rel=1e-4)
+    shifted = causal_from_states(model, windows, shifted=True)
+    assert torch.equal(got[:, :-2].nan_to_num(), shifted[:, :-2].nan_to_num()) and not torch.allclose(got[:-2, -2], shifted[:-2, -2])
+
+
 def test_an_identity_block_has_no_effect_unless_shifted(windows):
     wide = make_model(3, d_model=64, n_heads=4, n_layers=6, init_std=.02)
     idle = with_block(wide, 2, AffineBlock(torch.zeros(64, 64), torch.zeros(64)))

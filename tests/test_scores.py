@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 
@@ -10,17 +11,20 @@ import jsonschema
 import pytest
 import torch
 import transformers
+from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import sparsecod.scores as scores_module
 from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
+from sparsecod.measures import at_length, compare_with_theory
 from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, fit_blocks, jacobian_deviation, jacobian_estimate,
                               jacobian_products, n_probes, needed_bytes, plan_memory, root_of_mean, score_model, skip_effects, swap_losses,
                               text_config, token_variances, trace, update_sizes)
+from sparsecod.sparsity import measure_sparsity
 
 SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=2, batch_size=4, n_bootstrap=50)
 
@@ -296,6 +300,11 @@ def test_surroundings_do_not_change_scores(model):
         assert score(model) == want
     with torch.inference_mode():
         assert score(model) == want
+    torch.set_grad_enabled(False)
+    try: assert score(model) == want and not torch.is_grad_enabled()
+    finally: torch.set_grad_enabled(True)
+    with torch.inference_mode(): made_within = copy.deepcopy(model)
+    assert score(made_within) == want
 
 
 def test_modes_of_all_parts_are_restored(model):
@@ -391,7 +400,7 @@ def test_wide_models_get_probes(model, monkeypatch):
     monkeypatch.setattr(scores_module, 'JACOBIAN_EXACT_WIDTH', 15)
     probed = score(model)
     assert exact['settings']['jacobian_probes'] == 0 and probed['settings']['jacobian_probes'] == scores_module.JACOBIAN_PROBES
-    for kind in ('jacobian_published', 'jacobian_per_token'):
+    for kind in ('jacobian_published', 'jacobian_per_sequence', 'jacobian_per_token'):
         assert f'{kind}_error' not in exact['arrays']
         for a, b, error in zip(exact['arrays'][kind], probed['arrays'][kind], probed['arrays'][f'{kind}_error']):
             assert 0 < abs(a - b) < 5 * error < a
@@ -399,6 +408,30 @@ def test_wide_models_get_probes(model, monkeypatch):
     assert rest(exact) == rest(probed)
     one, two = score(model, seed=1)['arrays'], score(model, seed=1, batch_size=1)['arrays']    # probes belong to a sequence, not to a batch
     assert one['jacobian_per_token'] == pytest.approx(two['jacobian_per_token'], rel=1e-5)
+
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_the_published_jacobian_averages_over_all_tokens_of_all_sequences(model, n):
+    "From whole Jacobians of PyTorch; per sequence, the norm is taken before the average over sequences."
+    w, found = windows(6, 1), score(model, n_jacobian=n)['arrays']
+    streams = trace(model, w).streams
+    for l in range(1, 5):
+        block = lambda x: model.run(x[None], start=l - 1, stop=l)[0]
+        J = torch.stack([torch.autograd.functional.jacobian(block, h.detach()).sum(0).transpose(0, 1) for h in streams[l - 1][:n]])   # (n, T, out, in)
+        rest = J - torch.eye(16)
+        assert found['jacobian_published'][l - 1] == pytest.approx(rest.mean((0, 1)).norm().item() / 16, rel=1e-4)
+        assert found['jacobian_per_sequence'][l - 1] == pytest.approx(rest.mean(1).norm(dim=(1, 2)).mean().item() / 16, rel=1e-4)
+        assert found['jacobian_per_token'][l - 1] == pytest.approx(rest.norm(dim=(2, 3)).mean().item() / 16, rel=1e-4)
+    kinds = [found[f'jacobian_{kind}'] for kind in ('published', 'per_sequence', 'per_token')]
+    assert all(a <= b * (1 + 1e-6) and b < c for a, b, c in zip(*kinds)) and (kinds[0] == pytest.approx(kinds[1], rel=1e-6)) == (n == 1)
+
+
+def test_the_interval_of_the_published_jacobian_leaves_out_one_sequence_in_turn(model):
+    s = score(model, n_jacobian=5)
+    alone = lambda some: score_model(model, windows(6, 1)[some], windows(40, 2), SETTINGS.replace(n_sequences=len(some), n_jacobian=len(some)), progress=False)
+    low, high = leave_one_out_by_hand(lambda some: alone(some)['scalars']['jacobian_deviation_published']['value'], 5)
+    got = s['scalars']['jacobian_deviation_published']
+    assert (got['low'], got['high']) == pytest.approx((max(low, 0), high), rel=1e-3)
 
 
 @pytest.mark.parametrize('probes', [1, -1, 2.5])
@@ -555,7 +588,7 @@ def test_everything_is_left_as_it_was(model, family, dtype):
 
 # --- stopping and going on
 
-@pytest.mark.parametrize('calls, parts', [(2, 0), (8, 7), (12, 11), (20, 24), ('last', 2 + 2 * 13 + 2 * 4 - 3)])
+@pytest.mark.parametrize('calls, parts', [(2, 0), (8, 7), (12, 11), (20, 24), ('last', 2 + 2 * 13 + 2 * 2)])
 def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, calls, parts):
     "The parts: two sets of maps, for each of two batches a base and three pieces a block, and a Jacobian of each block on each of two sequences."
     config = SETTINGS.replace(batch_size=4, jacobian_probes=4)
@@ -597,6 +630,82 @@ def test_parts_of_another_measurement_are_refused(model, tmp_path, change, named
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def rewritten(path, change):
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(bytes(data))
+
+
+def flipped(path, at): rewritten(path, lambda data: data.__setitem__(at, data[at] ^ 64))
+
+def cut(path): rewritten(path, lambda data: data.__delitem__(slice(-5, None)))
+
+def in_the_way(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = dict(
+    first_byte_flipped=lambda f: flipped(f / 'batch-0-skip-1.safetensors', 0), header_flipped=lambda f: flipped(f / 'batch-1-swap-1.safetensors', 30),
+    last_byte_flipped=lambda f: flipped(f / 'batch-0-base.safetensors', -1), maps_flipped=lambda f: flipped(f / 'maps.safetensors', -9),
+    jacobian_flipped=lambda f: flipped(f / 'jacobian-2-1.safetensors', -9), truncated=lambda f: cut(f / 'batch-0-linear-2.safetensors'),
+    empty=lambda f: (f / 'batch-1-base.safetensors').write_bytes(b''), no_tensors=lambda f: (f / 'batch-1-base.safetensors').write_bytes(b'not tensors'),
+    another_batch=lambda f: (f / 'batch-0-skip-1.safetensors').write_bytes((f / 'batch-1-skip-1.safetensors').read_bytes()),
+    another_block=lambda f: (f / 'jacobian-1-0.safetensors').write_bytes((f / 'jacobian-2-0.safetensors').read_bytes()),
+    without_a_name=lambda f: scores_module.save_file(dict(x=torch.zeros(3)), f / 'batch-0-skip-2.safetensors'),
+    a_folder=lambda f: in_the_way(f / 'batch-0-skip-1.safetensors'), key_empty=lambda f: (f / 'key.json').write_text(''),
+    key_a_list=lambda f: (f / 'key.json').write_text('[]'), key_changed=lambda f: (f / 'key.json').write_text((f / 'key.json').read_text().replace('windows', 'window')))
+
+
+@pytest.mark.parametrize('harm', DAMAGE)
+def test_damaged_parts_are_named_set_aside_and_measured_again(model, tmp_path, harm):
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
+    want = score_model(model, **options)
+    before = {path.name for path in tmp_path.iterdir()}
+    DAMAGE[harm](tmp_path)
+    with pytest.warns(UserWarning) as said: assert score_model(model, **options) == want
+    aside, = {path.name for path in tmp_path.iterdir()} - before
+    assert aside.removesuffix('.damaged') in before and len(said) == 1 and aside.removesuffix('.damaged') in str(said[0].message) and aside in str(said[0].message)
+    assert score_model(model, **options) == want                                   # and now all is well: a warning would be an error
+
+
+def test_a_part_of_another_measurement_is_not_used(model, tmp_path):
+    "Both have the same name and shape; only their keys tell them apart."
+    options, other = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False), tmp_path / 'other'
+    want = score_model(model, **options, resume=tmp_path / 'one')
+    score_model(model, **options | dict(windows=windows(6, 9)), resume=other)
+    (tmp_path / 'one' / 'batch-0-base.safetensors').write_bytes((other / 'batch-0-base.safetensors').read_bytes())
+    with pytest.warns(UserWarning, match='batch-0-base'): assert score_model(model, **options, resume=tmp_path / 'one') == want
+
+
+def test_a_missing_key_is_written_again(model, tmp_path):
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
+    want = score_model(model, **options)
+    (tmp_path / 'key.json').unlink()
+    assert score_model(model, **options) == want and (tmp_path / 'key.json').is_file()
+
+
+@pytest.mark.parametrize('calls', [1, 9, 30])
+def test_a_measurement_outlives_the_removal_of_its_folder(model, tmp_path, calls):
+    "As when another process that measured the same thing is done and tidies up."
+    folder, left = tmp_path / 'parts', [calls]
+    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False)
+    want = score_model(model, **options)
+    def remove(*_):
+        left[0] -= 1
+        if left[0] == 0: shutil.rmtree(folder)
+    hook = model.blocks[1].register_forward_pre_hook(remove)
+    assert score_model(model, **options, resume=folder) == want
+    hook.remove()
+    assert left[0] < 0 and (folder / 'key.json').is_file()
+    assert score_model(model, **options, resume=folder) == want
+
+
+def test_a_file_in_place_of_the_folder_is_named(model, tmp_path):
+    (tmp_path / 'parts').write_text('')
+    with pytest.raises(OSError, match='parts'): score_model(model, windows(6, 1), windows(40, 2), SETTINGS, progress=False, resume=tmp_path / 'parts')
+
+
 def test_adapted_models_are_resumed_too(tmp_path):
     options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False)
     network = tiny('Llama')
@@ -627,14 +736,14 @@ def test_progress_counts_all_the_work_once(model, tmp_path, monkeypatch):
 
 
 def test_a_part_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         path.write_bytes(b'half a file')
         raise KeyboardInterrupt
     parts = Parts(tmp_path, dict(a=1))
     with monkeypatch.context() as patched:
         patched.setattr(scores_module, 'save_file', half)
         with pytest.raises(KeyboardInterrupt): parts.get('x', lambda: dict(x=torch.ones(2)))
-    assert not parts.has('x')
+    assert not parts.has('x') and [p.name for p in tmp_path.iterdir()] == ['key.json']
     assert torch.equal(parts.get('x', lambda: dict(x=torch.ones(2)))['x'], torch.ones(2)) and parts.has('x')
 
 
@@ -685,7 +794,7 @@ def test_memory_stays_within_its_bound(kind):
     config, used = SETTINGS.replace(n_sequences=12, batch_size=12, n_bootstrap=10), []
     plain = score_model(m, w, fit, config, progress=False)['scalars']
     for B in (1, 12):
-        memory = needed_bytes(m, B, 12, T, n_bootstrap=10)
+        memory = needed_bytes(m, B, 12, T, n_bootstrap=10, n_jacobian=2)
         plan = plan_memory(m, 12, T, config, memory)
         assert plan.sequences == B
         with scores_module.untouched(m), Live() as live: found = scores_module.measure(m, w, fit, config, plan=plan)
@@ -697,7 +806,7 @@ def test_memory_stays_within_its_bound(kind):
         held = score_model(m, w, fit, config, progress=False, memory=memory)['scalars']
         for name, s in plain.items(): assert held[name]['value'] == pytest.approx(s['value'], rel=1e-3, abs=1e-5), name
     assert used[0] < used[1] / 2                                                   # a small bound is no empty promise
-    with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T, n_bootstrap=10) - 1)
+    with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T, n_bootstrap=10, n_jacobian=2) - 1)
 
 
 @pytest.mark.parametrize('family, T', [('Llama', 192), ('Gemma2', 192), ('GPT2', 192)])
@@ -713,7 +822,7 @@ def test_attention_that_is_written_out_is_counted(family, T):
     config = SETTINGS.replace(n_sequences=3, batch_size=3, n_jacobian=1, jacobian_probes=4, n_bootstrap=10)
     assert needed_bytes(m, 1, 2, T) > 2 * fused
     for B in (1, 3):
-        memory = needed_bytes(m, B, 3, T, n_bootstrap=10)
+        memory = needed_bytes(m, B, 3, T, n_bootstrap=10, n_jacobian=1, probes=4)
         plan = plan_memory(m, 3, T, config, memory)
         assert plan.sequences == B
         with scores_module.untouched(m), Live() as live: scores_module.measure(m, w, fit, config, plan=plan)
@@ -721,13 +830,13 @@ def test_attention_that_is_written_out_is_counted(family, T):
         assert memory / 4 < live.most <= memory
 
 
-def test_the_bootstrap_is_within_the_bound():
-    "With many blocks, all pairs under all resamples at once would take many times as much."
+def test_the_intervals_are_within_the_bound():
+    "With many blocks, all pairs under all weights at once would take many times as much."
     torch.manual_seed(0)
-    L, N, T = 24, 4, 16
+    L, N, T = 24, 24, 16
     m = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, context_length=T)).eval()
     w, fit, config = windows(N, 1, T=T), windows(6, 2, T=T), SETTINGS.replace(n_sequences=N, n_jacobian=1, jacobian_probes=2, n_bootstrap=1000)
-    memory = needed_bytes(m, 1, N, T)
+    memory = needed_bytes(m, 1, N, T, n_jacobian=1, probes=2)
     with scores_module.untouched(m): found = scores_module.measure(m, w, fit, config, plan=plan_memory(m, N, T, config, memory))
     with Live() as live: scores_module.summarise(*found, config, w, fit, 16, pair_intervals=True)
     print(f'{live.most} of {memory} bytes')
@@ -736,22 +845,66 @@ def test_the_bootstrap_is_within_the_bound():
 
 # --- intervals, ranks, usefulness as published, schema
 
+def leave_one_out_by_hand(statistic, n):
+    "Low and high ends from pseudo-values, one sequence left out in turn."
+    whole, everyone = statistic(list(range(n))), range(n)
+    pseudo = [n * whole - (n - 1) * statistic([k for k in everyone if k != i]) for i in everyone]
+    low, high = stats.t.interval(.95, n - 1, loc=sum(pseudo) / n, scale=stats.sem(pseudo))
+    return min(low, whole), max(high, whole)
+
+
+@pytest.mark.parametrize('n', [2, 5, 32])
+def test_the_interval_of_a_mean_is_that_of_the_textbook(n):
+    data, W = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), scores_module.leave_one_out(n)
+    got = scores_module.jackknife_estimate(W @ data / W.sum(1))
+    want = stats.t.interval(.95, n - 1, loc=data.mean().item(), scale=stats.sem(data.numpy()))
+    assert (got['low'], got['high']) == pytest.approx(want, rel=1e-6) and got['value'] == pytest.approx(data.mean().item())
+
+
+def test_one_sequence_has_no_interval(model):
+    s = score(model, n_jacobian=1)['scalars']
+    assert s['jacobian_deviation']['value'] > 0 and s['jacobian_deviation']['low'] is None and s['jacobian_deviation']['high'] is None
+    assert s['loss']['low'] < s['loss']['value'] < s['loss']['high']
+
+
+def skewed_pool(g):
+    "Numbers of 2,000 sequences with a long tail to the right, (2000, 8 tokens), and a second kind."
+    x = torch.randn(2000, 1, dtype=torch.float64, generator=g) * .6 + torch.randn(2000, 8, dtype=torch.float64, generator=g) * .5
+    return x.exp(), torch.rand(2000, dtype=torch.float64, generator=g) + 1
+
+
+@pytest.mark.parametrize('n', [4, 32])
+def test_intervals_hold_the_truth_as_often_as_they_say(n):
+    "Of a ratio of means, of the norm of a mean vector, and of a median over tokens."
+    g = torch.Generator().manual_seed(0)
+    x, size = skewed_pool(g)
+    statistics = dict(ratio=lambda W, x, size: (W @ x.mean(1)) / (W @ size), norm=lambda W, x, size: ((W @ x) / W.sum(1, keepdim=True)).norm(dim=1))
+    everything, W, hits = torch.ones(1, 2000).double(), scores_module.leave_one_out(n), dict(ratio=0, norm=0, median=0)
+    for _ in range(400):
+        some = torch.randint(2000, (n,), generator=g)
+        for name, f in statistics.items():
+            got, truth = scores_module.jackknife_estimate(f(W, x[some], size[some])), f(everything, x, size).item()
+            hits[name] += got['low'] <= truth <= got['high']
+        got = scores_module.median_estimate(x[some])
+        assert got['low'] <= got['value'] == x[some].median() <= got['high']
+        hits['median'] += got['low'] <= x.median() <= got['high']
+    assert all(360 <= hits[name] <= 395 for name in hits), hits
+
+
 def test_a_magnitude_has_an_interval_that_holds_it_and_the_truth():
-    "Pairs with small true changes: percentile intervals of the mean magnitude lie above it, reflected ones do not."
+    "Pairs whose true changes are small beside the noise."
     g = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
-    W, hits = scores_module.resamples(24, 200), dict(percentile=0, reflected=0, single=0)
-    true = .15 * normal(15)
+    W, hits, true = scores_module.leave_one_out(24), dict(mean=0, single=0), .15 * normal(15)
     for _ in range(100):
-        change = (W @ (true + .6 * normal(24, 1) + .8 * normal(24, 15)) / 24).T                # (pairs, R + 1)
-        for name, e in (('percentile', scores_module.estimate), ('reflected', scores_module.magnitude_estimate)):
-            ends = e(change.abs().mean(0))
-            assert 0 <= ends['low'] <= ends['value'] <= ends['high'] and ends['value'] == change.abs().mean(0)[0]
-            hits[name] += (ends['low'] <= true.abs().mean() <= ends['high']).item()
+        change = (W @ (true + .6 * normal(24, 1) + .8 * normal(24, 15)) / W.sum(1, keepdim=True)).T   # (pairs, N + 1)
+        ends = scores_module.jackknife_estimate(change.abs().mean(0), 0.)
+        assert 0 <= ends['low'] <= ends['value'] <= ends['high'] and ends['value'] == change.abs().mean(0)[0]
+        hits['mean'] += ends['low'] <= true.abs().mean() <= ends['high']
         low, high = scores_module.magnitude_ends(change)
         assert (low <= change[:, 0].abs()).all() and (change[:, 0].abs() <= high).all()
         hits['single'] += ((low <= true.abs()) & (true.abs() <= high)).double().mean().item()
-    assert hits['percentile'] < 40 and hits['reflected'] > 85 and 88 < hits['single'] <= 100
+    assert 90 <= hits['mean'] and 90 < hits['single'] <= 100
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -759,7 +912,7 @@ def test_permutation_scores_lie_in_their_own_intervals(seed):
     "Random blocks: swaps hardly matter, so that all changes are within the noise."
     torch.manual_seed(seed)
     m = Transformer(ModelConfig(vocab_size=61, n_layers=6, d_model=16, n_heads=2, context_length=10)).eval()
-    s = score_model(m, windows(12, seed), windows(30, 50 + seed), SETTINGS.replace(n_sequences=12, n_jacobian=1), progress=False, pair_intervals=True)
+    s = score_model(m, windows(12, seed), windows(30, 50 + seed), SETTINGS.replace(n_sequences=12, n_jacobian=2), progress=False, pair_intervals=True)
     for e in s['scalars'].values(): assert e['low'] <= e['value'] <= e['high']
     assert s['scalars']['permutation']['low'] >= 0
     for name in ('causal', 'causal_max', 'permutation'):
@@ -767,35 +920,33 @@ def test_permutation_scores_lie_in_their_own_intervals(seed):
             for v, a, b in zip(values, low, high): assert (v, a, b) == (None,) * 3 or 0 <= a <= v <= b
 
 
-def test_intervals_of_pairs_are_those_of_their_resamples(model):
-    "From full arrays of all pairs under all resamples, the slow and obvious way."
+def test_intervals_of_pairs_leave_out_one_sequence_in_turn(model):
+    "The slow and obvious way."
     w = windows(6, 1)
     s = score_model(model, w, windows(40, 2), SETTINGS, progress=False, pair_intervals=True)
     plain = score(model)
     assert set(s['intervals']) - set(plain['intervals']) == {'causal', 'causal_max', 'permutation'}
     assert {**s, 'intervals': 0} == {**plain, 'intervals': 0}                                  # and nothing else changes
-    W, t = scores_module.resamples(6, SETTINGS.n_bootstrap, SETTINGS.seed), trace(model, w)
-    change, _ = skip_effects(model, t)
-    C = causal_ratio(change @ W.T, update_sizes(t).double().sum(-1) @ W.T)                      # (L, L, R + 1)
-    low, high = C[..., 1:].quantile(torch.tensor([.025, .975]).double(), dim=-1)
-    signed = (swap_losses(model, t) @ W.T - t.loss @ W.T) / (t.loss @ W.T)                      # (L, L, R + 1)
+    t = trace(model, w)
+    change, size, swapped = skip_effects(model, t)[0], update_sizes(t).double().sum(-1), swap_losses(model, t)
     for i, j in itertools.combinations(range(4), 2):
-        assert s['intervals']['causal']['low'][i][j] == pytest.approx(low[i, j].item(), rel=1e-4)
-        assert s['intervals']['causal']['high'][i][j] == pytest.approx(high[i, j].item(), rel=1e-4)
-        a, b = signed[i, j, 1:].quantile(torch.tensor([.025, .975]).double()).tolist()
+        low, high = leave_one_out_by_hand(lambda some: (change[i, j, some].sum() / size[j, some].sum()).item(), 6)
+        assert s['intervals']['causal']['low'][i][j] == pytest.approx(max(low, 0), rel=1e-4, abs=1e-7)
+        assert s['intervals']['causal']['high'][i][j] == pytest.approx(high, rel=1e-4)
+        a, b = leave_one_out_by_hand(lambda some: (swapped[i, j, some].mean() / t.loss[some].mean() - 1).item(), 6)
         want = (0, max(-a, b)) if a < 0 < b else (min(abs(a), abs(b)), max(abs(a), abs(b)))
         got = [s['intervals']['permutation'][end][i][j] for end in ('low', 'high')]
         assert got == pytest.approx(want, rel=1e-3, abs=1e-6) and got == [s['intervals']['permutation'][end][j][i] for end in ('low', 'high')]
     assert s['intervals']['causal']['low'][2][1] is None and s['intervals']['permutation']['low'][1][1] is None
 
-def test_intervals_by_layer_are_percentiles_of_the_resamples(model):
+
+def test_intervals_by_layer_leave_out_one_sequence_in_turn(model):
     w, s = windows(6, 1), score(model)
-    weights = scores_module.resamples(6, SETTINGS.n_bootstrap, SETTINGS.seed)
-    variance = token_variances(trace(model, w)).mean(-1)                           # (L + 1, N)
+    variance = token_variances(trace(model, w)).mean(-1).detach()                  # (L + 1, N)
     for l in range(5):
-        draws = (weights[1:] @ variance[l].detach()) / 6
-        assert s['intervals']['variance_mean']['low'][l] == pytest.approx(draws.quantile(.025).item(), rel=1e-6)
-        assert s['intervals']['variance_mean']['high'][l] == pytest.approx(draws.quantile(.975).item(), rel=1e-6)
+        want = leave_one_out_by_hand(lambda some: variance[l, some].mean().item(), 6)
+        got = s['intervals']['variance_mean']
+        assert (got['low'][l], got['high'][l]) == pytest.approx((max(want[0], 0), want[1]), rel=1e-6)
     assert set(s['intervals']) >= {'usefulness_ratio', 'linear_loss_increase', 'skip_loss_increase', 'variance_mean', 'jacobian_per_token', 'jacobian_published'}
     for name, ends in s['intervals'].items():
         assert len(ends['low']) == len(ends['high']) == len(s['arrays'][name])
@@ -945,6 +1096,72 @@ def test_sequences_longer_than_the_context_are_refused(model, kind):
     with pytest.raises(ValueError, match=f'windows holds sequences of T={limit + 1} tokens; this model was made for at most {limit}'):
         score_model(m, windows(6, 1, T=limit + 1), windows(40, 2, T=limit + 1), SETTINGS, progress=False)
     assert score_model(m, windows(6, 1, T=limit), windows(40, 2, T=limit), SETTINGS, progress=False)['settings']['T'] == limit
+
+
+@pytest.mark.parametrize('kind', ['ours', 'Llama'])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_a_model_that_is_not_finite_is_refused_by_the_name_of_its_weights(model, kind, value, tmp_path):
+    network = model if kind == 'ours' else tiny(kind)
+    name, weights = list(network.named_parameters())[-3]
+    with torch.no_grad(): weights.view(-1)[5] = value
+    with pytest.raises(ValueError, match=f'not finite.*{name}'):
+        score_model(network, windows(6, 1), windows(40, 2), SETTINGS, progress=False, resume=tmp_path / 'parts')
+    assert not (tmp_path / 'parts').exists()                                       # nothing was begun
+    with pytest.raises(ValueError, match=f'not finite.*{name}'): measure_sparsity(network, windows(2)[:, :-1])
+
+
+@pytest.mark.parametrize('factor', [1e18, 1e30])
+def test_weights_that_overflow_are_refused_by_the_block(model, factor):
+    with torch.no_grad():
+        for p in model.blocks[2].parameters(): p.mul_(factor)
+    with pytest.raises(ValueError, match='block 3.*finite'): score(model)
+
+
+@pytest.mark.parametrize('have, named', [(0, 'n_sequences=6'), (5, 'n_sequences=6'), (6, 'n_sequences=6'), (7, 'n_fit=40'), (45, 'n_fit=40'), (46, None), (99, None)])
+def test_too_little_held_out_text_is_named_by_the_field(have, named):
+    check = lambda: scores_module.check_held_out(have, 10, SETTINGS)
+    if named is None: return check()
+    with pytest.raises(ValueError, match=named) as error: check()
+    assert '461' in str(error.value) and 'T=10' in str(error.value)                # (6 + 40) x 10 + 1 tokens
+
+
+class NoFp64(torch.Tensor):
+    "As a tensor on a device without fp64: what is made of it is of its kind until it is brought to the CPU."
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, options = getattr(func, '__name__', ''), kwargs or {}
+        if name == 'double' or any(x is torch.float64 for x in (*args, options.get('dtype'))): raise TypeError('this device has no float64')
+        out = super().__torch_function__(func, types, args, options)
+        plain = lambda x: x.as_subclass(torch.Tensor) if isinstance(x, cls) else x
+        return tree_map(plain, out) if name in ('cpu', 'tolist', 'item') else out
+
+
+def on_a_device_without_fp64(network):
+    moved = copy.deepcopy(network)
+    for part in moved.modules():
+        for name, p in part._parameters.items():
+            if p is not None: part._parameters[name] = nn.Parameter(p.detach().as_subclass(NoFp64))
+    with pytest.raises(TypeError): next(moved.parameters()).double()
+    return moved
+
+
+@pytest.mark.parametrize('options', [{}, dict(jacobian_probes=4), dict(experts=True)])
+def test_a_device_without_fp64_gives_the_same_scores(model, options):
+    if options.pop('experts', False): model = Transformer(model.config.replace(n_experts=4)).eval()
+    want = score(model, **options)
+    w, fit = windows(6, 1).as_subclass(NoFp64), windows(40, 2).as_subclass(NoFp64)
+    got = score_model(on_a_device_without_fp64(model), w, fit, SETTINGS.replace(**options), progress=False, as_published=True)
+    for name, s in want['scalars'].items(): assert got['scalars'][name]['value'] == pytest.approx(s['value'], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize('experts', [0, 4])
+def test_a_device_without_fp64_gives_the_same_sparsity_and_measures(model, experts):
+    model = Transformer(model.config.replace(n_experts=experts)).eval()
+    moved, tokens = on_a_device_without_fp64(model), windows(3)
+    assert measure_sparsity(moved, tokens[:, :-1].as_subclass(NoFp64))['scalars'] == pytest.approx(measure_sparsity(model, tokens[:, :-1])['scalars'], rel=1e-5)
+    for name, s in at_length(model, tokens).items(): assert at_length(moved, tokens.as_subclass(NoFp64))[name]['value'] == pytest.approx(s['value'], rel=1e-5)
+    want, got = compare_with_theory(model, tokens[:, :-1]), compare_with_theory(moved, tokens[:, :-1].as_subclass(NoFp64))
+    assert want.keys() == got.keys() and got['measured'] == pytest.approx(want['measured'], rel=1e-4)
 
 
 def test_new_settings_leave_names_of_old_runs_alone():

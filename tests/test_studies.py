@@ -367,7 +367,7 @@ def curse(L: int, seed: int, sign: float) -> dict:
     x = math.log2(L)
     noise = 1 + .01 * (seed - 1) * (1 + x)
     falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'causal_without_block_1', 'permutation', 'permutation_without_block_1', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
-                                                             'jacobian_deviation', 'jacobian_deviation_published')}
+                                                             'jacobian_deviation', 'jacobian_per_sequence')}
     rising = {name: noise * 2 ** (sign * x) for name in ('final_variance', 'final_variance_median', 'final_variance_without_first')}
     return made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
 
