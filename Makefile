@@ -12,6 +12,9 @@ SEEDS = 1
 OUT   = runs
 ARGS  =
 
+# A text as one word of the shell, whatever is in it: the folder may be called o'brien.
+quote = '$(subst ','\'',$1)'
+
 # The stamp holds what the environment was built from: the folder and a checksum of the files below.
 BUILT_FROM := constraints.txt settings.ini pyproject.toml setup.py
 KEY := $(CURDIR) $(shell cat $(BUILT_FROM) | cksum)
@@ -40,14 +43,14 @@ env: $(STAMP)  ## Build or refresh .venv, with the versions in constraints.txt
 # An environment that is there and belongs to this folder is refreshed in place, quietly; otherwise it is made anew.
 $(STAMP):
 	@set -e; quiet=--quiet; \
-	if ! head -n 1 $(BIN)/pip 2>/dev/null | grep -qF '$(CURDIR)/$(BIN)/' || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	if ! head -n 2 $(BIN)/pip 2>/dev/null | grep -qF $(call quote,$(CURDIR)/$(BIN)/) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  $(PYTHON) -c '$(PYTHON_CHECK)'; \
 	  echo 'Making the environment $(VENV): some minutes, most of them for PyTorch.'; quiet=; \
 	  $(PYTHON) -m venv --clear $(VENV) || { echo 'On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }; \
 	fi; \
 	$(PIP) $$quiet setuptools wheel; \
 	$(PIP) $$quiet --no-build-isolation -e '.[dev]'; \
-	echo '$(KEY)' > $@
+	printf '%s\n' $(call quote,$(KEY)) > $@
 
 reproduce: $(STAMP)  ## Run a study and write its report (into OUT, by default runs/)
 	$(BIN)/sparsecod reproduce --study $(STUDY) --scale $(SCALE) --seeds $(SEEDS) --out $(OUT) $(ARGS)

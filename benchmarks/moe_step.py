@@ -19,6 +19,7 @@ from score_model import commit, processor
 
 import sparsecod.moe as moe
 from sparsecod.core import ModelConfig, Transformer, param_counts
+from sparsecod.integrity import stamp, write_text
 from sparsecod.moe import experts_grouped, experts_loop
 
 SIZES = dict(layers=8, d_model=64, experts=8, per_token=2, tokens=4096, context=128, repeats=31, threads=1)
@@ -92,7 +93,7 @@ def main():
         record = dict(sizes={name: getattr(a, name) for name in SIZES}, bar=BAR, results=results,
                       hardware=dict(processor=processor(), cores=os.cpu_count(), device='cpu'),
                       versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit())
-        a.json.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+        write_text(a.json, json.dumps(stamp(record), indent=1) + '\n')
 
 
 if __name__ == '__main__':

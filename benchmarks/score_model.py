@@ -24,6 +24,7 @@ from torch.nn import functional
 
 import sparsecod.scores as scores
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
+from sparsecod.integrity import stamp, write_text
 
 SIZES = dict(layers=16, d_model=256, heads=4, vocab=1024, context=128, sequences=3, fit=32, jacobians=3, probes=32, memory_mb=80, threads=1)
 TASKS = dict(obvious='obvious procedure', exact='score_model, exact Jacobians', probes='score_model, {probes} probes')
@@ -261,7 +262,7 @@ def main():
                       largest_differences=differences, hardware=dict(processor=processor(), cores=os.cpu_count(),
                                                                       device=torch.cuda.get_device_name() if a.device.startswith('cuda') else a.device),
                       versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit())
-        a.out.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+        write_text(a.out, json.dumps(stamp(record), indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -991,13 +991,15 @@ def names_source(data) -> bool:
 def text_tokens(
     data: str | Path | Iterable[str],  # a source, a text, or texts
     tokenizer: Tokenizer,              # of the model
+    text_field: str = 'text',          # field that holds the text, in rows
+    stats: Counter | None = None,      # what was left out is counted here, by reason
 ) -> tuple[Tensor, int]:               # ids of all documents, (n,); bytes of text they were made of
     "One strip of tokens from text."
-    config = expand_alias(DataConfig(str(data) if names_source(data) else 'texts'))
+    config = expand_alias(DataConfig(str(data) if names_source(data) else 'texts', text_field=text_field))
     texts = [data] if isinstance(data, str) else data
-    items = open_source(config).items if names_source(data) else row_items((({'text': text}, 0) for text in texts), 'text', 2 ** 20, 'data')
+    items = open_source(config).items if names_source(data) else row_items((({text_field: text}, 0) for text in texts), text_field, 2 ** 20, 'data')
     strip, n, size = [], 0, 0
-    for document, ids in encode_documents(unique_documents(items, config, Counter()), tokenizer):
+    for document, ids in encode_documents(unique_documents(items, config, Counter() if stats is None else stats), tokenizer):
         strip.append(np.array([*ids, tokenizer.eos_id], np.int64))
         n, size = n + len(strip[-1]), size + len(document.text.encode())
         if n >= MOST_TOKENS: break
@@ -1009,14 +1011,19 @@ def text_windows(
     tokenizer: Tokenizer,  # of the model
     T: int,                # positions of a sequence
     config: ScoreConfig,   # how many sequences
+    text_field: str = 'text',  # field that holds the text, in rows
 ) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
     "Cut text into sequences to score and others to fit affine maps on."
-    (strip, size), N, M = text_tokens(data, tokenizer), config.n_sequences, config.n_fit
+    stats = Counter()
+    (strip, size), N, M = text_tokens(data, tokenizer, text_field, stats), config.n_sequences, config.n_fit
+    left_out = ', '.join(f'{n:,} {reason}' for reason, n in stats.items() if reason not in ('duplicates', 'empty'))
+    if left_out: warnings.warn(f'data={str(data)!r}: documents that could not be read were left out: {left_out}', stacklevel=3)
     have, need = (len(strip) - 1) // T, (N + M) * T + 1
     if have < N + M:
         more = f'about {need * size / len(strip) / 1000:,.0f} kB of such text' if size else 'and there is no text'
         short = isinstance(data, str) and len(data) < 100 and not names_source(data)
         taken = f' (data={data!r} is no file or folder here, so it was taken as the text)' * short
+        if left_out: taken += f' (left out: {left_out})'
         raise ValueError(f'the text has {len(strip):,} tokens{taken}; to score {N} sequences of {T} tokens and to fit affine maps '
                          f'on {M} others takes {need:,} tokens, {more}. Give more text, or ask for fewer or shorter sequences')
     chosen = torch.randperm(have, generator=torch.Generator().manual_seed(config.seed))[:N + M]      # (N + M,)

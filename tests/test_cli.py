@@ -16,7 +16,8 @@ import sparsecod
 from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.claims import CLAIMS
-from sparsecod.studies import SCALES, STUDIES, RunConfig
+from sparsecod.integrity import stamp, write_text
+from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
@@ -80,6 +81,13 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
     ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
+    ('train DIR --set n_kv_heads=1', 'did you mean model.n_kv_heads'), ('train DIR --set lr=1', 'did you mean train.lr'),
+    ('train DIR --heads 5', '--heads: '), ('train DIR --layers 0', '--layers: '), ('train DIR --width 65 --heads 4', '--heads: '),
+    ('train DIR --set model.n_layers=many', '--set model.n_layers: '), ('train DIR --set data.val_share=2', '--set data.val_share: '),
+    ('train DIR --set train.lr=null', '--set train.lr: '), ('train DIR --set seed=[1]', '--set seed: '),
+    ('train /dev/null/x', '/dev/null'), ('score DIR --json /', '--json: '), ('score DIR --json DIR/x.html', 'must end in .json'),
+    ('score DIR --seed -1', "'-1' must be a whole number"), ('score DIR --seed ²', 'must be a whole number'), ('score DIR --seed 1' + '0' * 30, 'must be a whole number'),
+    ('study depth --scale tiny --out /dev/null', '/dev/null'), ('reproduce --scale tiny --work /dev/null', '/dev/null'),
     ('score DIR', 'is no folder here'), ('eval DIR', 'is no folder here'), ('export DIR', 'required: out'), ('score DIR --memory none', 'must be a positive number of gigabytes'), ('score DIR --jacobian-probes -1', "'-1' must be a whole number, 0 or more"), ('score DIR --jacobian-probes x', "'x' must be a whole number, 0 or more"), ('eval DIR --limit 0', "'0' must be a positive whole number"),
     ('eval DIR --tasks cloze,,piqa', "'cloze,,piqa' must be names of tasks"), ('report --results DIR', 'there are no records in')])
 def test_mistakes_get_one_line(type_in, line, says, tmp_path):
@@ -94,12 +102,37 @@ def test_debug_shows_where(type_in, tmp_path):
 def test_errors_of_ours_get_one_line_too(type_in, monkeypatch):
     import sparsecod.studies
     def broken(*args): raise KeyError('oops')
-    monkeypatch.setattr(sparsecod.studies, 'load_results', broken)
+    monkeypatch.setattr(sparsecod.studies, 'read_records', broken)
     assert type_in('report') == (1, '', "sparsecod: KeyError: 'oops' (--debug shows where)\n")
 
 
 def test_settings():
     assert [setting(f'a.b={v}')[1] for v in ('3', '1e-3', 'true', 'null', 'None', 'text', '"3"', 'a=b')] == [3, 1e-3, True, None, None, 'text', '3', 'a=b']
+
+
+def test_a_terminal_that_lacks_letters_kills_no_command(tmp_path):
+    code = ('from sparsecod.cli import main; import sparsecod.cli as cli\n'
+            'def show(args): print("λ = 0.1, η/3, …"); raise ValueError("é")\n'
+            'cli.do_report = show\nraise SystemExit(main(["report"]))')
+    for encoding in ('ascii', 'cp1252', 'cp437', 'utf-8'):
+        done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
+        shown = done.stdout.decode(encoding)
+        assert done.returncode == 2 and '= 0.1' in shown and ('λ' in shown) == (encoding == 'utf-8') and b'Traceback' not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('line', ['study depth', 'reproduce', 'report', 'score x', 'eval x', 'export x y'])
+def test_a_launcher_starts_no_command_but_train(line, type_in, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code, text, errors = type_in(line)
+    assert code == 2 and text == '' and 'WORLD_SIZE=2' in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize('error, says', [
+    (PermissionError(13, 'Permission denied', '/a/b'), '/a/b: Permission denied'), (OSError(28, 'No space left on device'), 'No space left on device'),
+    (FileNotFoundError('what was said'), 'what was said'), (ValueError('field=1 is wrong'), 'field=1 is wrong')])
+def test_errors_of_the_system_name_the_file(error, says):
+    from sparsecod.cli import failure
+    assert failure(error) == (2, says)
 
 
 # ---- commands
@@ -113,7 +146,7 @@ def trained(tmp_path_factory):
 
 
 def test_train(trained, type_in):
-    config = RunConfig.from_json((trained / 'run.json').read_text(encoding='utf-8'))
+    config = read_run(trained)
     assert (config.model.n_layers, config.model.n_kv_heads, config.train.lr, config.train.steps, config.seed) == (2, 1, .02, 6, 3)
     model = Transformer.from_pretrained(trained / 'model')
     assert model.config == config.model
@@ -127,6 +160,19 @@ def test_show_trains_nothing(type_in, tmp_path):
     code, text, _ = type_in(f'train {tmp_path}/new --scale paper --steps 5 --set train.warmup_steps=1 --show')
     config = RunConfig.from_json(text)
     assert code == 0 and config.train.steps == 5 and config.model == SCALES['paper'].model and not (tmp_path / 'new').exists()
+
+
+def test_too_little_text_is_said_before_the_training(type_in, tmp_path):
+    for option, field in (('score.n_fit=100000', 'score.n_fit=100000'), ('score.n_sequences=50000', 'score.n_sequences=50000'), ('score.n_fit=1', 'score.n_fit=1')):
+        code, text, errors = type_in(f'train {tmp_path}/new --scale tiny --set {option} --quiet')
+        assert code == 2 and field in errors and errors.count('\n') == 1 and not (tmp_path / 'new').exists(), errors
+
+
+def test_a_full_disk_is_said_before_the_training(type_in, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(2 ** 40, 2 ** 40 - 2 ** 12, 2 ** 12))
+    code, text, errors = type_in(f'train {tmp_path}/new --scale tiny --quiet')
+    assert code == 2 and str(tmp_path / 'new') in errors and 'GB free' in errors and not (tmp_path / 'new').exists()
 
 
 def test_a_training_that_diverges_says_so(type_in, tmp_path):
@@ -155,7 +201,11 @@ def test_score_a_model_without_a_training(type_in, tmp_path):
     code, text, errors = type_in(f"score {tmp_path / 'bare'} --data {tmp_path / 'texts'} --sequences 4 --fit 8 --quiet")
     assert code == 0 and 'usefulness' in text, errors
     Transformer(ModelConfig(vocab_size=290, n_layers=2, d_model=16, n_heads=2, context_length=16)).save_pretrained(tmp_path / 'bare')
-    (tmp_path / 'bare' / 'run.json').write_text(RunConfig.from_dict(json.loads((tmp_path / 'bare' / 'scores.json').read_text(encoding='utf-8'))['config']).to_json(), encoding='utf-8')
+    config = json.loads((tmp_path / 'bare' / 'scores.json').read_text(encoding='utf-8'))['config']
+    write_text(tmp_path / 'bare' / 'run.json', json.dumps(stamp(config)))
+    code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
+    assert code == 2 and 'run.json' in errors and 'vocab_size' in errors                 # the label of another model
+    write_text(tmp_path / 'bare' / 'run.json', json.dumps(stamp(config | dict(model=config['model'] | dict(vocab_size=290)))))
     code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
     assert code == 2 and 'the model knows 290' in errors
 
@@ -273,10 +323,65 @@ def test_one_short_text_is_enough_or_it_is_said_how_much_is(checkpoint, trained,
     assert code == 2 and re.search(r'the text has \d+ tokens; to score 4 sequences of 16 tokens and to fit affine maps on 20 others takes 385 tokens, about \d+ kB', errors)
 
 
+def test_the_choice_of_sequences_follows_the_seed(trained, checkpoint, type_in, tmp_path):
+    def corpus_of(line):
+        code, _, errors = type_in(f'score {line} --json {tmp_path}/x.json --quiet')
+        assert code == 0, errors
+        found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
+        return found['scalars']['loss']['value'], found['config']['score']['seed']
+    text = tmp_path / 'text.txt'
+    text.write_text(' '.join(f'word{(i * i) % 997}' for i in range(5000)), encoding='utf-8')
+    for line in (f'{trained} --sequences 4', f'{checkpoint} {SCORE_FAST} --data {text}'):
+        (loss, seed), (same, _), (other, chosen) = corpus_of(line), corpus_of(line + ' --seed 0'), corpus_of(line + ' --seed 5')
+        assert (seed, chosen) == (0, 5) and loss == same != other
+
+
+def test_rows_of_text_are_read_by_the_name_of_their_field(checkpoint, trained, type_in, tmp_path):
+    rows = tmp_path / 'rows.jsonl'
+    rows.write_text('\n'.join(json.dumps(dict(id=i, body=' '.join(f'word{(i * k) % 97}' for k in range(300)))) for i in range(40)), encoding='utf-8')
+    for model in (checkpoint, trained):
+        line = f'score {model} --data {rows} --sequences 4 --fit 20 --json {tmp_path}/x.json --quiet'
+        code, _, errors = type_in(line)
+        assert code == 2 and "text_field='text'" in errors and 'body' in errors
+        assert type_in(f'{line} --text-field body')[0] == 0
+
+
+@pytest.mark.parametrize('encoding', ['latin-1', 'cp1252', 'utf-16'])
+def test_text_that_is_not_utf_8_is_named(checkpoint, type_in, tmp_path, encoding):
+    (tmp_path / 'bad.txt').write_text(' '.join(f'wörd{(i * i) % 97}' for i in range(3000)), encoding=encoding)
+    line = f'score {checkpoint} {SCORE_FAST} --json {tmp_path}/x.json --quiet'
+    code, _, errors = type_in(f'{line} --data {tmp_path}/bad.txt')
+    assert code == 2 and ('not_utf8' in errors or 'binary' in errors) and 'bad.txt' in errors, errors
+    (tmp_path / 'good.txt').write_text(' '.join(f'wörd{(i * i) % 97}' for i in range(3000)), encoding='utf-8')
+    code, _, errors = type_in(f'{line} --data {tmp_path}')
+    assert code == 0 and 'left out' in errors and '1 ' in errors, errors
+
+
+@pytest.mark.parametrize('suffix, told', [('csv', True), ('tsv', True), ('pdf', True), ('txt', False), ('md', False), ('py', False)])
+def test_a_file_that_is_read_as_plain_text_is_named(checkpoint, type_in, tmp_path, suffix, told):
+    path = tmp_path / f'table.{suffix}'
+    path.write_text('\n'.join(f'{i},word{i % 97},{i * i}' for i in range(3000)), encoding='utf-8')
+    code, _, errors = type_in(f'score {checkpoint} {SCORE_FAST} --data {path} --json {tmp_path}/x.json --quiet')
+    assert code == 0 and ('plain text' in errors and str(path) in errors) == told, errors
+
+
+def test_a_label_that_was_changed_is_named(trained, type_in, tmp_path):
+    import shutil
+    shutil.copytree(trained, tmp_path / 'copy')
+    for name, old, new in (('run.json', '"n_eval": 8', '"n_eval": 9'), ('tokenizer.json', '"version"', ' "version"')):
+        path = tmp_path / 'copy' / name
+        text = path.read_text(encoding='utf-8')
+        assert old in text
+        path.write_text(text.replace(old, new), encoding='utf-8')
+        code, _, errors = type_in(f'score {tmp_path}/copy --sequences 4 --quiet')
+        assert code == 2 and str(path) in errors and errors.count('\n') == 1, errors
+        path.write_text(text, encoding='utf-8')
+
+
 def test_wide_models_get_more_sequences_for_short_ones(checkpoint, type_in, tmp_path):
     from sparsecod.cli import Subject, score_settings
     from sparsecod.core import ModelConfig
-    class Args: sequences = fit = jacobian_probes = None; length = 128
+    class Args: sequences = fit = jacobian_probes = seed = None; length = 128
     class Wide: config = ModelConfig(d_model=4096, n_heads=32, context_length=512)
     assert score_settings(Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
 
@@ -292,6 +397,12 @@ def test_export_and_back(trained, type_in, tmp_path):
     tokens = torch.arange(24).view(2, 12)
     theirs, back = AutoModelForCausalLM.from_pretrained(tmp_path / 'stock')(tokens).logits, Transformer.from_pretrained(tmp_path / 'back')(tokens)
     assert torch.allclose(theirs, back, atol=1e-4)
+
+
+def test_a_record_that_is_not_one_makes_no_model_card(trained, type_in, tmp_path):
+    (tmp_path / 'record.json').write_text('{"schema": 1}', encoding='utf-8')
+    code, _, errors = type_in(f'export {trained} {tmp_path}/stock --record {tmp_path}/record.json')
+    assert code == 2 and '--record' in errors and 'record.json' in errors and not (tmp_path / 'stock').exists()
 
 
 def test_eval_a_stock_checkpoint(checkpoint, type_in, tmp_path):
@@ -354,6 +465,18 @@ def test_reproduce_and_report(type_in, tmp_path):
     page = report.read_text(encoding='utf-8')
     assert '<html' in page and 'contradicted' in page and not re.findall(r'(?:src|href)="https?:', page)
     report.unlink()
+    sound = {p: p.read_text(encoding='utf-8') for p in sorted(tmp_path.glob('tiny/*.json'))}
+    first = next(iter(sound))
+    copy, future = first.with_name('copy of it.json'), first.with_name('future.json')
+    for path, content in ((copy, sound[first]), (future, json.dumps(dict(schema=99))), (first, sound[first].replace('"seed": 0', '"seed": 1'))):
+        path.write_text(content, encoding='utf-8')
+        code, text, errors = type_in(f'report --results {tmp_path} --scale tiny')
+        assert code == 1 and path.name in errors and report.exists() and 'Traceback' not in errors, errors
+        report.unlink()
+        path.unlink()
+        if path in sound: path.write_text(sound[path], encoding='utf-8')
+    code, text, errors = type_in(f'report --results {tmp_path} --scale tiny --out {tmp_path}')
+    assert code == 2 and '--out' in errors and str(tmp_path) in errors
     code, text, errors = type_in(f'report --results {tmp_path} --scale tiny --markdown --out {tmp_path}/mine.html')
     assert code == 0 and text.startswith('| verdict |') and (tmp_path / 'mine.html').exists() and not report.exists()
     code, text, errors = type_in(f'study depth --scale tiny --out {tmp_path}')

@@ -1,6 +1,7 @@
 "Runs, studies, results on disk, intervals and verdicts."
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from scipy import stats
 
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
+from sparsecod.integrity import Damaged, stamp
 from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
@@ -54,7 +56,7 @@ def test_configs_go_through_json():
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'model.depth': 3}, 'there is no field model.depth=3'), ({'model': {}}, 'there is no field model='), ({'x.y.z': 3}, 'there is no field'),
+    ({'model.depth': 3}, 'there is no field model.depth=3'), ({'n_kv_heads': 1}, 'model.n_kv_heads'), ({'model.lr': 1}, 'train.lr'), ({'source': 'x'}, 'data.source'), ({'model': {}}, 'there is no field model='), ({'x.y.z': 3}, 'there is no field'),
     ({'train.lr': 'fast'}, "train.lr='fast' must be a number"), ({'train.compile': 1}, 'train.compile=1 must be true or false'),
     ({'model.n_layers': True}, 'must be a number'), ({'train.seed': 1}, 'set seed'), ({'model.n_layers': 2.5}, 'whole number'),
     ({'data.max_tokens': 'many'}, 'many'), ({'n_eval': 0}, 'n_eval=0')])
@@ -126,7 +128,7 @@ def done(tmp_path_factory):
 
 def test_a_record_holds_everything(done):
     out, record, path = done
-    assert json.loads(path.read_text(encoding='utf-8')) == record
+    assert module.read_record(path) == record and set(json.loads(path.read_text(encoding='utf-8'))) == {*record, 'checksum'}
     assert set(record) == {'schema', 'name', 'id', 'scale', 'config', 'seed', 'status', 'step', 'tokens', 'seconds', 'final', 'scores', 'sparsity', 'curve', 'provenance'}
     assert record['schema'] == 1 and record['status'] == 'finished' and record['step'] == 6 and record['tokens'] == 6 * 512
     assert record['name'].endswith(record['id']) and set(record['config']) >= {'model', 'train', 'data', 'score'}
@@ -146,7 +148,7 @@ def test_files_of_a_run(done):
     work = out / '.work' / record['name']
     assert [p.name for p in path.parent.iterdir()] == [path.name]               # no drafts
     assert {'model', 'run.json', 'tokenizer.json', 'log.jsonl'} <= {p.name for p in work.iterdir()} and not (work / 'checkpoints').exists()
-    assert RunConfig.from_json((work / 'run.json').read_text(encoding='utf-8')) == RunConfig.from_dict(record['config'])
+    assert module.read_run(work) == RunConfig.from_dict(record['config'])
 
 
 def test_a_finished_run_is_read_back_and_force_runs_it_again(done, monkeypatch):
@@ -156,7 +158,7 @@ def test_a_finished_run_is_read_back_and_force_runs_it_again(done, monkeypatch):
         assert run(QUICK, out, progress=False) == record
     forced = run(QUICK, out, force=True, progress=False)
     assert without_times(forced) == without_times(record)
-    path.write_text(json.dumps(record), encoding='utf-8')
+    write_record(path, record)
 
 
 def test_an_interrupted_run_continues(done, tmp_path, monkeypatch):
@@ -180,26 +182,227 @@ def test_divergence_is_recorded(tmp_path):
     record = run(vary(QUICK, {'train.lr': 300.0, 'train.steps': 100, 'train.warmup_steps': 0}), tmp_path, progress=False)
     assert record['status'] == 'diverged' and 'scores' not in record and record['final']['val_loss'] is None and record['final']['unigram_loss'] > 0
     assert record['curve']['step'][-1] == record['step'] < 100 and record['curve']['variance_mean'][0] is not None
-    assert json.loads(next(tmp_path.glob('tiny/*.json')).read_text(encoding='utf-8')) == record
+    assert module.read_record(next(tmp_path.glob('tiny/*.json'))) == record
     assert results_table([record])[0]['status'] == 'diverged'
 
 
-@pytest.mark.parametrize('damage', [lambda text: text[:200], lambda text: '', lambda text: '[]', lambda text: json.dumps({'schema': 1}),
-                                    lambda text: text.replace('"n_layers"', '"n_floors"')])
-def test_a_damaged_record_is_named_and_left_out(done, damage, tmp_path):
+def of_run(record: dict, changes: dict = {}, fingerprint: str | None = None) -> dict:
+    "A record as another run would have left it, with the same numbers."
+    config = vary(RunConfig.from_dict(record['config']), changes)
+    provenance = record['provenance'] | ({'corpus_fingerprint': fingerprint} if fingerprint else {})
+    name = run_name(config, provenance['corpus_fingerprint'])
+    changed = dict(config=config.to_dict(), seed=config.seed, scale=config.scale, name=name, id=name[-8:], provenance=provenance)
+    return json.loads(json.dumps(record | changed))
+
+
+def restamped(change):
+    "A damage that leaves a right checksum: fields of the record are replaced, those given as ... removed."
+    def damage(path):
+        record = json.loads(path.read_text(encoding='utf-8'))
+        new = record | (change(record) if callable(change) else change)
+        path.write_text(json.dumps(stamp({k: v for k, v in new.items() if v is not ... and k != 'checksum'})), encoding='utf-8')
+    return damage
+
+
+def rewritten(change):
+    "A damage to the bytes of a file."
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGES = {
+    'cut off': (rewritten(lambda b: b[:200]), 'JSON'), 'empty': (rewritten(lambda b: b''), 'JSON'), 'a list': (rewritten(lambda b: b'[]'), 'list'),
+    'not text': (rewritten(lambda b: b'\xff\xfe\0'), 'JSON'), 'nested': (rewritten(lambda b: b'[' * 200_000), 'JSON'),
+    'a digit changed': (rewritten(lambda b: b.replace(b'"step": 6', b'"step": 7')), 'checksum'),
+    'no checksum': (lambda path: path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text(encoding='utf-8')).items() if k != 'checksum'}), encoding='utf-8'), 'checksum'),
+    'a folder': (lambda path: (path.unlink(), path.mkdir()), 'JSON'),
+    'from the future': (restamped(dict(schema=99)), 'schema=99'), 'no number of a schema': (restamped(dict(schema='one')), "schema='one'"),
+    'a field of the configuration that is unknown': (restamped(lambda r: dict(config=r['config'] | dict(rooms=3))), 'rooms'),
+    'another configuration': (restamped(lambda r: dict(config=r['config'] | dict(n_eval=9))), 'id'),
+    'another seed': (restamped(dict(seed=3)), 'seed=3'), 'another id': (restamped(dict(id='00000000')), 'id'), 'another name': (restamped(dict(name='x')), 'name'),
+    'another corpus': (restamped(lambda r: dict(provenance=r['provenance'] | dict(corpus_fingerprint='0' * 16))), 'id'),
+    'another scale': (restamped(dict(scale='laptop')), 'scale'), 'a copy': (lambda path: path.rename(path.with_name('L1 (copy).json')), 'name'),
+    'scores are null': (restamped(dict(scores=None)), 'scores'), 'no scores': (restamped(dict(scores=...)), 'scores'),
+    'scalars are a list': (restamped(lambda r: dict(scores=r['scores'] | dict(scalars=[]))), 'scores'),
+    'a score is text': (restamped(lambda r: dict(scores=r['scores'] | dict(scalars=dict(causal='x')))), 'scores'),
+    'no date': (restamped(dict(provenance={})), 'provenance'), 'a loss without an interval': (restamped(lambda r: dict(final=r['final'] | dict(val_loss=3.))), 'final'),
+    'curves of unequal length': (restamped(lambda r: dict(curve=r['curve'] | dict(loss=[1.]))), 'curve'), 'a curve less': (restamped(dict(curve={})), 'curve'),
+    'times are text': (restamped(dict(seconds=dict(train='long'))), 'seconds'), 'an unknown status': (restamped(dict(status='banana')), 'status'),
+    'steps are true': (restamped(dict(step=True)), 'step'), 'sparsity is a number': (restamped(dict(sparsity=3)), 'sparsity'),
+    'lengths are a list': (restamped(dict(lengths=[1])), 'lengths'), **{f'no {key}': (restamped({key: ...}), key) for key in module.NEEDED}}
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_a_damaged_record_is_named_with_the_reason_and_left_out(done, name, tmp_path):
     _, record, path = done
-    (tmp_path / 'tiny').mkdir()
-    (tmp_path / 'tiny' / 'sound.json').write_text(path.read_text(encoding='utf-8'), encoding='utf-8')
-    (tmp_path / 'tiny' / 'torn.json').write_text(damage(path.read_text(encoding='utf-8')), encoding='utf-8')
-    with pytest.warns(UserWarning, match=r'tiny/torn.json is damaged'): records = load_results(tmp_path, 'tiny')
-    assert records == [record]
+    damage, reason = DAMAGES[name]
+    other = of_run(record, {'seed': 1})
+    for r in (record, other): write_record(tmp_path / 'tiny' / f"{r['name']}.json", r)
+    assert len(load_results(tmp_path, 'tiny')) == 2
+    damage(tmp_path / 'tiny' / path.name)
+    named, = {p.name for p in tmp_path.glob('tiny/*.json')} - {f"{other['name']}.json"}
+    with pytest.warns(UserWarning) as said: assert load_results(tmp_path, 'tiny') == [other]
+    text = str(said[0].message)
+    assert len(said) == 1 and named in text and reason in text.replace(named, ''), text
+
+
+def test_a_record_in_the_folder_of_another_scale_is_left_out(done, tmp_path):
+    write_record(tmp_path / 'small' / done[2].name, done[1])
+    with pytest.warns(UserWarning, match='tiny'): assert load_results(tmp_path, 'small') == []
+
+
+def test_a_run_counts_once(done):
+    study = Study('two', 'Which?', two_depths)
+    other = of_run(done[1], {'seed': 1})
+    assert by_variant(study, [done[1], other, dict(done[1])], QUICK)['L=2'] == [done[1], other]
+    assert summarise(study, [done[1], dict(done[1]), done[1]], ['val_loss'], QUICK)['L=2']['val_loss']['n'] == 1
+
+
+def test_a_damaged_record_is_kept_aside_and_the_run_done_again(done, tmp_path):
+    _, record, path = done
+    broken = tmp_path / 'tiny' / path.name
+    write_record(broken, record)
+    DAMAGES['a digit changed'][0](broken)
+    text = broken.read_bytes()
+    with pytest.warns(UserWarning, match='checksum'): again = run(QUICK, tmp_path, progress=False)
+    assert without_times(again) == without_times(record) and module.read_record(broken) == again
+    assert [p.read_bytes() for p in broken.parent.glob('*') if p != broken] == [text]
+
+
+def test_the_label_of_a_run_is_checked(done, tmp_path):
+    work = done[0] / '.work' / done[1]['name']
+    config = RunConfig.from_dict(done[1]['config'])
+    for name, damage, says in (('run.json', rewritten(lambda b: b.replace(b'"n_eval": 8', b'"n_eval": 9')), 'run.json'),
+                               ('run.json', rewritten(lambda b: b'{}'), 'run.json'), ('run.json', lambda p: p.unlink(), 'run.json'),
+                               ('tokenizer.json', rewritten(lambda b: b + b' '), 'tokenizer.json')):
+        for file in ('run.json', 'tokenizer.json'): (tmp_path / file).write_bytes((work / file).read_bytes())
+        assert module.read_run(tmp_path, config.model) == config
+        damage(tmp_path / name)
+        with pytest.raises(Damaged, match=says): module.read_run(tmp_path)
+    with pytest.raises(Damaged, match='n_layers'): module.read_run(work, vary(config, {'model.n_layers': 3}).model)
+
+
+@pytest.mark.parametrize('damage', [rewritten(lambda b: b[:9]), rewritten(lambda b: b.replace(b'"run": "L', b'"run": "M')),
+                                    restamped(dict(run='another'))])
+def test_a_damaged_note_of_a_training_is_kept_aside(done, tmp_path, damage):
+    place = locate(QUICK, tmp_path, progress=False)
+    place.work.mkdir(parents=True)
+    module.note_training(place)
+    note, path = module.training_note(place), place.work / 'training.json'
+    module.note_training(place)
+    assert set(note) == {'trained_commit', 'trained_dirty', 'trained_date'} and len(list(place.work.iterdir())) == 1
+    damage(path)
+    with pytest.warns(UserWarning, match='training.json'): module.note_training(place)
+    assert set(module.training_note(place)) == set(note) and len(list(place.work.iterdir())) == 2
 
 
 def test_runs_on_several_corpora_are_not_mixed(done, tmp_path):
     record = done[1]
-    old = record | dict(name='old', provenance=record['provenance'] | dict(date='2001-01-01', corpus_fingerprint='other'))
+    old = of_run(record, fingerprint='f' * 16)
+    old['provenance']['date'] = '2001-01-01'
     for r in (old, record): write_record(tmp_path / 'tiny' / f"{r['name']}.json", r)
     with pytest.warns(UserWarning, match='1 of 2 records are on another corpus'): assert load_results(tmp_path, 'tiny') == [record]
+
+
+# ---- what can be refused before a training is
+
+@pytest.mark.parametrize('changes, named', [
+    ({'score.n_fit': 10 ** 6}, 'score.n_fit=1000000'), ({'score.n_sequences': 10 ** 5, 'score.n_fit': 10 ** 5}, 'score.n_sequences=100000'),
+    ({'model.context_length': 2 ** 20, 'train.tokens_per_step': 2 ** 20}, 'model.context_length=1048576'), ({'score.n_fit': 1}, 'score.n_fit=1'),
+    ({'measures': ('lengths',), 'lengths': (32, 10 ** 6)}, 'lengths='), ({'train.tokens_per_step': 100}, 'tokens_per_step=100')])
+def test_what_cannot_be_scored_is_refused_before_the_training(done, tmp_path, monkeypatch, changes, named):
+    monkeypatch.setattr(module, 'train', lambda *a, **k: pytest.fail('trained'))
+    config = vary(QUICK, changes)
+    with pytest.raises(ValueError, match=re.escape(named)): run(config, tmp_path, progress=False)
+    monkeypatch.setattr(module, 'start_worker', lambda *a: pytest.fail('started'))
+    study = Study('mixed', '?', lambda base: {'fine': {}, 'too much': changes})
+    with pytest.raises(ValueError, match='too much.*' + re.escape(named)): run_study(study, QUICK, 1, tmp_path, progress=False)
+    assert not list(tmp_path.glob('**/checkpoints'))
+
+
+def test_just_enough_text_is_enough(done):
+    place = locate(QUICK, done[0], progress=False)
+    have = place.corpus.n_windows('val', 32)
+    module.check_text(vary(place.config, {'score.n_fit': have - 4}), place.corpus)
+    module.score_windows(place.corpus, 32, vary(place.config, {'score.n_fit': have - 4}).score)
+    with pytest.raises(ValueError, match=f'score.n_fit={have - 3}'): module.check_text(vary(place.config, {'score.n_fit': have - 3}), place.corpus)
+
+
+def test_places_that_cannot_be_written_to_are_named_before_the_corpus_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'prepare', lambda *a, **k: pytest.fail('built a corpus'))
+    (tmp_path / 'file').write_text('', encoding='utf-8')
+    for options in (dict(out=tmp_path / 'file'), dict(out=tmp_path / 'file' / 'below'), dict(out=tmp_path, work=tmp_path / 'file')):
+        with pytest.raises(OSError, match='file is a file'): run(QUICK, progress=False, **options)
+        with pytest.raises(OSError, match='file is a file'): run_study('depth', QUICK, progress=False, **options)
+    def refuse(self, data): raise PermissionError(13, 'Permission denied', str(self))
+    monkeypatch.setattr(Path, 'write_bytes', refuse)
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))): run(QUICK, tmp_path / 'new' / 'out', progress=False)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_full_disk_is_noticed_before_the_training(done, tmp_path, monkeypatch):
+    place = locate(QUICK, done[0], progress=False)
+    need = module.training_bytes(place.config)
+    free = [need]
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: module.shutil._ntuple_diskusage(2 ** 40, 2 ** 40 - free[0], free[0]))
+    module.check_folder(tmp_path, need)
+    free[0] -= 1
+    monkeypatch.setattr(module, 'train', lambda *a, **k: pytest.fail('trained'))
+    with pytest.raises(OSError, match='GB free'): module.check_folder(tmp_path, need)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))): run(QUICK, tmp_path, progress=False)
+    with pytest.raises(OSError, match='GB free'): run_study(Study('one', '?', lambda base: {'only': {}}), QUICK, 1, tmp_path, progress=False)
+    assert run(QUICK, done[0], progress=False) == done[1]       # nothing is to be done
+
+
+def test_the_room_for_a_training_is_what_it_takes(tmp_path):
+    config, seen = vary(QUICK, {'train.steps': 12, 'train.log_every': 1, 'model.d_model': 64}), []
+    place = locate(config, tmp_path, progress=False)
+    class Looking:
+        vocab_size, fingerprint = place.corpus.vocab_size, place.corpus.fingerprint
+        def batch(self, step, *sizes):
+            seen.append(sum(p.stat().st_size for p in place.work.rglob('*.safetensors')))
+            return place.corpus.batch(step, *sizes)
+    module.train(place.config.model, place.config.train, Looking(), place.work, progress=False)
+    one = 4 * param_counts(place.config.model)['total']
+    assert 6 * one <= max(seen) <= module.training_bytes(place.config)
+
+
+def test_names_are_legal_everywhere():
+    names = {f'{c.scale}/{run_name(c, "f")}' for study in STUDIES.values() for scale in SCALES for _, c in study.runs(scale, 2)}
+    assert all(re.fullmatch(r'\w+/\w[\w.-]*\w', name, re.ASCII) and len(name) < 100 for name in names)
+    assert len({name.lower() for name in names}) == len(names)
+
+
+def test_under_a_launcher_a_study_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'prepare', lambda *a, **k: pytest.fail('built a corpus'))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for start in (lambda: run(QUICK, tmp_path), lambda: run_study('depth', QUICK, out=tmp_path)):
+        with pytest.raises(ValueError, match='WORLD_SIZE=2'): start()
+
+
+# ---- several processes that want the same
+
+def one_of_several(folder, queue):
+    "Do a run in a process of its own."
+    try: queue.put(run(QUICK, folder, progress=False))
+    except BaseException as error: queue.put(f'{type(error).__name__}: {error}')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_four_processes_do_a_run_once(tmp_path):
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    processes = [context.Process(target=one_of_several, args=(tmp_path, queue)) for _ in range(4)]
+    for p in processes: p.start()
+    found = [queue.get(timeout=300) for _ in processes]
+    for p in processes: p.join()
+    assert all(r == found[0] for r in found) and found[0]['status'] == 'finished'    # date and seconds too
+    assert len(list(tmp_path.glob('tiny/*'))) == 1 and not list(tmp_path.glob('**/*.draft'))
+
+
+def test_a_run_at_work_is_not_erased(done):
+    place = locate(QUICK, done[0], progress=False)
+    with module.hold(place), pytest.raises(ValueError, match='in use'): run(QUICK, done[0], force=True, progress=False)
+    assert module.read_record(done[2]) == done[1]
 
 
 def test_held_out_windows_are_apart(done):
@@ -229,10 +432,13 @@ def test_a_study_runs_what_is_missing(done, tmp_path, capfd):
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
-    study = Study('bad', 'What fails?', lambda base: {'good': {}, 'bad': {'train.tokens_per_step': 100}})
-    with pytest.raises(RunsFailed, match='tokens_per_step=100 must be a multiple') as error: run_study(study, QUICK, 1, tmp_path, jobs=2)
+    study = Study('bad', 'What fails?', lambda base: {'good': {}, 'bad': {'model.n_layers': 1}})
+    foreign = locate(vary(QUICK, {'model.n_layers': 1}), tmp_path, progress=False).work / 'config.json'
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"of": "something else"}', encoding='utf-8')
+    with pytest.raises(RunsFailed, match='config.json') as error: run_study(study, QUICK, 1, tmp_path, jobs=2)
     assert len(error.value.failed) == 1 and len(list(tmp_path.glob('tiny/*.json'))) == 1
-    assert 'failed: ValueError' in capfd.readouterr().err
+    assert 'failed: ' in capfd.readouterr().err and foreign.read_text(encoding='utf-8') == '{"of": "something else"}'
 
 
 def test_a_killed_run_is_named(tmp_path, monkeypatch):
@@ -300,6 +506,25 @@ def test_workers_stop_when_the_supervisor_is_killed(tmp_path):
     process.communicate()
     wait_for(lambda: not workers(tmp_path))
     assert len(list(tmp_path.glob('.work/*/checkpoints/step-*'))) >= 2
+
+
+def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, 'kill', lambda *a: pytest.fail('a signal was sent'))     # Windows ends the process at once
+    monkeypatch.setattr(subprocess.Popen, 'terminate', lambda self: pytest.fail('a signal was sent'))
+    place = locate(LONG, tmp_path, progress=False)
+    job = module.Job(place.work.name, LONG, place, 1.)
+    s = module.Supervisor([job], tmp_path, tmp_path / '.work', 1, 1, 'title')
+    s.fill()
+    process = s.active[0][1]
+    wait_for(lambda: list(place.work.glob('checkpoints/step-*')), process)
+    s.stop()
+    assert process.returncode == 130 and list(place.work.glob('checkpoints/step-*')), (place.work / 'stderr.txt').read_text(encoding='utf-8')
+
+
+def test_every_end_of_a_process_is_put_into_words(tmp_path):
+    place = module.Place(QUICK, None, tmp_path / 'x.json', tmp_path)
+    (tmp_path / 'stderr.txt').write_text('', encoding='utf-8')
+    for code in (-9, -34, -63, 1, 0xC0000005): assert str(abs(code)) in module.complaint(module.Job('x', QUICK, place, 1.), code)
 
 
 def test_plain_lines_now_and_then(capfd):
