@@ -68,11 +68,12 @@ test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapte
 	@echo '== Tests of the package and the project'
 	$(ONE_CORE) $(BIN)/python -m pytest -n auto --dist loadfile
 
-# nbdev would write README.md anew from the home page if that is newer; ours is written by hand, so make it the newer one.
+# nbdev looks for _quarto.yml in nbs/, so it gets a copy of the one at the root, made anew each time. It would write README.md
+# anew from the home page if that is newer; ours is written by hand, so make it the newer one. tests/ has the processors of settings.ini.
 docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'Quarto is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again.' >&2; exit 1; }
-	@touch README.md
-	$(BIN)/nbdev_docs
+	@rm -rf _proc; cp _quarto.yml nbs/_quarto.yml; touch README.md
+	PYTHONPATH=$(CURDIR)/tests:$$PYTHONPATH $(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
 
 docs-look: $(STAMP) chromium  ## Open the rendered pages in _docs/ in a browser without network

@@ -85,7 +85,7 @@ def add_common(
 def add_scale(
     parser,  # of a command
 ):
-    "The option --scale."
+    "The option `--scale`."
     option(parser, '--scale', default='laptop', metavar='NAME', help=f'size of the runs: {SCALE_NAMES}')
 
 def add_running(

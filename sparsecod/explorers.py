@@ -8,15 +8,15 @@ __all__ = ['AXES_JS', 'CHART_JS', 'FOREST_JS', 'HEAT_JS', 'TABLE_JS', 'LIGHT', '
            'CURVES', 'AT_COMMON', 'OWN', 'KNOBS', 'VERSIONS', 'ORDERED', 'PAPER', 'IS', 'RESULTS_JS', 'RESULTS_PAGE_JS',
            'UNPUBLISHED', 'WEAK', 'WORDS', 'RESULTS_KEY', 'MODES', 'SURGERY_JS', 'SURGERY_PAGE_JS', 'short', 'fixed',
            'tenth', 'limits', 'marks', 'place', 'path', 'band', 'chart', 'lanes', 'point', 'forest_axis', 'forest_stop',
-           'forest', 'heat_map', 'table', 'embed', 'frame', 'page', 'RawHTML', 'as_markdown', 'slider', 'chooser',
-           'figure', 'fold', 'scale_at', 'explorer_config', 'theory_stack', 'javascript_setting', 'simulate_points',
-           'simulate_all', 'stored_points', 'variance_charts', 'variance_says', 'variance_rows', 'scale_text',
-           'variance_explorer', 'variance_body', 'trim', 'thinned', 'run_curve', 'seed_range', 'split_off', 'facts',
-           'about_run', 'run_group', 'study_rows', 'dial', 'paper_rows', 'results_studies', 'results_data', 'rows_of',
-           'values_of', 'metric_forest', 'paper_forest', 'curve_chart', 'results_says', 'point_says', 'point_title',
-           'point_html', 'estimate_rows', 'curve_rows', 'first_choices', 'results_explorer', 'results_controls',
-           'results_body', 'surgery_tables', 'surgery_table', 'surgery_cost', 'surgery_says', 'block_buttons',
-           'surgery_maps', 'surgery_rows', 'pair_rows', 'surgery_explorer', 'surgery_body', 'first_view_faults']
+           'forest', 'heat_map', 'table', 'embed', 'frame', 'page', 'slider', 'chooser', 'figure', 'fold', 'scale_at',
+           'explorer_config', 'theory_stack', 'javascript_setting', 'simulate_points', 'simulate_all', 'stored_points',
+           'variance_charts', 'variance_says', 'variance_rows', 'scale_text', 'variance_explorer', 'variance_body',
+           'trim', 'thinned', 'run_curve', 'seed_range', 'split_off', 'facts', 'about_run', 'run_group', 'study_rows',
+           'dial', 'paper_rows', 'results_studies', 'results_data', 'rows_of', 'values_of', 'metric_forest',
+           'paper_forest', 'curve_chart', 'results_says', 'point_says', 'point_title', 'point_html', 'estimate_rows',
+           'curve_rows', 'first_choices', 'results_explorer', 'results_controls', 'results_body', 'surgery_tables',
+           'surgery_table', 'surgery_cost', 'surgery_says', 'block_buttons', 'surgery_maps', 'surgery_rows',
+           'pair_rows', 'surgery_explorer', 'surgery_body', 'first_view_faults']
 
 # %% ../nbs/build/18_explorers.ipynb #f5fe1eb4
 import html
@@ -350,8 +350,8 @@ const heatMap = s => {
   return `<svg class="map" viewBox="0 0 300 328" role="img" aria-label="${esc(s.title)}">${out}</svg>` }
 '''
 TABLE_JS = r'''
-const table = (head, rows) => '<table><thead><tr>' + head.map(t => `<th scope="col">${esc(t)}</th>`).join('') + '</tr></thead><tbody>' +
-  rows.map(r => `<tr><th scope="row">${esc(r[0])}</th>${r.slice(1).map(c => `<td>${esc(c)}</td>`).join('')}</tr>`).join('') + '</tbody></table>'
+const table = (head, rows) => '\x3ctable><thead><tr>' + head.map(t => `<th scope="col">${esc(t)}</th>`).join('') + '</tr></thead><tbody>' +
+  rows.map(r => `<tr><th scope="row">${esc(r[0])}</th>${r.slice(1).map(c => `<td>${esc(c)}</td>`).join('')}</tr>`).join('') + '</tbody>\x3c/table>'
 '''
 
 # %% ../nbs/build/18_explorers.ipynb #321b238e
@@ -410,7 +410,8 @@ def frame(
 ) -> str:         # HTML
     "An explorer: styles, first view, data and script."
     if not (name.isascii() and name.replace('-', '').isalnum()): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
-    if '</script' in script: raise ValueError(f'the script of {name} holds a closing script tag')
+    for tag in ('</script', '<table', '</table'):   # a browser or a site generator would take it for HTML
+        if tag in script: raise ValueError(f'the script of {name} holds {tag}; write \\x3c for its <')
     head = f"const NAME = '{name}', $ = part => document.getElementById(NAME + '-' + part), DATA = JSON.parse($('data').textContent)"
     return (f'<section class="sce" id="{name}" aria-labelledby="{name}-title"><style>{CSS}</style>\n<p class="title" id="{name}-title">{html.escape(title)}</p>\n{body}\n'
             f'<noscript><p class="note">This is the first view. The controls need JavaScript.</p></noscript>\n'
@@ -425,20 +426,6 @@ def page(
     return (f'<!DOCTYPE html>\n<html lang="en-GB"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
             '<link rel="icon" href="data:,"><style>:root { color-scheme: light dark } body { margin: 0 auto; padding: .5rem; max-width: 60rem; background: Canvas; color: CanvasText }</style></head>\n'
             f'<body><main>{explorer}</main></body></html>\n')
-
-class RawHTML:
-    "Shown by a notebook as Markdown with a raw HTML block."
-    def __init__(self, text: str): self.text = text
-    def __repr__(self): return f'RawHTML({len(self.text)} characters)'
-    def _repr_markdown_(self):
-        fence = '`' * (3 + max((len(run) for run in ''.join(c if c == '`' else ' ' for c in self.text).split()), default=0))
-        return f'{fence}{{=html}}\n{self.text}\n{fence}\n'
-
-def as_markdown(
-    explorer: str,  # HTML
-) -> RawHTML:       # an output of the type text/markdown
-    "An explorer as the site wants it."
-    return RawHTML(explorer)
 
 # %% ../nbs/build/18_explorers.ipynb #8ad99f19
 def slider(

@@ -1099,13 +1099,13 @@ def record_page(
 
 # %% ../nbs/build/15_page.ipynb #1296e635
 class Framed:
-    "A page in a frame, as Markdown with a raw block; a notebook on the site shows it."
+    "A page in a frame; a notebook shows it."
     def __init__(
         self,
         page: str,           # from score_page
         height: str = '46rem',
     ): self.page, self.height = page, height
     def __repr__(self): return f'Framed({len(self.page)} characters)'
-    def _repr_markdown_(self):
+    def _repr_html_(self):
         title = html.escape(self.page.partition('<title>')[2].partition('</title>')[0])
-        return f'````````{{=html}}\n<iframe title="{title}" srcdoc="{html.escape(self.page)}" style="width:100%;height:{self.height};border:1px solid #8888;border-radius:8px"></iframe>\n````````\n'
+        return f'<iframe title="{title}" srcdoc="{html.escape(self.page)}" style="width:100%;height:{self.height};border:1px solid #8888;border-radius:8px"></iframe>'

@@ -6,10 +6,10 @@
 __all__ = ['ENDED', 'TRIAL', 'FIELDS', 'MODES', 'Watched', 'Bar', 'Controlled', 'stop_at_exit', 'Pausable', 'train_controlled',
            'TrainingFields', 'Training', 'timed', 'step_seconds', 'product_speed', 'Cost', 'spell', 'training_cost',
            'same_kind', 'line', 'picture', 'training_view', 'controls', 'field_controls', 'framed', 'fault', 'Panel',
-           'TrainActions', 'TrainClicks', 'TrainResults', 'TrainPanel', 'train_widget', 'snapshot', 'still',
-           'SurgeryInputs', 'SurgeryPlan', 'check_sequences', 'SurgeryEdits', 'SurgeryOperations', 'SurgeryRuns',
-           'SurgeryLoss', 'Surgery', 'surgery_costs', 'plan_text', 'surgery_view', 'library_windows', 'two_parts',
-           'SurgeryActions', 'SurgeryText', 'block_controls', 'SurgeryPanel', 'surgery_widget']
+           'snapshot', 'TrainActions', 'TrainClicks', 'TrainResults', 'TrainPanel', 'train_widget', 'SurgeryInputs',
+           'SurgeryPlan', 'check_sequences', 'SurgeryEdits', 'SurgeryOperations', 'SurgeryRuns', 'SurgeryLoss',
+           'Surgery', 'surgery_costs', 'plan_text', 'surgery_view', 'library_windows', 'two_parts', 'SurgeryActions',
+           'SurgeryText', 'block_controls', 'SurgeryPanel', 'surgery_widget']
 
 # %% ../nbs/build/19_widgets.ipynb #32c5fde7
 import atexit
@@ -26,7 +26,7 @@ from torch import Tensor
 from .adapters import adapt
 from .core import NORMS, Transformer, flops_per_token, next_tokens, param_counts
 from .data import Corpus, prepare
-from .explorers import CSS, RawHTML, chart, short
+from .explorers import CSS, chart, short
 from .scores import check_windows, fit_blocks, untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows, vary
 from .train import (TrainResult, find_world, finish, lock_folder, make_optimizer, open_folder, read_log, restore,
@@ -338,9 +338,26 @@ class Panel:
         w = controls()
         self.view = w.VBox([w.HTML(f'<style>{CSS}</style>'), *rows])
 
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.view)
+    def _repr_mimebundle_(self, **given):
+        "The live view, and a snapshot for places without a kernel."
+        return self.view._repr_mimebundle_(**given) | {'text/html': snapshot(self)}
+
+# %% ../nbs/build/19_widgets.ipynb #2e585b94
+def snapshot(
+    control,   # a panel, or a control of ipywidgets
+) -> str:      # HTML
+    "A still picture of a panel: its fields and buttons without function, its views as they are."
+    if isinstance(control, Panel): return f'<div class="scw" role="group" aria-label="snapshot of a widget">{snapshot(control.view)}</div>'
+    kind, gap = type(control).__name__, 'display:flex;flex-wrap:wrap;gap:.3rem .8rem;margin:.3rem 0;align-items:center'
+    if kind == 'VBox': return ''.join(map(snapshot, control.children))
+    if kind in ('Box', 'HBox'): return f'<div style="{gap}">{"".join(map(snapshot, control.children))}</div>'
+    if kind == 'HTML': return control.value
+    text, look = html.escape(control.description), 'border:1px solid #8a939b;border-radius:.3rem;padding:.1rem .5rem'
+    if kind == 'Button': return f'<span style="{look};font-weight:600">{text}</span>'
+    if kind == 'ToggleButtons':
+        chosen = lambda o: ';background:#8a939b55;font-weight:700' if o == control.value else ''
+        return f'<span>{text} ' + ' '.join(f'<span style="{look}{chosen(o)}">{html.escape(o)}</span>' for o in control.options) + '</span>'
+    return f'<span>{text} <span style="{look}">{html.escape(str(control.value))}</span></span>'
 
 # %% ../nbs/build/19_widgets.ipynb #f4264e35
 class TrainActions(Panel):
@@ -428,29 +445,6 @@ def train_widget(
 ) -> TrainPanel:                      # shown by a notebook; model and log are there after the end
     "Train a model by clicks."
     return TrainPanel(scale, out, corpus)
-
-# %% ../nbs/build/19_widgets.ipynb #2e585b94
-def snapshot(
-    control,   # a panel, or a control of ipywidgets
-) -> str:      # HTML
-    "A still picture of a panel: its fields and buttons without function, its views as they are."
-    if isinstance(control, Panel): return f'<div class="scw" role="group" aria-label="snapshot of a widget">{snapshot(control.view)}</div>'
-    kind, gap = type(control).__name__, 'display:flex;flex-wrap:wrap;gap:.3rem .8rem;margin:.3rem 0;align-items:center'
-    if kind == 'VBox': return ''.join(map(snapshot, control.children))
-    if kind in ('Box', 'HBox'): return f'<div style="{gap}">{"".join(map(snapshot, control.children))}</div>'
-    if kind == 'HTML': return control.value
-    text, look = html.escape(control.description), 'border:1px solid #8a939b;border-radius:.3rem;padding:.1rem .5rem'
-    if kind == 'Button': return f'<span style="{look};font-weight:600">{text}</span>'
-    if kind == 'ToggleButtons':
-        chosen = lambda o: ';background:#8a939b55;font-weight:700' if o == control.value else ''
-        return f'<span>{text} ' + ' '.join(f'<span style="{look}{chosen(o)}">{html.escape(o)}</span>' for o in control.options) + '</span>'
-    return f'<span>{text} <span style="{look}">{html.escape(str(control.value))}</span></span>'
-
-def still(
-    panel: Panel,  # as it is now
-) -> RawHTML:      # an output of the type text/markdown
-    "A snapshot for a chapter of the site."
-    return RawHTML(snapshot(panel))
 
 # %% ../nbs/build/19_widgets.ipynb #ec983605
 MODES = ('keep', 'skip', 'linear')

@@ -7,7 +7,8 @@ Every notebook goes through nbdev's processing, is put together as Quarto does i
 engine inside Quarto, into a temporary folder. Of the pages this checks that links, anchors, images, citations and
 cross-references resolve, that formulas parse (by pandoc and by KaTeX), that each page has its title, description and
 opening, and as a chapter its exercises, that displayed equations have a label and figures a text for those who do not
-see them, that nothing asks another host, and that explorers show what Python gives now. Nothing is skipped: what
+see them, that nothing asks another host, that links of names lead to what the page means, that scripts and drawings arrive
+as they were stored, and that explorers show what Python gives now. Nothing is skipped: what
 is needed and not there ends the check with a sentence that says what to do.
 
 The second form writes the pages into a folder, to be read in a browser. That is a preview and not the page that Quarto
@@ -174,6 +175,7 @@ class Page:
     labels: list = field(default_factory=list)  # of code cells
     text: str = ''          # the page as one markdown document
     pictures: dict = field(default_factory=dict)  # stored pictures: name -> data address
+    rendered: str = ''      # HTML by pandoc
     html: 'Reader' = None
     messages: list = field(default_factory=list)  # pairs: cell, what pandoc says
 
@@ -343,6 +345,7 @@ class Reader(HTMLParser):
         super().__init__()
         self.cell, self.inside, self.prose = cell, Counter(), []
         self.ids, self.links, self.fetched, self.cites, self.formulas, self.headings, self.labels, self.asks, self.strays = {}, [], [], [], [], [], [], [], []
+        self.dashes = []
         self.odd_tags, self.open, self.unclosed = [], [], []
         self.bare, self.unlabelled = [], None  # cells of displayed formulas without a label; the cell of one that may still get it
         self.tex, self.display, self.unread, self.opening, self.opened = None, False, False, 0, False
@@ -420,12 +423,16 @@ class Reader(HTMLParser):
         text, self.prose = ''.join(self.prose), []
         self.labels += LABEL.findall(text)
         self.strays += [(self.cell, stray) for stray in STRAY.findall(text)]
+        self.dashes += [(self.cell, option) for option in OPTION.findall(text)]
 
     def everything_asked(self) -> list:
         "Pairs: cell, and what asks another host."
         return self.asks + [(cell, f'<{tag} {name}="{to}">') for cell, tag, name, to in self.fetched if re.match(r'(?:https?:)?//', to.strip(), re.I)]
 
 
+RAW = re.compile(r'<(script|style|svg)\b.*?</\1>', re.S | re.I)
+HARMED = re.compile(r'</?table\b|\{\{<', re.I)  # what Quarto looks for in raw HTML: tables and shortcodes
+OPTION = re.compile(r'(?:^|(?<=\s))–[a-z][\w-]*')  # two hyphens that pandoc took for a dash
 SHOWN_NOT_RENDERED = ('BlockNotRendered', 'InlineNotRendered', 'SkippedContent')  # only information to pandoc, but text is lost
 
 
@@ -466,7 +473,7 @@ def render(
     page.text, cells = compose(page)
     html, messages = pandoc(page.text, 'markdown', '--mathml')
     note_messages(page, messages, page.text, cells)
-    page.html = Reader(html)
+    page.rendered, page.html = html, Reader(html)
     for label in [*page.labels, *page.html.labels]: page.html.ids.setdefault(label, [None])
 
 
@@ -689,6 +696,7 @@ def check_form(site: Site) -> list:
             if level == 1: say('a second first-level heading (#) is a second title', cell)
         for cell, tag in p.html.odd_tags: say(f'<{tag}> is taken for an HTML tag, so it does not show: put it into backticks', cell)
         for cell, text in p.html.unclosed: say(text, cell)
+        for cell, option in p.html.dashes: say(f'{option!r} was two hyphens before pandoc made a dash of them: put the option into backticks', cell)
         for cell in p.html.bare: say('a displayed equation has no label: {#eq-name} after the last $$', cell)
         for label, n in Counter(p.html.labels).items():
             if n > 1: say(f'the label {label!r} is on the page {n} times')
@@ -724,8 +732,57 @@ def check_hosts(site: Site) -> list:
         wrong += [Problem(site.name(p.path), cell, f'the page asks another host: {what}') for cell, what in dict.fromkeys(p.html.everything_asked())]
         for number, cell in zip(p.numbers(), p.notebook['cells']):
             kinds = {kind for out in cell.get('outputs', []) for kind in out.get('data', {}) if kind in BRINGS_REQUIRE}
-            wrong += [Problem(site.name(p.path), number, f'an output of type {kind} makes the page load require.js and jQuery from another host: emit text/markdown with a raw {{=html}} block') for kind in sorted(kinds)]
+            wrong += [Problem(site.name(p.path), number, f'an output of type {kind} makes the page load require.js and jQuery from another host: the procs of settings.ini must have processors:html_for_quarto') for kind in sorted(kinds)]
     if site.quarto.get('format', {}).get('html', {}).get('html-math-method') != 'mathml': wrong.append(Problem('_quarto.yml', None, 'html-math-method must be mathml: MathJax comes from another host'))
+    return wrong
+
+
+def check_raw(site: Site) -> list:
+    "Scripts, styles and drawings come through nbdev and pandoc as they were stored, and hold nothing that Quarto would take for its own."
+    wrong = []
+    for p in site.pages.values():
+        stored = [(i, part[0]) for i, cell in enumerate(p.source['cells'], 1) for out in cell.get('outputs', [])
+                  for kind in ('text/html', 'text/markdown') for part in RAW.finditer(joined(out.get('data', {}).get(kind, '')))]
+        for cell, part in dict.fromkeys(stored):
+            begins = f'the <{RAW.match(part)[1]}> that begins with {part[:60]!r}'
+            if part not in p.rendered: wrong.append(Problem(site.name(p.path), cell, f'{begins} does not arrive on the page as it was stored'))
+            if harm := HARMED.search(part): wrong.append(Problem(site.name(p.path), cell, f'{begins} holds {harm[0]!r}, which Quarto may take for its own; write the < in another way'))
+    if (site.quarto.get('format', {}).get('html') or {}).get('html-table-processing') != 'none':
+        wrong.append(Problem('_quarto.yml', None, 'html-table-processing must be none: Quarto looks for tables inside raw HTML and tears scripts apart'))
+    return wrong
+
+
+NAMED = re.compile(r'\[`([\w.]+)(?:\(\))?`\]\(([^)\s]*\.html)#([^)\s]+)\)')
+
+
+def module_of(page: Page) -> str:
+    "The module that a notebook makes, without the package; '' if none."
+    found = re.search(r'^#\|\s*default_exp (\w+)$', '\n'.join(joined(c['source']) for c in page.source['cells']), re.M)
+    return found[1] if found else ''
+
+
+def means(
+    page: Page,
+    name: str,    # that is linked
+    module: str,  # that it is linked to, without the package
+) -> bool:
+    "Does a name stand for a symbol of this module on a page, because the notebook imports it or makes it?"
+    code, first = [joined(c['source']) for c in page.source['cells'] if c['cell_type'] == 'code'], re.escape(name.split('.')[0])
+    if not module: return False
+    if any(re.search(rf'\.{module} import\b[^#]*?\b{first}\b', c) for c in code): return True
+    return module_of(page) == module and any(re.search(r'^#\|\s*exports?$', c, re.M) and re.search(rf'^(?:class|def) {first}\b', c, re.M) for c in code)
+
+
+def check_names(site: Site) -> list:
+    "A name that is linked by itself leads to what it means on this page, and no link leads to the site by its address."
+    wrong, own, modules = [], site.settings.get('doc_host', '') + site.settings.get('doc_baseurl', ''), {p.output: module_of(p) for p in site.pages.values()}
+    for p in site.pages.values():
+        wrong += [Problem(site.name(p.path), cell, f'the link to {to!r} leads from a copy of the site to the original: link to the notebook') for cell, to in dict.fromkeys(p.html.links) if own and to.startswith(own)]
+        for number, cell in zip(p.numbers(), p.notebook['cells']):
+            texts = [joined(cell['source'])] * (cell['cell_type'] == 'markdown') + [joined(out['data']['text/markdown']) for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})]
+            for name, to, anchor in {found for text in texts for found in NAMED.findall(text)}:
+                module = modules.get(posixpath.normpath(posixpath.join(posixpath.dirname(p.output), to)), '')
+                if anchor.lower() != name.lower() or not means(p, name, module): wrong.append(Problem(site.name(p.path), number, f'`{name}` is linked to {to}#{anchor}, which it does not mean on this page'))
     return wrong
 
 
@@ -797,7 +854,7 @@ def check_explorers(site: Site) -> list:
     return wrong
 
 
-CHECKS = (check_processing, check_links, check_readme, check_references, check_formulas, check_sidebar, check_form, check_ways_in, check_hosts, check_explorers)
+CHECKS = (check_processing, check_links, check_readme, check_references, check_formulas, check_sidebar, check_form, check_ways_in, check_hosts, check_raw, check_names, check_explorers)
 
 
 def check(
@@ -844,15 +901,11 @@ def site_links(
     html: str,
     page: Page,
 ) -> str:       # HTML
-    "Links to notebooks, and to pages by their address on the site, as links from page to page."
-    host = site.settings.get('doc_host', '') + site.settings.get('doc_baseurl', '')
-    outputs = {p.output for p in site.pages.values()}
-
+    "Links to notebooks as links from page to page."
     def other(found):
         target, sign, anchor = found[1].partition('#')
         file = posixpath.normpath(posixpath.join(posixpath.dirname(page.path), target))
         if target and file in site.pages: target = relative(site.pages[file].output, page)
-        elif host and target.startswith(host) and (path := target[len(host):].strip('/') or 'index.html') in outputs: target = relative(path, page)
         return f'href="{target}{sign}{anchor}"'
     return re.sub(r'href="([^"]*)"', other, html)
 

@@ -27,7 +27,7 @@ def _read(
 
 def _copy_sources(root: Path, copy: Path, package: str):
     "Copy what export reads: settings, notebooks, and of the package only its `__init__.py`."
-    shutil.copytree(root / 'nbs', copy / 'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    shutil.copytree(root / 'nbs', copy / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     for name in ('settings.ini', 'pyproject.toml', f'{package}/__init__.py'):
         if (root / name).exists():
             (copy / name).parent.mkdir(exist_ok=True)

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 import docs_check
-from sparsecod.explorers import as_markdown, stored_points, variance_explorer
+from sparsecod.explorers import stored_points, variance_explorer
 
 PLACE = re.compile(r'<circle class="dot" cx="[\d.]+" cy="([\d.]+)"')
 TEXT = ('This small page is in order: it has a [link to the other page](02_other.ipynb#a-section), one to [its own section](#numbers), a picture, ![A dot](dot.svg), '
-        'a citation of [@known2020], the formula $x^2$ and a reference to @eq-one. Its address on the site is [here](https://example.org/small/build/sane.html#numbers).')
+        'a citation of [@known2020], the formula $x^2$ and a reference to @eq-one.')
 
 
 def markdown(*lines) -> dict:
@@ -33,9 +33,9 @@ def page(
     explorer: str = '',  # HTML; '': a plain output in its place
 ) -> list:
     "The cells of a page in order."
-    shown = as_markdown(explorer)._repr_markdown_() if explorer else 'Some *text*.'
+    shown = {'text/html': explorer} if explorer else {'text/markdown': 'Some *text*.'}
     return [markdown('# Sane', '', '> A page in order.'), markdown(TEXT), markdown('## Numbers', '', '$$a = b$$ {#eq-one}'),
-            code('1 + 1', {'text/plain': '2'}), code('#| echo: false\nexplorer', {'text/markdown': shown})]
+            code('1 + 1', {'text/plain': '2'}), code('#| echo: false\nexplorer', shown)]
 
 
 def replaced(old: str, new: str, at: int = 2):
@@ -55,8 +55,8 @@ def other_output(change):
     "A fault: the explorer's HTML is another one."
     def plant(cells):
         data = cells[4]['outputs'][0]['data']
-        before, data['text/markdown'] = data['text/markdown'], change(data['text/markdown'])
-        assert before != data['text/markdown']
+        before, data['text/html'] = data['text/html'], change(data['text/html'])
+        assert before != data['text/html']
     return plant
 
 
@@ -89,8 +89,15 @@ ERROR = dict(output_type='error', ename='ValueError', evalue='it broke', traceba
 FAULTS = {  # name -> what is planted, number of the cell (None: the whole page), words of the message
     'link': (replaced('02_other.ipynb#a-section', '02_gone.ipynb'), 2, "link to '02_gone.ipynb' is broken"),
     'link-out': (replaced('02_other.ipynb#a-section', '../../README.md'), 2, 'leads out of nbs/'),
-    'link-site': (replaced('sane.html', 'gone.html'), 2, 'the site has no page build/gone.html'),
-    'link-site-anchor': (replaced('sane.html#numbers', 'sane.html#letters'), 2, 'has no anchor #letters'),
+    'link-site': (replaced('02_other.ipynb#a-section', 'https://example.org/small/build/other.html'), 2, 'leads from a copy of the site to the original'),
+    'name-elsewhere': (added(markdown('## run', '', 'Here is [`run`](#run), and [`run`](../build/name-elsewhere.html#run).')), 6, '`run` is linked to ../build/name-elsewhere.html#run, which it does not mean'),
+    'name-mistaken': (added(code('from small.other import a_section'), code('1', {'text/markdown': 'See [`other`](other.html#a-section).'})), 7, '`other` is linked to other.html#a-section'),
+    'dash': (replaced('a picture', 'an option --scale, a picture'), 2, "'–scale' was two hyphens"),
+    'dash-first': (added(code('1', {'text/markdown': '--set train.steps=5 sets it.'})), 6, "'–set' was two hyphens"),
+    'raw-style': (added(code('1', {'text/html': '<style>p::before { content: "<table>" }</style>'})), 6, "holds '<table'"),
+    'raw-drawing': (added(code('1', {'text/html': '<svg viewBox="0 0 1 1" role="img"><title>{{< video a >}}</title></svg>'})), 6, "holds '{{<'"),
+    'raw-block': (added(code('1', {'text/markdown': '```{=html}\n<style>/* </TABLE> */</style>\n```'})), 6, "holds '</TABLE'"),
+    'raw-lost': (added(code('#| output: false\n1', {'text/html': '<svg viewBox="0 0 2 2"></svg>'})), 6, 'does not arrive on the page as it was stored'),
     'anchor': (replaced('#a-section', '#no-section'), 2, 'build/02_other.ipynb has no anchor #no-section'),
     'anchor-own': (replaced('](#numbers)', '](#letters)'), 2, 'has no anchor #letters'),
     'image': (replaced('dot.svg', 'gone.svg'), 2, "image 'gone.svg' is broken"),
@@ -98,7 +105,7 @@ FAULTS = {  # name -> what is planted, number of the cell (None: the whole page)
     'citation': (replaced('@known2020', '@unknown2021'), 2, 'citation @unknown2021 is in no bibliography'),
     'reference': (replaced('@eq-one', '@eq-two'), 2, 'cross-reference @eq-two has no target'),
     'reference-section': (lambda cells: (replaced('## Numbers', '## Numbers {#sec-numbers}', 3)(cells), replaced('#numbers', '#sec-numbers')(cells),
-                                         replaced('.html#sec-numbers', '.html#numbers')(cells), replaced('@eq-one', '@sec-numbers')(cells)), 2, 'needs number-sections'),
+                                         replaced('@eq-one', '@sec-numbers')(cells)), 2, 'needs number-sections'),
     'formula': (replaced('$x^2$', r'$\frac{x}{$'), 2, r'Could not convert TeX math \frac{x}{'),
     'formula-name': (replaced('$x^2$', r'$\nosuchthing x$'), 2, r'unexpected control sequence \nosuchthing'),
     'formula-katex': (replaced('$x^2$', '$x^a^b$'), 2, "KaTeX cannot read the formula 'x^a^b'"),
@@ -111,7 +118,6 @@ FAULTS = {  # name -> what is planted, number of the cell (None: the whole page)
     'host-inline-style': (added(markdown('<p style="background: url(https://a.example.com/b.png)">Text.</p>')), 6, 'https://a.example.com/b.png'),
     'host-fetch': (added(markdown('<script>fetch("https://api.example.com/x")</script>')), 6, 'that asks https://api.example.com/x'),
     'host-frame': (added(markdown("<iframe srcdoc='<link rel=stylesheet href=https://a.example.com/b.css>'></iframe>")), 6, '<link href="https://a.example.com/b.css">'),
-    'host-html-output': (added(code('1', {'text/html': '<table><tr><td>1</td></tr></table>', 'text/plain': '1'})), 6, 'an output of type text/html'),
     'error': (added(code('1 / 0', ERROR)), 6, 'a stored error is on the page: ValueError: it broke'),
     'second-title': (added(markdown('# Another title')), 6, 'second title'),
     'tag': (replaced('a picture', 'a <folder>'), 2, '<folder> is taken for an HTML tag'),
@@ -146,6 +152,8 @@ def write_site(
     explorer: str, # HTML
     faults: dict,  # name -> what is planted; each gets a page of its own
     listed=(),     # more lines of the sidebar
+    procs='processors:Signatures processors:OwnLinks processors:html_for_quarto',  # what notebooks go through
+    tables='none', # what Quarto does with tables in raw HTML
 ):
     "A small checkout."
     (root / 'nbs' / 'build').mkdir(parents=True)
@@ -153,7 +161,7 @@ def write_site(
     (root / 'settings.ini').write_text('[DEFAULT]\nrepo = small\nlib_name = small\nlib_path = small\nversion = 0\nmin_python = 3.11\nlicense = apache2\nnbs_path = nbs\nrecursive = True\n'
                                        'doc_path = _docs\nbranch = main\ntitle = small\nauthor = nobody\nauthor_email = nobody@example.org\nuser = nobody\ndescription = A small site.\nkeywords = none\n'
                                        'status = 1\nlanguage = English\naudience = Developers\ncopyright = none\nblack_formatting = False\nput_version_in_init = False\ncustom_sidebar = True\n'
-                                       'doc_host = https://example.org\ndoc_baseurl = /small\ngit_url = https://github.com/nobody/small\n', encoding='utf-8')
+                                       f'doc_host = https://example.org\ndoc_baseurl = /small\ngit_url = https://github.com/nobody/small\nskip_procs = add_links\nprocs = {procs}\n', encoding='utf-8')
     chapters = {'build/01_sane.ipynb': page(explorer), 'build/02_other.ipynb': [markdown('# Other', '', '> Another page.'), markdown(TEXT.replace('[@known2020]', 'nothing').replace(
         'to @eq-one', 'to nothing').replace('(#numbers)', '(#a-section)')), markdown('## A section', '', 'Text.')], 'index.ipynb': [
         markdown('# Home', '', '> Where it starts.'), markdown('The home page is short. It leads [to the first page](build/01_sane.ipynb), and it says a few words, at least twenty of them, so that it has an opening.')]}
@@ -167,7 +175,7 @@ def write_site(
         if NO_LINKS not in cells: cells.insert(len(cells) - (name != 'index.ipynb'), links)
         for i, cell in enumerate(cells): cell['id'] = f'c{i}'
         (root / 'nbs' / name).write_text(json.dumps(dict(metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5, cells=cells)), encoding='utf-8')
-    site = dict(project=dict(type='website'), bibliography='references.bib', format=dict(html={'html-math-method': 'mathml'}), website=dict(sidebar=dict(contents=[
+    site = dict(project=dict(type='website'), bibliography='references.bib', format=dict(html={'html-math-method': 'mathml', 'html-table-processing': tables}), website=dict(sidebar=dict(contents=[
         'index.ipynb', dict(section='Build', contents=[*(n for n in chapters if n != 'index.ipynb'), *listed])])))
     (root / '_quarto.yml').write_text(json.dumps(site), encoding='utf-8')                                   # JSON is YAML
     (root / 'nbs' / 'references.bib').write_text('@article{known2020,\n  title = {Known},\n  author = {Nobody},\n  year = {2020}\n}\n', encoding='utf-8')
@@ -195,7 +203,7 @@ def small_site(tmp_path_factory, root, explorer):
 def found(small_site):
     "What the check says of a site with all faults at once."
     made = small_site({name: plant for name, (plant, _, _) in FAULTS.items()}, listed=['build/99_gone.ipynb'])
-    for name, text in {'README.md': '[gone](nbs/gone.ipynb), [nowhere](#nowhere) and ![no picture](gone.png)\n'}.items(): (made / name).write_text((made / name).read_text(encoding='utf-8') + text, encoding='utf-8')
+    for name, text in {'README.md': '[gone](nbs/gone.ipynb), [nowhere](#nowhere), ![no picture](gone.png) and [no page](https://example.org/small/build/gone.html)\n'}.items(): (made / name).write_text((made / name).read_text(encoding='utf-8') + text, encoding='utf-8')
     (made / 'nbs' / 'build' / '98_unlisted.ipynb').write_text((made / 'nbs' / 'build' / '02_other.ipynb').read_text(encoding='utf-8').replace('02_other.ipynb)', '98_unlisted.ipynb)'), encoding='utf-8')
     return docs_check.check(made)[1]
 
@@ -208,7 +216,7 @@ def run(*given):
 def test_a_site_in_order_passes(small_site):
     done = run(small_site())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'in order: 3 pages, 13 links, 2 images, 3 formulas, 2 citations and cross-references, 1 explorers' in done.stdout
+    assert 'in order: 3 pages, 11 links, 2 images, 3 formulas, 2 citations and cross-references, 1 explorers' in done.stdout
 
 
 @pytest.mark.parametrize('name', FAULTS)
@@ -227,8 +235,8 @@ def test_the_rest_of_that_site_is_in_order(found):
 def test_faults_around_the_pages(found):
     said = '\n'.join(map(str, found))
     for words in ('_quarto.yml: the sidebar lists build/99_gone.ipynb, which does not exist', '_quarto.yml: the sidebar does not list build/98_unlisted.ipynb',
-                  "README.md: the link to 'nbs/gone.ipynb' is broken", "README.md: the link to '#nowhere' is broken", "README.md: the image 'gone.png' is broken"): assert words in said
-    assert sum(p.file in ('README.md', '_quarto.yml') for p in found) == 5
+                  "README.md: the link to 'nbs/gone.ipynb' is broken", "README.md: the link to '#nowhere' is broken", "README.md: the image 'gone.png' is broken", 'the site has no page build/gone.html'): assert words in said
+    assert sum(p.file in ('README.md', '_quarto.yml') for p in found) == 6
 
 
 def test_one_fault_is_enough(small_site):
@@ -237,12 +245,30 @@ def test_one_fault_is_enough(small_site):
     assert done.stderr.startswith('1 problem')
 
 
+def test_quarto_must_not_read_tables(small_site):
+    said = [str(p) for p in docs_check.check(small_site(tables='default'))[1]]
+    assert len(said) == 1 and said[0].startswith('_quarto.yml: html-table-processing')
+
+
+def test_a_table_in_the_script_of_an_explorer(small_site):
+    made = small_site({'explorer-table': other_output(lambda text: text.replace(r'\x3ctable', '<table'))})
+    said = [str(p) for p in docs_check.check(made)[1]]
+    assert any("holds '<table'" in text for text in said) and all('10_explorer-table.ipynb: cell 5' in text for text in said), said
+
+
+def test_html_outputs_need_the_processor(small_site):
+    table = added(code('1', {'text/html': '<table><tr><td>1</td></tr></table>', 'text/plain': '1'}))
+    assert docs_check.check(small_site(dict(table=table)))[1] == []
+    said = [p for p in docs_check.check(small_site(dict(table=table), procs=''))[1]]
+    assert {p.cell for p in said} == {5, 6} and all('an output of type text/html' in p.text for p in said)
+
+
 def test_a_preview_has_links_pictures_equations_and_citations(small_site, tmp_path):
     picture = code('#| fig-alt: "One dot."\ndot', {'image/png': DOT, 'text/plain': '<Figure>'})
     done = run(small_site(dict(picture=added(picture))), '--pages', tmp_path)
     assert done.returncode == 0 and '4 pages of a preview, not as Quarto makes them' in done.stdout, done.stdout + done.stderr
     text, home = (' '.join((tmp_path / name).read_text(encoding='utf-8').split()) for name in ('build/picture.html', 'index.html'))
-    for part in (f'<img src="data:image/png;base64,{DOT}" alt="One dot."', '<a href="other.html#a-section">', '<a href="sane.html#numbers">', '<a href="#eq-one">Equation (1)</a>',
+    for part in (f'<img src="data:image/png;base64,{DOT}" alt="One dot."', '<a href="other.html#a-section">', '<a href="#eq-one">Equation (1)</a>',
                  '<span class="number" id="eq-one">(1)</span>', '(<a href="#ref-known2020"', '<a href="../index.html">Home</a>', '<a href="picture.html" aria-current="page">Sane</a>',
                  '<title>Sane</title>', 'A page in order.', 'made without Quarto'): assert part in text, part
     assert (tmp_path / 'build' / 'dot.svg').exists() and '<a href="build/sane.html">' in home and '#|' not in text and 'docs-check' not in text

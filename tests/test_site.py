@@ -10,8 +10,10 @@ import os
 import re
 import threading
 from functools import partial
+from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -52,12 +54,16 @@ def browser():
     with open_browser() as one: yield one
 
 
+def address(site: str, page: str) -> str:
+    "Where the page of a notebook is."
+    return site + re.sub(r'(^|/)\d+_', r'\1', page).replace('.ipynb', '.html')
+
+
 @pytest.fixture
 def opened(site, browser):
     "Opens a page of the site."
     def at(page: str, width: int, theme: str):
-        address = site + re.sub(r'(^|/)\d+_', r'\1', page).replace('.ipynb', '.html')
-        return visit(browser, address, width, theme, within=site, warnings=site.startswith('file:'))
+        return visit(browser, address(site, page), width, theme, within=site, warnings=site.startswith('file:'))
     return at
 
 
@@ -145,6 +151,39 @@ def test_any_other_page_on_a_phone(opened, name):
         wear(page, 'dark')
         keep(page, f'{name}-360-dark')
         looks_right(page, 'dark')
+
+
+class Lively(HTMLParser):
+    "What is alive in HTML: the texts of scripts and styles, the pages inside frames, the number of drawings."
+    def __init__(self, text: str):
+        super().__init__()
+        self.texts, self.inside, self.frames, self.drawings, self.links = [], False, [], 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag in ('script', 'style')
+        if self.inside: self.texts.append('')
+        if tag == 'iframe': self.frames.append(dict(attributes).get('srcdoc'))
+        if tag == 'a': self.links.append(dict(attributes).get('href') or '')
+        self.drawings += tag == 'svg'
+
+    def handle_endtag(self, tag): self.inside = False
+
+    def handle_data(self, text):
+        if self.inside: self.texts[-1] += text
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_what_is_stored_arrives_whole(site, name):
+    "No step from the notebook to the page drops or changes a script, a style, a frame or a drawing."
+    notebook = json.loads((SITE.nbs / name).read_text(encoding='utf-8'))
+    outputs = [out['data'] for cell in notebook['cells'] for out in cell.get('outputs', []) if 'data' in out]
+    stored = Lively(''.join(''.join(text) for data in outputs for kind, text in data.items() if kind in ('text/html', 'text/markdown')))
+    with urlopen(address(site, name)) as reply: page = Lively(reply.read().decode('utf-8'))
+    assert not [text[:80] for text in stored.texts if text not in page.texts]
+    assert [f for f in page.frames if f] == stored.frames and page.drawings >= stored.drawings
+    own = SITE.settings['doc_host'] + SITE.settings['doc_baseurl']
+    assert not [to for to in page.links if to.startswith(own)], 'a copy of the site leads to the original'
 
 
 @pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'), ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'), ('<p>All is well.</p>', None)])

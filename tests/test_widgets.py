@@ -471,12 +471,21 @@ def test_snapshot(corpus, tmp_path):
     assert len(re.findall('font-weight:700">(keep|skip|linear)<', still)) == 4
 
 
+def test_a_panel_is_shown_live_and_as_a_snapshot():
+    panel = wd.surgery_widget(random_model(), None, WINDOWS, FIT)
+    shown = panel._repr_mimebundle_(include=None, exclude=None)
+    assert shown['application/vnd.jupyter.widget-view+json']['model_id'] == panel.view.model_id
+    assert shown['text/html'] == wd.snapshot(panel) and f'{panel.loss:.4f}' in shown['text/html']
+    panel.switches[2].value = 'skip'
+    assert f'{panel.loss:.4f}' in panel._repr_mimebundle_()['text/html'] != shown['text/html']
+
+
 def test_the_chapter_stores_no_widgets(root):
-    "Stored widgets would make the site load their runtime from another host; after running the chapter, drop them from its metadata."
+    "A stored widget is dead, and makes the site load a runtime from another host; tests/store.py stores a chapter without."
     notebook = json.loads((root / 'nbs' / 'build' / '19_widgets.ipynb').read_text(encoding='utf-8'))
     assert 'widgets' not in notebook['metadata']
     kinds = {kind for c in notebook['cells'] for o in c.get('outputs', []) for kind in o.get('data', {})}
-    assert kinds <= {'text/plain', 'text/markdown'} and 'text/markdown' in kinds
+    assert kinds <= {'text/plain', 'text/html'} and 'text/html' in kinds
 
 
 def test_ipywidgets_is_only_needed_for_panels(monkeypatch):
@@ -508,11 +517,16 @@ knife''', '''
 print('SAME', all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), knife.surgery.plan, 'END')''']
 
 
+def notebook_of(cells: list[str]):
+    "A notebook with these cells of code."
+    import nbformat
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
+
+
 @contextmanager
-def jupyterlab(folder: Path, cells: list[str]):
+def jupyterlab(folder: Path, notebook):
     "A JupyterLab server of our own on a free port, with a notebook; gives the notebook's address."
     import nbformat
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
     notebook.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
     (folder / 'root').mkdir()
     nbformat.write(notebook, folder / 'root' / 'work.ipynb')
@@ -573,13 +587,13 @@ class Lab:
     def click(self, n, name): self.cell(n).get_by_role('button', name=name, exact=True).click()
 
 
-def test_in_jupyterlab(tmp_path):
-    "Both widgets in a real notebook: one training at a time, the kernel stays free, and surgery that leaves no trace."
+def in_jupyterlab(folder: Path, notebook, *drive):
+    "Open a notebook in JupyterLab, in a browser, and drive it."
     from browser import ARGUMENTS, INSTALL, chromium
     try: from playwright.sync_api import expect, sync_playwright
     except ImportError: pytest.fail(INSTALL, pytrace=False)
     binary = chromium()
-    with jupyterlab(tmp_path, CELLS) as url, sync_playwright() as driver:
+    with jupyterlab(folder, notebook) as url, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=binary, args=ARGUMENTS)
         page, outside = browser.new_page(viewport=dict(width=1100, height=2400)), []
         page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1:', 'http://localhost:', 'data:', 'blob:')) else outside.append(r.url))
@@ -588,16 +602,61 @@ def test_in_jupyterlab(tmp_path):
         try:
             page.goto(url)
             lab = Lab(page)
-            lab.cell(3).wait_for()
-            drive_training(lab, expect)
-            drive_surgery(lab, expect)
+            lab.cell(0).wait_for()
+            for one in drive: one(lab, expect)
             assert outside == [], 'the notebook asks other hosts'
-            if place := os.environ.get('SPARSECOD_SCREENSHOTS'): page.screenshot(path=Path(place) / 'jupyterlab.png')
+            if place := os.environ.get('SPARSECOD_SCREENSHOTS'): page.screenshot(path=Path(place) / f'jupyterlab-{drive[0].__name__}.png')
         except Exception:
-            page.screenshot(path=tmp_path / 'failed.png')
-            print((tmp_path / 'server.log').read_text(encoding='utf-8')[-2000:])
+            page.screenshot(path=folder / 'failed.png')
+            print((folder / 'server.log').read_text(encoding='utf-8')[-2000:])
             raise
         finally: browser.close()
+
+
+def test_in_jupyterlab(tmp_path):
+    "Both widgets in a real notebook: one training at a time, the kernel stays free, and surgery that leaves no trace."
+    in_jupyterlab(tmp_path, notebook_of(CELLS), drive_training, drive_surgery)
+
+
+SHOWN = """
+from IPython.display import HTML
+from sparsecod.explorers import stored_points, variance_explorer
+HTML(variance_explorer(stored_points()))"""
+
+
+def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
+    "Run All leaves both panels alive, and an explorer beside them."
+    import nbformat
+    notebook = nbformat.read(root / 'nbs' / 'build' / '19_widgets.ipynb', as_version=4)
+    notebook.cells += notebook_of([SHOWN]).cells
+    in_jupyterlab(tmp_path, notebook, drive_chapter)
+
+
+def drive_chapter(lab, expect):
+    code = lab.page.locator('.jp-Notebook .jp-CodeCell')
+    lab.page.get_by_role('menuitem', name='Run', exact=True).click()
+    lab.page.get_by_text('Run All Cells', exact=True).click()
+    explorer = lab.page.locator('section.sce')
+    explorer.wait_for(timeout=240_000)
+    panels = code.filter(has=lab.page.locator('.jupyter-widgets'))
+    expect(panels).to_have_count(4)                                          # each of the two as it began, and after the clicks from Python
+    panel = panels.nth(0)
+    expect(panel.locator('.says')).to_contain_text('finished')
+    steps = panel.get_by_label('steps', exact=True)
+    steps.fill('100000')
+    steps.press('Tab')
+    panel.get_by_role('button', name='start', exact=True).click()
+    expect(panel.locator('.says')).to_contain_text('running, step')
+    panel.get_by_role('button', name='stop', exact=True).click()
+    expect(panel.locator('.says')).to_contain_text('interrupted')
+    knife, loss = panels.nth(2), panels.nth(2).locator('.loss')
+    own = loss.inner_text()
+    knife.locator('.widget-toggle-buttons').nth(0).get_by_role('button', name='skip').click()
+    expect(loss).not_to_have_text(own)
+    says = explorer.locator('#sce-variance-says')
+    before = says.inner_text()
+    explorer.locator('#sce-variance-density').press('ArrowLeft')
+    expect(says).not_to_have_text(before)
 
 
 def drive_training(lab, expect):

@@ -1,0 +1,94 @@
+"What happens to notebooks on their way to the site: links of names, HTML outputs, signatures."
+from pathlib import Path
+
+import pytest
+from execnb.nbio import dict2nb, mk_cell
+from nbdev.process import NBProcessor
+
+import docs_check
+import processors
+
+
+def processed(root: Path, path: str, cells: list, *procs) -> list:
+    "Cells after some processors, as if they were those of a page."
+    notebook = dict2nb(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python'))))
+    notebook.path_ = str(root / 'nbs' / path)
+    one = NBProcessor(nb=notebook, procs=list(procs))
+    one.process()
+    return one.nb.cells
+
+
+def shown(source: str, data: dict):
+    "A cell with one output."
+    cell = mk_cell(source)
+    cell.outputs = [dict(output_type='display_data', metadata={}, data=data)]
+    return cell
+
+
+def linked(root: Path, path: str, code: str, text: str) -> str:
+    "A sentence on a page with some code."
+    return processed(root, path, [mk_cell(code), mk_cell(text, 'markdown')], processors.OwnLinks)[-1].source
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(root, monkeypatch): monkeypatch.chdir(root)
+
+
+CORE = '#| default_exp core\n#| export\nclass Transformer: pass'
+
+@pytest.mark.parametrize('path, code, text, link', [
+    ('build/03_core.ipynb', CORE, 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
+    ('build/07_scores.ipynb', 'from sparsecod.core import Transformer', 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
+    ('index.ipynb', 'from sparsecod.data import Corpus', '`Corpus.from_texts()`', '[`Corpus.from_texts()`](build/data.html#corpus.from_texts)'),
+    ('reproduce/01_depth.ipynb', 'from sparsecod.studies import (RunConfig,\n    run_study)', '`run_study()`', '[`run_study()`](../build/studies.html#run_study)'),
+])
+def test_a_name_that_the_page_uses_is_linked(root, path, code, text, link):
+    assert linked(root, path, code, text) == link
+
+
+@pytest.mark.parametrize('path, code, text', [
+    ('build/03_core.ipynb', CORE, 'the method `run`, the blocks `layers`, a `ratio`'),            # names of other modules
+    ('build/06_adapters.ipynb', 'import torch', '`embed` and `open_model`'),                        # nothing is imported
+    ('build/05_train.ipynb', 'from sparsecod.studies import run_study', '`finished`, `Transformer`'),
+    ('build/12_studies.ipynb', 'from sparsecod.train import train', 'the field `train` of a run'),  # RunConfig has such a field
+    ('build/03_core.ipynb', 'class Transformer: pass', '`Transformer`'),                            # one of its own, not exported
+    ('build/03_core.ipynb', CORE, 'see [`Transformer`](03_core.ipynb) and [the `Transformer` of ours](03_core.ipynb)'),
+    ('build/03_core.ipynb', CORE, '```python\n`Transformer`\n```\n\n    `Transformer`'),
+    ('build/03_core.ipynb', CORE, '````{=html}\n```\nx = `Transformer`\n````'),
+])
+def test_any_other_name_is_left_alone(root, path, code, text):
+    assert linked(root, path, code, text) == text
+
+
+def test_links_in_outputs_spare_raw_blocks(root):
+    text = 'A `Transformer`.\n\n```{=html}\n<script>x = `Transformer`</script>\n```\n'
+    after = processed(root, 'build/03_core.ipynb', [mk_cell(CORE), shown('1', {'text/markdown': text})], processors.OwnLinks)[-1].outputs[0]['data']['text/markdown']
+    assert after == text.replace('`Transformer`.', '[`Transformer`](core.html#transformer).')
+
+
+@pytest.mark.parametrize('text', ['<b>x</b>', '<script>const a = `x`, b = ````` `y` `````</script>', '<p>\n\n    four\n</p>', ['<p>\n', '```\n', '</p>']])
+def test_html_comes_through_pandoc_as_it_is(root, text):
+    more = {'text/plain': 'x', 'application/vnd.jupyter.widget-view+json': dict(model_id='a')}
+    data = processed(root, 'build/03_core.ipynb', [shown('1', {'text/html': text, **more})], processors.html_for_quarto)[0].outputs[0]['data']
+    assert list(data) == ['text/markdown']
+    assert docs_check.pandoc(f'Before.\n\n{data["text/markdown"]}\n\nAfter.', 'markdown')[0] == f'<p>Before.</p>\n{"".join(text)}\n<p>After.</p>\n'
+
+
+def documented(root: Path, module: str, name: str, text: str) -> str:
+    "What becomes of the documentation that nbdev writes of a symbol."
+    code = mk_cell(f'#| default_exp {module}\n#| export\nclass {name}: pass')
+    return processed(root, f'build/{module}.ipynb', [code, shown(f'show_doc({name})', {'text/markdown': text})], processors.Signatures)[-1].outputs[0]['data']['text/markdown']
+
+
+BARE = '```python\ndef {}(\n    *args, **kwargs\n):\n```'
+
+@pytest.mark.parametrize('module, name, arguments', [('widgets', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']), ('widgets', 'Panel', []), ('cloze', 'Gap', [])])
+def test_a_signature_names_its_arguments(root, module, name, arguments):
+    text = documented(root, module, name, BARE.format(name))
+    assert 'kwargs' not in text and f'def {name}(' in text and all(f'\n    {a},' in text for a in arguments)
+    assert bool(arguments) <= (',' in text)
+
+
+def test_a_signature_shows_no_address(root):
+    text = '```python\ndef Panel(\n    parts:Parts=<__main__.Parts object at 0x7f7516d033d0>,\n)->__main__.Layout | None:\n```'
+    assert documented(root, 'widgets', 'Panel', text) == text.replace('<__main__.Parts object at 0x7f7516d033d0>', 'Parts()').replace('__main__.Layout', 'Layout')
