@@ -187,14 +187,14 @@ SCALES['laptop'] = RunConfig(
 SCALES['gpu'] = RunConfig(
     scale='gpu', data=DataConfig('site', vocab_size=16384),
     model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=1024),
-    train=TrainConfig(steps=2000, tokens_per_step=64 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, compile=True))
+    train=TrainConfig(steps=2000, tokens_per_step=64 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, compile='on'))
 
 # %% ../nbs/build/12_studies.ipynb #9f5d9680
 SCALES['paper'] = RunConfig(
     scale='paper', data=DataConfig('fineweb-edu', tokenizer='EleutherAI/gpt-neox-20b'),
     model=preset('paper-L16'),
     train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, warmup_steps=1000,
-                      weight_decay=0.1, decay_groups='all', compile=True, log_every=100, checkpoint_every=500))
+                      weight_decay=0.1, decay_groups='all', compile='on', log_every=100, checkpoint_every=500))
 
 def scale_config(
     scale: str | RunConfig,  # a key of SCALES, or a configuration of your own

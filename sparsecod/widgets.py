@@ -29,8 +29,8 @@ from .data import Corpus, prepare
 from .explorers import CSS, chart, short
 from .scores import check_windows, fit_blocks, untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows, vary
-from .train import (TrainResult, find_world, finish, lock_folder, make_optimizer, open_folder, read_log, restore,
-                             run_steps, sequences_per_step, start_run, uses_bf16, usual_torch)
+from .train import (TrainResult, decide_execution, find_world, finish, lock_folder, make_optimizer, open_folder, read_log, restore,
+                             run_steps, sequences_per_step, start_run, usual_torch)
 
 # %% ../nbs/build/19_widgets.ipynb #f7c18341
 ENDED = ('finished', 'interrupted', 'diverged', 'failed')  # states that a training does not leave
@@ -124,6 +124,7 @@ def train_controlled(
         open_folder(folder, c.model, c.train, corpus, False, world)
         run = start_run(c.model, c.train, corpus, folder, world)
         restore(run)
+        decide_execution(run)
         if thread.going.is_set() and not thread.asked: thread.change('running')
         return finish(run, run_steps(run, stop=thread, bar=thread))
 
@@ -183,7 +184,7 @@ def step_seconds(
         optimizer = make_optimizer(model, config.train)
         windows = torch.randint(c.vocab_size, (sequences, c.context_length + 1), device=device)    # (B, T + 1)
         def work():
-            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.train.precision, device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == 'bf16'):
                 loss = model(windows[:, :-1], targets=windows[:, 1:])
             loss.backward()
             optimizer.step()
