@@ -247,10 +247,12 @@ def find_world() -> PartialState:
         if is_set(name):
             raise ValueError(f'{name}={os.environ[name]} must not be set: a model that is divided among processes is not '
                              'supported; each process holds the whole model and a share of the data')
-    launched, gpu = int(os.environ.get('WORLD_SIZE') or 1), torch.accelerator.current_accelerator()
-    no_gpus = gpu is None or gpu.type == 'mps'  # Apple's GPU cannot be shared by processes
+    launched = int(os.environ.get('WORLD_SIZE') or 1)
+    gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()  # processes cannot share Apple's
     advice = 'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process'
-    try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and no_gpus)
+    if launched > 1 and not os.environ.get('MASTER_ADDR'):
+        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find each other; {advice}')
+    try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
     except (ValueError, RuntimeError) as error:
         if launched == 1: raise
         raise RuntimeError(f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error

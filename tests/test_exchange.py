@@ -559,9 +559,10 @@ def test_errors_name_what_is_allowed(run, tmp_path):
 
 def test_diverged_training_is_refused(run, tmp_path):
     import shutil
+    from sparsecod.integrity import stamp
     shutil.copytree(run, tmp_path / 'run')
     result = json.loads((tmp_path / 'run' / 'result.json').read_text(encoding='utf-8'))
-    (tmp_path / 'run' / 'result.json').write_text(json.dumps(result | dict(status='diverged')), encoding='utf-8')
+    (tmp_path / 'run' / 'result.json').write_text(json.dumps(stamp(result | dict(status='diverged'))), encoding='utf-8')
     with pytest.raises(ValueError, match="status='diverged'; allowed is finished"): export_folder(tmp_path / 'run', tmp_path / 'out')
 
 
