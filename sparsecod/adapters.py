@@ -408,13 +408,13 @@ def check_weights(
     folder: Path,  # of a model
 ):
     "Raise a ValueError unless the folder has weights in safetensors files that are complete, and as they were sealed."
-    if (folder / MANIFEST).is_file() and 'identity' in read_json(folder / MANIFEST):   # other tools have manifests too
-        try: check_seal(folder)
-        except Damaged as error: raise Damaged(f'{error}; if it was changed on purpose, remove {MANIFEST}') from error
     for file in sorted(folder.glob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass                               # reads the header and compares sizes
         except SafetensorError as error: raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
+    if (folder / MANIFEST).is_file() and 'identity' in read_json(folder / MANIFEST):   # other tools have manifests too
+        try: check_seal(folder)
+        except Damaged as error: raise Damaged(f'{error}; if it was changed on purpose, remove {MANIFEST}') from error
     if any(folder.glob('*.safetensors')): return
     pickles = sorted(file.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for file in folder.glob(pattern))
     raise ValueError(f'{folder} holds no weights in safetensors files; looked for *.safetensors' + bool(pickles) * (
