@@ -267,8 +267,8 @@ def tell_format(
     from sparsecod.data import ROW_SUFFIXES, TEXT_SUFFIXES
     suffix = Path(source or '').suffix.lower()
     if is_local(source) and Path(source).is_file() and suffix not in ('', *TEXT_SUFFIXES, *ROW_SUFFIXES):
-        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files that are understood end in '
-                      f'{" ".join(ROW_SUFFIXES)}, with the text in the field that --text-field names')
+        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of which one field is read, end in '
+                      f'{" ".join(ROW_SUFFIXES)}')
 
 # %% ../nbs/build/17_cli.ipynb #b74e3744
 def own_subject(

@@ -354,8 +354,8 @@ def check_folder(
 ):
     "Raise an error unless files can be written to a folder and there is room for them; leaves nothing behind."
     folder = Path(folder).absolute()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    if not place.is_dir(): raise NotADirectoryError(errno.ENOTDIR, f'{place} is a file, so {folder} cannot be a folder; choose another one')
+    place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not os.path.isdir(place): raise NotADirectoryError(errno.ENOTDIR, f'{place} is a file, so {folder} cannot be a folder; choose another one')
     probe = draft_name(place / 'probe')
     try:
         probe.write_bytes(bytes(2 ** 12))
@@ -369,7 +369,7 @@ def check_file(
     path: str | Path,  # that is to be written
 ):
     "Raise an error unless a file of this name can be written."
-    if Path(path).is_dir(): raise IsADirectoryError(errno.EISDIR, f'{path} is a folder; name a file')
+    if os.path.isdir(path): raise IsADirectoryError(errno.EISDIR, f'{path} is a folder; name a file')
     check_folder(Path(path).absolute().parent)
 
 # %% ../nbs/build/12_studies.ipynb #0350ac22
