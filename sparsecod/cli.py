@@ -184,7 +184,8 @@ def add_model(
     "Options of commands that read a model."
     parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, or a name on the Hub')
     option(parser, '--data', metavar='SOURCE', help=f'{data} comes from here: a file, a folder, or a source of DataConfig', shown='the corpus of the training, or stdlib')
-    option(parser, '--text-field', metavar='NAME', help='field that holds the text, in rows of jsonl, parquet and Hugging Face data', shown="the training's, or text")
+    option(parser, '--text-field', metavar='NAME', shown="the training's, or text",
+           help='field that holds the text, in rows of jsonl, parquet and Hugging Face data')
     option(parser, '--device', default='cpu', metavar='NAME', help='where to compute, such as cpu or cuda')
     flag(parser, '--trust-remote-code', 'run programs that come with the model')
 
@@ -199,7 +200,8 @@ def add_score(
     option(p, '--sequences', type=count, metavar='N', help='sequences to score on', shown="the training's, or 32")
     option(p, '--fit', type=count, metavar='N', help='further sequences to fit affine maps on', shown="the training's, or 64, or 4 tokens a channel if that is more")
     option(p, '--length', type=count, metavar='T', help='tokens of a sequence', shown="the training's, or 256")
-    option(p, '--seed', type=whole, metavar='N', help='of the choice of sequences and of what is drawn at random', shown="the training's, or 0")
+    option(p, '--seed', type=whole, metavar='N', shown="the training's, or 0",
+           help='of the choice of sequences and of what is drawn at random')
     option(p, '--jacobian-probes', type=whole, metavar='N', help='random probes for each Jacobian, at least 2; 0 computes it exactly', shown='exact up to a width of 128, 32 beyond')
     flag(p, '--as-published', 'also usefulness with the two traps of the official code, for comparison')
     option(p, '--memory', type=gigabytes, metavar='GB', help='bound of the working memory beside the model', shown=f'{DEFAULT_GIGABYTES}, or what one sequence takes if that is more')
@@ -224,7 +226,8 @@ def whole(
     text: str,  # what was typed
 ) -> int:
     "A whole number, 0 included."
-    if not re.fullmatch('[0-9]{1,18}', text): raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, 0 or more')
+    if not re.fullmatch('[0-9]{1,18}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, 0 or more')
     return int(text)
 
 # %% ../nbs/build/17_cli.ipynb #73e61cca
@@ -272,8 +275,8 @@ def tell_format(
     from sparsecod.data import ROW_SUFFIXES, TEXT_SUFFIXES
     suffix = Path(source or '').suffix.lower()
     if is_local(source) and Path(source).is_file() and suffix not in ('', *TEXT_SUFFIXES, *ROW_SUFFIXES):
-        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files that are understood end in '
-                      f'{" ".join(ROW_SUFFIXES)}, with the text in the field that --text-field names')
+        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of which '
+                      f'one field is read, end in {" ".join(ROW_SUFFIXES)}')
 
 # %% ../nbs/build/17_cli.ipynb #b74e3744
 def own_subject(
@@ -293,7 +296,8 @@ def own_subject(
     changes = {'data.source': args.data} if args.data and args.data != config.data.source else {}
     if args.text_field: changes['data.text_field'] = args.text_field
     if changes and (folder / 'tokenizer.json').exists(): changes['data.tokenizer'] = str(folder / 'tokenizer.json')
-    config, foreign = vary(config, changes), 'data.source' in changes and tokenizer is not None and is_local(args.data)
+    config = vary(config, changes)
+    foreign = 'data.source' in changes and tokenizer is not None and is_local(args.data)
     return Subject(model, tokenizer, config.data, foreign, config.score, model.config.context_length, folder, dict(config=config.to_dict()))
 
 # %% ../nbs/build/17_cli.ipynb #1cc6e42e
@@ -309,7 +313,8 @@ def stock_subject(
     from sparsecod.scores import DEFAULT_LENGTH
     place, c = find_folder(source, args.trust_remote_code), model.config
     if tokenizer is None: raise ValueError(f'{source} has no tokenizer.json, so no text can be cut into its tokens; save_pretrained of a fast tokenizer writes one')
-    data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22, text_field=args.text_field or 'text')
+    data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
+                      text_field=args.text_field or 'text')
     length = min(DEFAULT_LENGTH, c.context_length or DEFAULT_LENGTH)
     folder = Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
     about = dict(model=str(source), architecture=c.architecture, data=data.to_dict())
@@ -383,7 +388,7 @@ def check_target(
     try: check_file(path)
     except OSError as error: raise type(error)(error.errno, f'{option}: {error.strerror}') from error
     if option == '--json' and Path(path).suffix in ('.html', '.parts'):
-        raise ValueError(f'{option} {path} must end in .json: files that end in .html and .parts are written beside it')
+        raise ValueError(f'{option} {path} must end in .json: names that end in .html and .parts are used beside it')
 
 # %% ../nbs/build/17_cli.ipynb #77314804
 def write_scores(
@@ -544,8 +549,9 @@ def do_export(
     if args.record:
         from sparsecod.integrity import read_json
         from sparsecod.studies import check_record
-        try: record = check_record(read_json(args.record), Path(args.record).absolute())
-        except ValueError as error: raise ValueError(f'--record {args.record} cannot be used: {error}') from error
+        path = Path(args.record).absolute()
+        try: record = check_record(read_json(path), path)
+        except ValueError as error: raise ValueError(f'--record {path} cannot be used: {error}') from error
     print(f'written to {export_folder(args.folder, args.out, args.format, args.overwrite, record)}')
     return 0
 
@@ -666,15 +672,18 @@ def show_results(
     from sparsecod.studies import one_corpus, read_records
     found, damaged = read_records(Path(folder) / scale)
     records = one_corpus(found)
-    if not records: raise ValueError(f'there are no records in {Path(folder) / scale}' + f' that can be used; {len(damaged)} are damaged' * bool(damaged)
-                                     + '; sparsecod study makes some')
+    if not records:
+        useless = f' that can be used ({len(damaged)} are damaged)' if damaged else ''
+        raise ValueError(f'there are no records in {Path(folder) / scale}{useless}; sparsecod study makes some')
     check_target(out or Path(folder) / scale / 'report.html', '--out')
     rows = ledger(records, study)
     print(ledger_markdown(rows) if markdown else ledger_table(rows))
     path = Path(out or Path(folder) / scale / 'report.html')
     for written in write_reports(records, study, path): print(f'report: {written}', file=sys.stderr if markdown else sys.stdout)
-    if damaged: print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: {", ".join(p.name for p in damaged)}', file=sys.stderr)
-    return 1 if damaged else 0
+    if not damaged: return 0
+    names = ', '.join(path.name for path in damaged)
+    print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: {names}', file=sys.stderr)
+    return 1
 
 # %% ../nbs/build/17_cli.ipynb #24c69377
 def write_reports(
@@ -701,7 +710,8 @@ def failure(
     error: BaseException,    # what stopped a command
 ) -> tuple[int, str]:        # exit code and one line
     "What to tell the user about an error."
-    said = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else getattr(error, 'strerror', None) or str(error)
+    said = getattr(error, 'strerror', None) or str(error)
+    if isinstance(error, OSError) and error.filename: said = f'{error.filename}: {said}'
     text = ' '.join(said.split()).replace('resume=False', '--restart').replace('name another folder or remove this one', '--force discards them and begins anew')
     if isinstance(error, KeyboardInterrupt): return 130, 'stopped; what is done is kept, and the same command continues from there'
     if isinstance(error, BrokenPipeError): return 1, 'the reader of the output has gone'
@@ -712,11 +722,11 @@ def failure(
 def refuse_launcher(
     do,   # function of a command
 ):
-    "Raise a ValueError if torchrun or accelerate launch has started a command several times that is to run once."
+    "Raise a ValueError if a launcher has started a command several times that is to run once."
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1 and do is not do_train:
-        raise ValueError(f'WORLD_SIZE={n}: only sparsecod train runs in several processes that a launcher starts; start this command '
-                         'without torchrun or accelerate launch (study and reproduce start processes of their own: --jobs)')
+        raise ValueError(f'WORLD_SIZE={n}: only sparsecod train runs in processes of a launcher; start this command '
+                         'without torchrun or accelerate launch (study and reproduce have processes of their own: --jobs)')
 
 def parser() -> Parser:
     "The parser of the command line."

@@ -999,7 +999,8 @@ def text_tokens(
     texts = [data] if isinstance(data, str) else data
     items = open_source(config).items if names_source(data) else row_items((({text_field: text}, 0) for text in texts), text_field, 2 ** 20, 'data')
     strip, n, size = [], 0, 0
-    for document, ids in encode_documents(unique_documents(items, config, Counter() if stats is None else stats), tokenizer):
+    documents = unique_documents(items, config, Counter() if stats is None else stats)
+    for document, ids in encode_documents(documents, tokenizer):
         strip.append(np.array([*ids, tokenizer.eos_id], np.int64))
         n, size = n + len(strip[-1]), size + len(document.text.encode())
         if n >= MOST_TOKENS: break
@@ -1016,8 +1017,9 @@ def text_windows(
     "Cut text into sequences to score and others to fit affine maps on."
     stats = Counter()
     (strip, size), N, M = text_tokens(data, tokenizer, text_field, stats), config.n_sequences, config.n_fit
-    left_out = ', '.join(f'{n:,} {reason}' for reason, n in stats.items() if reason not in ('duplicates', 'empty'))
-    if left_out: warnings.warn(f'data={str(data)!r}: documents that could not be read were left out: {left_out}', stacklevel=3)
+    unread = {reason: n for reason, n in stats.items() if reason not in ('duplicates', 'empty')}
+    left_out = ', '.join(f'{n:,} {reason}' for reason, n in unread.items())
+    if left_out: warnings.warn(f'data={str(data)!r}: documents that cannot be read are left out: {left_out}', stacklevel=3)
     have, need = (len(strip) - 1) // T, (N + M) * T + 1
     if have < N + M:
         more = f'about {need * size / len(strip) / 1000:,.0f} kB of such text' if size else 'and there is no text'

@@ -56,7 +56,8 @@ from .cloze import measure_cloze
 from .core import POSITIVE, PRESETS, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
 from .core import param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
-from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name, read_json, set_aside, stamp, write_text
+from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
+from .integrity import read_json, set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .scores import ScoreConfig, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
@@ -109,7 +110,8 @@ def check_change(
     if not isinstance(place, dict) or name not in place or name in PARTS:
         known = ', '.join(values if part not in PARTS else (f'{part}.{n}' for n in values[part]))
         meant = ' or '.join(f'{p}.{name}' for p in PARTS if name in values[p] and p != part)
-        raise ValueError(f'there is no field {path}={new!r}; ' + (f'did you mean {meant}?' if meant else f'there are {known}'))
+        advice = f'did you mean {meant}?' if meant else f'there are {known}'
+        raise ValueError(f'there is no field {path}={new!r}; {advice}')
     if path == 'train.seed': raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
     old = place[name]
     if isinstance(old, (int, float)) and (isinstance(new, (str, list)) or isinstance(old, bool) != isinstance(new, bool)):
@@ -129,7 +131,9 @@ def vary(
         place, name = check_change(path, values, new)
         place[name] = whole(place[name], new)
     try: return RunConfig.from_dict(values)
-    except TypeError as error: raise ValueError(f"{', '.join(f'{k}={v!r}' for k, v in changes.items())}: {error}") from error
+    except TypeError as error:
+        asked = ', '.join(f'{path}={new!r}' for path, new in changes.items())
+        raise ValueError(f'{asked}: {error}') from error
 
 # %% ../nbs/build/12_studies.ipynb #194f72c9
 def changed_fields(
@@ -316,11 +320,12 @@ def check_text(
     corpus: Corpus,     # what the model is to be trained on
 ):
     "Raise a ValueError unless there is text enough for the training, the scores and all further measurements."
-    T, s, have = config.model.context_length, config.score, {split: len(corpus.tokens(split)) for split in ('train', 'val')}
-    n = s.n_sequences + s.n_fit
-    wanted = {f'model.context_length={T}': ('train', T + 1),
-              f'score.n_sequences={s.n_sequences} and score.n_fit={s.n_fit} at model.context_length={T}': ('val', n * T + 1)}
-    if 'lengths' in config.measures: wanted[f'lengths={config.lengths}'] = 'val', max(config.lengths, default=0) + 1
+    T, D, s = config.model.context_length, config.model.d_model, config.score
+    have, n = {split: len(corpus.tokens(split)) for split in ('train', 'val')}, s.n_sequences + s.n_fit
+    scored = f'score.n_sequences={s.n_sequences} and score.n_fit={s.n_fit} at model.context_length={T}'
+    wanted = {f'model.context_length={T}': ('train', T + 1), scored: ('val', n * T + 1)}
+    if 'lengths' in config.measures:
+        wanted[f'lengths={config.lengths}'] = 'val', max(config.lengths, default=0) + 1
     if 'sample' in config.measures: wanted["measures='sample'"] = 'val', 25
     for field, (split, need) in wanted.items():
         text = dict(train='training', val='held-out')[split]
@@ -328,41 +333,48 @@ def check_text(
             raise ValueError(f'{field} needs {need:,} tokens of {text} text and there are {have[split]:,}; '
                              f'give more text, change data.val_share={config.data.val_share}, or ask for less')
     fit = len(score_windows(corpus, T, s)[1]) * T
-    if fit <= config.model.d_model + 1:
+    if fit <= D + 1:
         raise ValueError(f'score.n_fit={s.n_fit} gives {fit:,} tokens to fit affine maps on that are not scored; '
-                         f'model.d_model={config.model.d_model} needs at least {config.model.d_model + 2}')
-    if 'cloze' in config.measures and (documents := corpus.stats.get('val_documents', 2)) < 2:
-        raise ValueError(f"measures='cloze' needs 2 held-out documents and there is {documents}; give more text or smaller documents")
+                         f'model.d_model={D} needs at least {D + 2}')
+    documents = corpus.stats.get('val_documents', 2)
+    if 'cloze' in config.measures and documents < 2:
+        raise ValueError(f"measures='cloze' needs 2 held-out documents and there is {documents}; "
+                         'give more text or smaller documents')
 
 # %% ../nbs/build/12_studies.ipynb #54083013
 def training_bytes(
     config: RunConfig,  # of a run
 ) -> int:               # bytes
-    "The most that a training has on the disk at a time: its checkpoints, one that is being written, and the model."
+    "The most that a training has on the disk at a time: checkpoints, one more in the making, and the model."
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
 
 def check_folder(
     folder: str | Path,  # that is to be written to; it need not exist
     need: int = 0,       # bytes that will be written
 ):
-    "Raise an error unless files can be written to a folder and there is room for them; leaves nothing behind."
+    "Raise an error unless files can be written to a folder and have room there; leaves nothing behind."
     folder = Path(folder).absolute()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    if not place.is_dir(): raise NotADirectoryError(errno.ENOTDIR, f'{place} is a file, so {folder} cannot be a folder; choose another one')
+    place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not os.path.isdir(place):
+        raise NotADirectoryError(errno.ENOTDIR, f'{place} is a file, so {folder} cannot be a folder; choose another one')
     probe = draft_name(place / 'probe')
     try:
         probe.write_bytes(bytes(2 ** 12))
         free = shutil.disk_usage(place).free
-    except OSError as error: raise type(error)(error.errno, f'{place} cannot be written to ({error.strerror}); choose another folder than {folder}') from None
+    except OSError as error:
+        said = f'{place} cannot be written to ({error.strerror}); choose another folder than {folder}'
+        raise type(error)(error.errno, said) from None
     finally:
         with suppress(OSError): probe.unlink()
-    if free < need: raise OSError(errno.ENOSPC, f'{folder} has {free / 2**30:.3g} GB free and needs {need / 2**30:.3g} GB; make room or choose another folder')
+    if free < need:
+        raise OSError(errno.ENOSPC, f'{folder} has {free / 2**30:.3g} GB free and {need / 2**30:.3g} GB are needed; '
+                                    'make room or choose another folder')
 
 def check_file(
     path: str | Path,  # that is to be written
 ):
     "Raise an error unless a file of this name can be written."
-    if Path(path).is_dir(): raise IsADirectoryError(errno.EISDIR, f'{path} is a folder; name a file')
+    if os.path.isdir(path): raise IsADirectoryError(errno.EISDIR, f'{path} is a folder; name a file')
     check_folder(Path(path).absolute().parent)
 
 # %% ../nbs/build/12_studies.ipynb #0350ac22
@@ -455,25 +467,30 @@ def write_record(
     write_text(path, '{\n' + lines + '\n}\n')
 
 # %% ../nbs/build/12_studies.ipynb #22861791
-NEEDED = dict(name=str, id=str, scale=str, config=dict, seed=int, status=str, step=int, tokens=int, seconds=dict, final=dict,
-              curve=dict, provenance=dict)   # field of every record: its type
+NEEDED = dict(name=str, id=str, scale=str, config=dict, seed=int, status=str, step=int, tokens=int,
+              seconds=dict, final=dict, curve=dict, provenance=dict)   # field of every record: its type
 
 def odd_parts(
     record: dict,  # with all fields of NEEDED
 ) -> list[str]:    # names of fields
     "Parts of a record that are not what they should be."
     finished, final, curve = record['status'] == 'finished', record['final'], record['curve']
+    scores, sparsity, made = record.get('scores'), record.get('sparsity', dict(scalars={})), record['provenance']
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-    interval = lambda x: isinstance(x, dict) and all(key in x and (x[key] is None or number(x[key])) for key in ('value', 'low', 'high'))
-    part = lambda name, kind: isinstance(record[name].get('scalars'), dict) and all(map(kind, record[name]['scalars'].values()))
-    table = lambda x: isinstance(x, dict) and all(isinstance(v, dict) for v in x.values())
-    good = dict(status=record['status'] in ('finished', 'diverged'), seconds=all(map(number, record['seconds'].values())),
-                final=number(final.get('unigram_loss')) and (interval(final.get('val_loss')) if finished else final.get('val_loss') is None),
-                curve=set(CURVE) <= set(curve) and all(isinstance(v, list) for v in curve.values()) and len({len(v) for v in curve.values()}) == 1,
-                scores=not finished or isinstance(record.get('scores'), dict) and part('scores', interval) and table({'arrays': record['scores'].get('arrays')}),
-                sparsity='sparsity' not in record or isinstance(record['sparsity'], dict) and part('sparsity', lambda x: x is None or number(x)),
-                lengths=table(record.get('lengths', {})), cloze=isinstance(record.get('cloze', {}), dict),
-                provenance=all(isinstance(record['provenance'].get(key), str) for key in ('date', 'corpus_fingerprint')))
+    maybe = lambda x: x is None or number(x)
+    interval = lambda x: isinstance(x, dict) and all(maybe(x.get(k, '')) for k in ('value', 'low', 'high'))
+    holds = lambda x, kind: isinstance(x, dict) and all(map(kind, x.values()))
+    scalars = lambda x, kind: isinstance(x, dict) and holds(x.get('scalars'), kind)
+    is_dict, is_list = (lambda x: isinstance(x, dict)), (lambda x: isinstance(x, list))
+    loss = interval(final.get('val_loss')) if finished else final.get('val_loss') is None
+    good = dict(
+        status=record['status'] in ('finished', 'diverged'), seconds=holds(record['seconds'], number),
+        final=loss and number(final.get('unigram_loss')),
+        curve=set(CURVE) <= set(curve) and holds(curve, is_list) and len(set(map(len, curve.values()))) == 1,
+        scores=not finished or scalars(scores, interval) and is_dict(scores.get('arrays')),
+        sparsity=scalars(sparsity, maybe), lengths=holds(record.get('lengths', {}), is_dict),
+        cloze=is_dict(record.get('cloze', {})),
+        provenance=all(isinstance(made.get(key), str) for key in ('date', 'corpus_fingerprint')))
     return [name for name, ok in good.items() if not ok]
 
 # %% ../nbs/build/12_studies.ipynb #6a1d3c13
@@ -483,16 +500,20 @@ def check_record(
 ) -> dict:       # the record, without its checksum
     "Raise a ValueError unless this is a whole record, and the one that its file's name says."
     if isinstance(record, dict) and record.get('schema', SCHEMA) != SCHEMA:
-        raise Damaged(f"its schema={record['schema']!r} is not the one this version of sparsecod reads, {SCHEMA}")
+        raise Damaged(f"its schema={record['schema']!r} is not the one that this version reads, {SCHEMA}")
     record = {key: value for key, value in check_stamp(record, 'it').items() if key != 'checksum'}
-    if missing := [key for key in ('schema', *NEEDED) if key not in record]: raise Damaged(f'it lacks {", ".join(missing)}')
+    missing = [key for key in ('schema', *NEEDED) if key not in record]
+    if missing: raise Damaged(f'it lacks {", ".join(missing)}')
     odd = [key for key, kind in NEEDED.items() if type(record[key]) is not kind]
     if odd := odd or odd_parts(record): raise Damaged(f'its {", ".join(odd)} cannot be right')
     config, fingerprint = RunConfig.from_dict(record['config']), record['provenance']['corpus_fingerprint']
-    truth = dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint), name=run_name(config, fingerprint))
+    name = run_name(config, fingerprint)
+    truth = dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint), name=name)
     for key, value in truth.items():
-        if record[key] != value: raise Damaged(f'its {key}={record[key]!r} is not that of its configuration and corpus, {value!r}')
-    if (path.parent.name, path.stem) != (config.scale, record['name']): raise Damaged(f"it is the run {config.scale}/{record['name']}, under another name")
+        if record[key] == value: continue
+        raise Damaged(f'its {key}={record[key]!r} is not that of its configuration and corpus, {value!r}')
+    if (path.parent.name, path.stem) != (config.scale, name):
+        raise Damaged(f'it is the run {config.scale}/{name}, under another name')
     return record
 
 def read_record(
@@ -501,7 +522,8 @@ def read_record(
     "Read a record and check it."
     try: return with_true_names(check_record(read_json(path), path.absolute()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"the record {path} is damaged and left out: {str(error).replace(f'{path} ', 'it ')}", stacklevel=3)
+        why = str(error).replace(f'{path} ', 'it ')
+        warnings.warn(f'the record {path} is damaged and left out: {why}', stacklevel=3)
     return None
 
 # %% ../nbs/build/12_studies.ipynb #2cf80afd
@@ -557,7 +579,7 @@ def forget(
     with hold(place, wait=False):
         place.work.mkdir(exist_ok=True)
         try:
-            with FileLock(place.work / 'run.lock', timeout=0): pass              # of a training that nobody supervises
+            with FileLock(place.work / 'run.lock', timeout=0): pass   # of a training that is no study's
         except Timeout: raise ValueError(f'{place.work} is in use by another process') from None
         place.record.unlink(missing_ok=True)
         shutil.rmtree(place.work, ignore_errors=True)
@@ -579,13 +601,16 @@ def read_run(
     folder: str | Path,  # of a training, labelled
     model: ModelConfig | None = None,  # of the model in it; None: not compared
 ) -> RunConfig:
-    "The configuration of a run from its label; `Damaged` if label or tokenizer are not what was written, or of another model."
+    "The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or of another model."
     path = Path(folder) / 'run.json'
-    label = check_stamp(read_json(path), path)
-    try: config = RunConfig.from_dict({key: value for key, value in label.items() if key not in ('tokenizer', 'checksum')})
+    label = dict(check_stamp(read_json(path), path))
+    named = label.pop('tokenizer', None)
+    label.pop('checksum')
+    try: config = RunConfig.from_dict(label)
     except (ValueError, TypeError) as error: raise Damaged(f'{path} is not that of a run ({error})') from error
     tokenizer = path.with_name('tokenizer.json')
-    if tokenizer.exists() and checksum(tokenizer) != label.get('tokenizer'): raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
+    if tokenizer.exists() and checksum(tokenizer) != named:
+        raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
     if model: check_identity(path, config.model.to_dict(), model.to_dict())
     return config
 
@@ -596,9 +621,12 @@ def note_training(
     path = place.work / 'training.json'
     try: return training_note(place)
     except Damaged as error:
-        if path.exists(): warnings.warn(f'{error}; kept as {set_aside(path).name}, and the date of the training is that of now', stacklevel=3)
+        if path.exists():
+            kept = set_aside(path).name
+            warnings.warn(f'{error}; kept as {kept}, and the training is dated now', stacklevel=3)
     state = code_state() | dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    write_text(path, json.dumps(stamp(dict(run=place.work.name) | {f'trained_{key}': value for key, value in state.items()})))
+    note = dict(run=place.work.name) | {f'trained_{key}': value for key, value in state.items()}
+    write_text(path, json.dumps(stamp(note)))
 
 def training_note(
     place: Place,  # of a run
@@ -643,16 +671,16 @@ def one_process():
     "Raise a ValueError under a launcher that has started several processes."
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1:
-        raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, without torchrun or '
-                         'accelerate launch, and say with jobs (--jobs) how many runs go on at a time; to train one model on several '
-                         'processes use sparsecod train')
+        raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, without '
+                         'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a time; '
+                         'to train one model on several processes use sparsecod train')
 
 def check_outputs(
     scale: str,              # name of the scale
     out: str | Path,         # where records go
     work: str | Path | None, # see work_folder
 ):
-    "Raise an error if records or work cannot be stored; where there are records, they may be all that is wanted."
+    "Raise an error if records or work cannot be stored; where there are records, they may be all."
     if any((Path(out) / scale).glob('*.json')): return
     for folder in (Path(out) / scale, work_folder(out, work)): check_folder(folder)
 
@@ -963,11 +991,13 @@ def start_worker(
     package = str(Path(sparsecod.__file__).absolute().parents[1])
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])))
     env |= dict(PYTHONIOENCODING='utf-8')
-    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name == 'nt' else dict(start_new_session=True)
+    windows = os.name == 'nt'
+    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if windows else dict(start_new_session=True)
     if threads: env |= dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads)) | dict(TOKENIZERS_PARALLELISM='false')
     with open(job.place.work / 'stderr.txt', 'w', encoding='utf-8') as errors:
         process = subprocess.Popen([sys.executable, '-c', 'from sparsecod.studies import worker; worker()'], env=env, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, encoding='utf-8', **apart)
+                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
+                                   encoding='utf-8', **apart)
     orders = dict(config=job.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()), threads=threads)
     try:
         process.stdin.write(json.dumps(orders) + '\n')
@@ -1219,7 +1249,7 @@ def run_study(
         total, missing = (sum(job.cost for job in jobs) for jobs in (every, waiting))
         slots = min(len(waiting), jobs or default_jobs(len(waiting)))
         threads = max(1, n_cores() // slots) if slots > 1 else None
-        models = sum(4 * param_counts(job.place.config.model)['total'] for job in waiting)         # they are kept, in fp32
+        models = sum(4 * param_counts(job.place.config.model)['total'] for job in waiting)   # kept, in fp32
         check_folder(work, models + sum(sorted(training_bytes(job.place.config) for job in waiting)[-slots:]))
         s = Supervisor(waiting, Path(out), work, slots, threads, f'{study.name} at {base.scale}')
         supervise(s, choose_display(progress)(s.title, total, total - missing), total - missing, len(every) - len(waiting))
@@ -1248,8 +1278,8 @@ def by_variant(
     found = {}
     for label, changes in study.changes(base).items():
         wanted = variant_key(vary(base, changes))
-        mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}.values()  # each run once
-        if mine: found[label] = sorted(mine, key=lambda r: r['seed'])
+        mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}       # each run once
+        if mine: found[label] = sorted(mine.values(), key=lambda r: r['seed'])
     return found
 
 # %% ../nbs/build/12_studies.ipynb #eeca17d6
