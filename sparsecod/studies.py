@@ -51,7 +51,7 @@ from .cloze import measure_cloze
 from .core import PRESETS, Config, ModelConfig, Transformer, flops_per_token, param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
-from .scores import ScoreConfig, estimate, resamples, score_model, with_true_names
+from .scores import ScoreConfig, check_held_out, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, train, without_infinities, write_text
 
@@ -283,6 +283,7 @@ def score_windows(
     score: ScoreConfig,  # how many
 ) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
     "Windows of the validation split to score a model with; a larger number only continues a smaller one."
+    check_held_out(corpus.n_windows('val', T), T, score)
     windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
     to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
     repeated = (to_fit[:, None] == to_score[None]).all(-1).any(-1)               # (M,)
@@ -528,6 +529,7 @@ def run(
     if force: forget(place)
     record = read_record(place.record) if place.record.exists() else None
     if record is not None and (record := complete(place, record)) is not None: return record
+    check_held_out(place.corpus.n_windows('val', place.config.model.context_length), place.config.model.context_length, place.config.score)
     label_folder(place.work, place.config, place.corpus)
     note_training(place)
     config = as_trained(place)
