@@ -1127,12 +1127,12 @@ def all_estimates(
     smooth: dict[str, Tensor],     # scalars, each (N + 1,)
     config: ScoreConfig,           # how the model was scored
 ) -> dict[str, dict]:
-    "Scalars with their intervals, in the order of the schema."
+    "Scalars with their intervals."
     V = resamples(len(m['loss']), config.n_bootstrap, config.seed)
     found = {name: jackknife_estimate(x, -math.inf if name in SIGNED else 0.) for name, x in smooth.items()}
-    found |= {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
-    found['final_variance_median'] = median_estimate(m['variance'][-1])
-    return {name: found.pop(name) for name in SCHEMA_SCALARS} | found
+    shares = {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
+    first = {name: found.pop(name) for name in ('loss', *PAIRS, 'causal_without_block_1', 'permutation_without_block_1')}
+    return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
 def summarise(
     m: dict[str, Tensor],  # from measure_batch, joined
