@@ -109,21 +109,22 @@ def jacobians(model, windows, found):
     "Deviation of Jacobians from the identity, one channel after the other."
     streams, D = forward(model, windows)[0], model.config.d_model
     for l in range(1, len(model.blocks) + 1):
-        published, per_token = [], []
+        averages, per_token = [], []
         for h in streams[l - 1]:
             x = h[None].clone().requires_grad_()
             y = model.run(x, start=l - 1, stop=l)
             rows = [torch.autograd.grad(y[..., k].sum(), x, retain_graph=True)[0][0] for k in range(D)]
             J = torch.stack(rows, 1) - torch.eye(D, device=x.device)                                    # (T, D, D)
-            published.append(J.mean(0).norm() / D)
+            averages.append(J.mean(0) / D)
             per_token.append(J.norm(dim=(1, 2)).mean() / D)
-        found['jacobian_published'].append(torch.stack(published).mean().item())
+        found['jacobian_published'].append(torch.stack(averages).mean(0).norm().item())
+        found['jacobian_per_sequence'].append(torch.stack([A.norm() for A in averages]).mean().item())
         found['jacobian_per_token'].append(torch.stack(per_token).mean().item())
 
 
 def obvious(model, windows, fit, n_jacobian):
     "Arrays as in `score_model`, and seconds by part."
-    found = {name: [] for name in ('causal', 'causal_max', 'skip_loss_increase', 'jacobian_published', 'jacobian_per_token')}
+    found = {name: [] for name in ('causal', 'causal_max', 'skip_loss_increase', 'jacobian_published', 'jacobian_per_sequence', 'jacobian_per_token')}
     start = time.perf_counter()
     streams, _, loss = forward(model, windows)
     variance = [h.double().var(-1) for h in streams]

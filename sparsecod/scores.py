@@ -15,11 +15,12 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', '
            'row_ends', 'usefulness_scores', 'intervention_scores', 'stream_scores', 'root_of_terms', 'jackknife_error',
            'block_jacobian', 'jacobian_scores', 'layer_intervals', 'scoring_model', 'untouched', 'to_lists',
            'attention_numbers', 'work_bytes', 'sequence_bytes', 'fixed_bytes', 'jacobian_bytes', 'needed_bytes', 'Plan',
-           'plan_memory', 'tensor_hash', 'write_whole', 'put_aside', 'write_part', 'read_part', 'claim_folder', 'Parts',
-           'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted', 'measure',
-           'names_source', 'text_tokens', 'text_windows', 'without_repetitions', 'tokenizer_of', 'text_config',
-           'prepare_windows', 'score_model', 'all_estimates', 'summarise', 'check_windows', 'check_held_out',
-           'check_context', 'with_true_names', 'write_schema', 'random_signs', 'root_of_mean', 'jacobian_estimate']
+           'plan_memory', 'tensor_hash', 'write_whole', 'check_writable', 'put_aside', 'write_part', 'read_part',
+           'claim_folder', 'Parts', 'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted',
+           'measure', 'names_source', 'text_tokens', 'text_windows', 'without_repetitions', 'tokenizer_of',
+           'text_config', 'prepare_windows', 'score_model', 'all_estimates', 'summarise', 'check_windows',
+           'check_held_out', 'check_context', 'with_true_names', 'write_schema', 'random_signs', 'root_of_mean',
+           'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -792,6 +793,18 @@ def write_whole(
     except (OSError, SafetensorError) as error: raise OSError(f'{path} could not be written: {error}') from error
     finally: draft.unlink(missing_ok=True)
 
+def check_writable(
+    path: Path,   # a file that is to be written when the work is done
+    name: str,    # of the field or option that says so
+):
+    "Raise an OSError before any work if a file could not be written there."
+    if path.is_dir(): raise IsADirectoryError(f'{name}={str(path)!r} is a folder; name a file')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft_name(path).touch()
+        draft_name(path).unlink()
+    except OSError as error: raise OSError(f'{name}={str(path)!r} cannot be written: {error.strerror}') from error
+
 def put_aside(
     path: Path,        # what is damaged
     error: Exception,  # why
@@ -1122,12 +1135,12 @@ def all_estimates(
     smooth: dict[str, Tensor],     # scalars, each (N + 1,)
     config: ScoreConfig,           # how the model was scored
 ) -> dict[str, dict]:
-    "Scalars with their intervals, in the order of the schema."
+    "Scalars with their intervals."
     V = resamples(len(m['loss']), config.n_bootstrap, config.seed)
     found = {name: jackknife_estimate(x, -math.inf if name in SIGNED else 0.) for name, x in smooth.items()}
-    found |= {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
-    found['final_variance_median'] = median_estimate(m['variance'][-1])
-    return {name: found.pop(name) for name in SCHEMA_SCALARS} | found
+    shares = {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
+    first = {name: found.pop(name) for name in ('loss', *PAIRS, 'causal_without_block_1', 'permutation_without_block_1')}
+    return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
 def summarise(
     m: dict[str, Tensor],  # from measure_batch, joined

@@ -59,7 +59,7 @@ from .data import Corpus, DataConfig, prepare
 from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
 from .integrity import read_json, set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
-from .scores import ScoreConfig, estimate, resamples, score_model, with_true_names
+from .scores import ScoreConfig, check_held_out, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, sequences_per_step, train, without_infinities
 
@@ -288,6 +288,7 @@ def score_windows(
     score: ScoreConfig,  # how many
 ) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
     "Windows of the validation split to score a model with; a larger number only continues a smaller one."
+    check_held_out(corpus.n_windows('val', T), T, score)
     windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
     to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
     repeated = (to_fit[:, None] == to_score[None]).all(-1).any(-1)               # (M,)
@@ -728,7 +729,7 @@ def run(
         result = train(config.model, config.train, place.corpus, place.work, progress=progress)
         if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
         record = make_record(config, place.corpus, result, progress)
-        record['provenance'] |= training_note(place)
+        record['provenance'] |= training_note(place) | dict(execution=result.execution)
         write_record(place.record, record)
         shutil.rmtree(place.work / 'checkpoints', ignore_errors=True)
     return record

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import sparsecod.scores as scores_module
+import sparsecod.studies as studies
 from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
@@ -1123,6 +1124,25 @@ def test_too_little_held_out_text_is_named_by_the_field(have, named):
     if named is None: return check()
     with pytest.raises(ValueError, match=named) as error: check()
     assert '461' in str(error.value) and 'T=10' in str(error.value)                # (6 + 40) x 10 + 1 tokens
+
+
+def test_a_study_refuses_too_little_held_out_text_before_it_trains(tmp_path, monkeypatch):
+    text = tmp_path / 'text.txt'
+    text.write_text('\n'.join(f'def f{i}(x): return x + {i * 37 % 101}' for i in range(300)), encoding='utf-8')
+    monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(studies, 'train', lambda *args, **options: pytest.fail('it trained'))
+    config = studies.vary(studies.SCALES['tiny'], {'data.source': str(text), 'data.vocab_size': 300, 'data.max_document_bytes': 500, 'score.n_fit': 5000})
+    with pytest.raises(ValueError, match='n_fit=5000|n_sequences=16'): studies.run(config, tmp_path / 'out', tmp_path / 'work', progress=False)
+
+
+@pytest.mark.parametrize('where', ['.', 'a_file/scores.json', 'new/folder/scores.json', 'scores.json'])
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, where):
+    (tmp_path / 'a_file').write_text('')
+    (tmp_path / 'scores.json').write_text('old')
+    if where in ('.', 'a_file/scores.json'):
+        with pytest.raises(OSError, match='--json='): scores_module.check_writable(tmp_path / where, '--json')
+    else: scores_module.check_writable(tmp_path / where, '--json')
+    assert not list(tmp_path.rglob('*.draft')) and (tmp_path / 'scores.json').read_text() == 'old'
 
 
 class NoFp64(torch.Tensor):
