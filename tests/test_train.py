@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'  # on a CPU, repeated computations agree bit for bit
 
+from sparsecod.adapters import open_model
+from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
-from sparsecod.integrity import check_seal
+from sparsecod.integrity import Damaged, check_seal, seal, stamp
 from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints,
                              decay_product, evaluate, find_world, learning_rate, load_result, lock_folder, make_optimizer,
                              parameter_groups, read_log, sequences_per_step, summarize_watch, train)
@@ -564,3 +569,258 @@ def test_files_that_no_training_made_are_left_alone(name, resume, tmp_path):
     mine.write_text('precious', encoding='utf-8')
     with pytest.raises(ValueError, match='choose another folder'): quiet(tmp_path, resume=resume)
     assert mine.read_text(encoding='utf-8') == 'precious'
+
+
+# ---------------------------------------------------------------- identity, and more kinds of damage
+
+def interrupted(folder, at=12, **options):
+    "A run that was stopped, with checkpoints after steps 10 and at + 1."
+    quiet(folder, ToyCorpus(at, lambda: signal.raise_signal(signal.SIGTERM)), **options)
+    return folder
+
+
+def said_by(call):
+    "What a call returns, and the warnings that it gives."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        result = call()
+    return result, ' '.join(str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize('other, field', [(dict(config=CONFIG.replace(seed=1)), 'seed=1'),
+                                          (dict(config=CONFIG.replace(lr=2e-2)), 'lr=0.02'),
+                                          (dict(model=MODEL.replace(norm='peri_ln')), "norm='peri_ln'")])
+def test_a_checkpoint_of_another_run_is_named_and_passed_over(other, field, whole, tmp_path):
+    run, stranger = interrupted(tmp_path / 'run'), interrupted(tmp_path / 'stranger', **other)
+    newest = checkpoints(run)[-1]
+    shutil.rmtree(newest)
+    shutil.copytree(checkpoints(stranger)[-1], newest)
+    result, said = said_by(lambda: quiet(run))
+    assert newest.name in said and field in said and same_run(result, whole)
+    assert newest.with_name(newest.name + '.damaged').is_dir()   # nothing is deleted
+
+
+def reseal(checkpoint, **changes):
+    "Change a checkpoint's state or identity, with checksums that are right again."
+    identity = check_seal(checkpoint)
+    state = json.loads((checkpoint / 'state.json').read_text(encoding='utf-8'))
+    for name, value in changes.items(): (state if name in state else identity)[name] = value
+    (checkpoint / 'state.json').write_text(json.dumps(state), encoding='utf-8')
+    seal(checkpoint, identity)
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize('harm', [
+    lambda c: (c / 'manifest.json').write_text('[]', encoding='utf-8'),
+    lambda c: (c / 'manifest.json').write_text('{"files": {}}', encoding='utf-8'),
+    lambda c: as_folder(c / 'state.json'), lambda c: as_folder(c / 'manifest.json'),
+    lambda c: (shutil.rmtree(c), c.write_text('a file', encoding='utf-8')),
+    lambda c: reseal(c, step=999), lambda c: reseal(c, format=99), lambda c: reseal(c, train=[]), lambda c: reseal(c, corpus='b'),
+    lambda c: shutil.copytree(c, c.with_name('step-00000025'))])
+def test_a_checkpoint_that_no_run_has_written_is_passed_over(harm, whole, tmp_path):
+    harm(checkpoints(interrupted(tmp_path))[-1])
+    result, said = said_by(lambda: quiet(tmp_path))
+    assert same_run(result, whole) and re.search('checkpoint step-000000(13|25)', said)
+
+
+def test_zeroed_and_exchanged_final_models_are_noticed_by_all_who_read_them(tmp_path):
+    quiet(tmp_path / 'run')
+    quiet(tmp_path / 'other', config=CONFIG.replace(seed=1))
+    weights = tmp_path / 'run' / 'model' / 'model.safetensors'
+    sound = weights.read_bytes()
+    def other_model(): shutil.copy(tmp_path / 'other' / 'model' / 'model.safetensors', weights)
+    for harm in (lambda: flip(weights), lambda: weights.write_bytes(sound[:2000] + bytes(len(sound) - 2000)), other_model):
+        harm()
+        with pytest.raises(Damaged, match=re.escape(str(weights))): load_result(tmp_path / 'run')
+        with pytest.raises(Damaged, match=re.escape(str(weights))): Transformer.from_pretrained(tmp_path / 'run' / 'model')
+        with pytest.raises(ValueError, match='model.safetensors'): open_model(tmp_path / 'run')
+        weights.write_bytes(sound)
+    assert load_result(tmp_path / 'run').status == 'finished'
+    shutil.rmtree(tmp_path / 'run' / 'model')                    # a whole folder is sound in itself, but of another run
+    shutil.copytree(tmp_path / 'other' / 'model', tmp_path / 'run' / 'model')
+    with pytest.raises(Damaged, match='seed=1 there, seed=0'): load_result(tmp_path / 'run')
+    assert main(['score', str(tmp_path / 'run'), '--quiet']) != 0
+
+
+def test_saved_models_without_a_manifest_can_be_loaded(whole, tmp_path):
+    whole.model.save_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(Transformer.from_pretrained(tmp_path).parameters(), whole.model.parameters()))
+    copy = shutil.copytree(whole.folder / 'model', tmp_path / 'copy')
+    Transformer(MODEL).save_pretrained(copy)                     # other weights in a sealed folder: its seal is gone
+    assert Transformer.from_pretrained(copy).config == MODEL
+
+
+@pytest.mark.parametrize('change', [dict(status='banana'), dict(step=7), dict(seconds=-1), 'another run', 'not stamped'])
+def test_a_made_up_result_is_not_believed(change, whole, tmp_path):
+    run = shutil.copytree(whole.folder, tmp_path / 'run')
+    path = run / 'result.json'
+    result = json.loads(path.read_text(encoding='utf-8'))
+    if isinstance(change, dict): result = stamp(result | change)
+    elif change == 'another run': result = stamp(result | dict(run='0' * 16))
+    else: del result['checksum']
+    path.write_text(json.dumps(result), encoding='utf-8')
+    with pytest.raises(Damaged): load_result(run)
+    again, said = said_by(lambda: quiet(run))
+    assert same_run(again, whole) and 'computed again' in said and (run / 'result.json.damaged').exists()
+
+
+# ---------------------------------------------------------------- the log
+
+def cut_line(lines): lines[2] = lines[2][:30]
+def alter_digit(lines): lines[2] = lines[2].replace('"lr": 0.', '"lr": 1.')
+def drop_line(lines): del lines[2]
+def foreign_line(lines): lines[2] = json.dumps(stamp(json.loads(lines[2]) | dict(run='0' * 16)))
+
+
+@pytest.mark.parametrize('harm', [cut_line, alter_digit, drop_line, foreign_line])
+def test_a_damaged_line_in_the_log_is_named_and_the_rest_is_kept(harm, whole, tmp_path):
+    log = interrupted(tmp_path) / 'log.jsonl'                    # checkpoints at 10 and 13, records 1, 3, 6, 9, 12
+    lines = log.read_text(encoding='utf-8').splitlines()
+    harm(lines)
+    log.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    result, said = said_by(lambda: quiet(tmp_path))
+    assert 'steps 6 are lost' in said and result.status == 'finished'
+    assert numbers(result.log) == [r for r in numbers(whole.log) if r['step'] != 6]
+    assert (tmp_path / 'log.jsonl.damaged').read_text(encoding='utf-8').splitlines() == lines
+    assert said_by(lambda: load_result(tmp_path))[1] == ''       # said once
+
+
+def test_a_record_is_computed_again_where_an_older_checkpoint_allows_it(whole, tmp_path):
+    log = interrupted(tmp_path) / 'log.jsonl'
+    lines = log.read_text(encoding='utf-8').splitlines()
+    log.write_text('\n'.join(lines[:-1] + ['garbage', '']), encoding='utf-8')   # step 12 lies between both checkpoints
+    result, said = said_by(lambda: quiet(tmp_path))
+    assert same_run(result, whole) and 'goes on after step 10' in said
+
+
+@pytest.mark.parametrize('harm', [remove, as_folder, lambda path: path.write_bytes(b'\xff\xfe\x00')])
+def test_a_log_that_is_gone_is_said_and_the_run_goes_on(harm, whole, tmp_path):
+    harm(interrupted(tmp_path) / 'log.jsonl')
+    result, said = said_by(lambda: quiet(tmp_path))
+    assert 'log.jsonl' in said and 'lost' in said
+    assert numbers(result.log) == [r for r in numbers(whole.log) if r['step'] > 10]
+
+
+def test_a_log_altered_after_the_end_is_noticed(whole, tmp_path):
+    run = shutil.copytree(whole.folder, tmp_path / 'run')
+    (run / 'log.jsonl').write_bytes((run / 'log.jsonl').read_bytes().split(b'\n', 1)[1])
+    with pytest.raises(Damaged, match='log.jsonl'): load_result(run)
+
+
+# ---------------------------------------------------------------- the folder, links and the disk
+
+@pytest.mark.parametrize('name', ['checkpoints', 'model', 'log.jsonl', 'result.json', 'config.json'])
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_link_is_refused_before_anything_is_erased(name, resume, whole, tmp_path):
+    run = shutil.copytree(whole.folder, tmp_path / 'run')
+    shutil.move(run / name, tmp_path / name)
+    (run / name).symlink_to(tmp_path / name)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(run / name))): quiet(run, resume=resume)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'model'])
+def test_a_file_in_a_folders_place_is_set_aside(name, whole, tmp_path):
+    run = interrupted(tmp_path)
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).write_text('mine', encoding='utf-8')
+    result, said = said_by(lambda: quiet(run, config=CONFIG.replace(checkpoint_every=4)))
+    assert str(run / name) in said and result.status == 'finished'
+    assert (run / f'{name}.damaged').read_text(encoding='utf-8') == 'mine'
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on(whole, tmp_path):
+    code = (f'import resource\n'
+            f'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # a checkpoint is larger\n'
+            f'try: quiet({str(tmp_path / "run")!r})\n'
+            f'except OSError as error: print(error)')
+    out = script(tmp_path, code, stdout=subprocess.PIPE, text=True).communicate(timeout=120)[0]
+    assert str(tmp_path / 'run' / 'checkpoints' / 'step-00000005') in out and 'train again' in out
+    assert not list((tmp_path / 'run').rglob('*.draft'))
+    assert same_run(quiet(tmp_path / 'run'), whole)
+
+
+# ---------------------------------------------------------------- surroundings
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try: yield
+    finally: torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('surroundings', [
+    lambda: torch.set_grad_enabled(False), torch.inference_mode, lambda: torch.autocast('cpu', torch.bfloat16),
+    lambda: default_dtype(torch.float64), lambda: default_dtype(torch.bfloat16), lambda: torch.device('meta')])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_callers_settings_do_not_matter(surroundings, precision, tmp_path):
+    config = CONFIG.replace(steps=6, precision=precision)
+    corpus = ToyCorpus()
+    alone = quiet(tmp_path / 'alone', corpus, config=config)
+    def settings():
+        return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'),
+                torch.get_default_dtype(), torch.get_default_device())
+    with surroundings():
+        before = settings()
+        result, loaded = quiet(tmp_path / 'there', corpus, config=config), load_result(tmp_path / 'there')
+        assert settings() == before
+    assert same_run(result, alone) and same_run(loaded, alone) and all(p.requires_grad for p in result.model.parameters())
+
+
+@pytest.mark.parametrize('variables', [dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'), dict(ACCELERATE_MIXED_PRECISION='bf16'),
+                                       dict(ACCELERATE_DYNAMO_BACKEND='EAGER')])
+def test_accelerates_variables_do_not_matter(variables, whole, tmp_path, monkeypatch):
+    for name, value in variables.items(): monkeypatch.setenv(name, value)
+    assert same_run(quiet(tmp_path), whole)
+
+
+def test_accelerates_own_state_is_neither_used_nor_changed(whole, tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(mixed_precision='bf16', gradient_accumulation_steps=3)
+        assert same_run(quiet(tmp_path), whole)
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ('bf16', 3)
+    finally:
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+
+def test_training_computes_nothing_in_fp64(tmp_path):
+    class NoDoubles(TorchDispatchMode):  # as on Apple's GPU, which has none
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), function
+            return out
+    with NoDoubles():
+        result = quiet(tmp_path, model=MIXTURE, config=CONFIG.replace(steps=6))
+        evaluate(result.model, ToyCorpus().batch(0, 4, 16, 0))
+
+
+@pytest.mark.parametrize('name', ['ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED'])
+def test_divided_models_are_refused_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, 'true')
+    with pytest.raises(ValueError, match=name): quiet(tmp_path)
+
+
+@pytest.mark.parametrize('more', [{}, dict(RANK='1'), dict(RANK='0', LOCAL_RANK='0')])
+def test_a_process_that_finds_no_others_says_so(more, tmp_path, monkeypatch):
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    for name, value in (dict(WORLD_SIZE='2') | more).items(): monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match='WORLD_SIZE=2.*torchrun'): quiet(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_find_each_other_without_a_gpu_and_one_talks(tmp_path):
+    code = ('world = find_world()\n'
+            'result = quiet(sys.argv[0] + ".run")\n'
+            'print(world.num_processes, result.status, world.is_main_process)')
+    out = script(tmp_path, 'os.environ.pop("ACCELERATE_USE_CPU"); os.environ["CUDA_VISIBLE_DEVICES"] = ""\n' + code,
+                 processes=2, stdout=subprocess.PIPE, text=True).communicate(timeout=200)[0]
+    assert sorted(out.splitlines()) == ['2 finished False', '2 finished True']
