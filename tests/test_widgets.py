@@ -634,6 +634,7 @@ def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
 
 def drive_chapter(lab, expect):
     code = lab.page.locator('.jp-Notebook .jp-CodeCell')
+    lab.page.get_by_text('| Idle').wait_for()                                # else the cells would be sent to no kernel
     lab.page.get_by_role('menuitem', name='Run', exact=True).click()
     lab.page.get_by_text('Run All Cells', exact=True).click()
     explorer = lab.page.locator('section.sce')
