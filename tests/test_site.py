@@ -83,6 +83,18 @@ def wear(page, theme: str):
         page.evaluate('window.quartoToggleColorScheme()')
 
 
+PALE = '''() => {
+  const numbers = c => { const n = c.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1] }
+  const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3]))
+  const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
+  const ground = e => e ? over(numbers(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255, 255]
+  const contrast = e => {
+    const under = ground(e), [a, b] = [over(numbers(getComputedStyle(e).color), under), under].map(light).sort((x, y) => y - x)
+    return (a + .05) / (b + .05) }
+  return [...document.querySelectorAll('main *')].filter(e => !e.closest('svg, pre, math, select') && e.getClientRects().length && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()))
+    .filter(e => contrast(e) < 4.4).slice(0, 5).map(e => contrast(e).toFixed(2) + ' ' + e.outerHTML.slice(0, 80)) }'''
+
+
 def looks_right(page, theme: str):
     "What holds of every page at every size."
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -93,6 +105,7 @@ def looks_right(page, theme: str):
     assert empty == [], 'a picture is not shown'
     flat = page.evaluate("[...document.querySelectorAll('main math')].filter(m => !m.getBoundingClientRect().width).map(m => m.textContent)")
     assert flat == [], 'a formula is not shown'
+    assert page.evaluate(PALE) == [], 'a text does not stand out from its ground'
     shades = page.evaluate("['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k])")
     text, ground = (sum(map(int, re.findall(r'\d+', shade)[:3])) for shade in shades)
     assert (text > ground) == (theme == 'dark') and abs(text - ground) > 300, 'text does not stand out from the ground'
@@ -186,7 +199,8 @@ def test_what_is_stored_arrives_whole(site, name):
     assert not [to for to in page.links if to.startswith(own)], 'a copy of the site leads to the original'
 
 
-@pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'), ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'), ('<p>All is well.</p>', None)])
+@pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'), ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'), ('<p style="color: #999">Pale.</p>', 'text'), ('<p>A <code style="color: #fff; background: #f8f9fa">name</code>.</p>', 'text'),
+                                        ('<p style="color: #000; background: rgb(0 0 0 / .8)">Dark.</p>', 'text'), ('<p>All is <b style="color: #555">well</b>.</p>', None)])
 def test_what_looks_wrong_is_noticed(browser, tmp_path, body, said):
     path = tmp_path / 'page.html'
     path.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head><body style="color: #000; background: #fff"><main>{body}</main></body></html>', encoding='utf-8')

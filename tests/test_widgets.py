@@ -619,9 +619,10 @@ def test_in_jupyterlab(tmp_path):
 
 
 SHOWN = """
+import sparsecod
 from IPython.display import HTML
 from sparsecod.explorers import stored_points, variance_explorer
-HTML(variance_explorer(stored_points()))"""
+HTML(variance_explorer(stored_points(sparsecod.__path__[0])))"""
 
 
 def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
@@ -634,13 +635,22 @@ def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
 
 def drive_chapter(lab, expect):
     code = lab.page.locator('.jp-Notebook .jp-CodeCell')
+    lab.page.get_by_text('| Idle').wait_for()
+    for attempt in range(20):                                                # what is sent before the kernel listens is lost
+        lab.run(0)
+        lab.page.wait_for_timeout(2000)
+        if re.search(r'\d', lab.cell(0).locator('.jp-InputPrompt').inner_text()): break
     lab.page.get_by_role('menuitem', name='Run', exact=True).click()
     lab.page.get_by_text('Run All Cells', exact=True).click()
-    explorer = lab.page.locator('section.sce')
-    explorer.wait_for(timeout=240_000)
-    panels = code.filter(has=lab.page.locator('.jupyter-widgets'))
+    explorer, panels = lab.page.locator('#sce-variance'), code.filter(has=lab.page.locator('.jupyter-widgets'))
+    explorer.wait_for(timeout=150_000)
     expect(panels).to_have_count(4)                                          # each of the two as it began, and after the clicks from Python
+    says = explorer.locator('#sce-variance-says')
+    before = says.inner_text()
+    explorer.locator('#sce-variance-density').press('ArrowLeft')
+    expect(says).not_to_have_text(before)
     panel = panels.nth(0)
+    panel.scroll_into_view_if_needed()
     expect(panel.locator('.says')).to_contain_text('finished')
     steps = panel.get_by_label('steps', exact=True)
     steps.fill('100000')
@@ -650,13 +660,10 @@ def drive_chapter(lab, expect):
     panel.get_by_role('button', name='stop', exact=True).click()
     expect(panel.locator('.says')).to_contain_text('interrupted')
     knife, loss = panels.nth(2), panels.nth(2).locator('.loss')
+    knife.scroll_into_view_if_needed()
     own = loss.inner_text()
     knife.locator('.widget-toggle-buttons').nth(0).get_by_role('button', name='skip').click()
     expect(loss).not_to_have_text(own)
-    says = explorer.locator('#sce-variance-says')
-    before = says.inner_text()
-    explorer.locator('#sce-variance-density').press('ArrowLeft')
-    expect(says).not_to_have_text(before)
 
 
 def drive_training(lab, expect):
