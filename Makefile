@@ -73,7 +73,7 @@ test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapte
 docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'Quarto is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again.' >&2; exit 1; }
 	@rm -rf _proc; cp _quarto.yml nbs/_quarto.yml; touch README.md
-	PYTHONPATH=$(CURDIR)/tests:$$PYTHONPATH $(BIN)/nbdev_docs
+	PYTHONPATH=$(call quote,$(CURDIR)/tests):$$PYTHONPATH $(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
 
 docs-look: $(STAMP) chromium  ## Open the rendered pages in _docs/ in a browser without network

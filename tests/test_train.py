@@ -269,14 +269,14 @@ def test_micro_batches_and_bf16_train_alike(whole, tmp_path):
     assert [r['loss'] for r in half.log] != [r['loss'] for r in whole.log]
 
 
-def test_compiled_blocks_compute_the_same(whole, tmp_path, monkeypatch):
-    compile_module, compiled = torch.nn.Module.compile, []
-    def traced(module):  # traced as usual, but without the minutes and the C++ compiler that optimisation may take
-        compiled.append(type(module).__name__)
-        compile_module(module, backend='eager')
-    monkeypatch.setattr(torch.nn.Module, 'compile', traced)
-    result = quiet(tmp_path, config=CONFIG.replace(compile=True))
-    assert compiled == ['Block', 'Block']
+def test_compiled_training_computes_the_same(whole, tmp_path, monkeypatch):
+    real, compiled = torch.compile, []
+    def traced(function, **options):  # traced as usual, but without the minutes and the C++ compiler that optimisation may take
+        compiled.append(function.__name__)
+        return real(function, backend='eager', **options)
+    monkeypatch.setattr(torch, 'compile', traced)
+    result = quiet(tmp_path, config=CONFIG.replace(compile='on', precision='fp32'))
+    assert compiled == ['last_stream', 'chunk_losses'] and result.execution['compiled']
     assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-4)
     assert result.log[-1]['variance_mean'] == pytest.approx(whole.log[-1]['variance_mean'], rel=1e-3)
     loaded = Transformer.from_pretrained(tmp_path / 'model')  # names of parameters are those of a plain model

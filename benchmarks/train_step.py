@@ -1,0 +1,108 @@
+"""How fast is a training step, against the same step of transformers' Llama?
+
+    python benchmarks/train_step.py [--sizes small medium large] [--rounds 15] [--out results/benchmarks/train_step.json]
+
+Both models have the same sizes, optimiser, clipping and loss, and read the same tokens. Each is timed eager and compiled, with matrix products in
+fp32 and in bf16; ours also as training runs it (the stack compiled with the log's measurements, the loss a few positions at a time). One step of
+each is timed in turn, so that all see the same machine; the medians count. Compiling is not counted: it is paid once for a shape.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from score_model import commit, processor
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparsecod.compilation as compilation
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.integrity import stamp, write_text
+from sparsecod.train import StreamWatch, TrainConfig, make_optimizer
+
+SIZES = dict(small=dict(n_layers=8, d_model=64, n_heads=4, context_length=128),
+             medium=dict(n_layers=8, d_model=128, n_heads=2, context_length=128),
+             large=dict(n_layers=8, d_model=256, n_heads=4, context_length=256))
+BARS = dict(small=1.5, medium=1.7, large=2.6)  # times the faster eager step
+WAYS = tuple((owner, precision, way) for owner in ('ours', 'llama') for precision in ('fp32', 'bf16') for way in ('eager', 'compiled'))
+
+
+def llama(config: ModelConfig) -> LlamaForCausalLM:
+    "A Llama of the same sizes."
+    c = config
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.context_length,
+        rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, attn_implementation='sdpa', use_cache=False))
+
+
+def make_step(config: ModelConfig, owner: str, precision: str, way: str):
+    "A function that does one training step on windows (B, T + 1) and returns the loss."
+    torch.manual_seed(0)
+    model = Transformer(config) if owner == 'ours' else llama(config)
+    optimizer = make_optimizer(model, TrainConfig(steps=1))
+    if owner == 'ours':
+        fast = compilation.CompiledLoss(model) if way == 'compiled' else model
+        def loss_of(x, y): return fast(x, targets=y, watch=StreamWatch(config) if way == 'compiled' else None)
+    else:
+        def plain(x, y): return functional.cross_entropy(model(input_ids=x).logits.float().flatten(0, 1), y.flatten())
+        loss_of = torch.compile(plain, dynamic=False) if way == 'compiled' else plain
+    def step(windows):
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            loss = loss_of(windows[:, :-1], windows[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step
+
+
+def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
+    "Tokens a second of every way, and what their first losses are."
+    windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
+    steps = {way: make_step(config, *way) for way in WAYS}
+    losses = {way: [step(windows) for _ in range(2)][1] for way, step in steps.items()}
+    seconds = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, step in steps.items():
+            start = time.perf_counter()
+            step(windows)
+            seconds[way].append(time.perf_counter() - start)
+    return {' '.join(way): dict(tokens_per_s=tokens / statistics.median(seconds[way]), loss=losses[way],
+                                quartiles=[tokens / q for q in statistics.quantiles(seconds[way], n=4)[::-2]]) for way in WAYS}
+
+
+def summary(speeds: dict) -> dict:
+    "Our fastest against the faster eager step and against the peer's fastest."
+    def best(*words): return max(v['tokens_per_s'] for k, v in speeds.items() if all(w in k.split() for w in words))
+    eager, ours, peer = max(best('eager', 'fp32', 'ours'), best('eager', 'fp32', 'llama')), best('ours', 'compiled'), best('llama')
+    return dict(times_eager=ours / eager, times_peer=ours / peer)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
+    parser.add_argument('--rounds', type=int, default=15, help='steps of each kind (default: 15)')
+    parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
+    parser.add_argument('--vocab', type=int, default=2048, help='V (default: 2048)')
+    parser.add_argument('--out', type=Path, help='write a JSON file')
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    compilation.use_compiler_cache()
+    found = {}
+    for name in options.sizes:
+        config = ModelConfig(vocab_size=options.vocab, **SIZES[name])
+        speeds = compare(config, options.tokens, options.rounds)
+        found[name] = dict(model=config.to_dict(), speeds=speeds, bar=BARS[name], **summary(speeds))
+        for way, v in speeds.items(): print(f"{name:7} {way:20} {v['tokens_per_s']:8,.0f} tokens a second, second loss {v['loss']:.4f}", flush=True)
+        print(f"{name:7} {found[name]['times_eager']:.2f} times the faster eager step (bar {BARS[name]}), "
+              f"{found[name]['times_peer']:.2f} times the peer's fastest", flush=True)
+    if options.out:
+        record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1, torch=torch.__version__,
+                      python=platform.python_version(), hardware=processor(), busy=os.getloadavg()[0], commit=commit())
+        write_text(options.out, json.dumps(stamp(record), indent=1))

@@ -1,0 +1,172 @@
+"The compiled step computes what the plain one does, and what is chosen is the fastest that may be."
+import pytest
+import torch
+from torch.nn import functional
+
+import sparsecod.compilation as compilation
+from sparsecod.compilation import CompiledLoss, LinearCrossEntropy, choose_execution, chunk_losses
+from sparsecod.core import ModelConfig, Transformer
+from sparsecod.data import Corpus
+from sparsecod.train import StreamWatch, TrainConfig, train
+
+SMALL = dict(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12)
+KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=1), mixture=dict(n_experts=4), shared_expert=dict(n_experts=3, d_shared_expert=8),
+             peri_ln=dict(norm='peri_ln'), scaled=dict(norm='layernorm_scaling'), tied=dict(tie_embeddings=True))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    "torch.compile as usual, but without the minutes and the C++ compiler that optimisation takes."
+    real = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: real(f, backend='eager', **options))
+
+
+def gradients(model, loss) -> list:
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_compiled_loss_is_that_of_the_model(kind, traced):
+    config = ModelConfig(**SMALL | KINDS[kind])
+    torch.manual_seed(0)
+    model, windows = Transformer(config), torch.randint(97, (3, 13))
+    x, y = windows[:, :-1], windows[:, 1:]
+    plain, fast = StreamWatch(config), StreamWatch(config)
+    for watch in (plain, fast): watch.see_embedding(model.embed(x))
+    wanted, found = model(x, targets=y, watch=plain), CompiledLoss(model)(x, targets=y, watch=fast)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(gradients(model, found), gradients(model, wanted)): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert len(fast.stream) == 3 and fast.sequences == 3
+    for name in ('stream', 'attention', 'feed_forward', 'load'):
+        for a, b in zip(getattr(fast, name), getattr(plain, name), strict=True): torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'mixture'])
+def test_nothing_is_left_out_of_the_graph(kind):
+    config = ModelConfig(**SMALL | KINDS[kind])
+    model, graphs = Transformer(config), []
+    torch._dynamo.reset()
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    loss = CompiledLoss(model)
+    loss.stream = torch.compile(loss.last_stream, backend=count, fullgraph=True)  # an error if the graph breaks
+    loss.losses_of = chunk_losses
+    for seed in range(3):  # other routing, same graph
+        windows = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(seed))
+        loss(windows[:, :-1], targets=windows[:, 1:], watch=StreamWatch(config))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize('N', [1, 5, 64, 65, 200])
+@pytest.mark.parametrize('bf16', [False, True])
+def test_loss_in_pieces(N, bf16, monkeypatch):
+    monkeypatch.setattr(compilation, 'LOGITS_IN_CACHE', 64 * 50)
+    torch.manual_seed(N)
+    h, weight, targets = torch.randn(N, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (N,))
+    wanted = functional.cross_entropy(h @ weight.t(), targets)
+    found = LinearCrossEntropy.apply(h, weight, targets, bf16, chunk_losses)
+    tolerance = dict(atol=3e-2, rtol=3e-2) if bf16 else dict(atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, **tolerance)
+    for a, b in zip(torch.autograd.grad(found, (h, weight)), torch.autograd.grad(wanted, (h, weight))): torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_optimised_bf16_training_has_the_loss_of_plain_fp32(tmp_path, monkeypatch):
+    "The real compiler, once: repeatable bit for bit, and as good as fp32 within 0.02 nats."
+    if compilation.missing_compiler(): pytest.fail(f'this machine lacks {compilation.missing_compiler()}')
+    corpus = Corpus.from_texts([f'{i} is followed by {i + 1}, and {i + 1} by {i + 2}.' for i in range(300)])
+    config = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=32, n_heads=2, context_length=32)
+    plan = TrainConfig(steps=300, tokens_per_step=512, log_every=25, checkpoint_every=120, precision='bf16', compile='on')
+    first, again = (train(config, plan, corpus, tmp_path / name, progress=False) for name in 'ab')
+    plain = train(config, plan.replace(precision='fp32', compile='off'), corpus, tmp_path / 'c', progress=False)
+    assert first.execution['compiled'] and first.execution['precision'] == 'bf16'
+    assert [r['loss'] for r in first.log] == [r['loss'] for r in again.log]
+    assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), again.model.parameters()))
+    tail = [sum(r['loss'] for r in run.log[-4:]) / 4 for run in (first, plain)]
+    assert abs(tail[0] - tail[1]) < 0.02 and plain.log[-1]['loss'] < plain.log[0]['loss'] - 2
+
+
+def times(monkeypatch, seconds: dict):
+    "Let steps take given times instead of measuring them."
+    asked = []
+    def step_seconds(loss, model, windows, bf16, watch):
+        asked.append((isinstance(loss, CompiledLoss), bf16))
+        return seconds[asked[-1]]
+    monkeypatch.setattr(compilation, 'step_seconds', step_seconds)
+    return asked
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
+    return Transformer(ModelConfig(**SMALL)), torch.randint(97, (3, 13))
+
+
+SECONDS = {(False, False): 1.0, (False, True): 2.0, (True, False): .5, (True, True): .25}
+
+def test_the_fastest_is_taken_and_remembered(trial, monkeypatch):
+    asked = times(monkeypatch, SECONDS)
+    found = choose_execution(*trial, 1000, 'auto', 'auto')
+    assert (found.precision, found.compiled) == ('bf16', True)
+    before = len(asked)
+    assert choose_execution(*trial, 1000, 'auto', 'auto') == found and len(asked) == before
+    slower = times(monkeypatch, SECONDS | {(True, True): 3.0})
+    assert choose_execution(*trial, 1000, 'fp32', 'auto').precision == 'fp32' and slower
+
+
+@pytest.mark.parametrize('precision, compile, expected', [
+    ('fp32', 'auto', ('fp32', True)), ('auto', 'off', ('fp32', False)), ('bf16', 'off', ('bf16', False)), ('fp32', 'on', ('fp32', True))])
+def test_what_is_set_is_kept(trial, monkeypatch, precision, compile, expected):
+    times(monkeypatch, SECONDS)
+    assert choose_execution(*trial, 1000, precision, compile)[:2] == expected
+
+
+def test_short_runs_are_not_compiled(trial, monkeypatch):
+    asked = times(monkeypatch, SECONDS)
+    assert choose_execution(*trial, 100, 'auto', 'auto')[:2] == ('fp32', False)
+    assert not any(compiled for compiled, _ in asked)
+
+
+def test_without_a_compiler(trial, monkeypatch):
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda: 'a C++ compiler')
+    times(monkeypatch, SECONDS)
+    found = choose_execution(*trial, 1000, 'auto', 'auto')
+    assert found[:2] == ('fp32', False) and 'a C++ compiler' in found.why
+    with pytest.raises(ValueError, match='compile'): choose_execution(*trial, 1000, 'auto', 'on')
+
+
+def test_a_compiler_that_fails_costs_its_speed_only(trial, monkeypatch):
+    def step_seconds(loss, model, windows, bf16, watch):
+        if isinstance(loss, CompiledLoss): raise RuntimeError('internal compiler error')
+        return SECONDS[False, bf16]
+    monkeypatch.setattr(compilation, 'step_seconds', step_seconds)
+    found = choose_execution(*trial, 1000, 'auto', 'auto')
+    assert found[:2] == ('fp32', False) and 'internal compiler error' in found.why
+
+
+def test_a_damaged_trial_is_made_again(trial, monkeypatch, tmp_path):
+    times(monkeypatch, SECONDS)
+    found = choose_execution(*trial, 1000, 'auto', 'auto')
+    file, = (tmp_path / 'trials').iterdir()
+    file.write_text(file.read_text(encoding='utf-8').replace('bf16', 'fp64'), encoding='utf-8')
+    assert choose_execution(*trial, 1000, 'auto', 'auto') == found
+
+
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, traced):
+    monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
+    corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(300)])
+    config, plan = ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)), TrainConfig(steps=8, tokens_per_step=48, checkpoint_every=3)
+    times(monkeypatch, SECONDS)
+    train(config, plan, corpus, tmp_path / 'run', progress=False)
+    for name in ('result.json', 'model/model.safetensors'): (tmp_path / 'run' / name).unlink()
+    times(monkeypatch, {way: 1 / s for way, s in SECONDS.items()})  # by now another way would be faster
+    for file in (tmp_path / 'cache' / 'trials').iterdir(): file.unlink()
+    resumed = train(config, plan, corpus, tmp_path / 'run', progress=False)
+    assert (resumed.execution['precision'], resumed.execution['compiled']) == ('bf16', True)
