@@ -269,10 +269,10 @@ def test_a_file_of_scores_satisfies_its_schema(checkpoint, trained, type_in, tmp
         assert type_in(f'score {line} --json {tmp_path}/{name}.json --quiet')[0] == 0
         found = json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8'))
         check.validate(found)
-        assert found['$schema'] == schema['$id'] and found['format'] == 1
+        assert found['$schema'] == schema['$id'] and found['format'] == 2
         assert set(found) <= set(schema['properties']) and all(entry.get('description') or entry.get('properties') for entry in schema['properties'].values())
         assert found['intervals']['permutation']['low'][0][1] <= found['arrays']['permutation'][0][1] <= found['intervals']['permutation']['high'][0][1]
-        assert not check.is_valid(found | dict(format=2)) and not check.is_valid(found | dict(sparsity=1))
+        assert not check.is_valid(found | dict(format=1)) and not check.is_valid(found | dict(sparsity=1))
         assert ('usefulness_as_published' in found['scalars'], found['settings']['jacobian_probes']) == ((True, 0) if name == 'stock' else (False, 4))
 
 

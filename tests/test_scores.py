@@ -654,8 +654,8 @@ DAMAGE = dict(
     another_batch=lambda f: (f / 'batch-0-skip-1.safetensors').write_bytes((f / 'batch-1-skip-1.safetensors').read_bytes()),
     another_block=lambda f: (f / 'jacobian-1-0.safetensors').write_bytes((f / 'jacobian-2-0.safetensors').read_bytes()),
     without_a_name=lambda f: scores_module.save_file(dict(x=torch.zeros(3)), f / 'batch-0-skip-2.safetensors'),
-    a_folder=lambda f: in_the_way(f / 'batch-0-skip-1.safetensors'), key_empty=lambda f: (f / 'key.json').write_text(''),
-    key_a_list=lambda f: (f / 'key.json').write_text('[]'), key_changed=lambda f: (f / 'key.json').write_text((f / 'key.json').read_text().replace('windows', 'window')))
+    a_folder=lambda f: in_the_way(f / 'batch-0-skip-1.safetensors'), key_empty=lambda f: (f / 'key.json').write_text('', encoding='utf-8'),
+    key_a_list=lambda f: (f / 'key.json').write_text('[]', encoding='utf-8'), key_changed=lambda f: rewritten(f / 'key.json', lambda data: data.__setitem__(slice(None), data.replace(b'windows', b'window'))))
 
 
 @pytest.mark.parametrize('harm', DAMAGE)
@@ -703,7 +703,7 @@ def test_a_measurement_outlives_the_removal_of_its_folder(model, tmp_path, calls
 
 
 def test_a_file_in_place_of_the_folder_is_named(model, tmp_path):
-    (tmp_path / 'parts').write_text('')
+    (tmp_path / 'parts').write_text('', encoding='utf-8')
     with pytest.raises(OSError, match='parts'): score_model(model, windows(6, 1), windows(40, 2), SETTINGS, progress=False, resume=tmp_path / 'parts')
 
 
@@ -1137,12 +1137,12 @@ def test_a_study_refuses_too_little_held_out_text_before_it_trains(tmp_path, mon
 
 @pytest.mark.parametrize('where', ['.', 'a_file/scores.json', 'new/folder/scores.json', 'scores.json'])
 def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, where):
-    (tmp_path / 'a_file').write_text('')
-    (tmp_path / 'scores.json').write_text('old')
+    (tmp_path / 'a_file').write_text('', encoding='utf-8')
+    (tmp_path / 'scores.json').write_text('old', encoding='utf-8')
     if where in ('.', 'a_file/scores.json'):
         with pytest.raises(OSError, match='--json='): scores_module.check_writable(tmp_path / where, '--json')
     else: scores_module.check_writable(tmp_path / where, '--json')
-    assert not list(tmp_path.rglob('*.draft')) and (tmp_path / 'scores.json').read_text() == 'old'
+    assert not list(tmp_path.rglob('*.draft')) and (tmp_path / 'scores.json').read_text(encoding='utf-8') == 'old'
 
 
 class NoFp64(torch.Tensor):
