@@ -16,7 +16,6 @@ import sys
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
-from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .core import LOGITS_AT_ONCE, Config, Transformer, cross_entropy
+from .core import LOGITS_AT_ONCE, Config, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
 from .integrity import MANIFEST, Damaged, check_seal, read_json
 
@@ -382,6 +381,7 @@ def adapt(
     if library is None or not isinstance(model, library.PreTrainedModel):
         raise ValueError(f'{type(model).__name__} cannot be adapted: {why_no_network(model)}')
     if reason := why_not(model): raise ValueError(f'{type(model).__name__} cannot be adapted: {reason}')
+    check_finite(model)
     adapted = AdaptedModel(model)
     check_logits(adapted)
     return adapted

@@ -30,7 +30,7 @@ from .adapters import check_weights, find_folder, unwrap, why_not_weights
 from .core import HubModel, ModelConfig, Transformer, param_counts
 from .data import ALIASES, Tokenizer, load_tokenizer
 from .integrity import atomic_folder, check_seal, seal
-from .train import FREE_FIELDS, load_result, read_label
+from .train import FREE_FIELDS, load_result
 
 # %% ../nbs/build/16_exchange.ipynb #4eb1c78c
 def need_transformers():

@@ -44,7 +44,7 @@ import numpy as np
 from cycler import cycler
 
 from .claims import CLAIMS, HEADS, PUBLISHED, ledger_cells, number, verdict_counts
-from .studies import LOGARITHMIC, SCALES, STUDIES, RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval, write_text
+from .studies import LOGARITHMIC, SCALES, RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval, write_text
 from .train import FREE_FIELDS
 
 # %% ../nbs/build/14_explore.ipynb #258976eb

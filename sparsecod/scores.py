@@ -15,12 +15,11 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ENDS', 'PAIRS', 'Keep', '
            'row_ends', 'usefulness_scores', 'intervention_scores', 'stream_scores', 'root_of_terms', 'jackknife_error',
            'block_jacobian', 'jacobian_scores', 'layer_intervals', 'scoring_model', 'untouched', 'to_lists',
            'attention_numbers', 'work_bytes', 'sequence_bytes', 'fixed_bytes', 'jacobian_bytes', 'needed_bytes', 'Plan',
-           'plan_memory', 'tensor_hash', 'write_whole', 'check_writable', 'put_aside', 'write_part', 'read_part',
-           'claim_folder', 'Parts', 'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted',
-           'measure', 'names_source', 'text_tokens', 'text_windows', 'without_repetitions', 'tokenizer_of',
-           'text_config', 'prepare_windows', 'score_model', 'all_estimates', 'summarise', 'check_windows',
-           'check_held_out', 'check_context', 'with_true_names', 'write_schema', 'random_signs', 'root_of_mean',
-           'jacobian_estimate']
+           'plan_memory', 'tensor_hash', 'write_whole', 'put_aside', 'write_part', 'read_part', 'claim_folder', 'Parts',
+           'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted', 'measure',
+           'names_source', 'text_tokens', 'text_windows', 'without_repetitions', 'tokenizer_of', 'text_config',
+           'prepare_windows', 'score_model', 'all_estimates', 'summarise', 'check_windows', 'check_held_out',
+           'check_context', 'with_true_names', 'write_schema', 'random_signs', 'root_of_mean', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -41,7 +40,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, find_folder, find_tokenizer, open_model
@@ -792,18 +791,6 @@ def write_whole(
         os.replace(draft, path)
     except (OSError, SafetensorError) as error: raise OSError(f'{path} could not be written: {error}') from error
     finally: draft.unlink(missing_ok=True)
-
-def check_writable(
-    path: Path,   # a file that is to be written when the work is done
-    name: str,    # of the field or option that says so
-):
-    "Raise an OSError before any work if a file could not be written there."
-    if path.is_dir(): raise IsADirectoryError(f'{name}={str(path)!r} is a folder; name a file')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft_name(path).touch()
-        draft_name(path).unlink()
-    except OSError as error: raise OSError(f'{name}={str(path)!r} cannot be written: {error.strerror}') from error
 
 def put_aside(
     path: Path,        # what is damaged

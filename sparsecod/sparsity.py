@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from typing import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapters import AdaptedModel, adapt
-from .core import Transformer, check_finite
+from .core import check_finite
 from .layers import attention_weights, rope_angles
 from .moe import expert_load
 from .scores import attention_numbers, scoring_model, to_fp64, untouched, work_bytes

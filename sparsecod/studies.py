@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import sparsecod
 from .cloze import measure_cloze
-from .core import POSITIVE, PRESETS, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
+from .core import POSITIVE, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
 from .core import param_counts, preset, require
 from .data import Corpus, DataConfig, prepare
 from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
