@@ -417,7 +417,7 @@ def frame(
             "if (e.target.matches('input, select')) e.target.dataset.lmSuppressShortcuts = 'true' })")
     return (f'<section class="sce" id="{name}" aria-labelledby="{name}-title"><style>{CSS}</style>\n<p class="title" id="{name}-title">{html.escape(title)}</p>\n{body}\n'
             f'<noscript><p class="note">This is the first view. The controls need JavaScript.</p></noscript>\n'
-            f'<script type="application/json" id="{name}-data">{embed(data)}</script>\n<script>(() => {{\n{head}\n{keys}\n{script}\n}})()</script></section>')
+            f'<script type="application/json" id="{name}-data">{embed(data)}</script>\n<script>(() => {{\n{head}\n{script}\n{keys}\n}})()</script></section>')
 
 # %% ../nbs/build/18_explorers.ipynb #83a46f56
 def page(
