@@ -413,9 +413,11 @@ def frame(
     for tag in ('</script', '<table', '</table'):   # a browser or a site generator would take it for HTML
         if tag in script: raise ValueError(f'the script of {name} holds {tag}; write \\x3c for its <')
     head = f"const NAME = '{name}', $ = part => document.getElementById(NAME + '-' + part), DATA = JSON.parse($('data').textContent)"
+    keys = ("document.getElementById(NAME).addEventListener('focusin', e => { "   # else JupyterLab takes the arrow keys
+            "if (e.target.matches('input, select')) e.target.dataset.lmSuppressShortcuts = 'true' })")
     return (f'<section class="sce" id="{name}" aria-labelledby="{name}-title"><style>{CSS}</style>\n<p class="title" id="{name}-title">{html.escape(title)}</p>\n{body}\n'
             f'<noscript><p class="note">This is the first view. The controls need JavaScript.</p></noscript>\n'
-            f'<script type="application/json" id="{name}-data">{embed(data)}</script>\n<script>(() => {{\n{head}\n{script}\n}})()</script></section>')
+            f'<script type="application/json" id="{name}-data">{embed(data)}</script>\n<script>(() => {{\n{head}\n{script}\n{keys}\n}})()</script></section>')
 
 # %% ../nbs/build/18_explorers.ipynb #83a46f56
 def page(
