@@ -6,7 +6,7 @@
 __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'COMPILE', 'UNSUPPORTED', 'UNDECIDED', 'FREE_FIELDS', 'FORMAT', 'CHECKPOINT_FILES',
            'OWN_FILES', 'ENDINGS', 'MODEL_FILES', 'TrainConfig', 'sequences_per_step', 'parameter_groups',
            'make_optimizer', 'learning_rate', 'decay_product', 'accumulate_gradients', 'channel_variance',
-           'StreamWatch', 'summarize_watch', 'summarize_experts', 'is_set', 'find_world', 'Run', 'start_run',
+           'StreamWatch', 'is_set', 'find_world', 'summarize_watch', 'summarize_experts', 'Run', 'start_run',
            'decide_execution', 'micro_batch', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs',
            'run_id', 'other_run', 'logs_at', 'without_infinities', 'say_where', 'log_line', 'write_record',
            'read_records', 'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
@@ -203,6 +203,34 @@ class StreamWatch:
             if out.routing is not None: self.load.append(expert_load(out.routing))
         if out.routing is not None: self.auxiliary += B * auxiliary_loss(self.config, out.routing, B).detach()
 
+# %% ../nbs/build/05_train.ipynb #d0fb81ec
+UNSUPPORTED = ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM')
+
+def is_set(
+    name: str,  # of an environment variable
+) -> bool:
+    "Whether a variable of the environment says yes."
+    return os.environ.get(name, '').lower() in ('1', 'true', 'yes', 'y', 'on', 't')
+
+def find_world() -> PartialState:
+    "This process's device, and its place among the processes that were launched together."
+    for name in UNSUPPORTED:
+        if is_set(name):
+            raise ValueError(f'{name}={os.environ[name]} must not be set: a model that is divided among processes is not '
+                             'supported; each process holds the whole model and a share of the data')
+    launched = int(os.environ.get('WORLD_SIZE') or 1)
+    gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()  # processes cannot share Apple's
+    advice = 'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process'
+    if launched > 1 and not os.environ.get('MASTER_ADDR'):
+        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find each other; {advice}')
+    try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
+    except (ValueError, RuntimeError) as error:
+        if launched == 1: raise
+        raise RuntimeError(f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error
+    if launched != world.num_processes:
+        raise RuntimeError(f'WORLD_SIZE={launched}, but this process is one of {world.num_processes}; {advice}')
+    return world
+
 # %% ../nbs/build/05_train.ipynb #0017b9bf
 def summarize_watch(
     watch: StreamWatch,      # after the forward passes of a step
@@ -231,34 +259,6 @@ def summarize_experts(
     auxiliary = average(watch.auxiliary / watch.sequences).item()
     load = average(torch.stack(watch.load))                                     # (L, E)
     return dict(auxiliary=auxiliary, busiest_expert=(load.amax(1) * c.n_experts / c.experts_per_token).tolist())
-
-# %% ../nbs/build/05_train.ipynb #d0fb81ec
-UNSUPPORTED = ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM')
-
-def is_set(
-    name: str,  # of an environment variable
-) -> bool:
-    "Whether a variable of the environment says yes."
-    return os.environ.get(name, '').lower() in ('1', 'true', 'yes', 'y', 'on', 't')
-
-def find_world() -> PartialState:
-    "This process's device, and its place among the processes that were launched together."
-    for name in UNSUPPORTED:
-        if is_set(name):
-            raise ValueError(f'{name}={os.environ[name]} must not be set: a model that is divided among processes is not '
-                             'supported; each process holds the whole model and a share of the data')
-    launched = int(os.environ.get('WORLD_SIZE') or 1)
-    gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()  # processes cannot share Apple's
-    advice = 'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process'
-    if launched > 1 and not os.environ.get('MASTER_ADDR'):
-        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find each other; {advice}')
-    try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
-    except (ValueError, RuntimeError) as error:
-        if launched == 1: raise
-        raise RuntimeError(f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error
-    if launched != world.num_processes:
-        raise RuntimeError(f'WORLD_SIZE={launched}, but this process is one of {world.num_processes}; {advice}')
-    return world
 
 # %% ../nbs/build/05_train.ipynb #0e5cd11d
 UNDECIDED = Execution('fp32', False, 'not decided yet')
@@ -300,6 +300,7 @@ def start_run(
         placed = DistributedDataParallel(model, device_ids=None if world.device.type == 'cpu' else [world.device])
     return Run(model, placed, make_optimizer(model, config), world, config, corpus, folder)
 
+# %% ../nbs/build/05_train.ipynb #5589aa58
 def decide_execution(
     run: Run,                # restored, or fresh
     say: Callable[[str], None] = lambda text: None,  # told what was chosen
