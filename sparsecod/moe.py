@@ -108,7 +108,7 @@ def compiled_experts(
 def compiled_experts_backward(
     slope: Tensor, x: Tensor, experts: Tensor, gates: Tensor, gate: Tensor, up: Tensor, down: Tensor, g: Tensor, u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # by x, gates, gate, up and down
-    "The derivatives of `compiled_experts`; slope is that of the loss by its output, (N, D)."
+    "The derivatives of the operation above; slope is that of the loss by its output, (N, D)."
     k, order, parts = experts.shape[1], *by_expert(experts, len(gate))
     rows, dy, weight = x[order // k], slope[order // k], gates.flatten()[order, None]    # (N*k, D) twice, (N*k, 1)
     drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
@@ -148,7 +148,7 @@ def keep_for_backward(ctx, inputs, output):
 
 
 def experts_derivative(ctx, slope, *unused):
-    "Derivatives by the inputs of `compiled_experts`; none by the choice of experts."
+    "Derivatives by the inputs; none by the choice of experts."
     dx, dgates, *dweights = compiled_experts_backward(slope.contiguous(), *ctx.saved_tensors)
     return dx, None, dgates, *dweights
 

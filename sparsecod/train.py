@@ -7,13 +7,13 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'COMPILE', 'UNSUPPORTED', 'UNDECIDED', 
            'OWN_FILES', 'ENDINGS', 'MODEL_FILES', 'TrainConfig', 'sequences_per_step', 'parameter_groups',
            'make_optimizer', 'learning_rate', 'decay_product', 'accumulate_gradients', 'channel_variance',
            'StreamWatch', 'is_set', 'find_world', 'summarize_watch', 'summarize_experts', 'Run', 'start_run',
-           'decide_execution', 'micro_batch', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs',
-           'run_id', 'other_run', 'logs_at', 'without_infinities', 'say_where', 'log_line', 'write_record',
-           'read_records', 'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
-           'step_of', 'save_checkpoint', 'check_folder', 'read_state', 'choose_checkpoint', 'pick_up', 'restore',
-           'is_stamped', 'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts', 'open_folder',
-           'lock_folder', 'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'usual_torch',
-           'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'decide_execution', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs', 'run_id',
+           'other_run', 'logs_at', 'without_infinities', 'say_where', 'log_line', 'write_record', 'read_records',
+           'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints', 'step_of',
+           'save_checkpoint', 'check_folder', 'read_state', 'choose_checkpoint', 'pick_up', 'restore', 'is_stamped',
+           'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts', 'open_folder', 'lock_folder',
+           'StopSignal', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'usual_torch', 'finish',
+           'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import json
@@ -308,8 +308,10 @@ def decide_execution(
     "Decide how the steps of a run are computed, unless its checkpoint has said so."
     config, alone = run.config, run.world.num_processes == 1
     if run.execution == UNDECIDED:
-        windows = step_windows(run)                                                   # (n, T + 1)
-        windows = windows[:micro_batch(config, windows)]                              # (b, T + 1)
+        model, n = run.model.config, config.tokens_per_step // run.world.num_processes
+        shape = min(n, config.micro_batch_tokens or n) // model.context_length, model.context_length + 1
+        random = torch.Generator().manual_seed(0)
+        windows = torch.randint(model.vocab_size, shape, generator=random).to(run.world.device)   # (b, T + 1)
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
         compile = config.compile if alone else 'off'  # a model that is wrapped for several processes is not compiled
         chosen = run.world.is_main_process and choose_execution(
@@ -318,13 +320,6 @@ def decide_execution(
     if run.execution.compiled:
         use_compiler_cache()
         run.loss = CompiledLoss(run.model)
-
-def micro_batch(
-    config: TrainConfig,  # how the model is trained
-    windows: Tensor,      # a process's share of a step, (n, T + 1)
-) -> int:                 # how many of them go through the model at once
-    "Sequences of one forward pass."
-    return min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
 
 # %% ../nbs/build/05_train.ipynb #b77b6211
 def step_windows(
@@ -353,7 +348,8 @@ def training_step(
     config, lr = run.config, learning_rate(run.step, run.config)
     for group in run.optimizer.param_groups: group['lr'] = lr
     windows = step_windows(run)                                                             # (n, T + 1)
-    sequences, execution = micro_batch(config, windows), run.execution
+    sequences = min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
+    execution = run.execution
     if execution.compiled and watch is None: watch = StreamWatch(run.model.config)          # one graph for all steps
     if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
     loss = accumulate_gradients(run.loss or run.placed, windows, sequences, execution.bf16, watch)

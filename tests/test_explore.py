@@ -9,7 +9,8 @@ import pytest
 
 from sparsecod import explore
 from sparsecod.claims import CLAIMS, PUBLISHED, ledger
-from sparsecod.studies import PRESETS, SCALES, STUDIES, by_variant, load_results
+from sparsecod.core import PRESETS
+from sparsecod.studies import SCALES, STUDIES, by_variant, load_results
 from synthetic import depth_study, interval, record
 
 
