@@ -7,7 +7,8 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'find_folder', 'check_weights', 'load_network', 'load_model', 'find_tokenizer', 'open_model']
+           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'find_tokenizer',
+           'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from .core import LOGITS_AT_ONCE, Config, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
-from .integrity import MANIFEST, Damaged, check_seal, read_json
+from .integrity import MANIFEST, Damaged, check_identity, check_seal, read_json
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
@@ -387,6 +388,20 @@ def adapt(
     return adapted
 
 # %% ../nbs/build/06_adapters.ipynb #b8490a80
+def check_owner(
+    folder: Path,  # with a model in the folder model; perhaps a training of ours
+):
+    "Raise `Damaged` if the model is sealed as that of another run than the folder's config.json says."
+    if not ((folder / 'config.json').is_file() and (folder / 'model' / MANIFEST).is_file()): return
+    label, sealed = read_json(folder / 'config.json'), read_json(folder / 'model' / MANIFEST)
+    found, parts = sealed.get('identity') if isinstance(sealed, dict) else None, ('model', 'train', 'corpus')
+    if not all(isinstance(d, dict) and set(parts) <= set(d) for d in (label, found)): return
+    from sparsecod.train import FREE_FIELDS
+    for part in parts[:2]:
+        names = [name for name in found[part] if name in label[part] and name not in FREE_FIELDS]
+        check_identity(folder / 'model', found[part], {name: label[part][name] for name in names})
+    check_identity(folder / 'model', found, dict(corpus=label['corpus']))
+
 def find_folder(
     source: str | Path,               # a folder, or a name on the Hub
     trust_remote_code: bool = False,  # fetch programs as well
@@ -400,7 +415,9 @@ def find_folder(
         except (OSError, ValueError) as error:
             raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face Hub: {error}') from error
     for place in (folder / 'model', folder):           # a training of ours keeps its model in model
-        if (place / 'config.json').is_file(): return place
+        if not (place / 'config.json').is_file(): continue
+        if place != folder: check_owner(folder)
+        return place
     raise ValueError(f'{source} holds no model; looked for config.json in it and in its folder model')
 
 # %% ../nbs/build/06_adapters.ipynb #2fe8518b

@@ -185,8 +185,8 @@ def choose_execution(
     file = trial_file(model.config, windows[:, 1:].numel(), device, allowed)
     try:
         kept = check_stamp(read_json(file), file)
-        return Execution(kept['precision'], kept['compiled'], kept['why'])
-    except (Damaged, KeyError): pass
+        if kept.get('trial') == file.stem: return Execution(kept['precision'], kept['compiled'], kept['why'])
+    except Damaged: pass
     plain = min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2))
     if compile == 'auto' and plain * passes < WORTH_A_TRIAL:
         first = next((a for a in allowed if not a[1] and (a[0] == 'bf16') == (device.type == 'cuda')), allowed[0])
@@ -218,6 +218,6 @@ def run_trial(model, windows, allowed, file: Path, watch, say, missing: str | No
     say(why)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(stamp(dict(precision=best[0], compiled=best[1], why=why)), indent=1))
+        write_text(file, json.dumps(stamp(dict(trial=file.stem, precision=best[0], compiled=best[1], why=why)), indent=1))
     except OSError: pass  # a cache that cannot be written costs another trial, nothing else
     return Execution(*best, why)

@@ -919,7 +919,7 @@ def request_name(
 ) -> str:
     "A hash of everything that tells, without reading text, which corpus is asked for."
     tokenizer = Path(os.path.expanduser(config.tokenizer))
-    files = sorted(tokenizer.glob("tokenizer*.json")) if tokenizer.is_dir() else [tokenizer] if tokenizer.is_file() else []
+    files = sorted(tokenizer.glob("tokenizer*.json")) if tokenizer.is_dir() else [file for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")) if file.is_file()]
     tokenizer_stamp = [file_stamp(file) for file in files] if config.tokenizer != "bpe" else []
     return content_id(json.dumps([FORMAT, config.to_dict(), stamp, tokenizer_stamp])).hex()[:16]
 

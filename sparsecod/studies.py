@@ -406,8 +406,12 @@ def missing_measures(
     record: dict,       # of a run
     config: RunConfig,  # the run as it is wanted
 ) -> list[str]:         # keys of MEASURES
-    "Measurements that a run asks for and its record lacks."
-    return [name for name in config.measures if name not in record] if record['status'] == 'finished' else []
+    "Measurements that a run asks for and its record lacks, or has of other lengths or another number of questions."
+    if record['status'] != 'finished': return []
+    there = record['config']
+    other = dict(lengths=not set(config.lengths) <= set(there.get('lengths') or ()),
+                 cloze=config.n_questions != there.get('n_questions', config.n_questions))
+    return [name for name in config.measures if name not in record or other.get(name)]
 
 def add_measures(
     record: dict,        # of a finished run
@@ -418,8 +422,9 @@ def add_measures(
     "Make the measurements that a record lacks; the rest of it stays as it is."
     wanted = missing_measures(record, config)
     if not wanted: return record
+    if 'lengths' in record: config = config.replace(lengths=sorted({*config.lengths, *(record['config'].get('lengths') or ())}))
     found = {name: MEASURES[name](model, config, corpus) for name in wanted}
-    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=[*record['config'].get('measures', []), *wanted])
+    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(dict.fromkeys([*record['config'].get('measures', []), *wanted])))
     return record | dict(config=record['config'] | asked) | shortened(without_infinities(found)) | dict(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 

@@ -44,9 +44,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .core import NOT_NEGATIVE, POSITIVE, SEED, BlockOutput, Config, ModelConfig, Transformer
-from .compilation import CompiledLoss, Execution, choose_execution, use_compiler_cache
+from .compilation import CompiledLoss, Execution, choose_execution, missing_compiler, use_compiler_cache
 from .core import auxiliary_loss, check_fields, one_of, require
-from .integrity import (Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
+from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
 
@@ -180,7 +180,8 @@ def channel_variance(
 class StreamWatch:
     "Called after each block with its output; keeps variances, one number a token, and what a mixture of experts adds."
     def __init__(self, config: ModelConfig):  # of the model that is watched
-        self.config, self.sequences, self.auxiliary = config, 0, 0.0  # sequences seen; sum of their auxiliary losses
+        self.config, self.auxiliary = config, 0.0  # sum of the auxiliary losses of all sequences
+        self.sequences = torch.zeros(())           # seen; a tensor, because a compiler takes numbers for constants
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
 
@@ -317,9 +318,12 @@ def decide_execution(
         chosen = run.world.is_main_process and choose_execution(
             run.model, windows, passes, config.precision, compile, lambda: StreamWatch(run.model.config), say)
         run.execution, = broadcast_object_list([chosen])                              # one choice for all processes
-    if run.execution.compiled:
-        use_compiler_cache()
-        run.loss = CompiledLoss(run.model)
+    if not (run.execution.compiled and alone): return
+    if missing := missing_compiler() if run.world.device.type == 'cpu' else None:
+        raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks {missing}; '
+                         'install it, or start the run anew with resume=False')
+    use_compiler_cache()
+    run.loss = CompiledLoss(run.model)
 
 # %% ../nbs/build/05_train.ipynb #b77b6211
 def step_windows(
@@ -382,7 +386,9 @@ def run_id(
     label: dict,  # of a run
 ) -> str:         # 16 hexadecimal digits
     "A short name for what a run computes. Fields at their default do not count, so a new field changes no name."
-    parts = [{f.name: getattr(c, f.name) for f in fields(c) if f.name not in FREE_FIELDS and getattr(c, f.name) != f.default}
+    def plain(f, value): return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
+    parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
+              if f.name not in FREE_FIELDS and getattr(c, f.name) != f.default}
              for c in read_configs(label)]
     return content_checksum(dict(parts=parts, corpus=label['corpus']))
 
@@ -635,6 +641,7 @@ def read_label(
         if 'corpus' not in label: raise ValueError('it names no corpus')
     except ValueError as error: raise ValueError(f'{path} is not that of a training ({error}); choose another folder') from None
     if is_stamped(label): check_stamp(label, path)
+    elif (folder / 'model' / MANIFEST).exists(): raise Damaged(f'{path} has lost its checksum: the model beside it is sealed')
     return label
 
 # %% ../nbs/build/05_train.ipynb #a63b54fe
@@ -818,6 +825,9 @@ def finish(
     result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step, seconds=run.seconds,
                   execution=run.execution._asdict())
     if status != 'interrupted' and run.world.is_main_process:
+        logged = {record['step'] for record in read_log(run.folder)}
+        lost = [s for s in range(1, run.step + 1) if logs_at(s, run.config) and s not in logged]
+        if lost: warnings.warn(f"{run.folder / 'log.jsonl'} lacks the records of steps {shortened(lost)}", stacklevel=2)
         with say_where(run.folder / 'model'), atomic_folder(run.folder / 'model') as draft:
             run.model.save_pretrained(draft)
             seal(draft, dict(format=FORMAT, step=run.step, **run.label), MODEL_FILES)

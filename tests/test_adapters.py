@@ -810,3 +810,19 @@ def test_transformers_is_imported_only_when_needed(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(ImportError, match=r"pip install 'sparsecod\[hf\]'"): open_model(saved[1])
     with pytest.raises(ValueError, match='cannot be adapted'): adapt(saved[0])
+
+
+@pytest.mark.parametrize('change', [dict(seed=1), dict(lr=1e-2)])
+def test_the_model_of_another_training_is_named(tmp_path, change):
+    "A training's folder says whose model is in it; that of another seed is not read for it."
+    from sparsecod.core import ModelConfig
+    from sparsecod.data import Corpus
+    from sparsecod.integrity import Damaged
+    from sparsecod.train import TrainConfig, train
+    corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(200)])
+    config, plan = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=8, n_heads=1, context_length=8), TrainConfig(steps=2, tokens_per_step=16)
+    for name, p in dict(a=plan, b=plan.replace(**change)).items(): train(config, p, corpus, tmp_path / name, progress=False)
+    assert adapters.find_folder(tmp_path / 'a') == tmp_path / 'a' / 'model'
+    (tmp_path / 'a' / 'model').rename(tmp_path / 'kept')
+    (tmp_path / 'b' / 'model').rename(tmp_path / 'a' / 'model')
+    with pytest.raises(Damaged, match=next(iter(change))): adapters.find_folder(tmp_path / 'a')

@@ -7,7 +7,7 @@ import sparsecod.compilation as compilation
 from sparsecod.compilation import CompiledLoss, LinearCrossEntropy, choose_execution, chunk_losses
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus
-from sparsecod.train import StreamWatch, TrainConfig, train
+from sparsecod.train import StreamWatch, TrainConfig, accumulate_gradients, train
 
 SMALL = dict(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12)
 KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=1), mixture=dict(n_experts=4), shared_expert=dict(n_experts=3, d_shared_expert=8),
@@ -170,3 +170,41 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, traced):
     for file in (tmp_path / 'cache' / 'trials').iterdir(): file.unlink()
     resumed = train(config, plan, corpus, tmp_path / 'run', progress=False)
     assert (resumed.execution['precision'], resumed.execution['compiled']) == ('bf16', True)
+
+
+def test_micro_batches_share_graphs():
+    config, graphs = ModelConfig(**SMALL | KINDS['mixture']), []
+    model = Transformer(config)
+    torch._dynamo.reset()
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    loss = CompiledLoss(model)
+    loss.stream, loss.losses_of = torch.compile(loss.last_stream, backend=count, dynamic=False), chunk_losses
+    windows = torch.randint(97, (24, 13))
+    for step in range(2):
+        watch = StreamWatch(config)
+        accumulate_gradients(loss, windows, 2, watch=watch)   # 12 micro-batches
+        assert watch.sequences == 24
+    assert len(graphs) <= 3  # the first micro-batch of a step is measured, the others only add their auxiliary losses
+
+
+def test_a_trial_of_another_model_is_not_taken(trial, monkeypatch, tmp_path):
+    times(monkeypatch, SECONDS)
+    assert choose_execution(*trial, 1000, 'auto', 'auto').precision == 'bf16'
+    first, = (tmp_path / 'trials').iterdir()
+    choose_execution(*trial, 1000, 'fp32', 'auto')
+    second, = set((tmp_path / 'trials').iterdir()) - {first}
+    second.write_bytes(first.read_bytes())
+    assert choose_execution(*trial, 1000, 'fp32', 'auto').precision == 'fp32'
+
+
+def test_a_compiled_run_needs_its_compiler_to_go_on(tmp_path, monkeypatch, traced):
+    corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(300)])
+    config, plan = ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)), TrainConfig(
+        steps=8, tokens_per_step=48, checkpoint_every=3, precision='fp32', compile='on')
+    train(config, plan, corpus, tmp_path, progress=False)
+    for name in ('result.json', 'model/model.safetensors'): (tmp_path / name).unlink()
+    monkeypatch.setattr('sparsecod.train.missing_compiler', lambda: 'a C++ compiler')
+    with pytest.raises(ValueError, match='C\\+\\+ compiler'): train(config, plan, corpus, tmp_path, progress=False)
+    assert list((tmp_path / 'checkpoints').iterdir())

@@ -824,3 +824,19 @@ def test_processes_find_each_other_without_a_gpu_and_one_talks(tmp_path):
     out = script(tmp_path, 'os.environ.pop("ACCELERATE_USE_CPU"); os.environ["CUDA_VISIBLE_DEVICES"] = ""\n' + code,
                  processes=2, stdout=subprocess.PIPE, text=True).communicate(timeout=200)[0]
     assert sorted(out.splitlines()) == ['2 finished False', '2 finished True']
+
+
+def test_zero_is_the_same_number_as_a_fraction(tmp_path):
+    quiet(tmp_path, config=CONFIG.replace(weight_decay=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = quiet(tmp_path, config=CONFIG.replace(weight_decay=0.0))
+    assert again.status == 'finished' and again.log
+
+
+def test_a_label_without_checksum_beside_a_sealed_model_is_damaged(whole, tmp_path):
+    quiet(tmp_path)
+    label = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    del label['checksum']
+    (tmp_path / 'config.json').write_text(json.dumps(label), encoding='utf-8')
+    with pytest.raises(Damaged, match='config.json'): load_result(tmp_path)
