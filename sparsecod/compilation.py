@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGITS_IN_CACHE', 'WORTH_A_TRIAL', 'chunk_losses', 'LinearCrossEntropy', 'CompiledLoss', 'Execution',
-           'missing_compiler', 'processor', 'trial_file', 'use_compiler_cache', 'step_seconds', 'choose_execution',
-           'run_trial']
+           'plain_execution', 'missing_compiler', 'processor', 'trial_file', 'use_compiler_cache', 'step_seconds',
+           'choose_execution', 'run_trial']
 
 # %% ../nbs/tools/02_compilation.ipynb #2f704729
 import hashlib
@@ -111,6 +111,12 @@ class Execution(NamedTuple):
         return self.precision == 'bf16'
 
 
+def plain_execution(precision: str, device: torch.device) -> Execution:
+    "Not compiled; 'auto' takes bf16 on CUDA devices that have it."
+    bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Execution(('bf16' if bf16 else 'fp32') if precision == 'auto' else precision, False, 'without a trial')
+
+
 WORTH_A_TRIAL = 120.0  # seconds of plain steps from which on a trial is made
 
 
@@ -189,8 +195,7 @@ def choose_execution(
     except Damaged: pass
     plain = min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2))
     if compile == 'auto' and plain * passes < WORTH_A_TRIAL:
-        first = next((a for a in allowed if not a[1] and (a[0] == 'bf16') == (device.type == 'cuda')), allowed[0])
-        return Execution(*first, f'too short for a trial: {plain * passes:.0f} s of plain steps')
+        return plain_execution(precision, device)._replace(why=f'too short for a trial: {plain * passes:.0f} s of plain steps')
     return run_trial(model, windows, allowed, file, watch, say, missing)
 
 

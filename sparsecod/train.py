@@ -44,7 +44,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .core import NOT_NEGATIVE, POSITIVE, SEED, BlockOutput, Config, ModelConfig, Transformer
-from .compilation import CompiledLoss, Execution, choose_execution, missing_compiler, use_compiler_cache
+from .compilation import CompiledLoss, Execution, choose_execution, missing_compiler
+from .compilation import plain_execution, use_compiler_cache
 from .core import auxiliary_loss, check_fields, one_of, require
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
@@ -305,21 +306,21 @@ def start_run(
 def decide_execution(
     run: Run,                # restored, or fresh
     say: Callable[[str], None] = lambda text: None,  # told what was chosen
+    trial: bool = True,      # whether there is time for a trial, a minute or two in a long run
 ):
     "Decide how the steps of a run are computed, unless its checkpoint has said so."
-    config, alone = run.config, run.world.num_processes == 1
-    if run.execution == UNDECIDED:
-        model, n = run.model.config, config.tokens_per_step // run.world.num_processes
-        shape = min(n, config.micro_batch_tokens or n) // model.context_length, model.context_length + 1
-        random = torch.Generator().manual_seed(0)
-        windows = torch.randint(model.vocab_size, shape, generator=random).to(run.world.device)   # (b, T + 1)
+    config, device, alone = run.config, run.world.device, run.world.num_processes == 1
+    if run.execution == UNDECIDED and alone and trial:
+        model, n = run.model.config, min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step)
+        random, shape = torch.Generator().manual_seed(0), (n // model.context_length, model.context_length + 1)
+        windows = torch.randint(model.vocab_size, shape, generator=random).to(device)      # (b, T + 1)
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
-        compile = config.compile if alone else 'off'  # a model that is wrapped for several processes is not compiled
-        chosen = run.world.is_main_process and choose_execution(
-            run.model, windows, passes, config.precision, compile, lambda: StreamWatch(run.model.config), say)
-        run.execution, = broadcast_object_list([chosen])                              # one choice for all processes
+        run.execution = choose_execution(run.model, windows, passes, config.precision, config.compile,
+                                         lambda: StreamWatch(model), say)
+    elif run.execution == UNDECIDED:  # a model that is wrapped for several processes is not compiled
+        run.execution = plain_execution(config.precision, device)
     if not (run.execution.compiled and alone): return
-    if missing := missing_compiler() if run.world.device.type == 'cpu' else None:
+    if missing := missing_compiler() if device.type == 'cpu' else None:
         raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks {missing}; '
                          'install it, or start the run anew with resume=False')
     use_compiler_cache()

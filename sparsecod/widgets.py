@@ -124,7 +124,7 @@ def train_controlled(
         open_folder(folder, c.model, c.train, corpus, False, world)
         run = start_run(c.model, c.train, corpus, folder, world)
         restore(run)
-        decide_execution(run)
+        decide_execution(run, trial=False)      # somebody is waiting
         if thread.going.is_set() and not thread.asked: thread.change('running')
         return finish(run, run_steps(run, stop=thread, bar=thread))
 

@@ -79,7 +79,7 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('study depth --scale huge', "scale='huge' must be one of"), ('study depth --seeds 0', "'0' must be a positive whole number"),
     ('study depth --jobs x', "'x' must be a positive whole number"), ('reproduce --study width', "study='width'"), ('report --scale huge', "scale='huge'"),
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
-    ('train DIR --layers 0', 'n_layers=0 must be a positive whole number'), ('train DIR --lr fast', "invalid float value: 'fast'"),
+    ('train DIR --layers 0', 'n_layers=0 must be positive'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
     ('train DIR --set n_kv_heads=1', 'did you mean model.n_kv_heads'), ('train DIR --set lr=1', 'did you mean train.lr'),
     ('train DIR --heads 5', '--heads: '), ('train DIR --layers 0', '--layers: '), ('train DIR --width 65 --heads 4', '--heads: '),

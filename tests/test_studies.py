@@ -57,7 +57,7 @@ def test_configs_go_through_json():
 
 @pytest.mark.parametrize('changes, message', [
     ({'model.depth': 3}, 'there is no field model.depth=3'), ({'n_kv_heads': 1}, 'model.n_kv_heads'), ({'model.lr': 1}, 'train.lr'), ({'source': 'x'}, 'data.source'), ({'model': {}}, 'there is no field model='), ({'x.y.z': 3}, 'there is no field'),
-    ({'train.lr': 'fast'}, "train.lr='fast' must be a number"), ({'train.compile': 1}, 'train.compile=1 must be'),
+    ({'train.lr': 'fast'}, "train.lr='fast' must be a number"), ({'train.compile': 1}, 'compile=1 must be'),
     ({'model.n_layers': True}, 'must be a number'), ({'train.seed': 1}, 'set seed'), ({'model.n_layers': 2.5}, 'whole number'),
     ({'data.max_tokens': 'many'}, 'many'), ({'n_eval': 0}, 'n_eval=0')])
 def test_wrong_changes_are_named(changes, message):
