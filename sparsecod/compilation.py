@@ -191,11 +191,12 @@ def choose_execution(
     file = trial_file(model.config, windows[:, 1:].numel(), device, allowed)
     try:
         kept = check_stamp(read_json(file), file)
-        if kept.get('trial') == file.stem: return Execution(kept['precision'], kept['compiled'], kept['why'])
-    except Damaged: pass
-    plain = min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2))
-    if compile == 'auto' and plain * passes < WORTH_A_TRIAL:
+        if kept.get('trial') != file.stem or 'plain' not in kept: kept = None
+    except Damaged: kept = None
+    plain = kept['plain'] if kept else min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2))
+    if compile == 'auto' and plain * passes < WORTH_A_TRIAL:  # whatever a longer run has found: compiling takes its time too
         return plain_execution(precision, device)._replace(why=f'too short for a trial: {plain * passes:.0f} s of plain steps')
+    if kept: return Execution(kept['precision'], kept['compiled'], kept['why'])
     return run_trial(model, windows, allowed, file, watch, say, missing)
 
 
@@ -223,6 +224,6 @@ def run_trial(model, windows, allowed, file: Path, watch, say, missing: str | No
     say(why)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(stamp(dict(trial=file.stem, precision=best[0], compiled=best[1], why=why)), indent=1))
+        write_text(file, json.dumps(stamp(dict(trial=file.stem, precision=best[0], compiled=best[1], why=why, plain=medians.get(allowed[0]))), indent=1))
     except OSError: pass  # a cache that cannot be written costs another trial, nothing else
     return Execution(*best, why)

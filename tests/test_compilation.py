@@ -130,6 +130,8 @@ def test_short_runs_are_not_compiled(trial, monkeypatch):
     asked = times(monkeypatch, SECONDS)
     assert choose_execution(*trial, 100, 'auto', 'auto')[:2] == ('fp32', False)
     assert not any(compiled for compiled, _ in asked)
+    assert choose_execution(*trial, 1000, 'auto', 'auto')[:2] == ('bf16', True)
+    assert choose_execution(*trial, 100, 'auto', 'auto')[:2] == ('fp32', False), 'a short run follows the trial of a long one'
 
 
 def test_without_a_compiler(trial, monkeypatch):

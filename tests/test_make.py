@@ -27,7 +27,7 @@ def clone(request, tmp_path):
     python.write_text(FAKE.format(notes=notes), encoding='utf-8')
     python.chmod(0o755)
     def make(*arguments):
-        done = subprocess.run(['make', f'PYTHON={python}', *arguments], cwd=folder, capture_output=True, text=True, encoding='utf-8')
+        done = subprocess.run(['make', '--no-print-directory', f'PYTHON={python}', *arguments], cwd=folder, capture_output=True, text=True, encoding='utf-8')
         calls = notes.read_text(encoding='utf-8').splitlines() if notes.exists() else []
         notes.unlink(missing_ok=True)
         return done, calls

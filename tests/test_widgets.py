@@ -574,6 +574,14 @@ class Lab:
         self.cell(n).locator('.cm-content').click()
         self.page.keyboard.press('Control+Enter')
 
+    def first(self):
+        "Run the first cell, as often as it takes: what is sent before the kernel listens is lost."
+        self.page.get_by_text('| Idle').wait_for()
+        for attempt in range(20):
+            self.run(0)
+            self.page.wait_for_timeout(2000)
+            if re.search(r'[\d*]', self.cell(0).locator('.jp-InputPrompt').inner_text()): return
+
     def printed(self, n, word):
         "Run a cell and return what it prints, as often as it is run."
         self.page.keyboard.press('Escape')
@@ -635,11 +643,7 @@ def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
 
 def drive_chapter(lab, expect):
     code = lab.page.locator('.jp-Notebook .jp-CodeCell')
-    lab.page.get_by_text('| Idle').wait_for()
-    for attempt in range(20):                                                # what is sent before the kernel listens is lost
-        lab.run(0)
-        lab.page.wait_for_timeout(2000)
-        if re.search(r'\d', lab.cell(0).locator('.jp-InputPrompt').inner_text()): break
+    lab.first()
     lab.page.get_by_role('menuitem', name='Run', exact=True).click()
     lab.page.get_by_text('Run All Cells', exact=True).click()
     explorer, panels = lab.page.locator('#sce-variance'), code.filter(has=lab.page.locator('.jupyter-widgets'))
@@ -667,7 +671,7 @@ def drive_chapter(lab, expect):
 
 
 def drive_training(lab, expect):
-    lab.run(0)
+    lab.first()
     lab.cell(0).get_by_text('FLOPs').wait_for()
     lab.click(0, 'start')
     loss = lab.cell(0).locator('.loss')
