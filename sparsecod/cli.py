@@ -72,7 +72,7 @@ def setting(
     except (ValueError, RecursionError): return path, value
 
 # %% ../nbs/build/17_cli.ipynb #66828b6a
-SCALE_NAMES = 'tiny, laptop, gpu or paper'
+SCALE_NAMES = 'tiny, laptop, desk, gpu or paper'
 
 def add_common(
     parser,  # of a command

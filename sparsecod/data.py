@@ -6,13 +6,13 @@
 __all__ = ['EOS', 'LONGEST_WORD', 'LONG_RUN', 'USUAL_EOS', 'PROBLEMS', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'PACKAGE_FOLDERS',
            'ALIASES', 'FORMAT', 'STEP', 'Tokenizer', 'special_tokens', 'cut_long_words', 'train_bpe', 'find_eos',
            'load_tokenizer', 'hub_file', 'Item', 'to_item', 'cut', 'text_items', 'row_items', 'jsonl_rows',
-           'parquet_rows', 'read_file', 'walk', 'python_folders', 'content_id', 'folders_below', 'matching_files',
-           'list_files', 'no_files', 'hf_rows', 'Seen', 'split_number', 'DataConfig', 'Source', 'file_stamp',
-           'open_source', 'expand_alias', 'Document', 'unique_documents', 'fit_tokenizer', 'encode_documents',
-           'token_dtype', 'write_tokens', 'write_corpus', 'count_left_out', 'check_sides', 'gather_windows', 'mix',
-           'order_key', 'shuffled', 'StoredTokens', 'read_entry', 'describe', 'tell_left_out', 'count_tokens',
-           'unigram_loss', 'count_windows', 'WindowedTokens', 'Corpus', 'cache_folder', 'shared_folder', 'cache_lock',
-           'request_name', 'find_corpus', 'publish', 'build', 'progress_bar', 'wait_for', 'prepare']
+           'parquet_rows', 'read_file', 'walk', 'is_python', 'python_folders', 'content_id', 'folders_below',
+           'matching_files', 'list_files', 'no_files', 'hf_rows', 'Seen', 'split_number', 'DataConfig', 'Source',
+           'file_stamp', 'open_source', 'expand_alias', 'Document', 'unique_documents', 'fit_tokenizer',
+           'encode_documents', 'token_dtype', 'write_tokens', 'write_corpus', 'count_left_out', 'check_sides',
+           'gather_windows', 'mix', 'order_key', 'shuffled', 'StoredTokens', 'read_entry', 'describe', 'tell_left_out',
+           'count_tokens', 'unigram_loss', 'count_windows', 'WindowedTokens', 'Corpus', 'cache_folder', 'shared_folder',
+           'cache_lock', 'request_name', 'find_corpus', 'publish', 'build', 'progress_bar', 'wait_for', 'prepare']
 
 # %% ../nbs/build/04_data.ipynb #1fc4332d
 import gc
@@ -319,13 +319,26 @@ def walk(
     return found
 
 # %% ../nbs/build/04_data.ipynb #9feaef03
+def is_python(
+    source: str,
+) -> bool:
+    "Is it the sources of this Python or of its packages?"
+    return source in ("stdlib", "site") or source.startswith("site:")
+
+
 def python_folders(
-    source: str,  # 'stdlib' or 'site'
+    source: str,  # 'stdlib', 'site' or 'site:NAMES'
 ) -> list[Path]:
-    "Folders with the sources of the standard library and, for 'site', of the packages that this interpreter can import."
+    "Folders with the sources of the standard library, with 'site' also of all packages; with 'site:NAMES' of those packages."
     stdlib = [Path(sysconfig.get_path("stdlib"))]
     packages = [Path(p) for p in dict.fromkeys(sys.path) if Path(p).name in PACKAGE_FOLDERS and os.path.isdir(p)]
-    return stdlib + (packages if source == "site" else [])
+    if ":" not in source:
+        return stdlib + (packages if source == "site" else [])
+    names = source.partition(":")[2].split(",")
+    found = {name: next((p / name for p in packages if name and (p / name).is_dir()), None) for name in names}
+    if missing := [name for name, folder in found.items() if folder is None]:
+        raise ValueError(f"source={source!r} names {missing[0]!r}, which is not the folder of an installed package")
+    return list(found.values())
 
 # %% ../nbs/build/04_data.ipynb #0db25dfd
 def content_id(
@@ -369,13 +382,14 @@ def matching_files(
 
 
 def list_files(
-    source: str,  # 'stdlib', 'site', or a file, folder or pattern
+    source: str,  # 'stdlib', 'site', 'site:NAMES', or a file, folder or pattern
 ) -> list[tuple[str, Path]]:
     "Names and paths of a source's files, shuffled by the hash of the name."
     path = Path(os.path.expanduser(source))
-    if source in ("stdlib", "site"):
-        skip = (*PACKAGE_FOLDERS, "__pycache__")
-        files = [file for folder in python_folders(source) for file in walk(folder, (".py",), skip)]
+    if is_python(source):
+        skip, named = (*PACKAGE_FOLDERS, "__pycache__"), ":" in source
+        files = [(f"{folder.name}/{name}" if named else name, file)
+                 for folder in python_folders(source) for name, file in walk(folder, (".py",), skip)]
     elif path.is_dir():
         files = walk(path, TEXT_SUFFIXES + ROW_SUFFIXES)
     elif path.is_file():
@@ -398,7 +412,7 @@ def no_files(
         return f"source={source!r} is a folder without any file that ends in {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}"
     return (
         f"source={source!r} is not a file, a folder or a pattern that matches one; allowed are those and "
-        f"'stdlib', 'site', {', '.join(map(repr, ALIASES))} and 'hf:OWNER/NAME' for a Hugging Face dataset"
+        f"'stdlib', 'site', 'site:PACKAGE,PACKAGE', {', '.join(map(repr, ALIASES))} and 'hf:OWNER/NAME' for a Hugging Face dataset"
     )
 
 # %% ../nbs/build/04_data.ipynb #d56f443a
@@ -465,7 +479,7 @@ def split_number(
 @dataclass(frozen=True)
 class DataConfig(Config):
     "What a corpus is made of: where the text comes from, how it is split, and how it becomes tokens."
-    source: str = "stdlib"                 # 'stdlib', 'site', 'fineweb-edu', 'hf:NAME[@REVISION]', or a file, folder or glob
+    source: str = "stdlib"                 # 'stdlib', 'site', 'site:NAMES', 'fineweb-edu', 'hf:NAME[@REVISION]', or a file, folder or glob
     subset: str | None = None              # named configuration of a Hugging Face dataset
     split: str = "train"                   # split of a Hugging Face dataset to read
     text_field: str = "text"               # field that holds the text in jsonl, parquet and Hugging Face rows
@@ -794,7 +808,7 @@ def tell_left_out(
 ) -> None:
     "Warn about documents of the user's own that could not be read, by number and first name."
     unread = {reason: corpus.stats[reason] for reason in ("duplicates", *PROBLEMS)} | {"duplicates": 0, "empty": 0}
-    if any(unread.values()) and corpus.config.source not in ("stdlib", "site"):
+    if any(unread.values()) and not is_python(corpus.config.source):
         warnings.warn(f"source={corpus.config.source!r}: left out {count_left_out(unread, corpus.left_out)}", stacklevel=3)
 
 # %% ../nbs/build/04_data.ipynb #74d2afa3

@@ -141,6 +141,16 @@ def test_stdlib_is_that_of_the_base_interpreter():
     assert Path(torch.__file__) in {path for _, path in data.list_files("site")}
 
 
+def test_named_packages():
+    files = dict(data.list_files("site:tqdm,filelock"))
+    assert {name.split("/")[0] for name in files} == {"tqdm", "filelock"} and "tqdm/__init__.py" in files
+    assert all(path.suffix == ".py" and path.parent.joinpath(path.name).exists() for path in files.values())
+    one = dict(data.list_files("site:tqdm"))
+    assert one == {name: path for name, path in files.items() if name.startswith("tqdm/")}
+    for wrong in ("site:", "site:tqdm,nosuchpackage", "site:tqdm,"):
+        with pytest.raises(ValueError, match=wrong): data.list_files(wrong)
+
+
 def test_stdlib_inside_a_virtual_environment(tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
@@ -246,7 +256,7 @@ def test_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_missing_source_names_what_is_allowed(tmp_path, cache):
-    with pytest.raises(ValueError, match="missing.*is not a file, a folder or a pattern.*'stdlib', 'site', 'fineweb-edu'.*hf:"):
+    with pytest.raises(ValueError, match="missing.*is not a file, a folder or a pattern.*'stdlib', 'site'.*'fineweb-edu'.*hf:"):
         make(tmp_path / "missing", cache)
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="is a folder without any file that ends in .txt .md"):
