@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'NEEDED', 'STUDIES', 'DEPTHS', 'PILOTS',
-           'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'DECAYS', 'REMEDIES', 'SOURCES', 'CLOZE', 'LOGARITHMIC',
+           'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'DECAYS', 'REMEDIES', 'SOURCES', 'GROWTHS', 'CLOZE', 'LOGARITHMIC',
            'RunConfig', 'whole', 'check_change', 'vary', 'changed_fields', 'short_hash', 'identity', 'run_name',
            'scale_config', 'hardware', 'n_cores', 'git', 'code_state', 'versions', 'provenance', 'shortened', 'curves',
            'score_windows', 'held_out', 'final_loss', 'check_text', 'training_bytes', 'check_folder', 'check_file',
-           'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'missing_measures', 'add_measures', 'make_record',
-           'work_folder', 'write_record', 'odd_parts', 'check_record', 'read_record', 'fit_vocabulary', 'Place',
-           'locate', 'hold', 'forget', 'label_folder', 'read_run', 'note_training', 'training_note', 'as_trained',
-           'complete', 'stored', 'one_process', 'check_outputs', 'check_training', 'check_run', 'run', 'Study',
-           'seed_list', 'depth_variants', 'pilot_variants', 'pilot_setting', 'training_variants', 'equivalent_decay',
-           'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
-           'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants',
-           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
-           'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
-           'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key', 'by_variant', 'one_corpus',
-           'read_records', 'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric',
+           'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'floors_of', 'null_of', 'missing_measures',
+           'add_measures', 'make_record', 'work_folder', 'write_record', 'odd_parts', 'check_record', 'read_record',
+           'fit_vocabulary', 'Place', 'locate', 'hold', 'forget', 'label_folder', 'read_run', 'note_training',
+           'training_note', 'as_trained', 'complete', 'stored', 'one_process', 'check_outputs', 'check_training',
+           'check_run', 'run', 'Study', 'seed_list', 'depth_variants', 'pilot_variants', 'pilot_setting',
+           'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting', 'decay_variants',
+           'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants', 'ladder_variants',
+           'ladder_setting', 'budget_setting', 'budget_variants', 'study_named', 'stop_with_parent', 'worker', 'Job',
+           'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor',
+           'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed', 'default_jobs', 'choose_display',
+           'run_study', 'variant_key', 'key_in_record', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
+           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'passed',
            'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/build/12_studies.ipynb #0e76a0d1
@@ -38,6 +39,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,7 +49,7 @@ from typing import Callable, Iterable, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 import torch
-from scipy.special import stdtrit
+from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,6 +61,7 @@ from .data import Corpus, DataConfig, prepare
 from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
 from .integrity import read_json, set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
+from .ngrams import floors, is_trained
 from .scores import ScoreConfig, check_held_out, estimate, resamples, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, sequences_per_step, train, without_infinities
@@ -413,7 +416,22 @@ def sample_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict | N
     window = corpus.sample_windows('val', 1, 24, config.text_seed)[0]                          # (25,)
     return sample_mechanisms(model, window[:-1], corpus.tokenizer.decode)
 
-MEASURES |= dict(lengths=lengths_of, cloze=cloze_of, theory=theory_of, sample=sample_of)
+def floors_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+    "Losses of tables that have read what the run has read, on the text of its final loss."
+    n, T = sequences_per_step(config.train, config.model.context_length), config.model.context_length
+    return floors(corpus, config.train.steps, n, T, config.seed, held_out(config, corpus)[0])
+
+def null_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+    "What the scores are before any training: those of the same architecture at the run's initial weights, on few sequences."
+    few = config.score.replace(n_sequences=min(8, config.score.n_sequences), n_jacobian=1, seed=config.text_seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        fresh = Transformer(config.model).to(next(model.parameters()).device)
+    found = score_model(fresh, *score_windows(corpus, config.model.context_length, few), few, progress=False)
+    arrays = {name: found['arrays'][name] for name in ('variance_median', 'variance_mean', 'skip_loss_increase')}
+    return dict(scalars={name: s['value'] for name, s in found['scalars'].items()}, arrays=arrays)
+
+MEASURES |= dict(floors=floors_of, null=null_of, lengths=lengths_of, cloze=cloze_of, theory=theory_of, sample=sample_of)
 
 # %% ../nbs/build/12_studies.ipynb #c8c6cd6f
 def missing_measures(
@@ -425,7 +443,7 @@ def missing_measures(
     there = record['config']
     other = dict(lengths=not set(config.lengths) <= set(there.get('lengths') or ()),
                  cloze=config.n_questions != there.get('n_questions', config.n_questions))
-    return [name for name in config.measures if name not in record or other.get(name)]
+    return [name for name in dict.fromkeys(('floors', *config.measures)) if name not in record or other.get(name)]
 
 def add_measures(
     record: dict,        # of a finished run
@@ -438,7 +456,7 @@ def add_measures(
     if not wanted: return record
     if 'lengths' in record: config = config.replace(lengths=sorted({*config.lengths, *(record['config'].get('lengths') or ())}))
     found = {name: MEASURES[name](model, config, corpus) for name in wanted}
-    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(dict.fromkeys([*record['config'].get('measures', []), *wanted])))
+    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(dict.fromkeys([*record['config'].get('measures', []), *(w for w in wanted if w in config.measures)])))
     return record | dict(config=record['config'] | asked) | shortened(without_infinities(found)) | dict(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
@@ -508,7 +526,7 @@ def odd_parts(
         final=loss and number(final.get('unigram_loss')),
         curve=set(CURVE) <= set(curve) and holds(curve, is_list) and len(set(map(len, curve.values()))) == 1,
         scores=not finished or scalars(scores, interval) and is_dict(scores.get('arrays')),
-        sparsity=scalars(sparsity, maybe), lengths=holds(record.get('lengths', {}), is_dict),
+        sparsity=scalars(sparsity, maybe), floors=holds(record.get('floors', {}), number), lengths=holds(record.get('lengths', {}), is_dict),
         cloze=is_dict(record.get('cloze', {})),
         provenance=all(isinstance(made.get(key), str) for key in ('date', 'corpus_fingerprint')))
     return [name for name, ok in good.items() if not ok]
@@ -856,7 +874,8 @@ def source_setting(
     base: RunConfig,  # the scale's configuration
 ) -> dict:            # changes by path
     "What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published weight decay of 0.1."
-    budget = BUDGETS.get(base.scale, {}) | {'measures': tuple(MEASURES), 'lengths': study_lengths(base)}
+    measures = tuple(name for name in MEASURES if base.scale != 'laptop' or name not in ('floors', 'null'))  # those were recorded without
+    budget = BUDGETS.get(base.scale, {}) | {'measures': measures, 'lengths': study_lengths(base)}
     return budget | {'train.weight_decay': equivalent_decay(vary(base, budget).train, 0.1)}
 
 # %% ../nbs/build/12_studies.ipynb #bcb70c43
@@ -1304,6 +1323,21 @@ def variant_key(
                            train=changed_fields(config.train, ('seed', *FREE_FIELDS)), score=changed_fields(config.score),
                            **(dict(new_text=True) if config.new_text else {})))
 
+@lru_cache(maxsize=2 ** 14)
+def key_in_record(
+    config: str,  # a record's configuration, as JSON
+) -> str:
+    "The variant key of a record."
+    return variant_key(RunConfig.from_dict(json.loads(config)))
+
+@lru_cache(maxsize=2 ** 8)
+def variant_keys(
+    study: Study,     # which study
+    base: RunConfig,  # the scale's configuration
+) -> dict[str, str]:  # label -> key
+    "The keys of all variants."
+    return {label: variant_key(vary(base, changes)) for label, changes in study.changes(base).items()}
+
 def by_variant(
     study: str | Study,    # which study
     records: list[dict],   # of one scale, runs of other studies among them
@@ -1312,10 +1346,9 @@ def by_variant(
     "The records of a study, by variant."
     if not records: return {}
     study, base = study_named(study), base or scale_config(records[0]['scale'])
-    keys = [variant_key(RunConfig.from_dict(r['config'])) for r in records]
+    keys = [key_in_record(json.dumps(r['config'])) for r in records]
     found = {}
-    for label, changes in study.changes(base).items():
-        wanted = variant_key(vary(base, changes))
+    for label, wanted in variant_keys(study, base).items():
         mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}       # each run once
         if mine: found[label] = sorted(mine.values(), key=lambda r: r['seed'])
     return found
@@ -1374,6 +1407,7 @@ def at_some_length(
     return found.get(length, {}).get(name)
 
 # %% ../nbs/build/12_studies.ipynb #488d0c01
+GROWTHS = dict(growth='variance_median', growth_mean='variance_mean', growth_without_first='variance_without_first')  # metric: array of h_0 .. h_L
 CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy', accuracy_normalised='accuracy_normalised')  # metric: name in a record
 
 def metric_place(
@@ -1383,6 +1417,9 @@ def metric_place(
     "Look a metric up in a record."
     if name == 'val_loss': return record['final'].get(name)
     if name in CLOZE: return (record.get('cloze') or {}).get(CLOZE[name])
+    if name in (*GROWTHS, 'first_variance'):
+        v = ((record.get('scores') or {}).get('arrays') or {}).get(GROWTHS.get(name, 'variance_median'))        # (L + 1,)
+        return v and (v[1] if name == 'first_variance' else v[-1] / v[1] if v[1] else None)
     if '@' in name: return at_some_length(record, *name.split('@'))
     sparsity = record.get('sparsity', {}).get('scalars', {})
     if name == 'density': return (sparsity['density_attention'] + sparsity['density_feed_forward']) / 2 if sparsity else None
@@ -1391,17 +1428,25 @@ def metric_place(
 # %% ../nbs/build/12_studies.ipynb #d9d99fe6
 def read_metric(
     record: dict,    # of a run
-    name: str,       # val_loss, perplexity, accuracy, a scalar score, a scalar of sparsity, density (mean of both sublayers'), or val_loss@128
+    name: str,       # val_loss, perplexity, accuracy, a scalar score, a scalar of sparsity, growth or first_variance, density (mean of both sublayers'), or val_loss@128
 ) -> dict | None:    # value with low and high ends of its interval over the text; None if there is none
     "A number of a record with its interval; equal ends where it has none."
     if name.partition('@')[0] == 'perplexity':
         loss = read_metric(record, name.replace('perplexity', 'val_loss'))
         return loss and {key: float(np.exp(min(loss[key], 700))) for key in ('value', 'low', 'high')}
     found = metric_place(record, name)
+    if isinstance(found, (int, float)) and not math.isfinite(found): return None
     if isinstance(found, (int, float)): return dict.fromkeys(('value', 'low', 'high'), found)
     return found if found and found['value'] is not None else None
 
 # %% ../nbs/build/12_studies.ipynb #0bfcff76
+def passed(
+    record: dict,    # of a run
+) -> bool:
+    "Whether a run has finished below its floor, and can be judged; a record without floors has not."
+    loss, tables = record['final'].get('val_loss'), record.get('floors')
+    return bool(loss and tables and is_trained(loss['value'], tables))
+
 def results_table(
     records: list[dict],  # any
 ) -> list[dict]:          # one row a run
@@ -1424,11 +1469,11 @@ def t_interval(
     "Mean and Student's t interval; with fewer than two values there is none (NaN)."
     x = np.asarray(list(values), float)                               # (n,)
     if len(x) < 2: return (x.mean() if len(x) else math.nan), math.nan, math.nan
-    half = stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / len(x) ** 0.5
-    return x.mean(), x.mean() - half, x.mean() + half
+    if (x == x[0]).all(): return x[0], x[0], x[0]
+    return x.mean(), *student_t.interval(.95, len(x) - 1, x.mean(), x.std(ddof=1) / len(x) ** .5)
 
 # %% ../nbs/build/12_studies.ipynb #0ef244e9
-LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first')
+LOGARITHMIC = ('final_variance', 'final_variance_median', 'final_variance_without_first', 'first_variance', *GROWTHS)
 
 def logarithmic(
     name: str,  # of a metric

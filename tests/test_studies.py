@@ -129,7 +129,7 @@ def done(tmp_path_factory):
 def test_a_record_holds_everything(done):
     out, record, path = done
     assert module.read_record(path) == record and set(json.loads(path.read_text(encoding='utf-8'))) == {*record, 'checksum'}
-    assert set(record) == {'schema', 'name', 'id', 'scale', 'config', 'seed', 'status', 'step', 'tokens', 'seconds', 'final', 'scores', 'sparsity', 'curve', 'provenance'}
+    assert set(record) == {'schema', 'name', 'id', 'scale', 'config', 'seed', 'status', 'step', 'tokens', 'seconds', 'final', 'scores', 'sparsity', 'curve', 'provenance', 'floors', 'measured'}
     assert record['schema'] == 1 and record['status'] == 'finished' and record['step'] == 6 and record['tokens'] == 6 * 512
     assert record['name'].endswith(record['id']) and set(record['config']) >= {'model', 'train', 'data', 'score'}
     assert set(record['final']) == {'val_loss', 'perplexity', 'unigram_loss'}
