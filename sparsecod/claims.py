@@ -13,7 +13,7 @@ __all__ = ['REGISTERED', 'PUBLISHED', 'CLAIMS', 'EFFECTS', 'SOURCE_METRICS', 'DE
            'check_wasted_layers', 'check_moe_gain', 'check_percent', 'check_same_model', 'check_largest_group',
            'check_recipe_size', 'check_dilution', 'halved', 'check_proportional', 'check_proportional_blocks',
            'check_growth', 'correct', 'ledger', 'number', 'ours_text', 'statistic_text', 'ledger_cells', 'ledger_table',
-           'verdict_counts', 'standing', 'ledger_markdown', 'headlines', 'short_markdown']
+           'verdict_counts', 'standing', 'floor_note', 'ledger_markdown', 'headlines', 'short_markdown']
 
 # %% ../nbs/build/13_claims.ipynb #17854e0a
 import math
@@ -760,6 +760,18 @@ def standing(
     if not row['study']: return ''
     return f"primary, registered in {row['registered'][:7]}; " if row['registered'] else 'exploratory; '
 
+def floor_note(
+    records: list[dict],  # of one study
+) -> str:                 # Markdown
+    "What a page must say of its runs before it says anything else."
+    below = sum(map(passed, records))
+    if below == len(records): return f'All {len(records)} runs of this page are at least 0.1 nats below a table of token pairs that has read the same text.'
+    few = 'None' if not below else f'Only {below}'
+    return (f'> **Untrained models.** {few} of the {len(records)} runs of this page {"are" if below > 1 else "is"} at least 0.1 nats below [a table of token pairs]'
+            '(../build/20_ngrams.ipynb) that has read the same text. What follows was measured as it says, on models that have not learnt what such '
+            'a table knows. It neither supports nor contradicts what the paper says of trained ones. Where the text says *confirmed*, *contradicted* '
+            'or *open*, it says on which side of its bound an interval over seeds lies, and no more.')
+
 def ledger_markdown(
     rows: list[dict],  # from ledger
 ) -> str:
@@ -768,11 +780,8 @@ def ledger_markdown(
     return '\n'.join('| ' + ' | '.join(text.replace('|', r'\|') for text in cells) + ' |' for cells in table)
 
 # %% ../nbs/build/13_claims.ipynb #6d1f3220
-HEADLINES = ('depth-growth', 'depth-causal', 'depth-permutation', 'depth-usefulness', 'depth-permutation-without-block-1', 'depth-jacobian-per-token-layers', 'depth-loss',
-             'training-causal-longer', 'training-linear-loss-increase-longer', 'training-val-loss-longer', 'training-val-loss-slower',
-             'decay-growth-all', 'decay-val-loss-all', 'decay-density-all', 'context-growth', 'context-growth-tokens-fixed',
-             'gqa-growth', 'moe-growth', 'moe-val-loss', 'remedies-growth-layernorm-scaling', 'remedies-causal-layernorm-scaling',
-             'sources-density-growth', 'sources-growth-causal', 'sources-growth-val-loss', 'ladder-accuracy-recipe',
+HEADLINES = ('training-growth-longer', 'training-causal-longer', 'training-linear-loss-increase-longer', 'training-val-loss-longer',
+             'depth-growth', 'decay-growth-all', 'context-growth', 'gqa-growth', 'moe-growth', 'sources-density-growth',
              'theory-proportional', 'theory-relative-growth')
 
 def headlines(

@@ -9,8 +9,8 @@ MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end o
 
 
 def counts(rows: list[dict]) -> str:
-    "How many rows were confirmed, contradicted and left open."
-    return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open'))
+    "How many rows were confirmed, contradicted, left open, and untrained."
+    return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open', 'untrained'))
 
 
 def findings() -> str:
@@ -19,7 +19,7 @@ def findings() -> str:
     from sparsecod.studies import STUDIES, by_variant, load_results
     records = load_results(ROOT / 'results', 'laptop')
     rows = ledger(records)
-    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open:', '',
+    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance:', '',
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
         mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, records).values()))
