@@ -446,6 +446,8 @@ METRICS = {
     'final_variance': ('Final-layer variance, mean', 'variance of $h_L$'),
     'final_variance_median': ('Final-layer variance, median', 'variance of $h_L$'),
     'final_variance_without_first': ('Final-layer variance, no position 0', 'variance of $h_L$'),
+    'growth': ('Growth of the variance', '$v_L / v_1$ (median over tokens)'), 'growth_mean': ('Growth of the mean variance', '$v_L / v_1$'),
+    'growth_without_first': ('Growth, no position 0', '$v_L / v_1$'), 'first_variance': ('Variance after block 1', 'variance of $h_1$'),
     'jacobian_deviation': ('Jacobian deviation, per token', 'mean over blocks'),
     'jacobian_per_sequence': ('Jacobian deviation, per sequence', 'mean over blocks'),
     'jacobian_deviation_published': ('Jacobian deviation, as published', 'mean over blocks'), 'val_loss': ('Held-out loss', 'nats a token'),

@@ -65,7 +65,7 @@ def record(
                     train=dict(dict(steps=steps, tokens_per_step=4096, lr=3e-3, weight_decay=.1, seed=seed), **changes),
                     data=dict(source='stdlib', vocab_size=2048), score=dict(threshold=1.10, n_sequences=32)),
         step=steps, tokens=steps * 4096, seconds=dict(train=20. * L, score=2. * L), curve=log,
-        final=dict(val_loss=interval(4.4 - .01 * L, .05), perplexity=math.exp(4.4 - .01 * L), unigram_loss=6.4),
+        final=dict(val_loss=interval(4.4 - .01 * L, .05), perplexity=math.exp(4.4 - .01 * L), unigram_loss=6.4), floors=dict(frequencies=6.4, pairs=5.2, triples=4.9),
         scores=scores(L, rng, log['variance_mean'][-1]),
         provenance=dict(hardware=MADE_UP, cores=2, threads=1, device='cpu', python='3.11', torch='2.13.0', sparsecod='0.1.0',
                         versions=dict(numpy='2.4.6'), commit='0' * 40, dirty=True, date='2026-01-01T00:00:00', corpus_fingerprint='f' * 16,

@@ -19,7 +19,7 @@ from scipy import stats
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
-from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
+from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correct, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
@@ -37,7 +37,9 @@ def made_up(L: int, seed: int = 0, **values) -> dict:
     record = made_up_record(L, seed)
     record.update(config=vary(SCALES['laptop'], {'model.n_layers': L, 'seed': seed}).to_dict(), name=f'L{L}_seed{seed}')
     for name, value in values.items():
-        if name == 'val_loss': record['final'][name] = dict(value=value, low=value, high=value)
+        if name == 'val_loss':
+            record['final'][name] = dict(value=value, low=value, high=value)
+            record['floors'] = dict(frequencies=value + 3, pairs=value + 2, triples=value + 1)
         else: record['scores']['scalars'][name] = dict(value=value, low=value, high=value)
     return record
 
@@ -594,7 +596,10 @@ def curse(L: int, seed: int, sign: float) -> dict:
     falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'causal_without_block_1', 'permutation', 'permutation_without_block_1', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
                                                              'jacobian_deviation', 'jacobian_per_sequence')}
     rising = {name: noise * 2 ** (sign * x) for name in ('final_variance', 'final_variance_median', 'final_variance_without_first')}
-    return made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
+    run = made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
+    first, grown = noise * 2 ** (sign * x), noise ** 2 * 4 ** (sign * x)
+    run['scores']['arrays'] |= {name: [.1, *[first] * (L - 1), grown] for name in ('variance_mean', 'variance_median', 'variance_without_first')}
+    return run
 
 
 def test_the_ledger_follows_the_runs():
@@ -602,8 +607,40 @@ def test_the_ledger_follows_the_runs():
     assert len(trends) >= 12
     for sign, verdict in ((1, 'confirmed'), (-1, 'contradicted')):
         rows = {r['id']: r for r in ledger([curse(L, seed, sign) for L in (2, 4, 8, 16) for seed in range(3)], 'depth')}
-        assert {rows[i]['verdict'] for i in trends} == {verdict}
+        assert {rows[i]['direction'] for i in trends} == {verdict}
+        assert {i for i in trends if rows[i]['verdict'] == 'units'} == {i for i in trends if 'final-variance' in i or 'first-variance' in i}
+        assert rows['depth-growth']['verdict'] == rows['depth-causal']['verdict'] == verdict
         assert all(r['statistic']['n'] == 3 and 'confirmed if' in r['rule'] for r in rows.values() if r['study'])
+
+
+@pytest.mark.parametrize('pairs, judged', [(None, False), (5.05, False), (5.2, True), (9., True)])
+def test_runs_above_their_floor_judge_nothing(pairs, judged):
+    records = [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(3)]
+    worst = next(r for r in records if r['config']['model']['n_layers'] == 4 and r['seed'] == 1)
+    worst['final']['val_loss'] = dict(value=5., low=5., high=5.)
+    worst['floors'] = pairs and dict(frequencies=9., pairs=pairs, triples=4.)
+    rows = {r['id']: r for r in ledger(records, 'depth')}
+    assert (rows['depth-causal']['verdict'] == 'confirmed') is judged and rows['depth-causal']['direction'] == 'confirmed'
+    if not judged: assert {r['verdict'] for r in rows.values()} == {'untrained'} and rows['depth-causal']['floor'] == dict(passed=11, of=12)
+
+
+def test_a_primary_endpoint_must_pass_the_correction(monkeypatch):
+    "Benjamini and Hochberg by hand: the k-th smallest of m needs p <= k / m * 0.05, or a larger one that passes."
+    row = lambda name, p, primary=True: dict(id=name, verdict='confirmed', registered='0' * 40 if primary else None, statistic=dict(p=p))
+    verdicts = lambda ps: [r['verdict'] for r in correct([row(str(i), p) for i, p in enumerate(ps)])]
+    assert verdicts([.03]) == ['confirmed'] and verdicts([.03, .6]) == ['open', 'open']
+    assert verdicts([.01, .04, .045]) == ['confirmed'] * 3 and verdicts([.001, .04, .2]) == ['confirmed', 'open', 'open']
+    assert [r['verdict'] for r in correct([row('a', .04, False), row('b', .6)])] == ['confirmed', 'open']      # exploratory rows are not in it
+    assert correct([]) == []
+
+
+@pytest.mark.parametrize('c', [.01, 1, 300])
+def test_growth_is_no_matter_of_units(c):
+    r = curse(8, 0, 1)
+    scaled = r | dict(scores=r['scores'] | dict(arrays={name: [c * c * v for v in a] for name, a in r['scores']['arrays'].items() if name.startswith('variance')}))
+    for name in ('growth', 'growth_mean', 'growth_without_first'):
+        assert read_metric(scaled, name)['value'] == pytest.approx(read_metric(r, name)['value'])
+    assert read_metric(scaled, 'first_variance')['value'] == pytest.approx(c * c * read_metric(r, 'first_variance')['value'])
 
 
 def test_a_source_of_sparsity_is_judged_by_contrasts_within_seeds():
@@ -616,8 +653,8 @@ def test_a_source_of_sparsity_is_judged_by_contrasts_within_seeds():
     records = [record(v, seed, 4 + seed + shift + .001 * seed * i) for seed in range(3)
                for i, (v, shift) in enumerate(zip(variants, (0, -.1, .1)))]
     rows = {r['id']: r for r in ledger(records, 'moe')}
-    assert rows['moe-val-loss']['verdict'] == rows['moe-final-variance']['verdict'] == 'confirmed'
-    assert rows['moe-val-loss-renormalised']['verdict'] == rows['moe-final-variance-renormalised']['verdict'] == 'contradicted'
+    assert rows['moe-val-loss']['verdict'] == rows['moe-final-variance']['direction'] == 'confirmed'
+    assert rows['moe-val-loss-renormalised']['verdict'] == rows['moe-final-variance-renormalised']['direction'] == 'contradicted'
     assert rows['moe-usefulness']['verdict'] == 'open'  # made-up runs are all alike in it
     assert rows['moe-val-loss-renormalised']['control'] and not rows['moe-val-loss']['control']
 
@@ -644,7 +681,7 @@ def test_seeds_that_are_not_complete_do_not_count():
     assert set(complete_seeds('depth', records[:-1])) == {0, 1}
     assert set(complete_seeds('depth', [*records[:-1], ends_early(records[-1])])) == {0, 1}
     one_seed = ledger([r for r in records if r['seed'] == 0])
-    assert {r['verdict'] for r in one_seed if r['study']} == {'open'}
+    assert {r['direction'] for r in one_seed if r['study']} == {'open'} and {r['verdict'] for r in one_seed if r['study']} == {'open', 'units'}
     other = [r | dict(config=vary(RunConfig.from_dict(r['config']), {'train.weight_decay': .5}).to_dict()) for r in records]
     assert ledger(records + other) == ledger(records) and set(by_variant('depth', other)) == set()
 
@@ -679,7 +716,7 @@ def test_the_ledger_as_text():
     for records in ([], [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(2)], [curse(2, 0, 1)]):
         rows = ledger(records)
         table, markdown = ledger_table(rows, width=110), ledger_markdown(rows).splitlines()
-        assert max(map(len, table.splitlines())) <= 110 and sum(map(int, re.findall(r'(\d+) (?:confirmed|contradicted|open)', verdict_counts(rows)))) == len(rows)
+        assert max(map(len, table.splitlines())) <= 110 and sum(map(int, re.findall(r'(\d+) (?:confirmed|contradicted|open|untrained|units)', verdict_counts(rows)))) == len(rows)
         assert len(markdown) == len(rows) + 2 and {line.replace(r'\|', '').count('|') for line in markdown} == {7}
     with pytest.raises(ValueError, match='several scales'): ledger([dict(scale='tiny'), dict(scale='laptop')])
 
@@ -793,7 +830,8 @@ def test_every_study_runs_at_tiny_size(name, tmp_path_factory):
         assert all(r['cloze']['accuracy']['low'] <= r['cloze']['accuracy']['value'] for r in records)
     assert list(by_variant(name, records, SHORT)) == list(STUDIES[name].changes(SHORT))
     rows = ledger(records, name, SHORT)
-    assert {r['statistic']['n'] for r in rows if r['study']} <= {0, 1} and {r['verdict'] for r in rows if r['study']} == {'open'}
+    assert {r['statistic']['n'] for r in rows if r['study']} <= {0, 1} and {r['direction'] for r in rows if r['study']} == {'open'}
+    assert all((r['verdict'] == 'untrained') == (r['floor']['of'] > 0) for r in rows if r['study'])         # after four steps
     assert all(r['ours'] for r in rows if r['study'])
 
 
@@ -802,7 +840,7 @@ def test_measures_are_added_to_a_finished_run_and_change_nothing_else(tmp_path):
     more = run(vary(SHORT, {'measures': ('lengths', 'sample'), 'lengths': (16, 32)}), tmp_path, progress=False)
     kept = {k: v for k, v in more.items() if k not in ('lengths', 'sample', 'measured', 'config')}
     assert kept == {k: v for k, v in plain.items() if k not in ('config', 'measured')} and set(more['lengths']) == {'16', '32'}
-    assert more['measured'].keys() == {'lengths', 'sample'} and len(list((tmp_path / 'tiny').glob('*.json'))) == 1
+    assert more['measured'].keys() == {'floors', 'lengths', 'sample'} and len(list((tmp_path / 'tiny').glob('*.json'))) == 1
     own = more['lengths']['32']['val_loss']
     assert own['low'] <= own['value'] <= own['high'] and len(more['sample']['tokens']) == 24
     assert run(SHORT, tmp_path, progress=False) == more                              # asking for less takes nothing away
