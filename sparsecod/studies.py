@@ -884,7 +884,10 @@ DECAYS = (0, 0.01, 0.1, 1, 3)  # published
 def decay_variants(
     base: RunConfig,     # the study's configuration
 ) -> dict[str, dict]:    # label -> changes; labels name the published lambda
-    "No decay, then the published ones on matrices, then on all parameters."
+    "No decay, then the published ones on matrices, then on all parameters; at `desk`, no decay and 0.1 on three groups of parameters."
+    if base.scale == 'desk':
+        on = lambda groups: {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': groups}
+        return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on('matrices'), 'λ=0.1, all': on('all'), 'λ=0.1, all but gains': on('all_but_gains')}
     changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p), 'train.decay_groups': 'matrices'} for p in DECAYS}
     return changes | {f'{label}, all': c | {'train.decay_groups': 'all'} for label, c in changes.items() if label != 'λ=0'}
 
@@ -910,7 +913,7 @@ def context_variants(
     ends = [lengths[0], lengths[-1]]
     fixed = {f'T={own}': {}} | {f'T={T}': length_changes(base, T) for T in [*ends, *lengths[1:-1]]}
     published = {}
-    for T in [*lengths[1:-1], *ends]:
+    for T in [*lengths[1:-1], *ends] if base.scale != 'desk' else ():
         per_step = t.tokens_per_step // own * T
         budget = {'train.tokens_per_step': per_step, 'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
         published[f'T={T}, sequences fixed'] = fixed[f'T={T}'] | budget

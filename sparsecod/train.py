@@ -52,7 +52,7 @@ from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_
 from .moe import expert_load
 
 # %% ../nbs/build/05_train.ipynb #b3c11227
-DECAY_GROUPS, PRECISIONS, COMPILE = ('matrices', 'all'), ('auto', 'fp32', 'bf16'), ('auto', 'on', 'off')
+DECAY_GROUPS, PRECISIONS, COMPILE = ('matrices', 'all', 'all_but_gains'), ('auto', 'fp32', 'bf16'), ('auto', 'on', 'off')
 
 # %% ../nbs/build/05_train.ipynb #8253d595
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def sequences_per_step(
 def parameter_groups(
     model: nn.Module,               # any model
     weight_decay: float,            # lambda for the parameters that decay
-    decay_groups: str = 'matrices', # 'matrices', or 'all' for every parameter
+    decay_groups: str = 'matrices', # one of DECAY_GROUPS: 'all_but_gains' is the matrices and the embedding
 ) -> list[dict]:                    # two groups, each with params, their names, and weight_decay
     "AdamW's parameter groups: first the parameters that decay, then those that do not."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
-        decays = decay_groups == 'all' or p.dim() > 1 and id(p) not in tables
+        decays = decay_groups == 'all' or p.dim() > 1 and (decay_groups == 'all_but_gains' or id(p) not in tables)
         group = groups[0 if decays else 1]
         group['params'].append(p)
         group['names'].append(name)

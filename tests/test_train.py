@@ -131,7 +131,7 @@ def test_decay_groups_match_a_list_by_hand():
 @pytest.mark.parametrize('changes', [{}, dict(norm='peri_ln'), dict(tie_embeddings=True), dict(n_kv_heads=1)])
 def test_every_parameter_is_in_one_group(changes):
     model = Transformer(MODEL.replace(**changes))
-    for decay_groups in ('matrices', 'all'):
+    for decay_groups in ('matrices', 'all_but_gains', 'all'):
         groups = parameter_groups(model, 0.1, decay_groups)
         assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
         by_name = dict(model.named_parameters())
@@ -158,7 +158,7 @@ def test_schedule_has_known_values():
     assert [learning_rate(s, climb) for s in range(4)] == [.25, .5, .75, 1.0]
 
 
-@pytest.mark.parametrize('decay_groups', ['matrices', 'all'])
+@pytest.mark.parametrize('decay_groups', ['matrices', 'all', 'all_but_gains'])
 def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
     config = TrainConfig(steps=50, weight_decay=0.5, decay_groups=decay_groups)
     model = Transformer(MODEL)
@@ -171,7 +171,7 @@ def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
     factor = math.exp(-decay_product(config))
     assert factor < 0.97
     for name, p in model.named_parameters():
-        decays = decay_groups == 'all' or 'norm' not in name and 'embedding' not in name
+        decays = decay_groups == 'all' or 'norm' not in name and (decay_groups == 'all_but_gains' or 'embedding' not in name)
         assert torch.allclose(p, before[name] * (factor if decays else 1), rtol=1e-3), name
 
 
