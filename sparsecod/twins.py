@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITERS', 'writers', 'rescale', 'Factors', 'twin', 'scaled', 'image', 'slowed', 'train_scaled']
 
-# %% ../nbs/beyond/04_twins.ipynb #96590e24
+# %% ../nbs/beyond/04_twins.ipynb #355cb456
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .core import ModelConfig, Transformer, require
 from .layers import RMSNorm
 from .train import TrainConfig, accumulate_gradients, learning_rate, make_optimizer, sequences_per_step, usual_torch
 
-# %% ../nbs/beyond/04_twins.ipynb #b34b6991
+# %% ../nbs/beyond/04_twins.ipynb #d4cf4034
 WRITERS = ('embedding.weight', 'attention.output.weight', 'feed_forward.down.weight', 'feed_forward.down', 'shared.down.weight')
 
 def writers(
@@ -40,7 +40,7 @@ def rescale(
         if isinstance(norm, RMSNorm): norm.eps *= c * c
     return model
 
-# %% ../nbs/beyond/04_twins.ipynb #84b6f6d8
+# %% ../nbs/beyond/04_twins.ipynb #568c9a0c
 class Factors(NamedTuple):
     "What the writing matrices have in place of the usual, as factors."
     size: float = 1.0   # of their initial values
@@ -65,7 +65,7 @@ def slowed(c: float) -> Factors:
     "The usual size, and the writing matrices learn at 1/c of the rate."
     return Factors(lr=1 / c)
 
-# %% ../nbs/beyond/04_twins.ipynb #de8eb539
+# %% ../nbs/beyond/04_twins.ipynb #17ce55c2
 def train_scaled(
     model_config: ModelConfig,
     config: TrainConfig,      # how to train; in fp32
