@@ -331,6 +331,20 @@ def test_declared_end_of_document(tmp_path, texts, settings):
     assert load_tokenizer(str(folder)).eos_token == "[STOP]"
 
 
+def test_a_changed_declaration_of_the_end_of_document_makes_another_corpus(tmp_path, cache, texts):
+    folder = save_pretrained(tmp_path / "pretrained", texts, settings={})
+    source = write_folder(tmp_path / "texts", texts)
+    for name in (folder, folder / "tokenizer.json"):
+        found = []
+        for settings in ({}, {"eos_token": "!"}, {"eos_token": {"content": "A"}}):
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            found.append(make(source, cache, tokenizer=str(name)))
+        (folder / "tokenizer_config.json").unlink()
+        found.append(make(source, cache, tokenizer=str(name)))
+        assert [corpus.tokenizer.eos_token for corpus in found] == ["<|endoftext|>", "!", "A", "<|endoftext|>"]
+        assert [corpus.fingerprint == found[0].fingerprint for corpus in found] == [True, False, False, True]
+
+
 def test_tokenizer_without_end_of_document(tmp_path, texts):
     folder = save_pretrained(tmp_path / "pretrained", texts, "[STOP]")
     with pytest.raises(ValueError, match=r"eos_token=None, but tokenizer=.* set eos_token .*\[STOP\]"):
