@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,7 +170,6 @@ def test_too_little_text_is_said_before_the_training(type_in, tmp_path):
 
 
 def test_a_full_disk_is_said_before_the_training(type_in, tmp_path, monkeypatch):
-    import shutil
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(2 ** 40, 2 ** 40 - 2 ** 12, 2 ** 12))
     code, text, errors = type_in(f'train {tmp_path}/new --scale tiny --quiet')
     assert code == 2 and str(tmp_path / 'new') in errors and 'GB free' in errors and not (tmp_path / 'new').exists()
@@ -208,6 +208,21 @@ def test_score_a_model_without_a_training(type_in, tmp_path):
     write_text(tmp_path / 'bare' / 'run.json', json.dumps(stamp(config | dict(model=config['model'] | dict(vocab_size=290)))))
     code, _, errors = type_in(f"score {tmp_path / 'bare'} --quiet")
     assert code == 2 and 'the model knows 290' in errors
+
+
+def test_a_model_is_scored_with_the_tokenizer_beside_it(trained, type_in, tmp_path):
+    assert type_in(f'export {trained} {tmp_path}/export --format sparsecod --quiet')[0] == 0
+    unlabelled = shutil.copytree(trained, tmp_path / 'run')
+    (unlabelled / 'run.json').unlink()
+    text, losses = tmp_path / 'text.txt', []
+    text.write_text(' '.join(f'word{i * i % 997}' for i in range(5000)), encoding='utf-8')
+    for folder in (trained, tmp_path / 'export', unlabelled, unlabelled / 'model'):
+        code, _, errors = type_in(f'score {folder} --data {text} --sequences 4 --fit 8 --json {tmp_path}/x.json --quiet')
+        assert code == 0 and errors == '', errors
+        found = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
+        assert Path(found['config']['data']['tokenizer']).samefile((unlabelled if folder.name == 'model' else folder) / 'tokenizer.json')
+        losses.append(found['scalars']['loss']['value'])
+    assert losses[1:] == losses[:1] * 3
 
 
 @pytest.fixture(scope='module')
@@ -366,7 +381,6 @@ def test_a_file_that_is_read_as_plain_text_is_named(checkpoint, type_in, tmp_pat
 
 
 def test_a_label_that_was_changed_is_named(trained, type_in, tmp_path):
-    import shutil
     shutil.copytree(trained, tmp_path / 'copy')
     for name, old, new in (('run.json', '"n_eval": 8', '"n_eval": 9'), ('tokenizer.json', '"version"', ' "version"')):
         path = tmp_path / 'copy' / name
@@ -537,7 +551,6 @@ def test_a_device_that_is_not_there_is_named(trained, device, type_in):
 
 
 def test_a_damaged_model_is_named(trained, tmp_path, type_in):
-    import shutil
     shutil.copytree(trained, tmp_path / 'copy')
     path = tmp_path / 'copy' / 'model' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:100])
@@ -546,7 +559,6 @@ def test_a_damaged_model_is_named(trained, tmp_path, type_in):
 
 
 def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
-    import shutil
     shutil.copytree(checkpoint, tmp_path / 'copy')
     path = tmp_path / 'copy' / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:-10])                             # as after a broken download

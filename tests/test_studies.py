@@ -1,4 +1,5 @@
 "Runs, studies, results on disk, intervals and verdicts."
+import functools
 import json
 import math
 import multiprocessing
@@ -779,12 +780,14 @@ def test_metrics_by_name():
 
 
 SHORT = vary(SCALES['tiny'], {'train.steps': 4, 'score.n_bootstrap': 20, 'score.n_jacobian': 1, 'score.n_sequences': 8, 'score.n_fit': 8,
-                              'score.batch_size': 8, 'n_eval': 16, 'n_questions': 20})
+                              'score.batch_size': 8, 'n_eval': 16, 'n_questions': 8})
+prepare_once = functools.cache(module.prepare)   # looks at all files of a source once, and not for every run
 
 
 @pytest.mark.parametrize('name', STUDIES)
-def test_every_study_runs_at_tiny_size(name, tmp_path_factory):
+def test_every_study_runs_at_tiny_size(name, tmp_path_factory, monkeypatch):
     "Each variant trains for a few steps, is scored and measured, and lands in the ledger."
+    monkeypatch.setattr(module, 'prepare', prepare_once)
     out = tmp_path_factory.getbasetemp() / 'every-study'            # studies share runs
     records = [run(config, out, progress=False) for _, config in STUDIES[name].runs(SHORT)]
     assert all(r['status'] == 'finished' and r['scores']['scalars'] and r['sparsity']['scalars'] for r in records)
