@@ -485,7 +485,7 @@ def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_repo
     reproduce = f'reproduce --study all --scale tiny --out {tmp_path} --jobs 2'
     code, text, errors = type_in(reproduce)
     report, sound = tmp_path / 'tiny' / 'report.html', {p: p.read_text(encoding='utf-8') for p in sorted(tmp_path.glob('tiny/*.json'))}
-    judged = sum(map(int, re.findall(r'(\d+) (?:confirmed|contradicted|open)\b', text)))
+    judged = sum(map(int, re.findall(r'(\d+)\s+(?:confirmed|contradicted|open)\b', text)))
     assert code == 0 and judged == len(claims.CLAIMS) + len(claims.CHECKS) and str(report) in text, errors
     assert errors.count('held-out loss') == len(configs) == len(sound) and [path.name for _, path in written] == ['report.html', 'report-training.html']
     page = report.read_text(encoding='utf-8')
