@@ -7,8 +7,8 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'find_tokenizer',
-           'open_model']
+           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label',
+           'find_tokenizer', 'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from .core import LOGITS_AT_ONCE, Config, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
-from .integrity import MANIFEST, Damaged, check_identity, check_seal, read_json, read_object
+from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum, read_json, read_object
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
@@ -473,6 +473,16 @@ def load_model(
     except Exception as error: raise ValueError(f'{folder} holds no readable model ({error})') from error
 
 # %% ../nbs/build/06_adapters.ipynb #e1ca0119
+def run_label(
+    folder: Path,  # of a training, labelled
+) -> dict:         # what its run.json holds
+    "The label of a training; `Damaged` if it was changed, or the tokenizer beside it."
+    path, tokenizer = folder / 'run.json', folder / 'tokenizer.json'
+    label = check_stamp(read_json(path), path)
+    if tokenizer.exists() and checksum(tokenizer) != label.get('tokenizer'):
+        raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
+    return label
+
 def find_tokenizer(
     folder: Path,        # of a model
 ) -> Tokenizer | None:   # None if there is no tokenizer.json
@@ -480,9 +490,8 @@ def find_tokenizer(
     if (folder / 'tokenizer.json').is_file(): return load_tokenizer(str(folder))
     run = folder.parent
     if folder.name != 'model' or not (run / 'tokenizer.json').is_file(): return
-    from sparsecod.studies import read_run
-    label = read_run(run) if (run / 'run.json').is_file() else None
-    return load_tokenizer(str(run), label and label.data.eos_token)
+    label = run_label(run) if (run / 'run.json').is_file() else {}
+    return load_tokenizer(str(run), label.get('data', {}).get('eos_token'))
 
 def open_model(
     source,                           # a live model, a folder, or a name on the Hub
