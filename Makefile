@@ -66,7 +66,7 @@ test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapte
 	@echo '== Are the docs in order?'
 	$(ONE_CORE) $(BIN)/python tests/docs_check.py
 	@echo '== Tests of the package and the project'
-	$(ONE_CORE) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(ONE_CORE) $(BIN)/python -m pytest -n logical --dist loadfile
 
 # nbdev looks for _quarto.yml in nbs/, so it gets a copy of the one at the root, made anew each time. It would write README.md
 # anew from the home page if that is newer; ours is written by hand, so make it the newer one. tests/ has the processors of settings.ini.

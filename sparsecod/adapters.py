@@ -7,12 +7,11 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'find_tokenizer',
-           'open_model']
+           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label',
+           'find_tokenizer', 'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
-import json
 import sys
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from .core import LOGITS_AT_ONCE, Config, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
-from .integrity import MANIFEST, Damaged, check_identity, check_seal, read_json
+from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum, read_json, read_object
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
@@ -393,7 +392,7 @@ def check_owner(
 ):
     "Raise `Damaged` if the model is sealed as that of another run than the folder's config.json says."
     if not ((folder / 'config.json').is_file() and (folder / 'model' / MANIFEST).is_file()): return
-    label, sealed = read_json(folder / 'config.json'), read_json(folder / 'model' / MANIFEST)
+    label, sealed = read_object(folder / 'config.json'), read_json(folder / 'model' / MANIFEST)
     found, parts = sealed.get('identity') if isinstance(sealed, dict) else None, ('model', 'train', 'corpus')
     if not all(isinstance(d, dict) and set(parts) <= set(d) for d in (label, found)): return
     from sparsecod.train import FREE_FIELDS
@@ -449,7 +448,7 @@ def load_network(
     try: network, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        programs = 'auto_map' in json.loads((folder / 'config.json').read_text(encoding='utf-8')) and not trust_remote_code
+        programs = 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
         raise ValueError(f'{folder} cannot be opened as a causal language model of the transformers library: {str(error).splitlines()[0]}'
                          + ' (it comes with programs of its own, which run only with trust_remote_code=True)' * programs) from error
     if lacking := sorted(found['missing_keys']):
@@ -465,7 +464,7 @@ def load_model(
     trust_remote_code: bool = False,  # run programs that come with the model
 ) -> nn.Module:                       # in fp32 and evaluation mode
     "Load a saved model."
-    settings = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    settings = read_object(folder / 'config.json')
     if settings.get('is_encoder_decoder'): raise ValueError(f'{folder} cannot be adapted: {ENCODER_DECODER}')
     check_weights(folder)
     if 'model_type' in settings: return load_network(folder, trust_remote_code)
@@ -474,12 +473,25 @@ def load_model(
     except Exception as error: raise ValueError(f'{folder} holds no readable model ({error})') from error
 
 # %% ../nbs/build/06_adapters.ipynb #e1ca0119
+def run_label(
+    folder: Path,  # of a training, labelled
+) -> dict:         # what its run.json holds
+    "The label of a training; `Damaged` if it was changed, or the tokenizer beside it."
+    path, tokenizer = folder / 'run.json', folder / 'tokenizer.json'
+    label = check_stamp(read_json(path), path)
+    if tokenizer.exists() and checksum(tokenizer) != label.get('tokenizer'):
+        raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
+    return label
+
 def find_tokenizer(
     folder: Path,        # of a model
 ) -> Tokenizer | None:   # None if there is no tokenizer.json
     "The tokenizer that lies beside a model, or beside the training that it came from."
-    for place in (folder, folder.parent) if folder.name == 'model' else (folder,):
-        if (place / 'tokenizer.json').is_file(): return load_tokenizer(str(place))
+    if (folder / 'tokenizer.json').is_file(): return load_tokenizer(str(folder))
+    run = folder.parent
+    if folder.name != 'model' or not (run / 'tokenizer.json').is_file(): return
+    label = run_label(run) if (run / 'run.json').is_file() else {}
+    return load_tokenizer(str(run), label.get('data', {}).get('eos_token'))
 
 def open_model(
     source,                           # a live model, a folder, or a name on the Hub

@@ -290,9 +290,12 @@ def own_subject(
     from sparsecod.studies import SCALES, RunConfig, read_run, vary
     if (folder / 'run.json').exists(): config = read_run(folder, model.config)
     else:
-        print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is trained, '
-              "so the scores are of that text and not of the model's own", file=sys.stderr)
-        config = RunConfig(model.config, DataConfig(vocab_size=model.config.vocab_size), SCALES['laptop'].train)
+        data = DataConfig(vocab_size=model.config.vocab_size)
+        files = (place / 'tokenizer.json' for place in (folder / 'model', folder, folder.parent))
+        if tokenizer: data = DataConfig(tokenizer=next(str(file) for file in files if file.is_file()))
+        else: print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is trained, '
+                    "so the scores are of that text and not of the model's own", file=sys.stderr)
+        config = RunConfig(model.config, data, SCALES['laptop'].train)
     changes = {'data.source': args.data} if args.data and args.data != config.data.source else {}
     if args.text_field: changes['data.text_field'] = args.text_field
     if changes and (folder / 'tokenizer.json').exists(): changes['data.tokenizer'] = str(folder / 'tokenizer.json')

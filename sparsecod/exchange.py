@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .adapters import check_weights, find_folder, unwrap, why_not_weights
+from .adapters import check_weights, find_folder, find_tokenizer, unwrap, why_not_weights
 from .core import HubModel, ModelConfig, Transformer, param_counts
 from .data import ALIASES, Tokenizer, load_tokenizer
-from .integrity import atomic_folder, check_seal, seal
+from .integrity import Damaged, atomic_folder, check_seal, read_object, seal
 from .train import FREE_FIELDS, load_result
 
 # %% ../nbs/build/16_exchange.ipynb #4eb1c78c
@@ -334,7 +334,7 @@ def open_stock(
 ):                        # a transformers model
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = need_transformers()
-    if 'model_type' not in json.loads((folder / 'config.json').read_text(encoding='utf-8')):
+    if 'model_type' not in read_object(folder / 'config.json'):
         raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; '
                          'a saved Transformer is opened with Transformer.from_pretrained')
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -420,11 +420,7 @@ def read_json(
     path: Path,     # a file
 ) -> dict | None:   # None if there is no such file
     "A dictionary from a JSON file; a ValueError if it is something else."
-    if not path.exists(): return None
-    try: value = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f'{path} is damaged ({error})') from error
-    if not isinstance(value, dict): raise ValueError(f'{path} must hold a JSON object')
-    return value
+    return read_object(path) if path.exists() else None
 
 def record_facts(
     record: dict,  # of a run, or scores by themselves
@@ -735,11 +731,10 @@ def open_training(
     result = load_result(folder)
     if result is None: raise ValueError(f'{folder} holds a training that has not ended; there is no model to export yet')
     if result.status != 'finished': raise ValueError(f'{folder} holds a training with status={result.status!r}; allowed is finished')
-    tokenizer, data = None, (read_json(folder / 'run.json') or {}).get('data') or {}
-    if (folder / 'tokenizer.json').exists():
-        try: tokenizer = load_tokenizer(str(folder / 'tokenizer.json'), data.get('eos_token'))
-        except ValueError as error: warnings.warn(f'the model is exported without a tokenizer: {error}', stacklevel=3)
-    return result.model, tokenizer
+    try: return result.model, find_tokenizer(folder / 'model')
+    except Damaged: raise
+    except ValueError as error: warnings.warn(f'the model is exported without a tokenizer: {error}', stacklevel=3)
+    return result.model, None
 
 # %% ../nbs/build/16_exchange.ipynb #7e6b3481
 def open_saved(

@@ -1159,6 +1159,7 @@ def check_windows(
 ):
     "Raise a ValueError unless the sequences fit the model and there are enough for the affine fits."
     for name, w in dict(windows=windows, fit_windows=fit_windows).items():
+        if w.dtype != torch.int64: raise ValueError(f'{name} has dtype={w.dtype}; allowed is torch.int64')
         if w.dim() != 2 or w.shape[1] < 3 or not len(w):
             raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, T + 1) with T of at least 2')
         if w.max() >= model.config.vocab_size or w.min() < 0:

@@ -54,6 +54,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sparsecod
+from .adapters import run_label
 from .cloze import measure_cloze
 from .core import POSITIVE, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
 from .core import param_counts, preset, require
@@ -641,14 +642,9 @@ def read_run(
 ) -> RunConfig:
     "The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or of another model."
     path = Path(folder) / 'run.json'
-    label = dict(check_stamp(read_json(path), path))
-    named = label.pop('tokenizer', None)
-    label.pop('checksum')
+    label = {name: value for name, value in run_label(path.parent).items() if name not in ('checksum', 'tokenizer')}
     try: config = RunConfig.from_dict(label)
     except (ValueError, TypeError) as error: raise Damaged(f'{path} is not that of a run ({error})') from error
-    tokenizer = path.with_name('tokenizer.json')
-    if tokenizer.exists() and checksum(tokenizer) != named:
-        raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
     if model: check_identity(path, config.model.to_dict(), model.to_dict())
     return config
 

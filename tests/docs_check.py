@@ -29,6 +29,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from dataclasses import dataclass, field
 from html import escape
@@ -865,7 +866,7 @@ def check(
     site = read_site(Path(root).resolve())
     with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
     if not site.pages: raise Missing(f'There are no notebooks in {site.nbs}.')
-    for page in site.pages.values(): render(page)
+    with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(render, site.pages.values()))   # most of it is Pandoc's work
     return site, [problem for one in CHECKS for problem in one(site)]
 
 

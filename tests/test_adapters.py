@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import sparsecod.adapters as adapters
 from sparsecod.adapters import AdaptedModel, adapt, open_model
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import train_bpe
+from sparsecod.exchange import from_hf
+from sparsecod.integrity import Damaged
 from sparsecod.scores import ScoreConfig, score_model
 
 L, D, V, T, WINDOW = 4, 32, 61, 12, 5
@@ -761,6 +764,15 @@ def test_places_without_a_model_are_named(tmp_path):
     with pytest.raises(ValueError, match=f'{tmp_path} holds no model; looked for config.json'): open_model(tmp_path)
     with pytest.raises(ValueError, match='no/such-model is no folder here, and it cannot be fetched'): open_model('no/such-model')
     with pytest.raises(ValueError, match='no such folder/at all is no folder here'): open_model('./no such folder/at all')
+
+
+@pytest.mark.parametrize('content', [b'[]', b'3', b'null', b'"model_type"', b'\xff\xfe', b'{"model_type": ', b'[' * 200_000])
+def test_a_configuration_that_is_no_json_object_is_named(saved, tmp_path, content):
+    shutil.copytree(saved[1], tmp_path / 'run' / 'model')
+    for place, opened in ((saved[1], saved[1]), (tmp_path / 'run' / 'model', tmp_path / 'run')):
+        (place / 'config.json').write_bytes(content)
+        with pytest.raises(Damaged, match=re.escape(str(place / 'config.json'))): open_model(opened)
+        with pytest.raises(Damaged, match=re.escape(str(place / 'config.json'))): from_hf(opened)
 
 
 def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 "Models in and out: the same function in stock transformers classes, round trips, refusals, tokenizers, cards and folders."
 import json
 import random
+import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, Tokenizer, load_tokenizer, train_bpe
 from sparsecod.exchange import (export_folder, export_model, from_hf, half_split, interleave, model_card, need_transformers, public_name,
                                 push_folder, run_facts, stock_family, to_hf, to_hf_tokenizer)
+from sparsecod.integrity import Damaged
 from sparsecod.moe import GATES
 from sparsecod.train import TrainConfig, train
 
@@ -682,6 +685,30 @@ def test_a_damaged_export_is_neither_shared_nor_opened(name, format, tmp_path, b
     with pytest.raises(ValueError, match=name): open_model(place)
     with pytest.raises(ValueError, match=name): export_folder(place, tmp_path / 'further', 'sparsecod')
     assert not hub.calls and not (tmp_path / 'further').exists()
+
+
+@pytest.mark.parametrize('name, old, new', [('tokenizer.json', '"version"', ' "version"'), ('tokenizer.json', '"id":0,', '"id":1,'),
+                                            ('run.json', '"steps": 3', '"steps": 4'), ('run.json', '"tokenizer": "bpe"', '"tokenizer": "gpt2"')])
+def test_a_changed_tokenizer_or_label_of_a_training_is_named_by_all_who_read_it(name, old, new, run, corpus, tmp_path):
+    copy = shutil.copytree(run, tmp_path / 'run')
+    for damaged in (False, True):
+        if damaged:
+            content = (copy / name).read_text(encoding='utf-8')
+            assert old in content
+            (copy / name).write_text(content.replace(old, new, 1), encoding='utf-8')
+        for use in (lambda: open_model(copy), lambda: open_model(copy / 'model'), lambda: export_folder(copy, tmp_path / 'out', overwrite=True)):
+            if not damaged: use()
+            else:
+                with pytest.raises(Damaged, match=re.escape(str(copy / name))): use()
+
+
+def test_a_training_keeps_the_token_that_ends_its_texts(run, tmp_path):
+    from sparsecod.studies import RunConfig, label_folder, read_run
+    texts = Corpus.from_texts([f'the cat number {i} sat. ' * 6 for i in range(60)])
+    texts.tokenizer.backend.add_tokens(['[STOP]'])
+    copy, config = shutil.copytree(run, tmp_path / 'run'), read_run(run)
+    label_folder(copy, config.replace(data=config.data.replace(eos_token='[STOP]')), texts)
+    assert open_model(copy)[1].eos_token == '[STOP]' != open_model(run)[1].eos_token
 
 
 def test_weights_of_another_model_are_noticed(tmp_path, hub):

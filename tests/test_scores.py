@@ -1092,6 +1092,14 @@ def test_ready_windows_are_split(model):
     with pytest.raises(ValueError, match='windows holds 6 sequences; n_sequences=6'): score_model(model, both[:6], config=SETTINGS, progress=False)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.bool, torch.int32, torch.uint8])
+@pytest.mark.parametrize('name', ['windows', 'fit_windows'])
+def test_sequences_of_another_dtype_are_refused(model, name, dtype):
+    given = dict(windows=windows(6, 1), fit_windows=windows(40, 2))
+    given[name] = given[name].to(dtype)
+    with pytest.raises(ValueError, match=f'^{name} .*{dtype}.*allowed.*int64'): score_model(model, config=SETTINGS, progress=False, **given)
+
+
 @pytest.mark.parametrize('kind', ['ours', 'Llama', 'GPT2'])
 def test_sequences_longer_than_the_context_are_refused(model, kind):
     m, limit = (model, 10) if kind == 'ours' else (tiny(kind), 32)

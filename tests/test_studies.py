@@ -1,4 +1,5 @@
 "Runs, studies, results on disk, intervals and verdicts."
+import functools
 import json
 import math
 import multiprocessing
@@ -29,7 +30,7 @@ from synthetic import ends_early, record as made_up_record
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = vary(SCALES['tiny'], {'model.n_layers': 2, 'train.steps': 6, 'train.checkpoint_every': 2, 'train.log_every': 2, 'score.n_sequences': 4,
                               'score.n_fit': 4, 'score.n_bootstrap': 20, 'n_eval': 8})
-LONG = vary(QUICK, {'train.steps': 4000})  # will not finish while a test waits
+LONG = vary(QUICK, {'train.steps': 4000, 'train.compile': 'off'})  # will not finish while a test waits
 
 
 def made_up(L: int, seed: int = 0, **values) -> dict:
@@ -816,12 +817,14 @@ def test_metrics_by_name():
 
 
 SHORT = vary(SCALES['tiny'], {'train.steps': 4, 'score.n_bootstrap': 20, 'score.n_jacobian': 1, 'score.n_sequences': 8, 'score.n_fit': 8,
-                              'score.batch_size': 8, 'n_eval': 16, 'n_questions': 20})
+                              'score.batch_size': 8, 'n_eval': 16, 'n_questions': 8})
+prepare_once = functools.cache(module.prepare)   # looks at all files of a source once, and not for every run
 
 
 @pytest.mark.parametrize('name', STUDIES)
-def test_every_study_runs_at_tiny_size(name, tmp_path_factory):
+def test_every_study_runs_at_tiny_size(name, tmp_path_factory, monkeypatch):
     "Each variant trains for a few steps, is scored and measured, and lands in the ledger."
+    monkeypatch.setattr(module, 'prepare', prepare_once)
     out = tmp_path_factory.getbasetemp() / 'every-study'            # studies share runs
     records = [run(config, out, progress=False) for _, config in STUDIES[name].runs(SHORT)]
     assert all(r['status'] == 'finished' and r['scores']['scalars'] and r['sparsity']['scalars'] for r in records)
@@ -845,6 +848,20 @@ def test_measures_are_added_to_a_finished_run_and_change_nothing_else(tmp_path):
     assert own['low'] <= own['value'] <= own['high'] and len(more['sample']['tokens']) == 24
     assert run(SHORT, tmp_path, progress=False) == more                              # asking for less takes nothing away
     assert run_study(Study('one', '?', lambda base: {'only': {'measures': ('theory',)}}), SHORT, 1, tmp_path, progress=False)[0]['theory']
+
+
+@pytest.mark.parametrize('had, asked, missing', [
+    ((32,), (32,), []), ((16, 32), (32,), []), ((32,), (16, 32), ['lengths']), ((16,), (32,), ['lengths']), ((), (32,), ['lengths'])])
+def test_measurements_of_other_lengths_are_made_again(had, asked, missing):
+    record = dict(status='finished', config=dict(lengths=had), lengths={str(T): {} for T in had})
+    config = vary(SHORT, {'measures': ('lengths',), 'lengths': asked})
+    assert module.missing_measures(record, config) == missing
+    assert module.missing_measures(record | dict(status='diverged'), config) == []
+
+
+@pytest.mark.parametrize('had, missing', [({}, []), ({'n_questions': SHORT.n_questions}, []), ({'n_questions': SHORT.n_questions + 1}, ['cloze'])])
+def test_another_number_of_questions_is_asked_again(had, missing):
+    assert module.missing_measures(dict(status='finished', config=had, cloze={}), vary(SHORT, {'measures': ('cloze',)})) == missing
 
 
 def test_a_record_says_how_its_model_was_trained_and_not_how_it_is_asked_for(tmp_path):
