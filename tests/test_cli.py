@@ -21,7 +21,7 @@ from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'eval', 'export', 'study', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'prune', 'eval', 'export', 'study', 'reproduce', 'report')
 
 
 @pytest.fixture
