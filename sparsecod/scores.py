@@ -298,8 +298,8 @@ def choose_pairs(
     kinds, every = pair_kinds(L), L * (L - 1) // 2
     if pairs is None: pairs = 2 * L if L > ALL_PAIRS_UP_TO else 0
     if pairs == 0 or pairs >= every: return kinds >= 0
-    if pairs < L + 3: raise ValueError(f'pairs={pairs} is too few: of {L} blocks at least {L + 3} pairs are swapped, {L - 1} '
-                                       f'neighbours and two of each other kind; {every} or 0 swaps all')
+    least = min(L + 3, every)     # all neighbours and two of each other kind
+    if pairs < least: raise ValueError(f'pairs={pairs} is too few: of {L} blocks at least {least} pairs are swapped; 0 swaps all {every}')
     places = [(kinds == kind).flatten().nonzero()[:, 0] for kind in (1, 2)]              # (N,) each
     (first, rest), drawn = map(len, places), pairs - (L - 1)
     n = round(drawn * first ** .5 / (first ** .5 + rest ** .5))
