@@ -474,7 +474,7 @@ def make_record(
     if result.status == 'finished':
         windows, to_score, to_fit = held_out(config, corpus)
         final = final_loss(result, windows, config)
-        scores = score_model(result.model, to_score, to_fit, config.score, progress)
+        scores = score_model(result.model, to_score, to_fit, config.score, progress, pairs=0)
         scores['arrays'] = shortened(scores['arrays'])
         sparsity = shortened(measure_sparsity(result.model, to_score[:, :-1].to(device)))
     name = run_name(config, corpus.fingerprint)

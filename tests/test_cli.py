@@ -22,7 +22,7 @@ from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'eval', 'export', 'study', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'prune', 'eval', 'export', 'study', 'reproduce', 'report')
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_terminal_that_lacks_letters_kills_no_command(tmp_path):
         assert done.returncode == 2 and '= 0.1' in shown and ('λ' in shown) == (encoding == 'utf-8') and b'Traceback' not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize('line', ['study depth', 'reproduce', 'report', 'score x', 'eval x', 'export x y'])
+@pytest.mark.parametrize('line', ['study depth', 'reproduce', 'report', 'score x', 'prune x y', 'eval x', 'export x y'])
 def test_a_launcher_starts_no_command_but_train(line, type_in, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     code, text, errors = type_in(line)
@@ -274,6 +274,42 @@ def test_what_a_stopped_scoring_left_is_used(checkpoint, type_in, tmp_path, monk
 
 
 SCORE_FAST = '--sequences 4 --fit 30 --length 16'
+
+
+def test_rounded_weights_some_pairs_and_a_table(checkpoint, type_in, tmp_path):
+    for name, line in dict(plain='', rounded='--dtype bfloat16 --csv', all='--pairs 3').items():
+        code, text, errors = type_in(f'score {checkpoint} {SCORE_FAST} {line} --json {tmp_path}/{name}.json')
+        assert code == 0 and 'time for all' in errors, errors
+    plain, rounded, every = (json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8')) for name in ('plain', 'rounded', 'all'))
+    assert every['scalars'] == plain['scalars'] and every['settings']['pairs'] == 3
+    assert rounded['config']['dtype'] == 'bfloat16' and rounded['scalars']['loss'] != plain['scalars']['loss']
+    assert rounded['scalars']['loss']['value'] == pytest.approx(plain['scalars']['loss']['value'], rel=1e-2)
+    rows = (tmp_path / 'rounded.csv').read_text(encoding='utf-8').splitlines()
+    assert rows[0].startswith('score,block') and f"loss,,,{rounded['scalars']['loss']['value']}" in '\n'.join(rows) and not (tmp_path / 'plain.csv').exists()
+    code, _, errors = type_in(f'score {checkpoint} {SCORE_FAST} --pairs 1 --quiet --json {tmp_path}/x.json')
+    assert code == 2 and 'pairs=1' in errors and not (tmp_path / 'x.json').exists()
+
+
+def test_prune(checkpoint, trained, type_in, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    for name, model in dict(stock=checkpoint, ours=trained).items():
+        code, text, errors = type_in(f'prune {model} {tmp_path}/{name} --sequences 4 --choose 4 --length 16 --blocks 1 --quiet')
+        assert code == 0 and errors == '', errors
+        record = json.loads((tmp_path / name / 'pruning.json').read_text(encoding='utf-8'))
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert len(record['removed']) == 1 and small.config.num_hidden_layers == record['n_layers'] - 1 and len(record['random']['losses']) == 10
+        assert f"{record['loss']['after']['value']:.4f}" in text and AutoTokenizer.from_pretrained(tmp_path / name)('word')['input_ids']
+        assert type_in(f'score {tmp_path}/{name} {SCORE_FAST} --json {tmp_path}/x.json --quiet')[0] == 0
+
+
+@pytest.mark.parametrize('options, says', [
+    ('--blocks 3', 'blocks=3'), ('--spans 2-9', 'spans='), ('--spans 1-3', 'all 3 blocks'), ('--budget 0', 'budget='), ('--budget 0.01', 'budget='), ('', 'exactly one'),
+    ('--blocks 1 --by age', "by='age'"), ('--blocks 1 --length 99', '--length 99'), ('--blocks 0', 'positive whole number'), ('--blocks 1 OUT', 'exists')])
+def test_what_cannot_be_pruned_is_said(checkpoint, type_in, tmp_path, options, says):
+    out = tmp_path / 'small'
+    if 'OUT' in options: out.mkdir()
+    code, text, errors = type_in(f"prune {checkpoint} {out} --sequences 4 --choose 4 --quiet {options.replace('OUT', '')}")
+    assert code == 2 and text == '' and says in errors and errors.count('\n') == 1 and sorted(tmp_path.iterdir()) == [out] * ('OUT' in options)
 
 
 def test_a_file_of_scores_satisfies_its_schema(checkpoint, trained, type_in, tmp_path):

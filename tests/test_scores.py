@@ -23,8 +23,9 @@ from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
 from sparsecod.measures import at_length, compare_with_theory
-from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, fit_blocks, jacobian_deviation, jacobian_estimate,
-                              jacobian_products, n_probes, needed_bytes, plan_memory, root_of_mean, score_model, skip_effects, swap_losses,
+from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, choose_pairs, fit_blocks, jacobian_deviation,
+                              jacobian_estimate, jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory,
+                              root_of_mean, score_model, scores_frame, skip_effects, swap_losses,
                               text_config, token_variances, trace, update_sizes)
 from sparsecod.sparsity import measure_sparsity
 
@@ -1198,3 +1199,94 @@ def test_new_settings_leave_names_of_old_runs_alone():
     from sparsecod.studies import changed_fields
     assert changed_fields(ScoreConfig()) == {} and changed_fields(ScoreConfig(jacobian_probes=8)) == dict(jacobian_probes=8)
     assert ScoreConfig.from_dict(dict(n_sequences=32, n_fit=64, n_jacobian=4, batch_size=16, threshold=1.1, n_bootstrap=1000, seed=0)) == ScoreConfig()
+
+
+# --- sampled pairs
+
+def deep(n=9):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(vocab_size=61, n_layers=n, d_model=16, n_heads=2, context_length=10, init_std=.3)).eval()
+
+
+def test_up_to_16_blocks_all_pairs_are_swapped():
+    for n in range(2, 17): assert choose_pairs(n).sum() == n * (n - 1) // 2 == choose_pairs(n, 0).sum() == choose_pairs(n, 10 ** 6).sum()
+    for n in (17, 30, 80):
+        chosen = choose_pairs(n)
+        assert chosen.sum() == 2 * n and chosen.diagonal(1).all() and not chosen.tril().any()
+        assert choose_pairs(n, 0).sum() == n * (n - 1) // 2 and not torch.equal(chosen, choose_pairs(n, seed=1))
+        for pairs in (n + 3, 2 * n + 1, n * (n - 1) // 2 - 1): assert choose_pairs(n, pairs).sum() == pairs and choose_pairs(n, pairs)[0, 2:].sum() >= 2
+    for n, pairs in ((3, 1), (9, 11), (30, 32), (30, -1)):
+        with pytest.raises(ValueError, match=f'pairs={pairs}'): choose_pairs(n, pairs)
+
+
+def test_sampled_pairs_have_no_bias_and_state_their_error():
+    "Over many draws, of swaps whose cost is skewed: block 1 is dear, and one other pair too."
+    costs = torch.rand(20, 20, generator=torch.Generator().manual_seed(0)).double().triu(1).square()
+    costs[0] *= 20
+    costs[7, 15] = 9
+    for part in (0, 1):                                                        # all pairs; those without block 1
+        true = pair_mean(costs[part:, part:])
+        draws = [choose_pairs(20, 50, seed) for seed in range(1500)]
+        found = torch.stack([(pair_weights(c) * costs)[part:].sum() / (190, 171)[part] for c in draws])
+        errors = torch.stack([pair_errors(costs, c)[part] for c in draws])
+        assert abs(found.mean() - true) < 4 * found.std() / 1500 ** .5 and found.std() > .02 * true
+        assert errors.square().mean().sqrt() / found.std() == pytest.approx(1, abs=.12)
+    assert (pair_errors(costs, choose_pairs(20, 0)) == 0).all() and torch.equal(pair_weights(choose_pairs(20, 0)), choose_pairs(20, 0).double())
+
+
+def test_scores_with_some_pairs():
+    model, w, fit = deep(), windows(6, 1), windows(40, 2)
+    every, some = (score_model(model, w, fit, SETTINGS, progress=False, pair_intervals=True, pairs=pairs) for pairs in (None, 20))
+    jsonschema.validate(some, SCORES_SCHEMA)
+    assert (every['settings']['pairs'], some['settings']['pairs']) == (36, 20) and 'error' not in every['scalars']['permutation']
+    whole, part = every['arrays']['permutation'], some['arrays']['permutation']
+    known = [(i, j) for i in range(9) for j in range(9) if part[i][j] is not None]
+    assert len(known) == 40 and all(part[i][j] == whole[i][j] and part[j][i] == whole[i][j] for i, j in known)
+    chosen = choose_pairs(9, 20, SETTINGS.seed)
+    values = torch.tensor([[x or 0. for x in row] for row in whole]).double()
+    for k, name in enumerate(('permutation', 'permutation_without_block_1')):
+        got = some['scalars'][name]
+        assert got['value'] == pytest.approx(((pair_weights(chosen) * values)[k:].sum() / (36, 28)[k]).item())
+        assert got['error'] == pytest.approx(pair_errors(values, chosen)[k].item()) and got['error'] > 0
+        assert got['low'] <= max(0, got['value'] - 1.96 * got['error']) and got['high'] >= got['value'] + 1.96 * got['error']
+    assert {n: s for n, s in every['scalars'].items() if 'permutation' not in n} == {n: s for n, s in some['scalars'].items() if 'permutation' not in n}
+
+
+def test_only_the_chosen_pairs_are_run(tmp_path):
+    model, w, fit = deep(), windows(6, 1), windows(40, 2)
+    chosen, seen = choose_pairs(9, 20), []
+    hooks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
+    maps = fit_blocks(model, fit)
+    seen.clear()
+    scores_module.measure_batch(model, w, maps, swapped=chosen)
+    for hook in hooks: hook.remove()
+    costs = scores_module.batch_costs(9, swapped=chosen)
+    assert len(seen) == sum(costs.values()) < scores_module.block_runs(9) and costs['swap-1'] == 9 * chosen[0].sum()
+    score_model(model, w, fit, SETTINGS, progress=False, resume=tmp_path, pairs=20)
+    with pytest.raises(ValueError, match='pairs'): score_model(model, w, fit, SETTINGS, progress=False, resume=tmp_path, pairs=21)
+
+
+def test_expected_time_grows_with_the_work():
+    model, w, fit = deep(12), windows(6, 1), windows(40, 2)
+    for part in range(3): some, every = (scores_module.expected_seconds(model, w, fit, SETTINGS, pairs=pairs) for pairs in (15, 0))
+    assert 0 < some and 0 < every < 600
+    one, costs = scores_module.measured_costs(model, w, 4)
+    assert one > 0 and min(costs) > 0
+    plan, work = plan_memory(model, 6, 10, SETTINGS), scores_module.planned_work
+    total = lambda pairs: sum(work(model, w, fit, SETTINGS, plan, False, choose_pairs(12, pairs), costs).values())
+    assert total(0) - total(15) == pytest.approx(sum(6 * (13 - i + costs.loss) * (12 - i - choose_pairs(12, 15)[i - 1].sum().item()) for i in range(1, 12)))
+
+
+def test_a_table_holds_every_number(model):
+    found = score_model(model, windows(6, 1), windows(40, 2), SETTINGS, progress=False, pair_intervals=True)
+    table = scores_frame(found)
+    at = lambda name, *place: table[(table.score == name) & (table.block.fillna(-1) == (place or (-1,))[0]) & (table.other.fillna(-1) == (*place, -1, -1)[1])]
+    for name, scalar in found['scalars'].items(): assert at(name).value.tolist() == [scalar['value']] and at(name).low.tolist() == [scalar['low']]
+    for l, x in enumerate(found['arrays']['skip_loss_increase'], 1): assert at('skip_loss_increase', l).value.tolist() == [x]
+    for l, x in enumerate(found['arrays']['variance_mean']): assert at('variance_mean', l).value.tolist() == [x]
+    for s, row in enumerate(found['arrays']['causal'], 1):
+        for l, x in enumerate(row, 1):
+            assert at('causal', s, l).value.tolist() == ([] if x is None else [x])
+            if x is not None: assert at('causal', s, l).high.tolist() == [found['intervals']['causal']['high'][s - 1][l - 1]]
+    numbers = sum(x is not None for a in found['arrays'].values() for row in a for x in (row if isinstance(row, list) else [row]))
+    assert len(table) == numbers + sum(s['value'] is not None for s in found['scalars'].values())
