@@ -7,11 +7,11 @@ __all__ = ['SCALE_NAMES', 'SHORT', 'SHORT_NAMES', 'DEFAULT_GIGABYTES', 'STUDY_NA
            'count', 'setting', 'add_common', 'add_scale', 'add_running', 'add_train', 'with_option', 'train_config',
            'do_train', 'add_model', 'add_score', 'gigabytes', 'whole', 'training_folder', 'check_device', 'Subject',
            'is_local', 'tell_format', 'own_subject', 'stock_subject', 'find_subject', 'fitting_corpus',
-           'score_settings', 'sequences_of', 'check_target', 'write_scores', 'page_facts', 'memory_bound',
-           'sparsity_within', 'do_score', 'task_names', 'add_eval', 'result_lines', 'do_eval', 'add_export',
-           'do_export', 'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study', 'do_reproduce',
-           'add_report', 'do_report', 'show_results', 'write_reports', 'one_line_warning', 'failure', 'refuse_launcher',
-           'parser', 'main']
+           'score_settings', 'sequences_of', 'check_target', 'write_scores', 'quantised_words', 'page_facts',
+           'memory_bound', 'sparsity_within', 'do_score', 'task_names', 'add_eval', 'result_lines', 'do_eval',
+           'add_export', 'do_export', 'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study',
+           'do_reproduce', 'add_report', 'do_report', 'show_results', 'write_reports', 'one_line_warning', 'failure',
+           'refuse_launcher', 'parser', 'main']
 
 # %% ../nbs/build/17_cli.ipynb #21c0a55b
 import argparse
@@ -182,7 +182,7 @@ def add_model(
     data: str, # what the text is for
 ):
     "Options of commands that read a model."
-    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, or a name on the Hub')
+    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, a GGUF file, or a name on the Hub')
     option(parser, '--data', metavar='SOURCE', help=f'{data} comes from here: a file, a folder, or a source of DataConfig', shown='the corpus of the training, or stdlib')
     option(parser, '--text-field', metavar='NAME', shown="the training's, or text",
            help='field that holds the text, in rows of jsonl, parquet and Hugging Face data')
@@ -316,8 +316,9 @@ def stock_subject(
     data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
                       text_field=args.text_field or 'text')
     length = min(DEFAULT_LENGTH, c.context_length or DEFAULT_LENGTH)
-    folder = Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
+    folder = Path(source).with_suffix('') if place.is_file() else Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
     about = dict(model=str(source), architecture=c.architecture, data=data.to_dict())
+    if c.quantised: about |= dict(quantised=c.quantised)
     return Subject(model, tokenizer, data, is_local(args.data), None, length, folder, about)
 
 # %% ../nbs/build/17_cli.ipynb #44690221
@@ -407,6 +408,10 @@ def write_scores(
     return [score_table(result), f'written to {target} and {page}']
 
 # %% ../nbs/build/17_cli.ipynb #860c2417
+def quantised_words(subject: Subject) -> str:
+    "What rounded weights mean for the scores."
+    return f"stored as {subject.about['quantised']}, expanded to fp32: these are scores of the rounded model"
+
 def page_facts(
     subject: Subject,  # the model
     result: dict,      # its scores
@@ -416,6 +421,7 @@ def page_facts(
     facts = dict(architecture=getattr(c, 'architecture', 'sparsecod Transformer'), blocks=c.n_layers, width=c.d_model, vocabulary=f'{c.vocab_size:,}',
                  parameters=f'{sum(p.numel() for p in subject.model.parameters()):,}', text=subject.data.source,
                  sequences=f"{settings['n_sequences']} of {settings['T']} tokens to score, {settings['n_fit']} others to fit affine maps on")
+    if subject.about.get('quantised'): facts['weights'] = quantised_words(subject)
     return {name: str(value) for name, value in facts.items()}
 
 # %% ../nbs/build/17_cli.ipynb #5eacf212
@@ -465,6 +471,7 @@ def do_score(
     sparsity, notes = sparsity_within(subject.model, to_score[:, :-1], memory)
     lines = write_scores(target, about | scores | dict(sparsity=sparsity), subject)
     shutil.rmtree(parts, ignore_errors=True)
+    if subject.about.get('quantised'): notes += [f'weights: {quantised_words(subject)}']
     print('\n'.join(lines + notes))
     return 0
 
