@@ -124,15 +124,14 @@ def measure(options) -> dict:
         short = strips(tokenizer, data, options.sequences + fit, options.length, options.seed)
         texts[name] = dict(source=words, variance=dict(tokens=long[:, 1:].numel(), fingerprint=tensor_hash([('long', long)])),
                            scores=dict(tokens=short[:options.sequences, 1:].numel(), fingerprint=tensor_hash([('short', short)])))
-        keep = Kept(options.work / name, dict(weights=weights, text=texts[name]['variance'], lengths=LENGTHS))
-        with tqdm(total=(len(LENGTHS) + 1) * long[:, 1:].numel(), desc=f'{name}, variance', unit=' tokens') as bar:
-            parts[f'{name} sweep'] = keep.get('sweep', lambda: sweep(model, long, bar))
-            parts[f'{name} null'] = keep.get('null', lambda: statistics(variances(null, long[:, :256]), len(long)))
-        if options.variance_only: continue
-        keep = Kept(options.work / name, dict(weights=weights, text=texts[name]['scores'], config=config.to_dict()))
-        scored = lambda m, folder: score_model(m, short[:options.sequences], short[options.sequences:], config, resume=options.work / name / folder)
-        parts[f'{name} scores'] = keep.get('scores', lambda: scored(model, 'scores.parts'))
-        if name == options.texts[0]: parts[f'{name} null_scores'] = keep.get('null_scores', lambda: scored(null, 'null_scores.parts'))
+        asked = dict(variance=texts[name]['variance'], scores=texts[name]['scores'] | dict(config=config.to_dict()))
+        keep = {kind: Kept(options.work / name, dict(weights=weights, lengths=LENGTHS, **of)) for kind, of in asked.items()}
+        scored = lambda m: score_model(m, short[:options.sequences], short[options.sequences:], config, resume=options.work / name / ('null.parts' if m is null else 'parts'))
+        with tqdm(total=len(LENGTHS) * long[:, 1:].numel(), desc=f'{name}, variance', unit=' tokens', disable=options.only == 'scores') as bar:
+            work = dict(sweep=('variance', lambda: sweep(model, long, bar)), null=('variance', lambda: statistics(variances(null, long[:, :256]), len(long))),
+                        scores=('scores', lambda: scored(model)), null_scores=('scores', lambda: scored(null)))
+            for part, (kind, make) in work.items():
+                if options.only in (None, kind) and (part != 'null_scores' or name == options.texts[0]): parts[f'{name} {part}'] = keep[kind].get(part, make)
     found = dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source), texts=texts, seed=options.seed,
                  lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=n_cores(),
                  hardware=hardware(torch.device('cpu')), versions=versions() | package_versions(), made={k: [p['commit'], p['dirty'], p['seconds']] for k, p in parts.items()})
@@ -157,7 +156,7 @@ if __name__ == '__main__':
     parser.add_argument('--fit', type=int, default=64, help='sequences to fit affine maps on (default: 64, or 4 tokens a channel if that is more)')
     parser.add_argument('--length', type=int, default=64, help='tokens of such a sequence (default: 64)')
     parser.add_argument('--seed', type=int, default=0, help='of the choice of text (default: 0)')
-    parser.add_argument('--variance-only', action='store_true', help='leave the scores for another call')
+    parser.add_argument('--only', choices=['variance', 'scores'], help='leave the others for another call')
     parser.add_argument('--work', type=Path, default=Path('runs/real'), help='folder for what has been measured (default: runs/real)')
     parser.add_argument('--out', type=Path, default=results_folder(Path(__file__).parent) / 'real' / 'smollm2.json', help='the record to write')
     options = parser.parse_args()
