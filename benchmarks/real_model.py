@@ -82,6 +82,17 @@ def sweep(model, long: torch.Tensor, bar) -> dict:
     return found | dict(powers={name: with_ends(torch.einsum('t,tln->ln', x, torch.stack(y))) for name, y in logs.items()})
 
 
+@torch.no_grad()
+def sink(model, row: torch.Tensor, copies: int = 5) -> dict:
+    "A window that begins with copies of its first token: variance by layer at the first positions, and what one channel holds of position 0."
+    row = torch.cat([row[:1].repeat(copies), row[1:33 - copies]])[None]
+    streams = [model.embed(row)]
+    model.run(streams[0], watch=lambda l, out: streams.append(out.stream))
+    squares = torch.stack([(h[0, 0].double() - h[0, 0].double().mean()).square() for h in streams])          # (L + 1, D)
+    share, channel = (squares / squares.sum(-1, keepdim=True)).max(-1)
+    return dict(copies=copies, variance=[h[0].double().var(-1)[:2 * copies].tolist() for h in streams], share=share.tolist(), channel=channel.tolist())
+
+
 def random_twin(model) -> object:
     "The same architecture as it is initialised."
     torch.manual_seed(0)
@@ -128,14 +139,14 @@ def measure(options) -> dict:
         keep = {kind: Kept(options.work / name, dict(weights=weights, lengths=LENGTHS, **of)) for kind, of in asked.items()}
         scored = lambda m: score_model(m, short[:options.sequences], short[options.sequences:], config, resume=options.work / name / ('null.parts' if m is null else 'parts'))
         with tqdm(total=len(LENGTHS) * long[:, 1:].numel(), desc=f'{name}, variance', unit=' tokens', disable=options.only == 'scores') as bar:
-            work = dict(sweep=('variance', lambda: sweep(model, long, bar)), null=('variance', lambda: statistics(variances(null, long[:, :256]), len(long))),
+            work = dict(sink=('variance', lambda: sink(model, long[0])), sweep=('variance', lambda: sweep(model, long, bar)), null=('variance', lambda: statistics(variances(null, long[:, :256]), len(long))),
                         scores=('scores', lambda: scored(model)), null_scores=('scores', lambda: scored(null)))
             for part, (kind, make) in work.items():
                 if options.only in (None, kind) and (part != 'null_scores' or name == options.texts[0]): parts[f'{name} {part}'] = keep[kind].get(part, make)
     found = dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source), texts=texts, seed=options.seed,
                  lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=n_cores(),
                  hardware=hardware(torch.device('cpu')), versions=versions() | package_versions(), made={k: [p['commit'], p['dirty'], p['seconds']] for k, p in parts.items()})
-    return found | {name: {what: parts[f'{name} {what}']['value'] for what in ('sweep', 'null', 'scores', 'null_scores') if f'{name} {what}' in parts}
+    return found | {name: {what: parts[f'{name} {what}']['value'] for what in ('sink', 'sweep', 'null', 'scores', 'null_scores') if f'{name} {what}' in parts}
                     for name in options.texts}
 
 
