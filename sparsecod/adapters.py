@@ -459,7 +459,8 @@ def gguf_types(
     sizes = Counter()
     for weight in weights: sizes[weight.tensor_type.name] += int(weight.n_elements)
     if all(name.strip('B') in ('F16', 'F32', 'F64') for name in sizes): return None
-    return ', '.join(f'{name} {100 * n / sizes.total():.0f} %' for name, n in sizes.most_common())
+    shares = {name: 100 * n / sizes.total() for name, n in sizes.most_common()}
+    return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
 
 def gguf_options(
     file: Path,  # a GGUF file
