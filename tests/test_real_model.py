@@ -1,17 +1,21 @@
-"GGUF files: the model and the tokenizer in one, against the network that was written into it."
+"GGUF files against the network that was written into them, and the measurement of a real model against the scores."
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
+from tqdm import tqdm
 
 from sparsecod.adapters import adapt, load_model, open_model
 from sparsecod.cli import main
 from sparsecod.data import load_tokenizer, train_bpe
 from sparsecod.exchange import from_hf
+from sparsecod.scores import token_variances, trace
 
 L, D, F, H, K, V = 2, 64, 96, 4, 2, 300
 TOKENS = torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -116,3 +120,44 @@ def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
 
 def test_it_becomes_no_transformer_of_ours(tmp_path):
     with pytest.raises(ValueError, match='model.gguf'): from_hf(write_gguf(tmp_path / 'model.gguf', llama()))
+
+
+@pytest.fixture(scope='module')
+def real_model():
+    "The measurement, as a module."
+    path = Path(__file__).parents[1] / 'benchmarks' / 'real_model.py'
+    spec = importlib.util.spec_from_file_location('real_model', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sweep_agrees_with_the_scores(real_model):
+    model, long = adapt(llama()), torch.randint(V, (2, 1025), generator=torch.Generator().manual_seed(1))
+    found = real_model.sweep(model, long, tqdm(disable=True))
+    for T in (128, 1024):
+        windows = torch.cat([row[i * T:(i + 1) * T + 1][None] for row in long for i in range(1024 // T)])
+        v = token_variances(trace(model, windows))                                     # (L + 1, B, T)
+        values = {name: torch.tensor(found[str(T)][name])[:, 0].double() for name in ('mean', 'median', 'first', 'rest')}
+        for name, right in dict(mean=v.mean((1, 2)), median=v.flatten(1).median(1).values, first=v[..., 0].mean(1), rest=v[..., 1:].mean((1, 2))).items():
+            assert torch.allclose(values[name], right, rtol=1e-4)
+
+
+@pytest.mark.parametrize('spike', [1e6, 1.])
+def test_powers_of_the_length(real_model, monkeypatch, spike):
+    "A spike at position 0 makes the mean fall as 1/T; without it nothing depends on T."
+    def variances(model, windows):
+        v = torch.ones(1, *windows.shape).double()
+        v[..., 0] = spike
+        return v
+    monkeypatch.setattr(real_model, 'variances', variances)
+    powers = real_model.sweep(None, torch.zeros(3, 1025), tqdm(disable=True))['powers']
+    assert abs(powers['mean'][0][0] - (-1 if spike > 1 else 0)) < .01 and powers['median'][0][0] == 0
+
+
+def test_copies_of_the_first_token_are_all_alike(real_model):
+    "A token that sees nothing but copies of itself computes what the first one computes."
+    found = real_model.sink(adapt(llama()), TOKENS.flatten(), copies=3)
+    last = torch.tensor(found['variance'])[-1]
+    assert torch.allclose(last[:3], last[0], rtol=1e-4) and not torch.allclose(last[3], last[0], rtol=1e-2)
+    assert all(1 / D < share <= 1 for share in found['share'])
