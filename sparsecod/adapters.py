@@ -7,12 +7,13 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'check_owner', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label',
-           'find_tokenizer', 'open_model']
+           'adapt', 'is_gguf', 'check_owner', 'find_folder', 'check_weights', 'gguf_types', 'gguf_options',
+           'load_network', 'load_model', 'run_label', 'find_tokenizer', 'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
 import sys
+from collections import Counter
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
@@ -155,6 +156,7 @@ class AdaptedConfig(Config):
     n_heads: int | None         # H; None: not stated, as in all that follow
     n_kv_heads: int | None      # K
     context_length: int | None  # T, positions the model was made for
+    quantised: str | None = None  # types in which its weights were stored, if they were rounded to a few bits
 
 def read_config(
     network: nn.Module,  # of the transformers library
@@ -164,7 +166,8 @@ def read_config(
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     H = getattr(config, 'num_attention_heads', None)
     return AdaptedConfig(type(network).__name__, head.weight.shape[0], L, config.hidden_size, H,
-                         getattr(config, 'num_key_value_heads', None) or H, getattr(config, 'max_position_embeddings', None))
+                         getattr(config, 'num_key_value_heads', None) or H, getattr(config, 'max_position_embeddings', None),
+                         getattr(network, 'quantised', None))
 
 # %% ../nbs/build/06_adapters.ipynb #46fbc202
 class Wrapper:
@@ -387,6 +390,10 @@ def adapt(
     return adapted
 
 # %% ../nbs/build/06_adapters.ipynb #b8490a80
+def is_gguf(place: Path) -> bool:
+    "Whether this is a file that holds a whole model."
+    return place.suffix == '.gguf' and place.is_file()
+
 def check_owner(
     folder: Path,  # with a model in the folder model; perhaps a training of ours
 ):
@@ -402,11 +409,12 @@ def check_owner(
     check_identity(folder / 'model', found, dict(corpus=label['corpus']))
 
 def find_folder(
-    source: str | Path,               # a folder, or a name on the Hub
+    source: str | Path,               # a folder, a GGUF file, or a name on the Hub
     trust_remote_code: bool = False,  # fetch programs as well
-) -> Path:                            # the folder of the model
+) -> Path:                            # the folder of the model, or the GGUF file
     "Where the files of a model are, on this machine."
     folder = Path(source).expanduser()
+    if is_gguf(folder): return folder
     if not folder.exists():
         from huggingface_hub import snapshot_download
         try: folder = Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
@@ -437,18 +445,43 @@ def check_weights(
         f", found {', '.join(pickles)}. A pickle can run any program when it is read, so it is not read: "
         'convert it with save_pretrained on a machine where you trust it'))
 
+# %% ../nbs/build/06_adapters.ipynb #b7d9e214
+def gguf_types(
+    file: Path,     # a GGUF file
+) -> str | None:    # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
+    "Types in which a GGUF file holds its weights, with their shares, if they were quantised."
+    try: from gguf import GGUFReader
+    except ImportError as error: raise ImportError(f"gguf is needed to open {file}: pip install 'sparsecod[gguf]'") from error
+    try: weights = GGUFReader(file).tensors
+    except (IndexError, KeyError, OSError, ValueError) as error:
+        raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
+    sizes = Counter()
+    for weight in weights: sizes[weight.tensor_type.name] += int(weight.n_elements)
+    if all(name.strip('B') in ('F16', 'F32', 'F64') for name in sizes): return None
+    shares = {name: 100 * n / sizes.total() for name, n in sizes.most_common()}
+    return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
+
+def gguf_options(
+    file: Path,  # a GGUF file
+) -> dict:       # for from_pretrained
+    "What makes the transformers library expand a GGUF file, in versions that could leave it packed as well."
+    import transformers
+    expand = getattr(transformers, 'GgufConfig', None)
+    return dict(gguf_file=file.name) | (dict(quantization_config=expand(dequantize=True)) if expand else {})
+
 # %% ../nbs/build/06_adapters.ipynb #a56c4505
 def load_network(
-    folder: Path,                     # of a causal language model, with safetensors
+    folder: Path,                     # of a causal language model, with safetensors, or a GGUF file
     trust_remote_code: bool = False,  # run programs that come with the model
 ) -> nn.Module:                       # in fp32 and evaluation mode
     "Load a checkpoint of the transformers library."
+    place, gguf = folder.parent if is_gguf(folder) else folder, gguf_options(folder) if is_gguf(folder) else {}
     try: from transformers import AutoModelForCausalLM
     except ImportError as error: raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
     try: network, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True)
+            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **gguf)
     except (OSError, RuntimeError, ValueError) as error:
-        programs = 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
+        programs = not gguf and 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
         raise ValueError(f'{folder} cannot be opened as a causal language model of the transformers library: {str(error).splitlines()[0]}'
                          + ' (it comes with programs of its own, which run only with trust_remote_code=True)' * programs) from error
     if lacking := sorted(found['missing_keys']):
@@ -460,10 +493,15 @@ def load_network(
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
 def load_model(
-    folder: Path,                     # of a model, ours or the transformers library's
+    folder: str | Path,               # of a model, ours or the transformers library's, or a GGUF file
     trust_remote_code: bool = False,  # run programs that come with the model
 ) -> nn.Module:                       # in fp32 and evaluation mode
     "Load a saved model."
+    folder = Path(folder)
+    if is_gguf(folder):
+        stored, network = gguf_types(folder), load_network(folder)
+        network.quantised = stored
+        return network
     settings = read_object(folder / 'config.json')
     if settings.get('is_encoder_decoder'): raise ValueError(f'{folder} cannot be adapted: {ENCODER_DECODER}')
     check_weights(folder)
@@ -484,9 +522,10 @@ def run_label(
     return label
 
 def find_tokenizer(
-    folder: Path,        # of a model
+    folder: Path,        # of a model, or a GGUF file, which holds its own
 ) -> Tokenizer | None:   # None if there is no tokenizer.json
     "The tokenizer that lies beside a model, or beside the training that it came from."
+    if is_gguf(folder): return load_tokenizer(str(folder))
     if (folder / 'tokenizer.json').is_file(): return load_tokenizer(str(folder))
     run = folder.parent
     if folder.name != 'model' or not (run / 'tokenizer.json').is_file(): return
@@ -494,7 +533,7 @@ def find_tokenizer(
     return load_tokenizer(str(run), label.get('data', {}).get('eos_token'))
 
 def open_model(
-    source,                           # a live model, a folder, or a name on the Hub
+    source,                           # a live model, a folder, a GGUF file, or a name on the Hub
     trust_remote_code: bool = False,  # run programs that come with the model
     device: str | None = None,        # where to put it; None: where it is
 ) -> tuple:                           # a model that can be scored, and its tokenizer or None

@@ -7,11 +7,12 @@ __all__ = ['SCALE_NAMES', 'SHORT', 'SHORT_NAMES', 'DEFAULT_GIGABYTES', 'DTYPES',
            'flag', 'count', 'setting', 'add_common', 'add_scale', 'add_running', 'add_train', 'with_option',
            'train_config', 'do_train', 'add_model', 'add_score', 'gigabytes', 'whole', 'training_folder',
            'check_device', 'Subject', 'is_local', 'tell_format', 'own_subject', 'stock_subject', 'find_subject',
-           'fitting_corpus', 'score_settings', 'sequences_of', 'check_target', 'write_scores', 'page_facts',
-           'memory_bound', 'sparsity_within', 'duration', 'tell_work', 'do_score', 'add_prune', 'prune_lines',
-           'do_prune', 'task_names', 'add_eval', 'result_lines', 'do_eval', 'add_export', 'do_export', 'add_study',
-           'add_reproduce', 'summary_lines', 'run_studies', 'do_study', 'do_reproduce', 'add_report', 'do_report',
-           'show_results', 'write_reports', 'one_line_warning', 'failure', 'refuse_launcher', 'parser', 'main']
+           'fitting_corpus', 'score_settings', 'sequences_of', 'check_target', 'write_scores', 'quantised_words',
+           'page_facts', 'memory_bound', 'sparsity_within', 'duration', 'tell_work', 'do_score', 'add_prune',
+           'prune_lines', 'do_prune', 'task_names', 'add_eval', 'result_lines', 'do_eval', 'add_export', 'do_export',
+           'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study', 'do_reproduce', 'add_report',
+           'do_report', 'show_results', 'write_reports', 'one_line_warning', 'failure', 'refuse_launcher', 'parser',
+           'main']
 
 # %% ../nbs/build/17_cli.ipynb #21c0a55b
 import argparse
@@ -182,7 +183,7 @@ def add_model(
     data: str, # what the text is for
 ):
     "Options of commands that read a model."
-    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, or a name on the Hub')
+    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, a GGUF file, or a name on the Hub')
     option(parser, '--data', metavar='SOURCE', help=f'{data} comes from here: a file, a folder, or a source of DataConfig', shown='the corpus of the training, or stdlib')
     option(parser, '--text-field', metavar='NAME', shown="the training's, or text",
            help='field that holds the text, in rows of jsonl, parquet and Hugging Face data')
@@ -324,8 +325,9 @@ def stock_subject(
     data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
                       text_field=args.text_field or 'text')
     length = min(DEFAULT_LENGTH, c.context_length or DEFAULT_LENGTH)
-    folder = Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
+    folder = Path(source).with_suffix('') if place.is_file() else Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
     about = dict(model=str(source), architecture=c.architecture, data=data.to_dict())
+    if c.quantised: about |= dict(quantised=c.quantised)
     return Subject(model, tokenizer, data, is_local(args.data), None, length, folder, about)
 
 # %% ../nbs/build/17_cli.ipynb #44690221
@@ -415,6 +417,10 @@ def write_scores(
     return [score_table(result), f'written to {target} and {page}']
 
 # %% ../nbs/build/17_cli.ipynb #860c2417
+def quantised_words(subject: Subject) -> str:
+    "What rounded weights mean for the scores."
+    return f"stored as {subject.about['quantised']}, expanded to fp32: these are scores of the rounded model"
+
 def page_facts(
     subject: Subject,  # the model
     result: dict,      # its scores
@@ -424,6 +430,7 @@ def page_facts(
     facts = dict(architecture=getattr(c, 'architecture', 'sparsecod Transformer'), blocks=c.n_layers, width=c.d_model, vocabulary=f'{c.vocab_size:,}',
                  parameters=f'{sum(p.numel() for p in subject.model.parameters()):,}', text=subject.data.source,
                  sequences=f"{settings['n_sequences']} of {settings['T']} tokens to score, {settings['n_fit']} others to fit affine maps on")
+    if subject.about.get('quantised'): facts['weights'] = quantised_words(subject)
     return {name: str(value) for name, value in facts.items()}
 
 # %% ../nbs/build/17_cli.ipynb #5eacf212
@@ -506,6 +513,7 @@ def do_score(
     if args.csv:
         scores_frame(scores).to_csv(target.with_suffix('.csv'), index=False)
         notes.append(f"table: {target.with_suffix('.csv')}")
+    if subject.about.get('quantised'): notes += [f'weights: {quantised_words(subject)}']
     print('\n'.join(lines + notes))
     return 0
 

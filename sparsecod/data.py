@@ -133,7 +133,7 @@ def find_eos(
 
 # %% ../nbs/build/04_data.ipynb #f0aae253
 def load_tokenizer(
-    name: str,                     # folder with tokenizer.json, such a file, or a name on the Hub
+    name: str,                     # folder with tokenizer.json, such a file, a GGUF file, or a name on the Hub
     eos_token: str | None = None,  # None: the one that the tokenizer declares
 ) -> Tokenizer:
     "Load a pretrained tokenizer."
@@ -142,13 +142,19 @@ def load_tokenizer(
     path = Path(os.path.expanduser(name))
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
+        if file.suffix == ".gguf" and file.is_file():
+            from transformers import AutoTokenizer
+
+            found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            backend, declared = found.backend_tokenizer, dict(eos_token=found.eos_token)
+            return Tokenizer(backend, eos_token or find_eos(backend, declared, name))
         if file.is_file():
             backend, settings_file = Backend.from_file(str(file)), file.with_name("tokenizer_config.json")
         else:
             backend, settings_file = Backend.from_pretrained(name), hub_file(name, "tokenizer_config.json")
     except Exception as error:
         raise ValueError(
-            f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, "
+            f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a GGUF file, "
             f"or a name that can be fetched from the Hugging Face Hub: {error}"
         ) from error
     settings = read_json(settings_file) if settings_file and settings_file.is_file() else {}

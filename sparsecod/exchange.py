@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .adapters import check_weights, find_folder, find_tokenizer, unwrap, why_not_weights
+from .adapters import check_weights, find_folder, find_tokenizer, is_gguf, unwrap, why_not_weights
 from .core import HubModel, ModelConfig, Transformer, param_counts
 from .data import ALIASES, Tokenizer, load_tokenizer
 from .integrity import Damaged, atomic_folder, check_seal, read_object, seal
@@ -334,6 +334,7 @@ def open_stock(
 ):                        # a transformers model
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = need_transformers()
+    if is_gguf(folder): raise ValueError(f'{folder} is a GGUF file and becomes no Transformer; open_model opens it, to be scored')
     if 'model_type' not in read_object(folder / 'config.json'):
         raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; '
                          'a saved Transformer is opened with Transformer.from_pretrained')

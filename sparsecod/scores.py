@@ -1378,6 +1378,7 @@ _TEXT = lambda text: dict(type=['string', 'null'], description=text)
 SCHEMA_FILE = dict(
     {'$schema': dict(type='string', description='where this schema is')}, format=dict(const=FORMAT, description='version of this format'),
     model=_TEXT('folder or name of the model'), architecture=_TEXT('class of the network'), corpus=_TEXT('fingerprint of the text'),
+    quantised=_TEXT('types in which the weights were stored, where they were rounded to a few bits'),
     held_out=_TEXT('which part of the text was scored'), memory=dict(type='integer', description='bound of the working memory beside the model, in bytes'),
     config=dict(type='object', description='settings; for a training of ours its RunConfig, with the ScoreConfig under score'),
     data=dict(type='object', description='where the text comes from, as a DataConfig'),
