@@ -3,9 +3,9 @@
     python benchmarks/train_step.py [--sizes small medium large] [--rounds 15] [--out results/benchmarks/train_step.json]
 
 Both models have the same sizes, optimiser, clipping and loss, and read the same tokens. Each is timed eager and compiled, with matrix products in
-fp32 and in bf16; ours also as training runs it (the stack compiled with the log's measurements, the loss a few positions at a time), and once more
-without these measurements. One step of each is timed in turn, so that all see the same machine; the medians count. Compiling is not counted: it is
-paid once for a shape. A profile of a few more steps says what our fastest spends its time on.
+fp32 and in bf16; ours also as training runs it (the stack compiled with the log's measurements, the loss a few positions at a time). One step of
+each is timed in turn, so that all see the same machine; the medians count. Time is that of the processor, which leaves out what other programs
+did meanwhile. Compiling is not counted: it is paid once for a shape.
 """
 import argparse
 import json
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from score_model import commit, processor
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsecod.compilation as compilation
@@ -31,7 +30,6 @@ SIZES = dict(small=dict(n_layers=8, d_model=64, n_heads=4, context_length=128),
              large=dict(n_layers=8, d_model=256, n_heads=4, context_length=256))
 BARS = dict(small=1.5, medium=1.7, large=2.6)  # times the faster eager step
 WAYS = tuple((owner, precision, way) for owner in ('ours', 'llama') for precision in ('fp32', 'bf16') for way in ('eager', 'compiled'))
-WAYS += (('ours', 'bf16', 'unlogged'),)  # compiled without what the log measures
 
 
 def llama(config: ModelConfig) -> LlamaForCausalLM:
@@ -68,46 +66,26 @@ def make_step(config: ModelConfig, owner: str, precision: str, way: str):
     return step
 
 
-def parts(step, windows, steps: int = 4) -> dict:
-    "Shares of the time of a compiled step, by what it is spent on."
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(steps): step(windows)
-    spent = dict.fromkeys(('products', 'attention', 'fused', 'loss', 'update', 'rest'), 0.0)
-    def add(event, part=None):
-        "A loss and an update are counted as a whole, everything else by its own time."
-        if event.name.startswith('LinearCrossEntropy'): part = 'loss'
-        elif event.name.startswith('Optimizer.step') or event.name.startswith('aten::_foreach'): part = 'update'
-        own = part or {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::bmm': 'attention'}.get(event.name) or (
-            'fused' if 'CompiledFxGraph' in event.name else 'rest')
-        spent[own] += event.self_cpu_time_total
-        for child in event.cpu_children: add(child, part)
-    for event in found.events():
-        if event.cpu_parent is None: add(event)
-    return {part: t / sum(spent.values()) for part, t in spent.items()}
-
-
-def compare(config: ModelConfig, tokens: int, rounds: int) -> tuple[dict, dict]:
-    "Tokens a second of every way, and what their second losses are; what our bf16 compiled step spends its time on."
+def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
+    "Tokens a second of every way, and what their second losses are."
     windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
     steps = {way: make_step(config, *way) for way in WAYS}
     losses = {way: [step(windows) for _ in range(2)][1] for way, step in steps.items()}
     seconds = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step(windows)
-            seconds[way].append(time.perf_counter() - start)
-    speeds = {' '.join(way): dict(tokens_per_s=tokens / statistics.median(seconds[way]), loss=losses[way],
+            seconds[way].append(time.process_time() - start)
+    return {' '.join(way): dict(tokens_per_s=tokens / statistics.median(seconds[way]), loss=losses[way],
                                 quartiles=[tokens / q for q in statistics.quantiles(seconds[way], n=4)[::-2]]) for way in WAYS}
-    return speeds, parts(steps['ours', 'bf16', 'compiled'], windows)
 
 
 def summary(speeds: dict) -> dict:
     "Our fastest against the faster eager step and against the peer's fastest."
     def best(*words): return max(v['tokens_per_s'] for k, v in speeds.items() if all(w in k.split() for w in words))
     eager, ours, peer = max(best('eager', 'fp32', 'ours'), best('eager', 'fp32', 'llama')), best('ours', 'compiled'), best('llama')
-    logging = best('ours', 'unlogged') / best('ours', 'bf16', 'compiled') - 1
-    return dict(times_eager=ours / eager, times_peer=ours / peer, logging=logging)
+    return dict(times_eager=ours / eager, times_peer=ours / peer)
 
 
 if __name__ == '__main__':
@@ -123,12 +101,11 @@ if __name__ == '__main__':
     found = {}
     for name in options.sizes:
         config = ModelConfig(vocab_size=options.vocab, **SIZES[name])
-        speeds, spent = compare(config, options.tokens, options.rounds)
-        found[name] = dict(model=config.to_dict(), speeds=speeds, bar=BARS[name], spent=spent, **summary(speeds))
+        speeds = compare(config, options.tokens, options.rounds)
+        found[name] = dict(model=config.to_dict(), speeds=speeds, bar=BARS[name], **summary(speeds))
         for way, v in speeds.items(): print(f"{name:7} {way:20} {v['tokens_per_s']:8,.0f} tokens a second, second loss {v['loss']:.4f}", flush=True)
         print(f"{name:7} {found[name]['times_eager']:.2f} times the faster eager step (bar {BARS[name]}), "
-              f"{found[name]['times_peer']:.2f} times the peer's fastest; logging costs {found[name]['logging']:.1%}", flush=True)
-        print(f"{name:7} spends on " + ', '.join(f'{part} {share:.1%}' for part, share in spent.items()), flush=True)
+              f"{found[name]['times_peer']:.2f} times the peer's fastest", flush=True)
     if options.out:
         if options.out.exists():  # sizes may be measured one after the other
             earlier = check_stamp(read_json(options.out), options.out)

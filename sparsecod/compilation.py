@@ -151,7 +151,9 @@ def trial_file(
 
 def use_compiler_cache():
     "Keep what the compiler makes in the project's cache, unless the user has said where."
-    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder() / 'inductor'))
+    folder = os.environ.get('TORCHINDUCTOR_CACHE_DIR', '')
+    if not folder or Path(folder).name.startswith('torchinductor_'):  # PyTorch's own choice, in a folder for temporary files
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder() / 'inductor')
 
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
 def step_seconds(

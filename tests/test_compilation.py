@@ -1,4 +1,6 @@
 "The compiled step computes what the plain one does, and what is chosen is the fastest that may be."
+import os
+
 import pytest
 import torch
 from torch.nn import functional
@@ -214,6 +216,15 @@ def test_a_trial_of_another_model_is_not_taken(trial, monkeypatch, tmp_path):
     second, = set((tmp_path / 'trials').iterdir()) - {first}
     second.write_bytes(first.read_bytes())
     assert choose_execution(*trial, 1000, 'fp32', 'auto').precision == 'fp32'
+
+
+@pytest.mark.parametrize('before, ours', [(None, True), ('', True), ('/tmp/torchinductor_someone', True), ('/home/someone/kernels', False)])
+def test_what_is_compiled_is_kept_in_the_cache_of_the_project(before, ours, tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', before or '')
+    if before is None: monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
+    compilation.use_compiler_cache()
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == (str(tmp_path / 'inductor') if ours else before)
 
 
 def test_a_compiled_run_needs_its_compiler_to_go_on(tmp_path, monkeypatch, traced):

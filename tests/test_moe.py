@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
-from sparsecod.moe import GATES, MixtureOfExperts, balance_loss, experts_grouped, experts_loop, route, router_z_loss
+from sparsecod.moe import GATES, MixtureOfExperts, balance_loss, experts_compiled, experts_grouped, experts_loop, route, router_z_loss
 
 
 def weights(E, D, F, seed=0):
@@ -14,17 +14,17 @@ def weights(E, D, F, seed=0):
 
 @pytest.mark.parametrize('E, k', [(1, 1), (4, 1), (4, 4), (8, 3)])
 @pytest.mark.parametrize('gates', GATES)
-def test_grouped_equals_loop(E, k, gates):
+def test_all_ways_equal_the_loop(E, k, gates):
     torch.manual_seed(0)
     results = []
     x, logits, ws = torch.randn(33, 16), torch.randn(33, E), weights(E, 16, 8)
-    for run in (experts_loop, experts_grouped):
+    for run in (experts_loop, experts_grouped, experts_compiled):
         leaves = [t.clone().requires_grad_() for t in (x, logits, *ws)]
         out = run(leaves[0], route(leaves[1], k, gates), *leaves[2:])
         out.pow(2).sum().backward()
         results.append([out.detach()] + [t.grad for t in leaves])
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, atol=1e-5)
+    for wanted, *others in zip(*results):
+        for found in others: torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_layer_equals_the_equation():
@@ -53,6 +53,8 @@ def test_widths_that_are_not_aligned_still_work():
     x = torch.randn(1, 7, 16)
     want = experts_loop(x[0], route(layer.router(x[0]), 3), layer.gate, layer.up, layer.down)
     assert torch.allclose(layer(x)[0][0], want, atol=1e-5)
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True, dynamic=False)
+    assert torch.allclose(compiled(x)[0][0], want, atol=1e-5)
 
 
 @pytest.mark.parametrize('d_expert', [32, 21])

@@ -1,0 +1,72 @@
+"""What does a compiled training step spend its time on, and what does logging cost it?
+
+    python benchmarks/step_profile.py [--sizes small medium large] [--rounds 7] [--out results/benchmarks/step_profile.json]
+
+Eager fp32 steps, compiled bf16 steps, and compiled steps without what the log measures take turns; the medians of the processor's time count,
+on one thread. Shares are those of a profile of a few compiled steps.
+"""
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from score_model import commit, processor
+from torch.profiler import ProfilerActivity, profile
+from train_step import SIZES, make_step
+
+from sparsecod.compilation import use_compiler_cache
+from sparsecod.core import ModelConfig
+from sparsecod.integrity import stamp, write_text
+
+WAYS = dict(eager=('fp32', 'eager'), compiled=('bf16', 'compiled'), unlogged=('bf16', 'unlogged'))
+PARTS = {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::bmm': 'attention'}
+
+
+def shares(step, windows, steps: int = 3) -> dict:
+    "Shares of the time of a step, by what it is spent on: a loss and an update as a whole, everything else by its own time."
+    spent = dict.fromkeys(('products', 'attention', 'fused', 'loss', 'update', 'rest'), 0.0)
+    def add(event, whole=None):
+        if event.name.startswith('LinearCrossEntropy'): whole = 'loss'
+        elif event.name.startswith(('Optimizer.step', 'aten::_foreach')): whole = 'update'
+        spent[whole or PARTS.get(event.name) or ('fused' if 'CompiledFxGraph' in event.name else 'rest')] += event.self_cpu_time_total
+        for child in event.cpu_children: add(child, whole)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(steps): step(windows)
+    for event in found.events():
+        if event.cpu_parent is None: add(event)
+    return {part: t / sum(spent.values()) for part, t in spent.items()}
+
+
+def measure(config: ModelConfig, tokens: int, rounds: int) -> dict:
+    "Seconds of each kind of step, and the shares of a compiled one."
+    windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
+    steps = {name: make_step(config, 'ours', *way) for name, way in WAYS.items()}
+    seconds = {name: [] for name in WAYS}
+    for r in range(-1, rounds):  # the first is not counted: it compiles
+        for name, step in steps.items():
+            start = time.process_time()
+            step(windows)
+            if r >= 0: seconds[name].append(time.process_time() - start)
+    return dict(model=config.to_dict(), seconds={name: statistics.median(s) for name, s in seconds.items()},
+                least={name: min(s) for name, s in seconds.items()}, spent=shares(steps['compiled'], windows))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
+    parser.add_argument('--rounds', type=int, default=7, help='steps of each kind (default: 7)')
+    parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
+    parser.add_argument('--out', type=Path, help='write a JSON file')
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    use_compiler_cache()
+    found = {}
+    for name in options.sizes:
+        found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
+        print(name, json.dumps({k: v for k, v in found[name].items() if k != 'model'}), flush=True)
+        if options.out:
+            record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1, torch=torch.__version__,
+                          hardware=processor(), commit=commit())
+            write_text(options.out, json.dumps(stamp(record), indent=1))
