@@ -555,7 +555,7 @@ def do_prune(
     args,    # of the command
 ) -> int:    # exit code
     "Write a model with fewer blocks."
-    from sparsecod.pruning import check_removal, prune
+    from sparsecod.pruning import check_removal, prune, step_seconds
     out = Path(args.out)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'{out} exists; name a folder that does not')
     subject = find_subject(args)
@@ -568,6 +568,8 @@ def do_prune(
     if limit and T > limit: raise ValueError(f'--length {T} must be at most the context length of the model, {limit}')
     held_out, choose_on, text = sequences_of(subject, settings, T, not args.quiet)
     source = find_folder(args.model, args.trust_remote_code) if isinstance(subject.model, AdaptedModel) else None
+    if args.by == 'greedy' and not args.spans and not args.quiet:
+        print(f'choosing takes {duration(step_seconds(subject.model, choose_on))} for each block that goes', file=sys.stderr)
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows bars of its own
         record = prune(subject.model, out, choose_on, held_out, args.blocks, args.spans, args.budget, args.by, source, subject.tokenizer,
                        getattr(torch, args.dtype) if args.dtype else None, seed=args.seed, progress=not args.quiet)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SUBLAYERS', 'CRITERIA', 'NUMBERS', 'COUNTS', 'BESIDE', 'block_influence', 'angular_distance', 'span_losses',
            'silenced', 'find_sublayers', 'sublayer_losses', 'rank_agreement', 'measure_influence', 'influence_scores',
-           'run_without', 'loss_without', 'removal_losses', 'greedy_steps', 'greedy_order', 'removals', 'parse_spans',
-           'check_removal', 'choose_removal', 'cut_config', 'cut_network', 'write_network', 'source_dtype', 'prune']
+           'run_without', 'loss_without', 'removal_losses', 'greedy_steps', 'step_seconds', 'greedy_order', 'removals',
+           'parse_spans', 'check_removal', 'choose_removal', 'cut_config', 'cut_network', 'write_network',
+           'source_dtype', 'prune']
 
 # %% ../nbs/build/21_pruning.ipynb #8390b4f7
 import json
@@ -29,7 +30,7 @@ from .core import Transformer
 from .data import Tokenizer
 from .exchange import files_beside, to_hf, to_hf_tokenizer
 from .integrity import atomic_folder, stamp, write_text
-from .scores import Trace, jackknife_ends, jackknife_estimate, leave_one_out, scoring_model
+from .scores import Trace, jackknife_ends, jackknife_estimate, leave_one_out, measured_costs, scoring_model
 from .scores import sequence_loss, to_fp64, to_lists, trace, untouched
 
 # %% ../nbs/build/21_pruning.ipynb #e6fee977
@@ -209,6 +210,16 @@ def greedy_steps(
         removed.append(losses.mean(1).nan_to_num(math.inf).argmin().item() + 1)
         yield removed[-1], losses
 
+def step_seconds(
+    model,                 # ours or an adapted one
+    windows: Tensor,       # to choose on, (N, T + 1)
+    batch_size: int = 16,  # sequences in memory at once
+) -> float:                # seconds
+    "How long the first step of the greedy order takes here, from a short trial; later ones take less."
+    L, some = len(model.blocks), windows[:batch_size].to(next(model.parameters()).device)
+    with untouched(model): one, costs = measured_costs(scoring_model(model), some, 1)
+    return len(windows) * one * (L * (L + 1) / 2 + L * costs.loss)
+
 def greedy_order(
     model,                 # anything that adapt takes; left as it was
     windows: Tensor,       # to choose on, (N, T + 1)
@@ -362,7 +373,7 @@ def cut_network(
     return made.eval()
 
 # %% ../nbs/build/21_pruning.ipynb #2a1b95ed
-BESIDE = 'generation_config.json', 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', '*.jinja', '*.py'
+BESIDE = 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', '*.py'
 
 def write_network(
     folder: Path,          # exists and is empty

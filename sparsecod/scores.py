@@ -316,7 +316,7 @@ def pair_weights(
     weights, kinds = chosen.double(), pair_kinds(len(chosen))
     for kind in (1, 2):
         same = kinds == kind
-        weights[same & chosen] = same.sum() / (same & chosen).sum()
+        weights[same & chosen] = same.sum().double() / (same & chosen).sum()
     return weights
 
 # %% ../nbs/build/07_scores.ipynb #bdffeb9a
