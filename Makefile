@@ -72,7 +72,7 @@ test: $(STAMP) chromium  ## Run all tests: export drift, notebooks, study chapte
 # anew from the home page if that is newer; ours is written by hand, so make it the newer one. tests/ has the processors of settings.ini.
 docs: $(STAMP)  ## Render the site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'Quarto is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again.' >&2; exit 1; }
-	@rm -rf _proc; cp _quarto.yml nbs/_quarto.yml; touch README.md
+	@rm -rf _proc; cp _quarto.yml nbs/_quarto.yml; cp sparsecod/templates/vega.js nbs/vega.js; touch README.md
 	PYTHONPATH=$(call quote,$(CURDIR)/tests):$$PYTHONPATH $(BIN)/nbdev_docs
 	@echo 'The site is in _docs/: open _docs/index.html.'
 

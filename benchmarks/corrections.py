@@ -14,7 +14,7 @@ import torch
 
 from sparsecod.corrections import corrections
 from sparsecod.data import prepare
-from sparsecod.explore import results_folder
+from sparsecod.figures import results_folder
 from sparsecod.studies import RunConfig, by_variant, load_results, provenance, shortened, write_record
 from sparsecod.train import load_result
 

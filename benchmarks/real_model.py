@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from sparsecod.adapters import adapt, find_folder, open_model
-from sparsecod.explore import results_folder
+from sparsecod.figures import results_folder
 from sparsecod.integrity import Damaged, check_identity, check_stamp, checksum, read_json, set_aside, stamp, write_text
 from sparsecod.scores import ScoreConfig, jackknife_ends, leave_one_out, median_estimate, score_model, tensor_hash, text_tokens
 from sparsecod.studies import code_state, hardware, n_cores, shortened, versions, write_record

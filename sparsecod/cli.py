@@ -407,7 +407,7 @@ def write_scores(
     subject: Subject,
 ) -> list[str]:     # lines for the terminal
     "Write scores and their page."
-    from sparsecod.page import score_table, write_page
+    from sparsecod.report import score_table, write_page
     from sparsecod.scores import write_whole
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
@@ -800,7 +800,8 @@ def write_reports(
     path: Path,           # of the first report; further ones get the study's name, as in report-gqa.html
 ) -> list[Path]:          # the files
     "Write a report for each study."
-    from sparsecod.explore import DEPTH, label_variants, write_report
+    from sparsecod.figures import DEPTH, label_variants
+    from sparsecod.report import write_report
     from sparsecod.claims import ledger
     from sparsecod.studies import STUDIES, by_variant
     names = [study] if study else [name for name in STUDIES if by_variant(name, records)]

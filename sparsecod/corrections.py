@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import BlockOutput, Transformer
 from .data import Corpus
-from .explore import markdown_table, span
+from .figures import markdown_table, span
 from .moe import MixtureOfExperts, balance_loss
 from .scores import (block_runs, causal_ratio, fit_blocks, intervention_scores, linear_losses, measure_batch, pair_mean,
                               swap_losses, to_lists, trace)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDED', 'TRIAL', 'FIELDS', 'MODES', 'Watched', 'Bar', 'Controlled', 'stop_at_exit', 'Pausable', 'train_controlled',
            'TrainingFields', 'Training', 'timed', 'step_seconds', 'product_speed', 'Cost', 'spell', 'training_cost',
-           'same_kind', 'line', 'picture', 'training_view', 'controls', 'field_controls', 'framed', 'fault', 'Panel',
+           'same_kind', 'picture', 'training_view', 'controls', 'field_controls', 'framed', 'fault', 'Panel',
            'snapshot', 'TrainActions', 'TrainClicks', 'TrainResults', 'TrainPanel', 'train_widget', 'SurgeryInputs',
            'SurgeryPlan', 'check_sequences', 'SurgeryEdits', 'SurgeryOperations', 'SurgeryRuns', 'SurgeryLoss',
            'Surgery', 'surgery_costs', 'plan_text', 'surgery_view', 'library_windows', 'two_parts', 'SurgeryActions',
@@ -13,7 +13,9 @@ __all__ = ['ENDED', 'TRIAL', 'FIELDS', 'MODES', 'Watched', 'Bar', 'Controlled', 
 
 # %% ../nbs/build/19_widgets.ipynb #32c5fde7
 import atexit
+import base64
 import html
+import io
 import tempfile
 import threading
 import time
@@ -21,12 +23,14 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .adapters import adapt
 from .core import NORMS, Transformer, flops_per_token, next_tokens, param_counts
 from .data import Corpus, prepare
-from .explorers import CSS, chart, short
+from .explorers import BLUE, GREY, template_text
 from .scores import check_windows, fit_blocks, untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows, vary
 from .train import (TrainResult, decide_execution, find_world, finish, lock_folder, make_optimizer, open_folder, read_log, restore,
@@ -213,7 +217,7 @@ class Cost(NamedTuple):
     basis: str       # where the seconds come from
 
     def __str__(self):
-        return (f'{self.parameters:,} parameters, {self.tokens:,} tokens, {short(float(self.flops))} FLOPs, '
+        return (f'{self.parameters:,} parameters, {self.tokens:,} tokens, {self.flops:.3g} FLOPs, '
                 f'{spell(self.seconds)} ({self.basis})')
 
 def spell(
@@ -251,24 +255,22 @@ def same_kind(
         vocab_size=1) == b.model.replace(vocab_size=1)
 
 # %% ../nbs/build/19_widgets.ipynb #ed041d72
-def line(
-    x: list,         # numbers
-    y: list,         # numbers, None where there is none
-    cls: str = '',   # class of the line in the style sheet
-) -> dict:           # for chart
-    "One line of a chart."
-    return dict(x=x, y=y, cls=cls)
-
 def picture(
     title: str,          # shown above it
     xlabel: str,         # of the horizontal axis
-    lines: list[dict],   # from line
+    lines: dict,         # label -> x and y
     log: bool = False,   # logarithmic vertical axis
 ) -> str:                # HTML
     "A chart with its title."
-    x = [v for l in lines for v in l['x']] or [0]
-    s = dict(title=title, xlabel=xlabel, log=log, x0=min(x), x1=max(max(x), min(x) + 1), lines=lines, dots=[])
-    return f'<figure><figcaption>{html.escape(title)}</figcaption>{chart(s)}</figure>'
+    figure, drawn = Figure((4, 2.6), layout='constrained'), io.BytesIO()    # not of pyplot, which is no place for threads
+    ax = figure.subplots()
+    for (label, (x, y)), colour in zip(lines.items(), (BLUE, GREY)): ax.plot(x, y, color=colour, label=label)
+    ax.set(xlabel=xlabel, yscale='log' if log else 'linear')
+    ax.grid(alpha=.3)
+    if len(lines) > 1: ax.legend()
+    with rc_context({'svg.fonttype': 'none'}): figure.savefig(drawn, format='svg')    # letters as text, not as outlines
+    data = base64.b64encode(drawn.getvalue()).decode()
+    return f'<figure><figcaption>{html.escape(title)}</figcaption><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 # %% ../nbs/build/19_widgets.ipynb #1a2041c4
 def training_view(
@@ -281,12 +283,11 @@ def training_view(
     if training.error: return f'{said}: {html.escape(str(training.error))}</p>'
     if not log: return said + '</p>'
     some, first, last = log[::-(-len(log) // points)], log[0], log[-1]
-    said += f'; loss <span class="loss">{short(last["loss"])}</span> nats, {short(last["tokens_per_s"])} tokens/s</p>'
-    loss = picture('Loss in nats', 'step', [line([r['step'] for r in some], [r['loss'] for r in some])])
-    shown = [r for r in (first, last) if r.get('variance_mean')]
-    variance = [line(list(range(len(r['variance_mean']))), r['variance_mean'], cls) for r, cls in zip(shown, ('ref', ''))]
-    note = '<p class="key"><i></i>now <i class="ref"></i>at the first step</p>'
-    return f'{said}<div class="charts">{loss}{picture("Variance of the stream by layer", "layer", variance, log=True)}</div>{note}'
+    said += f'; loss <span class="loss">{last["loss"]:.3g}</span> nats, {last["tokens_per_s"]:.3g} tokens/s</p>'
+    loss = picture('Loss in nats', 'step', {'loss': ([r['step'] for r in some], [r['loss'] for r in some])})
+    shown = {label: r['variance_mean'] for label, r in (('now', last), ('at the first step', first)) if r.get('variance_mean')}
+    variance = {label: (range(len(v)), v) for label, v in shown.items()}
+    return f'{said}<div class="charts">{loss}{picture("Variance of the stream by layer", "layer", variance, log=True)}</div>'
 
 # %% ../nbs/build/19_widgets.ipynb #163453f0
 FIELDS = {'n_layers': ('model', 'depth'), 'n_kv_heads': ('model', 'K/V heads'), 'n_experts': ('model', 'experts'),
@@ -337,7 +338,7 @@ class Panel:
     def show(self, *rows):
         "Put the rows into a column, below the style."
         w = controls()
-        self.view = w.VBox([w.HTML(f'<style>{CSS}</style>'), *rows])
+        self.view = w.VBox([w.HTML(f'<style>{template_text("explorer.css")}</style>'), *rows])
 
     def _repr_mimebundle_(self, **given):
         "The live view, and a snapshot for places without a kernel."

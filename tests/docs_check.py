@@ -813,42 +813,34 @@ def stored_explorers(
     return [(cell, part) for cell, text in stored_html(page) for part in EXPLORER.findall(text)]
 
 
-def data_faults(
+def explorer_faults(
     site: Site,
-    explorer: str,  # HTML
+    explorer: str,  # HTML of one explorer
 ) -> list:          # what is wrong
-    "Compare the data inside an explorer with what Python makes of the records and the stored simulations now."
-    from sparsecod import explorers
+    "Compare an explorer with what Python makes now of the records and the stored simulations, called as it was."
+    from sparsecod import explorers, report
     from sparsecod.studies import SCALES, load_results
-    inside = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', explorer, re.S)
-    if not inside: return []                                             # `first_view_faults` says so
-    stored = json.loads(inside[1])
-    fresh = lambda x: json.loads(json.dumps(x))
-    if 'points' in stored:
-        if not stored['points']: return []
-        return [] if agrees(stored['points'], fresh(explorers.stored_points(site.root)['points'])) else ['its dots are not the stored simulations']
-    folder, faults = site.root / 'results', []
-    records = {r['name']: r for scale in SCALES if (folder / scale).is_dir() for r in load_results(folder, scale)} if folder.is_dir() else {}
-    if 'tables' in stored:
-        for label, table in stored['tables'].items():
-            record = records.get(table['name'])
-            if not record: faults.append(f'it shows the run {table["name"]}, which is not in results/')
-            elif not agrees(table, fresh(explorers.surgery_table(record))): faults.append(f'its numbers for {label} are not those of the run {table["name"]}')
-        return faults
-    if 'runs' not in stored: return ['its data are of no known kind: teach tests/docs_check.py how Python makes them']
-    names = [{**stored['common'], **run['own']}.get('run') for run in stored['runs']]
-    if lacking := [name for name in names if name not in records]: return [f'it shows runs that are not in results/: {lacking}']
-    now = fresh(explorers.results_data([records[name] for name in names], tuple(stored['curves'])))
-    return [f'its {part} are not what the records give' for part in now if not agrees(stored.get(part), now[part])]
+    try:
+        stored = json.loads(re.search(r'<script type="application/json" class="data">(.*?)</script>', explorer, re.S)[1])
+        call, folder = dict(stored['made']), site.root / 'results'
+        make, names = (vars(report) | vars(explorers))[call.pop('function')], call.pop('runs', None)
+    except (AttributeError, KeyError, TypeError, ValueError): return ['it has not the present form']
+    records = {r['name']: r for scale in SCALES if (folder / scale).is_dir() for r in load_results(folder, scale)} if names else {}
+    if lacking := [name for name in names or [] if name not in records]: return [f'it shows runs that are not in results/: {lacking}']
+    now = make([records[name] for name in names] if names else explorers.stored_points(site.root), **call)
+    data = json.loads(json.dumps(now.data))
+    faults = [f'its {part} are not what Python makes of the records' for part in data if part != 'spec' and stored.get(part) != data[part]]
+    faults += [f'its {part} are not what Python makes of the records' for part in data['spec'] if not agrees(stored['spec'].get(part), data['spec'][part])]
+    frame = lambda text: re.sub(r'<script type="application/json".*?</script>', '', text, flags=re.S)
+    return faults + ([] if frame(now.html) == frame(explorer) else ['the HTML around it, or its script, is not the present one'])
 
 
 def check_explorers(site: Site) -> list:
-    "Each explorer on a page has the present script, a first view that fits its data, and the data that Python gives now."
+    "Each explorer on a page is what Python makes now."
     wrong = []
     for p in site.pages.values():
         for cell, explorer in stored_explorers(p):
-            from sparsecod.explorers import first_view_faults
-            faults = first_view_faults(explorer) + data_faults(site, explorer)
+            faults = explorer_faults(site, explorer)
             wrong += [Problem(site.name(p.path), cell, f'the explorer is out of date: {fault}. Run the cell again') for fault in faults]
         wrong += [Problem(site.name(p.path), cell, 'a script in the output is in no explorer (<section class="sce">) of sparsecod.explorers, so nothing compares it with Python')
                   for cell, text in stored_html(p) if '<script' in EXPLORER.sub('', text)]
@@ -953,7 +945,7 @@ def preview_page(
     styles = [site.nbs / f for f in [(site.quarto.get('format', {}).get('html') or {}).get('css') or []] if f]
     css = PREVIEW + ''.join(f.read_text(encoding='utf-8') for f in styles)
     return (f'<!DOCTYPE html>\n<html lang="{site.quarto.get("lang", "en")}">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{title}</title>\n<meta name="description" content="{about}">\n<link rel="icon" href="data:,">\n<style>{css}</style>\n</head>\n<body>\n'
+            f'<title>{title}</title>\n<meta name="description" content="{about}">\n<link rel="icon" href="data:,">\n<meta name="quarto:offset" content="{relative(".", page)}/">\n<style>{css}</style>\n</head>\n<body>\n'
             f'<p class="preview">A preview made without Quarto: text, figures, formulas and explorers are those of the site, the layout is not.</p>\n<div class="columns">\n'
             f'<main class="content">\n<h1 class="title">{title}</h1>\n<p class="description">{about}</p>\n{preview_body(site, page)}\n</main>\n'
             f'<nav aria-label="pages">{preview_sidebar(site, bar.get("contents"), page)}</nav>\n</div>\n</body>\n</html>\n')
@@ -968,6 +960,7 @@ def write_pages(
     site = read_site(Path(root).resolve())
     with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
     for page in site.pages.values(): page.text, _ = compose(page)
+    shutil.copy(ROOT / 'sparsecod' / 'templates' / 'vega.js', target)
     for page in site.pages.values():
         file = Path(target) / page.output
         file.parent.mkdir(parents=True, exist_ok=True)

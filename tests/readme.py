@@ -39,7 +39,7 @@ def parts(text: str) -> tuple[str, str, str]:
 def main():
     import matplotlib
     matplotlib.use('agg')
-    from sparsecod.explore import headline_figure
+    from sparsecod.figures import headline_figure
     from sparsecod.studies import load_results
     before, _, after = parts(README.read_text(encoding='utf-8'))
     README.write_text(before + findings() + after, encoding='utf-8')

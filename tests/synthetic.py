@@ -3,6 +3,8 @@ import math
 import random
 from copy import deepcopy
 
+from sparsecod.studies import SCALES, STUDIES
+
 MADE_UP = 'made up for a test'
 
 
@@ -46,7 +48,7 @@ def scores(L: int, rng: random.Random, variance: list) -> dict:
     for name in ('causal', 'permutation'):  # blocks 2 .. L only
         rest = [v for row in arrays[name][1:] for v in row[1:] if v is not None]
         if rest: values[f'{name}_without_block_1'] = sum(rest) / len(rest)
-    return dict(scalars={k: interval(v, .1 * abs(v)) for k, v in values.items()}, arrays=arrays)
+    return dict(scalars={k: interval(v, .1 * abs(v)) for k, v in values.items()}, arrays=arrays, settings=dict(n_sequences=8, T=128))
 
 
 def record(
@@ -89,3 +91,21 @@ def ends_early(made: dict) -> dict:
 def depth_study(seeds: int = 3, depths=(2, 4, 8, 16)) -> list:
     "Records of a whole depth study."
     return [record(L, seed) for L in depths for seed in range(seeds)]
+
+
+def variants(study='gqa', seeds=(0, 1, 2), diverged=(), missing=()):
+    "Made-up records of a study at laptop scale; `diverged` holds (label, seed), `missing` labels."
+    made = []
+    for i, (name, config) in enumerate(STUDIES[study].runs(SCALES['laptop'], seeds)):
+        if name in missing: continue
+        L, T = config.model.n_layers, config.model.context_length
+        r = record(L, config.seed, diverged=(name, config.seed) in diverged) | dict(name=f'{study}-{i}', config=config.to_dict())
+        if r['status'] == 'finished':
+            k = list(STUDIES[study].changes(SCALES['laptop'])).index(name)
+            r['sparsity'] = dict(scalars=dict(density_attention=1 - .1 * k, density_feed_forward=.9), arrays={})
+            r['cloze'] = dict(accuracy=interval(.3 + .01 * k, .1))
+            r['final'] = r['final'] | dict(val_loss=interval(4 + .5 * k + .1 * config.seed * (1 + k), .05), unigram_loss=99.)
+            r['scores']['scalars']['final_variance'] = interval(2. ** (k + config.seed * (k == 1)), .01)
+            r['lengths'] = {str(n): dict(val_loss=interval(4 + k + i / n, .1), final_variance=interval(1 + k, .1)) for n in (T // 2, T, 2 * T)}
+        made.append(r)
+    return made

@@ -508,20 +508,20 @@ def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
 
 def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_report(type_in, tmp_path, monkeypatch):
     import sparsecod.claims as claims
-    import sparsecod.explore as explore
+    import sparsecod.report as reports
     import sparsecod.studies as studies
     monkeypatch.setattr(studies, 'STUDIES', {name: studies.STUDIES[name] for name in ('depth', 'training')})   # two that share runs
     monkeypatch.setattr(claims, 'CLAIMS', [c for c in claims.CLAIMS if c.study in studies.STUDIES])
     configs = {studies.identity(c, '') for name in studies.STUDIES for _, c in studies.STUDIES[name].runs('tiny')}
-    written, write_report = [], explore.write_report                   # reports: of how many records, and where
+    written, write_report = [], reports.write_report                   # reports: of how many records, and where
     def note(records, path, *rest):
         written.append((len(records), Path(path)))
         return write_report(records, path, *rest) if len(written) == 1 else path
-    monkeypatch.setattr(explore, 'write_report', note)
+    monkeypatch.setattr(reports, 'write_report', note)
     reproduce = f'reproduce --study all --scale tiny --out {tmp_path} --jobs 2'
     code, text, errors = type_in(reproduce)
     report, sound = tmp_path / 'tiny' / 'report.html', {p: p.read_text(encoding='utf-8') for p in sorted(tmp_path.glob('tiny/*.json'))}
-    judged = sum(map(int, re.findall(r'(\d+)\s+(?:confirmed|contradicted|open)\b', text)))
+    judged = sum(map(int, re.findall(r'(\d+)\s+(?:confirmed|contradicted|open|untrained|units)\b', text)))
     assert code == 0 and judged == len(claims.CLAIMS) + len(claims.CHECKS) and str(report) in text, errors
     assert errors.count('held-out loss') == len(configs) == len(sound) and [path.name for _, path in written] == ['report.html', 'report-training.html']
     page = report.read_text(encoding='utf-8')

@@ -10,7 +10,6 @@ import pytest
 import docs_check
 from sparsecod.explorers import stored_points, variance_explorer
 
-PLACE = re.compile(r'<circle class="dot" cx="[\d.]+" cy="([\d.]+)"')
 TEXT = ('This small page is in order: it has a [link to the other page](02_other.ipynb#a-section), one to [its own section](#numbers), a picture, ![A dot](dot.svg), '
         'a citation of [@known2020], the formula $x^2$ and a reference to @eq-one.')
 
@@ -60,20 +59,16 @@ def other_output(change):
     return plant
 
 
-def move_dot(text: str) -> str:
-    "Draw the first dot of the explorer elsewhere."
-    at = PLACE.search(text)
-    return text[:at.start(1)] + f'{float(at[1]) + 9:g}' + text[at.end(1):]
-
-
-def other_point(text: str) -> str:
-    "Change the stored simulations inside the explorer where the first view does not show them."
+def stored_data(text: str, change) -> str:
+    "Change the data inside an explorer."
     at = re.search(r'(<script type="application/json"[^>]*>)(.*?)</script>', text, re.S)
-    data = json.loads(at[2])
-    last = data['points'][-1]
-    assert any(last[k] != data['first'][k] for k in ('p', 'step', 'norm'))
-    last['variance'][1][0] *= 1.01
+    change(data := json.loads(at[2]))
     return text[:at.start(2)] + json.dumps(data, ensure_ascii=False, separators=(',', ':')) + text[at.end(2):]
+
+
+def other_point(data: dict):
+    "Another simulated number than the stored one."
+    data['spec']['datasets']['simulated'][-1]['variance'][1][0] *= 1.01
 
 
 NO_LINKS = markdown('A page without links to itself as a notebook.')
@@ -142,8 +137,10 @@ FAULTS = {  # name -> what is planted, number of the cell (None: the whole page)
     'exercises-open': (ending('<details><summary>Solutions</summary>', '<details open=""><summary>Solutions</summary>'), 7, 'a chapter ends with "### Exercises"'),
     'exercises-before': (ending('</details>', '</details>\n\nMore text.'), 7, 'a chapter ends with "### Exercises"'),
     'ways-in': (added(NO_LINKS), None, 'no link to open it in Colab'),
-    'explorer': (other_output(move_dot), 5, 'the first view is not what the data inside give'),
-    'explorer-data': (other_output(other_point), 5, 'its dots are not the stored simulations'),
+    'explorer-script': (other_output(lambda text: text.replace('finalize()', 'finalise()')), 5, 'its script, is not the present one'),
+    'explorer-data': (other_output(lambda text: stored_data(text, other_point)), 5, 'its datasets are not what Python makes'),
+    'explorer-formula': (other_output(lambda text: text.replace('64 * datum.w /', '65 * datum.w /')), 5, 'its concat are not what Python makes'),
+    'explorer-form': (other_output(lambda text: text.replace('"made"', '"said"')), 5, 'it has not the present form'),
 }
 
 
@@ -186,7 +183,7 @@ def write_site(
 
 @pytest.fixture(scope='module')
 def explorer(root):
-    return variance_explorer(stored_points(root))
+    return variance_explorer(stored_points(root)).html
 
 
 @pytest.fixture(scope='module')
@@ -251,7 +248,7 @@ def test_quarto_must_not_read_tables(small_site):
 
 
 def test_a_table_in_the_script_of_an_explorer(small_site):
-    made = small_site({'explorer-table': other_output(lambda text: text.replace(r'\x3ctable', '<table'))})
+    made = small_site({'explorer-table': other_output(lambda text: text.replace('// Draw', '// <table> Draw'))})
     said = [str(p) for p in docs_check.check(made)[1]]
     assert any("holds '<table'" in text for text in said) and all('10_explorer-table.ipynb: cell 5' in text for text in said), said
 

@@ -26,7 +26,7 @@ PAGES = docs_check.sidebar_pages(SITE.quarto['website']['sidebar']['contents'])
 LIVELY = [p for p in PAGES if '<section class=\\"sce\\"' in (SITE.nbs / p).read_text(encoding='utf-8')]   # pages with explorers
 THOROUGH = list(dict.fromkeys(['index.ipynb', 'reproduce/01_depth.ipynb', *LIVELY]))
 SIZES = [(width, theme) for width in (360, 1100) for theme in ('light', 'dark')]
-DRAWN = "e => [...e.querySelectorAll('svg, .says, [role=status]')].map(x => x.outerHTML).join()"
+DRAWN = "e => [...e.querySelectorAll('svg.marks, .says')].map(x => x.outerHTML).join()"
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -118,15 +118,15 @@ def moves(explorer):
         if low == high: continue
         before = explorer.evaluate(DRAWN)
         slider.press('ArrowRight' if at < high else 'ArrowLeft')
-        assert explorer.evaluate(DRAWN) != before, slider.get_attribute('id')
+        assert explorer.evaluate(DRAWN) != before, slider.get_attribute('name')
         slider.press('ArrowLeft' if at < high else 'ArrowRight')
-        assert explorer.evaluate(DRAWN) == before, slider.get_attribute('id')
+        assert explorer.evaluate(DRAWN) == before, slider.get_attribute('name')
     for choice in explorer.locator('select:visible:enabled').all():
         before, own = explorer.evaluate(DRAWN), choice.input_value()
         others = [v for v in choice.evaluate('e => [...e.options].map(o => o.value)') if v != own]
         if not others: continue
         choice.select_option(others[0])
-        assert explorer.evaluate(DRAWN) != before, choice.get_attribute('id')
+        assert explorer.evaluate(DRAWN) != before, choice.get_attribute('name')
         choice.select_option(own)
 
 
@@ -134,11 +134,10 @@ def works(explorer):
     "An explorer answers, and what the first one says is what Python says."
     moves(explorer)
     if explorer.get_attribute('id') != 'sce-variance': return
-    first = json.loads(explorer.locator('script[type="application/json"]').text_content())['first']
-    state = first | dict(p=round(first['p'] - .05, 2))
-    explorer.locator('#sce-variance-norm').select_option(state['norm'])
-    explorer.locator('#sce-variance-density').press('ArrowLeft')
-    assert explorer.locator('#sce-variance-says').inner_text() == explorers.variance_says(state)
+    made = json.loads(explorer.locator('script[type="application/json"]').text_content())['made']
+    theory = explorers.theory_stack(made['L'], round(made['p'] - .05, 2), made['step'], made['norm'])
+    explorer.locator('[name=p]').press('ArrowLeft')
+    assert f"variance {theory['variance'][-1]:.3g} " in explorer.locator('.says').inner_text()
 
 
 def test_pages_with_explorers_are_known():
@@ -150,6 +149,7 @@ def test_a_page_on_a_phone_and_on_a_desk(opened, name):
     for width, theme in SIZES:
         with opened(name, width, theme) as page:
             wear(page, theme)
+            for explorer in page.locator('section.sce').all(): explorer.locator('svg.marks').wait_for()
             keep(page, f'{name}-{width}-{theme}')
             looks_right(page, theme)
             for explorer in page.locator('section.sce').all():

@@ -1,49 +1,21 @@
-"The page of scores: what it says, that its tables hold the scores, and that it works in a browser without a mouse or a network."
+"Reports: what the page of scores says, that tables hold the numbers, and that pages work in a browser without a mouse or a network."
 import copy
 import json
 import math
 import random
 import re
-from html.parser import HTMLParser
+from html import unescape
 
 import pytest
 
 from browser import INSTALL, open_page
-from sparsecod import page as pages
-from sparsecod.page import NEAR_IDENTITY, SMALL_SWAP, layers, made_up, pairs, plain_reading, score_page, score_table, write_page
-
-VOID = {'meta', 'link', 'input', 'br', 'img'}
-
-
-class Page(HTMLParser):
-    "Tags, tables and text of a page; a tag that is not closed in order is an error."
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.tables, self.items, self.into = [], [], [], [], None
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID: self.open.append(tag)
-        if tag == 'table': self.tables.append([])
-        if tag == 'tr': self.tables[-1].append([])
-        if tag in ('td', 'th'): self.tables[-1][-1].append('')
-        if tag == 'li': self.items.append('')
-        if tag in ('td', 'th', 'li'): self.into = tag
-
-    def handle_startendtag(self, tag, attributes): self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f'</{tag}> closes nothing'
-        if tag == self.into or tag == 'small': self.into = None
-
-    def handle_data(self, data):
-        if 'small' in self.open: return
-        if self.into in ('td', 'th'): self.tables[-1][-1][-1] += data
-        if self.into == 'li': self.items[-1] += data
-
+from sparsecod import report as pages
+from sparsecod.claims import ledger
+from sparsecod.figures import label_variants
+from sparsecod.report import NEAR_IDENTITY, SMALL_SWAP, layers, made_up, pairs, plain_reading, score_explorer, score_page, score_table, write_page, write_report
+from sparsecod.studies import SCALES, STUDIES
+from synthetic import depth_study, variants
+from synthetic import record as made_record
 
 def random_scores(L: int, seed: int = 0, intervals: bool = True) -> dict:
     "Scores of the right shape, with no meaning."
@@ -80,64 +52,43 @@ def text(scores):
     return score_page(scores, about=ABOUT)
 
 
-# The page as text
+# The page
 
-@pytest.mark.parametrize('L', [1, 2, 3, 16, 32, 64])
-@pytest.mark.parametrize('intervals', [True, False])
-def test_a_page_is_well_formed_and_asks_nobody(L, intervals):
-    text = score_page(random_scores(L, intervals=intervals), about=ABOUT)
-    page = Page(text)
-    ids = [a['id'] for _, a in page.tags if 'id' in a]
-    assert len(ids) == len(set(ids)) and all(i.startswith('scp-') for i in ids)
-    referred = {i for _, a in page.tags for key in ('for', 'aria-labelledby', 'aria-describedby') for i in (a.get(key) or '').split()}
-    assert referred <= set(ids)
-    assert not [a for _, a in page.tags if 'src' in a or a.get('href', 'data:,') != 'data:,']
-    assert not re.search(r'@import|url\(|fetch\(|XMLHttpRequest|import\(', text) and set(re.findall(r'https?://[^\s\'"<]+', text)) <= {'http://www.w3.org/2000/svg'}
-    assert all(a.get('aria-label') or a.get('aria-hidden') for tag, a in page.tags if tag == 'svg')
-    assert text.count('<figure') == text.count('<details>') == (4 if L == 1 else 6)
-    if L <= 32: assert len(text.encode()) < 300_000
+def shown(page) -> dict:
+    "Tables of the charts, by title, each a list of rows."
+    page.wait_for_function("!document.querySelector('.sce') || document.querySelector('.sce').view")
+    page.evaluate("document.querySelectorAll('details[data-table]').forEach(d => d.open = true)")
+    page.wait_for_timeout(300)
+    return page.evaluate("""Object.fromEntries([...document.querySelectorAll('details[data-table]')].map(d =>
+        [d.querySelector('summary').textContent, [...d.querySelectorAll('tbody tr')].map(r => [...r.cells].map(c => c.textContent))]))""")
+
+
+def texts(html: str, tag: str) -> list[str]:
+    "The texts of all elements of a kind, before the charts."
+    return [unescape(re.sub('<[^>]*>', '', text)) for text in re.findall(rf'<{tag}\b[^>]*>(.*?)</{tag}>', html, re.S)]
 
 
 def test_the_same_scores_give_the_same_page(scores, text):
     assert score_page(copy.deepcopy(scores), about=dict(ABOUT)) == text
 
 
-def table_after(page: Page, first: str) -> list:
-    "The table whose first cell is this."
-    return next(t for t in page.tables if t and t[0][0] == first)
-
-
 def test_tables_hold_the_scores(scores, text):
-    page, arrays = Page(text), scores['arrays']
-    number = lambda x: '–' if x is None else f'{x:.6g}'
-    causal, swaps = table_after(page, 's \\ l'), table_after(page, 'i \\ j')
-    for table, name in ((causal, 'causal'), (swaps, 'permutation')):
-        assert [row[1:] for row in table[1:]] == [[number(x) for x in row] for row in arrays[name]]
-        assert [row[0] for row in table[1:]] == table[0][1:] == [str(l) for l in range(1, 9)]
-    bars = [t for t in page.tables if t and t[0][0] == 'block']
-    for table, name in zip(bars, ('usefulness_ratio', 'skip_loss_increase', 'jacobian_per_token'), strict=True):
-        ends = scores['intervals'][name]
-        assert [row[1:] for row in table[1:]] == [[number(x) for x in three] for three in zip(arrays[name], ends['low'], ends['high'])]
-    streams = table_after(page, 'stream')
-    assert len(streams) == 10 and streams[1][0] == '0' and streams[9][0] == '8'
-    assert [row[1] for row in streams[1:]] == [number(x) for x in arrays['variance_mean']]
-    assert [row[4] for row in streams[1:]] == [number(x) for x in arrays['variance_median']]
-    scalars = {row[0]: row[1:] for row in table_after(page, 'score')[1:]}
+    close = lambda shown, value: shown == '–' if value is None else math.isclose(float(shown), value, rel_tol=6e-4)
+    with open_page(text) as page:
+        tables, arrays = shown(page), scores['arrays']
+        for name, (title, *_) in pages.BARS.items():
+            ends = scores['intervals'][name]
+            for l, (row, *three) in enumerate(zip(tables[title], arrays[name], ends['low'], ends['high'], strict=True), 1):
+                assert int(row[0]) == l and all(map(close, row[1:], three))
+        for name, (title, *_) in pages.HEATS.items():
+            cells = {(int(i), int(j)): v for i, j, v, *_ in tables[title]}
+            assert cells.keys() == {(i, j) for i in range(1, 9) for j in range(1, 9) if arrays[name][i - 1][j - 1] is not None}
+            assert all(close(v, arrays[name][i - 1][j - 1]) for (i, j), v in cells.items())
+        streams = {(kind, int(l)): v for kind, l, v, *_ in tables['Variance by layer']}
+        for kind, name in pages.STREAMS.items(): assert all(close(streams[kind, l], v) for l, v in enumerate(arrays[name]))
+    assert texts(text, 'li') == plain_reading(scores, ABOUT)
     for name, (title, _) in pages.MEANING.items():
-        if name in scores['scalars']: assert scalars[title][0] == number(scores['scalars'][name]['value'])
-    assert len(scalars) == len(scores['scalars'])
-    assert page.items == plain_reading(scores, ABOUT)
-
-
-def test_a_bar_and_a_cell_have_the_size_and_colour_of_their_number():
-    found = made_up(skip_loss_increase=[1., .5, .25], causal=[[None, 0., 1.], [None, None, .5], [None] * 3])
-    found['arrays']['variance_mean'] = [1, 1, 1, 1]
-    text = score_page(found)
-    bars = re.search(r'data-title="Skipped blocks".*?</svg>', text)[0]
-    heights = [float(x) for x in re.findall(r'<rect class="s0"[^>]*height="([\d.]+)"', bars)]
-    assert heights[1] / heights[0] == pytest.approx(.5, abs=.01) and heights[2] / heights[0] == pytest.approx(.25, abs=.01)
-    cells = re.findall(r'class="k(\d+)" d="M(\d) (\d)h1', re.search(r'data-title="Causal.*?</svg>', text)[0])
-    assert cells == [('0', '1', '0'), ('31', '2', '0'), ('16', '2', '1')]
+        if name in scores['scalars']: assert f'{scores["scalars"][name]["value"]:.6g}' in text[text.index(f'<th scope="row">{title}<small>'):][:600]
 
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&`${1}'
@@ -146,24 +97,23 @@ def test_text_from_outside_cannot_break_out(scores):
     evil = copy.deepcopy(scores)
     evil['scalars'][HOSTILE] = dict(value=1., low=0., high=2.)
     text = score_page(evil, title=HOSTILE, about={HOSTILE: HOSTILE, 'text': HOSTILE}, sparsity=dict(scalars={HOSTILE: 1.}, arrays={}))
-    page = Page(text)
-    assert text.count('<script') == text.count('</script>') == 1 and not [1 for tag, a in page.tags if tag == 'img' or 'onerror' in a]
-    with open_page(text) as shown:
-        assert HOSTILE in shown.locator('h1').inner_text() and HOSTILE in shown.title()
-
-
-def test_a_frame_holds_the_page(text):
-    assert 'Framed(' in repr(pages.Framed(text))
-    class Frame(HTMLParser):
-        def handle_starttag(self, tag, attributes): self.held = dict(attributes)
-    frame = Frame()
-    frame.feed(pages.Framed(text)._repr_html_())
-    assert frame.held['srcdoc'] == text and frame.held['title']
+    with open_page(text) as page:
+        assert HOSTILE in page.locator('h1').inner_text() and HOSTILE in page.title() and page.locator('img').count() == 0
 
 
 def test_a_file_is_written(tmp_path, scores, text):
     path = write_page(tmp_path / 'new' / 'page.html', scores, about=ABOUT)
     assert path.read_text(encoding='utf-8') == text
+
+
+def test_a_floor_is_drawn_with_the_costs(scores):
+    def lines(explorer, view):
+        spec = explorer.data['spec']
+        chart = next(c for c in spec['concat'] if any((layer.get('name') or '').startswith(view) for layer in c.get('layer', [])))
+        rows = [(spec['datasets'][data['name']] if 'name' in (data := layer['data']) else data['values'])[0] for layer in chart['layer'] if 'data' in layer]
+        return [row['line'] for row in rows if 'line' in row]
+    assert lines(score_explorer(scores, floors=(.25, .5)), 'skip_loss_increase') == [.25, .5]
+    assert lines(score_explorer(scores), 'skip_loss_increase') == [] and lines(score_explorer(scores), 'usefulness_ratio') == [1.1]
 
 
 # Scores with holes, and of any size
@@ -175,8 +125,8 @@ def test_nothing_is_known(hole, L):
     lost = lambda x: {k: lost(v) for k, v in x.items()} if isinstance(x, dict) else [lost(v) for v in x] if isinstance(x, list) else hole
     gone |= {part: lost(gone[part]) for part in ('scalars', 'arrays', 'intervals')}
     text = score_page(gone)
-    assert 'nan' not in re.sub(r'<script>.*', '', text, flags=re.S).lower() and '>inf' not in text and 'Infinity' not in text
-    assert Page(text).items == plain_reading(gone) and 'not known' in ' '.join(plain_reading(gone))
+    assert '<script' not in text and 'nan' not in text.lower() and '>inf' not in text
+    assert texts(text, 'li') == plain_reading(gone) and 'not known' in ' '.join(plain_reading(gone))
     assert 'nan' not in score_table(gone, 80)
 
 
@@ -184,18 +134,19 @@ def test_single_holes_leave_the_rest():
     holes = random_scores(4)
     for name in ('usefulness_ratio', 'variance_mean', 'skip_loss_increase'): holes['arrays'][name][1] = None
     holes['arrays']['permutation'][0][1] = holes['arrays']['permutation'][1][0] = math.nan
-    page = Page(score_page(holes))
-    assert table_after(page, 'i \\ j')[1][1:3] == ['–', '–']
-    assert table_after(page, 'stream')[2][1] == '–' and table_after(page, 'stream')[1][1] != '–'
+    with open_page(score_page(holes)) as page:
+        tables = shown(page)
+        assert {(i, j) for i, j, *_ in tables['Swaps of pairs']} == {(str(i), str(j)) for i in range(1, 5) for j in range(1, 5) if i != j} - {('1', '2'), ('2', '1')}
+        assert [row[0] for row in tables['Skipped blocks']] == ['1', '3', '4'] and ['mean', '1'] not in [row[:2] for row in tables['Variance by layer']]
 
 
 @pytest.mark.parametrize('size', [1e-300, 1e-12, 1e12, 1e200])
 def test_numbers_of_any_size(size):
     found = random_scores(4, intervals=False)
     for name, x in found['arrays'].items(): found['arrays'][name] = [[v and v * size for v in row] if isinstance(row, list) else row * size for row in x]
-    text = score_page(found, about=ABOUT)
-    Page(text)
-    for d in re.findall(r' (?:x|y|width|height|d)="([^"]*)"', text): assert not re.search('nan|inf|e[+-]', d), d
+    with open_page(score_page(found, about=ABOUT)) as page:
+        drawn = shown(page) and page.evaluate("[...document.querySelectorAll('.sce svg.marks path')].map(p => p.getAttribute('d')).filter(d => /NaN|Infinity/.test(d))")
+        assert drawn == []
 
 
 def test_without_layers_the_error_names_what_is_there():
@@ -219,16 +170,9 @@ def test_nearly_linear_needs_the_whole_interval_below_the_threshold():
 
 
 def test_the_words_of_the_page_are_explained(text):
-    page, reading = Page(text), text[text.index('In plain words'):]
+    reading = text[text.index('In plain words'):]
     assert reading.index('class="words"') < reading.index('class="reading"')
     for word in ('block', 'update', 'affine map', 'nats'): assert f'<dt>{word}</dt>' in reading
-
-
-def test_tables_of_pairs_hold_their_intervals(scores, text):
-    small = re.findall(r'<td>([^<]*)<small>([^<]*)</small></td>', text)
-    ends, E = scores['intervals']['causal'], scores['arrays']['causal']
-    want = [(f'{E[i][j]:.6g}', f"{ends['low'][i][j]:.3g} to {ends['high'][i][j]:.3g}") for i in range(8) for j in range(i + 1, 8)]
-    assert small[:len(want)] == want and len(small) == 28 + 56
 
 
 def test_the_threshold_is_that_of_the_settings():
@@ -361,100 +305,36 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [375, 1200])
 def test_a_page_reads_well(record, width, theme):
-    text = score_page(**pages.record_page(record))
-    with open_page(text, width, theme) as page:
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    with open_page(score_page(**pages.record_page(record)), width, theme) as page:
+        assert len(shown(page)) >= 6
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), 'it scrolls sideways'
         ground = page.evaluate('getComputedStyle(document.body).backgroundColor')
         assert (luminance(ground) < .2) == (theme == 'dark')
-        inks = page.evaluate('''[...document.querySelectorAll('h1, h2, p, li, dt, dd, td, th, small, summary, output, label, figure svg text')].map(e => {
-            let on = e; while (getComputedStyle(on).backgroundColor == 'rgba(0, 0, 0, 0)') on = on.parentElement
-            return [e.tagName == 'text' ? getComputedStyle(e).fill : getComputedStyle(e).color, getComputedStyle(on).backgroundColor] })''')
-        assert len(inks) > 500 and min(contrast(a, b) for a, b in set(map(tuple, inks))) >= 4.5
-        assert all(contrast(page.evaluate(f"getComputedStyle(document.querySelector('.s{k}')).fill"), ground) >= 3 for k in (0, 1))
-        small = page.evaluate('''[...document.querySelectorAll('.pic text')].map(e => Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b) * parseFloat(getComputedStyle(e).fontSize))''')
-        assert min(small) > 9, 'letters too small to read'
-        clipped = page.evaluate('''[...document.querySelectorAll('.pic text')].filter(e => { const a = e.getBoundingClientRect(), b = e.ownerSVGElement.getBoundingClientRect()
-            return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1 }).map(e => e.textContent)''')
-        assert clipped == []
-        overlaps = page.evaluate('''[...document.querySelectorAll('.pic svg')].flatMap(svg => { const t = [...svg.querySelectorAll('text:not([transform])')].map(e => [e.textContent, e.getBoundingClientRect()])
-            return t.flatMap(([x, a], i) => t.slice(i + 1).filter(([_, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3).map(([y]) => x + ' on ' + y)) })''')
-        assert overlaps == []
+        inks = page.evaluate("""[...document.querySelectorAll('h1, h2, p, li, dt, dd, td, th, small, .sce > details > summary, svg.marks text')].map(e => e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color)""")
+        assert len(inks) > 500 and min(contrast(ink, ground) for ink in set(inks)) >= 4.5
+        assert all(contrast(f'rgb({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:], 16)})', ground) >= 3 for c in (pages.BLUE, pages.ORANGE))
 
 
 @pytest.mark.parametrize('L', [1, 64])
 def test_shallow_and_deep_pages_open(L):
     with open_page(score_page(random_scores(L), about=ABOUT), 375, 'dark') as page:
-        assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
-        page.locator('#scp-block').focus()
-        page.keyboard.press('End')
-        assert page.locator('#scp-block-says').inner_text().startswith(f'block {L}')
+        assert shown(page)['Skipped blocks'][-1][0] == str(L) and page.evaluate('document.documentElement.scrollWidth <= innerWidth')
 
 
-def marked(page) -> dict:
-    "For each picture the blocks that are highlighted, from the place of the highlights."
-    return page.evaluate('''Object.fromEntries([...document.querySelectorAll('figure')].map(f => { const d = f.querySelector('.pic svg').dataset
-        const at = [...f.querySelectorAll('.marks rect:not(.at):not(.in)')].filter(r => +r.getAttribute('y') == d.y && +r.getAttribute('height') == d.high)
-        return [f.dataset.title, at.map(r => Math.round((r.getAttribute('x') - d.x) / d.step) + 1).sort((a, b) => a - b)] }))''')
-
-
-def test_a_cell_says_what_python_has(scores, text):
+def test_a_block_lights_up_in_all_charts(scores, text):
+    "By the slider and by a click; the bars are those of the scores."
     with open_page(text, 1200) as page:
-        for name, title in (('causal', 'Causal score of pairs'), ('permutation', 'Swaps of pairs')):
-            figure = page.locator(f'figure[data-title="{title}"]')
-            figure.scroll_into_view_if_needed()
-            for i, j in ((2, 5), (1, 8), (7, 8), (5, 2)):
-                x, y = figure.locator('.pic svg').evaluate('''(s, [i, j]) => { const d = s.dataset, b = s.getBoundingClientRect(), k = b.width / s.viewBox.baseVal.width
-                    return [b.left + k * (+d.x + (j - .5) * d.step), b.top + k * (+d.y + (i - .5) * d.step)] }''', [i, j])
-                page.mouse.move(x, y)
-                value, says = scores['arrays'][name][i - 1][j - 1], figure.locator('.says').inner_text()
-                assert f'{value:.6g}' in says if value is not None else 'not defined' in says
-                if value is not None:
-                    low, high = (scores['intervals'][name][end][i - 1][j - 1] for end in ('low', 'high'))
-                    assert says.endswith(f' 95 % interval: {low:.3g} to {high:.3g}.')
-                assert all(blocks == sorted((i, j)) for blocks in marked(page).values())
-
-
-def test_all_works_from_the_keyboard(scores, text):
-    with open_page(text, 1200) as page:
-        page.locator('#scp-block').focus()
-        page.keyboard.press('ArrowRight')
-        page.keyboard.press('ArrowRight')
-        page.keyboard.press('ArrowRight')
-        assert set(map(tuple, marked(page).values())) == {(3,)} and len(marked(page)) == 6
-        told = page.locator('#scp-block-says').inner_text()
-        assert all(f"{scores['arrays'][name][2]:.6g}" in told for name in pages.BARS)
-        assert page.locator('tr.on th').all_text_contents() == ['3'] * 6
-        page.keyboard.press('Tab')                                                    # the first heat map
-        figure = page.locator('figure').first
-        assert figure.locator('.pic').evaluate('e => e == document.activeElement') and 'Block 1 skipped' in figure.locator('.says').inner_text()
-        for key in ('ArrowRight', 'ArrowRight', 'ArrowDown'): page.keyboard.press(key)
-        assert figure.locator('.says').inner_text().startswith(f"Block 2 skipped: the update of block 4 changes by {scores['arrays']['causal'][1][3]:.6g} of its size. 95 %")
-        assert set(map(tuple, marked(page).values())) == {(2, 4)}
-        page.keyboard.press('End')
-        page.keyboard.press('ArrowRight')                                             # no further than the last block
-        assert f"{scores['arrays']['causal'][1][7]:.6g}" in figure.locator('.says').inner_text()
-        bars = page.locator('figure[data-title="Skipped blocks"]')
-        bars.locator('.pic').focus()
-        page.keyboard.press('End')
-        assert f"nats a token {scores['arrays']['skip_loss_increase'][7]:.6g}" in bars.locator('.says').inner_text()
-        stream = page.locator('figure[data-kind=lines]')
-        stream.locator('.pic').focus()
-        page.keyboard.press('Home')
-        assert stream.locator('.says').inner_text().startswith(f"Stream 0: mean {scores['arrays']['variance_mean'][0]:.6g}") and set(map(tuple, marked(page).values())) == {()}
-        page.keyboard.press('Escape')
-        assert page.locator('#scp-block-says').inner_text() == 'none'
-
-
-def test_in_a_frame_the_site_decides_about_the_theme(text):
-    frame = pages.Framed(text)._repr_html_()
-    with open_page(f'<!DOCTYPE html><html><head><link rel="icon" href="data:,"></head><body class="quarto-dark">{frame}</body></html>', 900, 'light') as page:
-        inner = page.frame_locator('iframe').locator('body')
-        ground = lambda: luminance(inner.evaluate('e => getComputedStyle(e).backgroundColor'))
-        assert ground() < .2
-        page.evaluate("document.body.className = 'quarto-light'")
-        page.wait_for_timeout(100)
-        assert ground() > .8
+        shown(page)
+        lit = lambda: page.evaluate(f"[...document.querySelectorAll('.sce [aria-roledescription=bar][fill=\"{pages.ORANGE}\"]')].map(b => b.getAttribute('aria-label'))")
+        assert lit() == []
+        slider = page.locator('[name=pick_block]')
+        slider.focus()
+        for _ in range(3): page.keyboard.press('ArrowRight')
+        assert len(lit()) == 3 and all('block: 3;' in label for label in lit())
+        assert any(f"nats a token: {scores['arrays']['skip_loss_increase'][2]:.4g}"[:-1] in label.replace('−', '-') for label in lit())
+        page.locator('.sce [aria-roledescription=bar][aria-label*="block: 5;"]').first.click()
+        assert len(lit()) == 3 and all('block: 5;' in label for label in lit()) and slider.input_value() == '5'
+        assert page.evaluate(f"[...document.querySelectorAll('.sce [stroke=\"{pages.ORANGE}\"][aria-roledescription]')].length") >= 7 + 14
 
 
 def test_a_missing_browser_is_explained(monkeypatch):
@@ -469,3 +349,88 @@ def test_complaints_and_requests_are_noticed():
         with open_page('<link rel="icon" href="data:,"><script>console.error("x")</script>'): pass
     with pytest.raises(AssertionError, match='other files'):
         with open_page('<img src="https://example.org/a.png">'): pass
+
+
+# The report of a study
+
+@pytest.fixture(scope='module')
+def depth(): return depth_study(seeds=3)
+
+@pytest.fixture(scope='module')
+def report(depth, tmp_path_factory):
+    return write_report(depth, tmp_path_factory.mktemp('report') / 'new folder' / 'report.html', ledger([], 'depth')).read_text(encoding='utf-8')
+
+def heading(path): return unescape(re.search('<h1>(.*?)</h1>', path.read_text(encoding='utf-8'))[1])
+
+def settings(path) -> set:
+    "The settings that the charts of a report show."
+    text = re.search(r'id="sce-results".*?class="data">(.*?)</script>', path.read_text(encoding='utf-8'), re.S)
+    return {row['label'].split(' (')[0] for row in json.loads(text[1])['spec']['datasets']['settings']} if text else set()
+
+
+def test_a_report_names_what_made_it(report, depth):
+    text, p = unescape(report), depth[0]['provenance']
+    for r in depth: assert r['name'] in text
+    for fact in (p['hardware'], p['torch'], p['commit'], p['corpus_fingerprint'], '4096', 'weight_decay'): assert fact in text
+    for row in ledger([], 'depth'): assert row['statement'] in text and row['verdict'] in text
+    assert '<h1>Depth and the residual stream</h1>' in report and 'over held-out sequences only' not in text
+
+
+@pytest.mark.parametrize('width, theme', [(375, 'dark'), (1200, 'light')])
+def test_a_report_opens_from_disk(report, depth, width, theme):
+    with open_page(report, width, theme) as page:
+        for name in ('results', 'surgery'): page.wait_for_function(f"document.getElementById('sce-{name}').view")
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        page.wait_for_timeout(300)
+        assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+        rows = page.locator('#sce-results details[data-table]').first.locator('tbody tr').evaluate_all('rows => rows.map(r => [...r.cells].map(c => c.textContent))')
+        mean = lambda L: sum(r['scores']['scalars']['causal']['value'] for r in depth if r['config']['model']['n_layers'] == L) / 3
+        assert len(rows) == 4 and all(math.isclose(float(row[1]), mean(int(row[0].split('=')[1])), rel_tol=1e-3) for row in rows)
+        assert page.locator('#sce-surgery .says').inner_text()
+
+
+def test_a_report_of_partial_records(tmp_path):
+    runs = [made_record(1), made_record(2), made_record(16), made_record(16, 1, diverged=True)]
+    text = write_report(runs, tmp_path / 'r.html').read_text(encoding='utf-8')
+    assert 'nothing about other seeds' in text and 'Diverged, and therefore without scores: L16_D64_T128_seed1' in text
+    assert 'sce-results' not in write_report([made_record(4, diverged=True)], tmp_path / 'r.html').read_text(encoding='utf-8')
+
+
+def test_a_report_of_runs_that_differ_in_another_field(tmp_path):
+    runs = [made_record(4, seed, weight_decay=wd) for wd in (.1, 1.) for seed in (0, 1)]
+    path = write_report(runs, tmp_path / 'r.html')
+    assert settings(path) == {'λ = 0.1', 'λ = 1.0'} and 'λ = 0.1, λ = 1.0, 2 seeds each' in path.read_text(encoding='utf-8')
+
+
+def test_a_report_escapes_what_it_is_given(tmp_path):
+    r = made_record(2)
+    r['provenance']['hardware'] = '<script>alert(1)</script>'
+    text = write_report([r], tmp_path / 'r.html', title='a < b & "c"').read_text(encoding='utf-8')
+    assert '<script>alert' not in text and '&lt;script' in text and 'a &lt; b' in text
+
+
+@pytest.mark.parametrize('study', [name for name in STUDIES if name != 'depth'])
+def test_every_study_has_a_report(study, tmp_path):
+    "By its name, by its ledger, and with labelled records."
+    records, question = variants(study, seeds=[0, 1]), STUDIES[study].question
+    labelled = label_variants(study, records)
+    for call in (dict(study=study), dict(ledger_rows=ledger(records, study)), dict(records=labelled, title=question, by='variant')):
+        path = write_report(**dict(records=records, path=tmp_path / 'r.html') | call)
+        assert heading(path) == question and settings(path) == set(STUDIES[study].changes(SCALES['laptop']))
+
+
+@pytest.mark.parametrize('lost', [dict(seeds=[0]), dict(missing=['G=1']), dict(diverged=[('G=1', s) for s in (0, 1, 2)])], ids=str)
+def test_a_report_of_a_partial_study(lost, tmp_path):
+    path = write_report(variants(**lost), tmp_path / 'r.html', study='gqa')
+    assert settings(path) == {*STUDIES['gqa'].changes(SCALES['laptop'])} - set(lost.get('missing', []))
+
+
+def test_a_report_without_its_runs(tmp_path):
+    with pytest.raises(ValueError, match="study='moe' has no run among the 4 records"): write_report(depth_study(1), tmp_path / 'r.html', study='moe')
+    for study in (None, 'moe'):
+        with pytest.raises(ValueError, match='no records to show: run a study first'): write_report([], tmp_path / 'r.html', study=study)
+
+
+def test_a_report_does_not_average_unlike_runs(tmp_path):
+    mixed = [made_record(4), made_record(4, 7, weight_decay=1.), made_record(2)]
+    with pytest.raises(ValueError, match='differ in train.weight_decay'): write_report(mixed, tmp_path / 'r.html')
