@@ -140,8 +140,7 @@ def simulate_points(
     n_models: int = 8,    # independent models for the variance, with seeds 0, 1, ...
     n_jacobian: int = 4,  # of them, how many for the Jacobians
     n_tokens: int = 64,   # sequences of one token for the variance
-# the setting, and variance and jacobian: mean and half-width of the 95 % interval for each layer
-) -> dict:
+) -> dict:                # the setting; variance and jacobian: mean and half-width of the interval by layer
     "Simulated dots for one setting of the explorer."
     config = explorer_config(L, step, norm)
     samples = dict(variance=simulate_stream(config, p, n_models=n_models, n_tokens=n_tokens),

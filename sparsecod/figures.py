@@ -138,8 +138,7 @@ def label_variants(
     study: str | Study,    # whose labels
     records: list[dict],   # of one scale, runs of other studies among them
     base: RunConfig | None = None,  # None: the scale that the records name
-# copies of the study's records in the order of its variants, each with its label under 'variant'
-) -> list[dict]:
+) -> list[dict]:           # copies in the order of the variants, each with its label under 'variant'
     "Give the records of a study the names of their variants."
     return [r | {VARIANT: name} for name, group in by_variant(study, records, base).items() for r in group]
 

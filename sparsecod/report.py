@@ -655,8 +655,7 @@ WORDS = {
 def score_page(
     scores: dict,                   # from sparsecod.scores.score_model
     title: str | None = None,       # the model's name; None: the fact 'name'
-    about: dict
-    | None = None,      # facts about the model, such as d_model, n_parameters, vocab_size and text
+    about: dict | None = None,      # facts about the model, such as d_model, vocab_size and text
     sparsity: dict | None = None,   # from sparsecod.sparsity.measure_sparsity
     floors: tuple = (),             # see score_explorer
 ) -> str:                           # HTML that needs nothing else
@@ -701,8 +700,7 @@ def report_setting(
     records: list[dict],             # of the report
     rows: list[dict] | None = None,  # of its ledger
     study: str | Study | None = None,  # None: the one that the ledger is about
-# records, labelled if there are variants; the field that they differ in; title
-) -> tuple[list[dict], str, str]:
+) -> tuple[list[dict], str, str]:    # records, labelled if there are variants; what they differ in; title
     "What a report is about."
     named = {row['study'] for row in rows or [] if row['study']}
     guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None
