@@ -282,8 +282,9 @@ def training_view(
     said = f'<p class="says" role="status"><b>{training.state}</b>, step {training.step:,} of {steps:,}'
     if training.error: return f'{said}: {html.escape(str(training.error))}</p>'
     if not log: return said + '</p>'
+    short = lambda x: 'no number' if x is None else f'{x:.3g}'
     some, first, last = log[::-(-len(log) // points)], log[0], log[-1]
-    said += f'; loss <span class="loss">{last["loss"]:.3g}</span> nats, {last["tokens_per_s"]:.3g} tokens/s</p>'
+    said += f'; loss <span class="loss">{short(last["loss"])}</span> nats, {short(last["tokens_per_s"])} tokens/s</p>'
     loss = picture('Loss in nats', 'step', {'loss': ([r['step'] for r in some], [r['loss'] for r in some])})
     shown = {label: r['variance_mean'] for label, r in (('now', last), ('at the first step', first)) if r.get('variance_mean')}
     variance = {label: (range(len(v)), v) for label, v in shown.items()}

@@ -218,7 +218,7 @@ def test_a_trial_of_another_model_is_not_taken(trial, monkeypatch, tmp_path):
     assert choose_execution(*trial, 1000, 'fp32', 'auto').precision == 'fp32'
 
 
-@pytest.mark.parametrize('before, ours', [(None, True), ('', True), ('/tmp/torchinductor_someone', True), ('/home/someone/kernels', False)])
+@pytest.mark.parametrize('before, ours', [(None, True), ('', True), ('/tmp/torchinductor_someone', True), ('/data/someone/kernels', False)])
 def test_what_is_compiled_is_kept_in_the_cache_of_the_project(before, ours, tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', before or '')

@@ -63,7 +63,7 @@ WRONG = {  # field by field: its class, and values that it must not take
     ScoreConfig: {'n_sequences n_fit n_jacobian batch_size n_bootstrap': (*NOT_WHOLE, 0), 'threshold': (*NOT_NUMBERS, 0),
                   'seed': (*NOT_WHOLE, -1, 2 ** 63), 'jacobian_probes': (True, 1, 2.0, -1, '4')},
     RunConfig: {'model data train score': (None, 5, 'x', []), 'seed': (*NOT_WHOLE, -1, 2 ** 63, 1e26), 'n_eval n_questions': (*NOT_WHOLE, 0),
-                'scale': (*NOT_WORDS, '', '..', 'a/b'), 'measures': (None, 'cloze', [5], ['none']), 'lengths': (None, 8, ['8'], [8.0], [True], [0])}}
+                'scale': (*NOT_WORDS, '', '..', 'a/b'), 'measures': (None, 'cloze', [5], ['none']), 'lengths': (None, 8, ['8'], [8.0], [True], [0]), 'new_text': NOT_BOOLEANS}}
 GOOD = {ModelConfig: ModelConfig(n_experts=4), TrainConfig: TrainConfig(steps=100), DataConfig: DataConfig(), ScoreConfig: ScoreConfig(), RunConfig: SCALES['tiny']}
 
 

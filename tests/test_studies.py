@@ -20,7 +20,7 @@ from scipy import stats
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
-from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correct, correlations, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
+from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correct, correlations, needed_labels, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
@@ -762,7 +762,7 @@ def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
 
 def test_claims_compare_the_variants_that_they_speak_of():
     labels = {name: list(study.changes(scale_config('laptop'))) for name, study in STUDIES.items()}
-    pairs = {c.id: [labels[c.study][i] for i in c.needs] for c in CLAIMS if c.needs}
+    pairs = {c.id: needed_labels(labels[c.study], c.needs) for c in CLAIMS if c.needs}
     assert pairs['decay-final-variance'] == ['λ=0', 'λ=0.1'] and pairs['decay-final-variance-all'] == ['λ=0', 'λ=0.1, all']
     assert pairs['decay-val-loss-overshoot'] == ['λ=0.1', 'λ=1'] and pairs['decay-val-loss-collapse-all'] == ['λ=1, all', 'λ=3, all']
     assert pairs['context-final-variance'] == ['T=32, sequences fixed', 'T=512, sequences fixed']
@@ -774,7 +774,11 @@ def test_claims_compare_the_variants_that_they_speak_of():
     assert pairs['decay-val-loss-much-all'] == ['λ=0', 'λ=1, all'] and pairs['gqa-causal-pairs'] == ['G=1', 'G=2'] and pairs['training-causal-equal'] == ['L=2', 'L=8, 4× tokens']
     assert pairs['ladder-accuracy-decay-overshoot'] == ['+ λ=0.3', '(+ λ=0.6)'] and pairs['ladder-accuracy-gqa'] == ['+ λ=0.3', '+ G=2']
     paper = list(STUDIES['context'].changes(scale_config('paper')))
-    assert [paper[i] for i in (1, 2, -2, -1)] == ['T=256', 'T=8192', 'T=256, sequences fixed', 'T=8192, sequences fixed']
+    needs = {c.id: c.needs for c in CLAIMS}
+    assert needed_labels(paper, needs['context-growth']) == ['T=256, sequences fixed', 'T=8192, sequences fixed']
+    assert needed_labels(paper, needs['context-growth-tokens-fixed']) == ['T=256', 'T=8192']
+    desk = list(STUDIES['context'].changes(scale_config('desk')))
+    assert needed_labels(desk, needs['context-growth']) is None and needed_labels(desk, needs['context-growth-tokens-fixed']) == ['T=64', 'T=512']
 
 
 def test_a_diverged_variant_takes_its_seed_only_from_claims_that_need_it():
@@ -853,7 +857,7 @@ def test_measures_are_added_to_a_finished_run_and_change_nothing_else(tmp_path):
 @pytest.mark.parametrize('had, asked, missing', [
     ((32,), (32,), []), ((16, 32), (32,), []), ((32,), (16, 32), ['lengths']), ((16,), (32,), ['lengths']), ((), (32,), ['lengths'])])
 def test_measurements_of_other_lengths_are_made_again(had, asked, missing):
-    record = dict(status='finished', config=dict(lengths=had), lengths={str(T): {} for T in had})
+    record = dict(status='finished', floors={}, config=dict(lengths=had), lengths={str(T): {} for T in had})
     config = vary(SHORT, {'measures': ('lengths',), 'lengths': asked})
     assert module.missing_measures(record, config) == missing
     assert module.missing_measures(record | dict(status='diverged'), config) == []
@@ -861,7 +865,7 @@ def test_measurements_of_other_lengths_are_made_again(had, asked, missing):
 
 @pytest.mark.parametrize('had, missing', [({}, []), ({'n_questions': SHORT.n_questions}, []), ({'n_questions': SHORT.n_questions + 1}, ['cloze'])])
 def test_another_number_of_questions_is_asked_again(had, missing):
-    assert module.missing_measures(dict(status='finished', config=had, cloze={}), vary(SHORT, {'measures': ('cloze',)})) == missing
+    assert module.missing_measures(dict(status='finished', floors={}, config=had, cloze={}), vary(SHORT, {'measures': ('cloze',)})) == missing
 
 
 def test_a_record_says_how_its_model_was_trained_and_not_how_it_is_asked_for(tmp_path):

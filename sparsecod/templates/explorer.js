@@ -74,6 +74,7 @@
   }
 
   for (const root of document.querySelectorAll('.sce:not([data-drawn])')) {
+    if (!root.querySelector(':scope > .data')) continue     // a panel of widgets that has only its look
     root.dataset.drawn = 'true'
     start(root).catch(error => { root.querySelector('.says').textContent = `The chart cannot be drawn: ${error.message ?? 'its library is missing'}` })
   }
