@@ -26,6 +26,7 @@ import json
 import math
 import re
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -54,9 +55,13 @@ STYLE = {
 }
 
 # %% ../nbs/build/14_figures.ipynb #c5ed416f
+@contextmanager
 def use_style():
     "A context, and a decorator, in which matplotlib draws in this project's style; other settings stay as they are."
-    return plt.rc_context(STYLE)
+    with plt.rc_context(STYLE):
+        yield
+        shows = plt.isinteractive()         # a notebook turns this on at its first figure, and needs it on
+    plt.rcParams['interactive'] = shows
 
 # %% ../nbs/build/14_figures.ipynb #b821bb1d
 def setting_colors(

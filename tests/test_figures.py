@@ -535,3 +535,13 @@ def test_floors_of_a_loss_are_named_horizontal_lines_in_sight(draw, records):
 def test_floors_belong_to_losses_only(records):
     ends = lambda ax: (len(ax.get_lines()), ax.get_ylim())
     assert ends(figures.plot_score(records, 'causal', floors=dict(pairs=4.29))) == ends(figures.plot_score(records, 'causal'))
+
+
+def test_a_notebook_goes_on_showing_figures():
+    "The first figure of a notebook turns showing on, perhaps inside the style; it must stay on behind it."
+    plt.ioff()
+    with figures.use_style(): plt.ion()
+    assert plt.isinteractive()
+    plt.ioff()
+    with figures.use_style(): pass
+    assert not plt.isinteractive()

@@ -241,6 +241,15 @@ def project_files() -> list:
     return [p for p in (ROOT / n for n in listed.stdout.split('\0') if n) if p.is_file() and not p.is_symlink()]
 
 
+def test_every_figure_is_stored():
+    missing = []
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        for i, cell in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells']):
+            if cell['cell_type'] != 'code' or '#| fig-alt' not in ''.join(cell['source']): continue
+            if not any('image/' in kind for output in cell['outputs'] for kind in output.get('data', {})): missing.append((name(path), i))
+    assert not missing
+
+
 def test_no_machine_paths():
     home = re.compile('|'.join([r'(?<![\w.~/])/(?:home|Users)/[a-z]\w+/', r'(?<![\w.~])/[r]oot/', r'[A-Z]:\\+Users\\']))
     own = [str(p) for p in (ROOT, Path.home()) if len(p.parts) > 2]
