@@ -6,7 +6,6 @@ FOLDER holds a folder for each run of the studies, with the trained model (a stu
 records in `results/laptop`: the dense baseline and the mixtures of experts. The result is what the chapter on corrections reads.
 """
 import argparse
-import json
 import time
 from pathlib import Path
 

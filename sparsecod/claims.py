@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REGISTERED', 'PUBLISHED', 'CLAIMS', 'EFFECTS', 'SOURCE_METRICS', 'DEEPER', 'PERPLEXITY', 'DECAY_STEPS', 'CONTROLS',
-           'RUNGS', 'RUNG_USEFULNESS', 'LINKS', 'USEFULNESS', 'CHECKS', 'RATE', 'HEADS', 'VERDICTS', 'HEADLINES',
-           'judge', 'slope', 'trend', 'rank_correlation', 'deepest', 'along_blocks', 'relative_update', 'gain_shrinks',
-           'peak_and_end', 'time_of_peak', 'fall_from_peak', 'Claim', 'needed_labels', 'complete_seeds', 'mean_span',
-           'left_out', 'is_size', 'claim_row', 'table_of', 'rising_variance', 'falling_jacobian', 'falling_score',
+           'RUNGS', 'RUNG_USEFULNESS', 'LINKS', 'USEFULNESS', 'CHECKS', 'RATE', 'LEAST_SEEDS', 'HEADS', 'VERDICTS',
+           'HEADLINES', 'judge', 'slope', 'trend', 'rank_correlation', 'deepest', 'along_blocks', 'relative_update',
+           'gain_shrinks', 'peak_and_end', 'time_of_peak', 'fall_from_peak', 'Claim', 'needed_labels', 'complete_seeds',
+           'mean_span', 'left_out', 'claim_row', 'table_of', 'rising_variance', 'falling_jacobian', 'falling_score',
            'contrast', 'claim_about', 'source_claims', 'metric_correlation', 'correlations', 'PageCheck', 'check_row',
            'size_ratios', 'check_size_ratio', 'check_usefulness_counts', 'check_wasted_layers', 'check_moe_gain',
            'check_percent', 'check_same_model', 'check_largest_group', 'check_recipe_size', 'check_dilution', 'halved',
@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from typing import Callable, Iterable
 
 import numpy as np
-from scipy.stats import false_discovery_control, rankdata, spearmanr, ttest_1samp
+from scipy.stats import false_discovery_control, spearmanr, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import RunConfig, Study, by_variant, logarithmic, passed, read_metric, scale_config, study_named
+from .studies import SIZES, RunConfig, Study, by_variant, logarithmic, passed, read_metric, scale_config, study_named
 from .studies import summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 
@@ -201,12 +201,6 @@ def left_out(
 # %% ../nbs/build/13_claims.ipynb #ff721ca0
 REGISTERED = dict(desk='12381b087a7aea381b1734c74f07e7a56d80d7b8')  # scale: the commit with its primary endpoints, older than its runs
 
-def is_size(
-    metric: str,  # see read_metric
-) -> bool:
-    "Is it a variance in the units of the stream?"
-    return metric.partition('@')[0] in ('final_variance', 'final_variance_median', 'final_variance_without_first', 'first_variance')
-
 def claim_row(
     claim: Claim,          # the claim
     records: list[dict],   # of one scale
@@ -224,7 +218,7 @@ def claim_row(
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     runs = [run for seed in complete.values() for run in seed]
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
-    verdict = 'untrained' if floor['passed'] < floor['of'] else 'units' if is_size(claim.metric) and values else found['verdict']
+    verdict = 'untrained' if floor['passed'] < floor['of'] else 'units' if claim.metric.partition('@')[0] in SIZES and values else found['verdict']
     return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control',
                 published=claim.published, study=claim.study, metric=claim.metric, ours=ours, spans=spans,
                 left_out=left_out(claim, groups, labels), statistic=found, direction=found['verdict'], verdict=verdict,
@@ -660,17 +654,17 @@ CHECKS += [
 ]
 
 # %% ../nbs/build/13_claims.ipynb #87dea778
-RATE = .05  # of false discoveries among the primary endpoints
+RATE, LEAST_SEEDS = .05, 3  # of false discoveries among the primary endpoints; for a verdict on one
 
 def correct(
     rows: list[dict],  # of the ledger, all studies
-) -> list[dict]:       # the same; a primary endpoint that does not pass the correction is open
+) -> list[dict]:       # the same; a primary endpoint that does not pass the correction, or has too few seeds, is open
     "Benjamini and Hochberg's correction over the primary endpoints that were judged."
     primary = [row for row in rows if row['registered'] and row['verdict'] in ('confirmed', 'contradicted', 'open') and row['statistic']['p'] is not None]
     if not primary: return rows
     for row, q in zip(primary, false_discovery_control([row['statistic']['p'] for row in primary])):
         row['statistic']['q'] = float(q)
-        if q > RATE: row['verdict'] = 'open'
+        if q > RATE or row['statistic']['n'] < LEAST_SEEDS: row['verdict'] = 'open'
     return rows
 
 def ledger(

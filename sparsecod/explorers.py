@@ -210,8 +210,8 @@ def variance_chart(quantity: str) -> alt.LayerChart:
     field, first, title, x = dict(variance=('v', 0, 'Stream variance by layer', 'layer l'),
                                   jacobian=('j', 1, 'Jacobian deviation ‖J − I‖ / D by block',
                                             'block l'))[quantity]
-    along, log = alt.X('l:Q', title=x, scale=alt.Scale(nice=False),
-                       axis=alt.Axis(tickMinStep=1, grid=False)), alt.Scale(type='log', nice=False)
+    along = alt.X('l:Q', title=x, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
+    log = alt.Scale(type='log', nice=False)
     kinds = alt.Color('kind:N', title=None,
                       scale=alt.Scale(domain=['at this density', 'without masks', 'simulated'],
                                       range=[BLUE, GREY, ORANGE]))
@@ -219,21 +219,24 @@ def variance_chart(quantity: str) -> alt.LayerChart:
     line = line.transform_calculate(kind=f"datum.which == '{field}' ? 'at this density' : 'without masks'")
     tip = [alt.Tooltip('l:Q', title=x), alt.Tooltip('kind:N', title='curve'),
            alt.Tooltip('y:Q', format='.3~g', title='value')]
-    curves = line.mark_line(strokeWidth=2.2,
-                            point=dict(size=12)).encode(along, alt.Y('y:Q', title=None, scale=log, axis=alt.Axis(format='~g', tickCount=6)), kinds, tooltip=tip,
-                                                                         strokeDash=alt.StrokeDash('kind:N', legend=None, scale=alt.Scale(domain=['at this density', 'without masks'], range=[[1, 0], [5, 4]])))
-    here = alt.Chart(alt.NamedData('simulated')).transform_filter('datum.norm == norm && abs(datum.p - p) < 1e-9 && abs(0.02 * pow(2, datum.step / 4) - sigma) < 1e-9')
-    here = calculated(here, dict(l=f'sequence({first}, datum.{quantity}.length + {first})')).transform_flatten(['l', quantity], as_=['l', 'pair']).transform_filter('datum.l <= L')
+    dashes = alt.Scale(domain=['at this density', 'without masks'], range=[[1, 0], [5, 4]])
+    curves = line.mark_line(strokeWidth=2.2, point=dict(size=12)).encode(
+        along, alt.Y('y:Q', title=None, scale=log, axis=alt.Axis(format='~g', tickCount=6)), kinds, tooltip=tip,
+        strokeDash=alt.StrokeDash('kind:N', legend=None, scale=dashes))
+    here = alt.Chart(alt.NamedData('simulated')).transform_filter(
+        'datum.norm == norm && abs(datum.p - p) < 1e-9 && abs(0.02 * pow(2, datum.step / 4) - sigma) < 1e-9')
+    here = calculated(here, dict(l=f'sequence({first}, datum.{quantity}.length + {first})'))
+    here = here.transform_flatten(['l', quantity], as_=['l', 'pair']).transform_filter('datum.l <= L')
     here = calculated(here, dict(m='datum.pair[0]', h='datum.pair[1]',
                                  low='max(datum.m - datum.h, datum.m / 100)', high='datum.m + datum.h',
                                  kind="'simulated'"))
     whisker = here.mark_rule(color=ORANGE).encode(along, alt.Y('low:Q', title=None), alt.Y2('high:Q'))
-    dots = here.mark_point(filled=True, size=22,
-                           opacity=1).encode(along, alt.Y('m:Q', title=None), kinds, tooltip=[
-        alt.Tooltip('l:Q', title=x), alt.Tooltip('m:Q', format='.3~g', title='simulated'),
-        alt.Tooltip('h:Q', format='.2~g', title='±')]).properties(name=f'dots_{quantity}')
-    data = formula_lines().mark_point(opacity=0, size=0,
-                                      aria=False).encode(along, alt.Y(f'{field}:Q', title=None)).transform_filter(f'datum.l >= {first}').properties(name=quantity)
+    about = [alt.Tooltip('l:Q', title=x), alt.Tooltip('m:Q', format='.3~g', title='simulated'),
+             alt.Tooltip('h:Q', format='.2~g', title='±')]
+    dots = here.mark_point(filled=True, size=22, opacity=1).encode(along, alt.Y('m:Q', title=None), kinds, tooltip=about)
+    dots = dots.properties(name=f'dots_{quantity}')
+    data = formula_lines().transform_filter(f'datum.l >= {first}').mark_point(opacity=0, size=0, aria=False)
+    data = data.encode(along, alt.Y(f'{field}:Q', title=None)).properties(name=quantity)
     return alt.layer(curves, whisker, dots, data).properties(width='container', height=240, title=title)
 
 # %% ../nbs/build/18_explorers.ipynb #653e101a
@@ -557,10 +560,18 @@ MODEL = alt.Chart(alt.NamedData('blocks')).transform_filter('datum.model == mode
 
 def block_bars() -> alt.LayerChart:
     "What the operation costs at every block."
-    rises = lambda cost: f"(({cost}) < 0 ? 'falls' : 'rises') + ' by ' + format(abs({cost}), '.3~g') + ' nats a token, from ' + format(datum.loss, '.3f') + ' to ' + format(datum.loss + {cost}, '.3f')"
-    says = dict(skip=f"'Without block ' + datum.b + ', the loss ' + {rises('datum.skip')} + '.' + (datum.b < datum.J ? ' The update of block ' + datum.J + ' changes by ' + format(100 * datum.causal[datum.J - 1], '.3~g') + ' % of its size.' : '')",
-                linear=f"'With its best affine map in place of block ' + datum.b + ', the loss ' + {rises('datum.linear')} + '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio > datum.threshold ? 'useful' : 'not useful') + ' at the threshold ' + format(datum.threshold, '.2f') + '.'",
-                swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and ' + datum.J + ' swapped, the loss of ' + format(datum.loss, '.3f') + ' changes by ' + format(datum.swap[datum.J - 1] * datum.loss, '.3~g') + ' nats a token, ' + format(100 * datum.swap[datum.J - 1], '.3~g') + ' % of it. Its direction is not recorded.'")
+    rises = lambda cost: (f"(({cost}) < 0 ? 'falls' : 'rises') + ' by ' + format(abs({cost}), '.3~g') + ' nats a token, "
+                          f"from ' + format(datum.loss, '.3f') + ' to ' + format(datum.loss + {cost}, '.3f')")
+    says = dict(
+        skip=f"'Without block ' + datum.b + ', the loss ' + {rises('datum.skip')} + '.' "
+             "+ (datum.b < datum.J ? ' The update of block ' + datum.J + ' changes by ' "
+             "+ format(100 * datum.causal[datum.J - 1], '.3~g') + ' % of its size.' : '')",
+        linear=f"'With its best affine map in place of block ' + datum.b + ', the loss ' + {rises('datum.linear')} "
+               "+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio > datum.threshold ? 'useful' : 'not useful') "
+               "+ ' at the threshold ' + format(datum.threshold, '.2f') + '.'",
+        swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and ' + datum.J "
+             "+ ' swapped, the loss of ' + format(datum.loss, '.3f') + ' changes by ' + format(datum.swap[datum.J - 1] * datum.loss, '.3~g') "
+             "+ ' nats a token, ' + format(100 * datum.swap[datum.J - 1], '.3~g') + ' % of it. Its direction is not recorded.'")
     here = calculated(MODEL, dict(
         I=FIRST, J=OTHER, mode='pick.mode[0]',
         cost="datum.mode == 'swap' ? (datum.b == datum.I ? 0 : datum.swap[datum.I - 1] * datum.loss) : datum[datum.mode]",
@@ -568,14 +579,15 @@ def block_bars() -> alt.LayerChart:
         i="datum.mode == 'swap' ? datum.I : datum.b", j="datum.mode == 'swap' ? datum.b : datum.J",
         what="datum.mode == 'swap' && datum.b == datum.I ? 'itself' : (datum.mode == 'swap' ? '±' : datum.cost > 0 ? '+' : '') + format(datum.cost, '.3~g')",
         says=f"datum.b != datum.I ? null : datum.mode == 'skip' ? {says['skip']} : datum.mode == 'linear' ? {says['linear']} : ({says['swap']})"))
-    y, x = alt.Y('b:O', title='block', axis=alt.Axis(domain=False,
-                                                     ticks=False)), alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickCount=5, format='~g'))
-    bar = here.mark_bar(cursor='pointer').encode(x, y, color=alt.condition('datum.on', alt.value(ORANGE), alt.value(BLUE)), tooltip=[alt.Tooltip('b:O', title='block'), alt.Tooltip('what:N', title='nats a token')])
-    number = here.mark_text(align='left', dx=4,
-                            fontSize=11).encode(alt.X('cost:Q', title='nats a token'), y, alt.Text('what:N'))
-    return alt.layer(bar.properties(name='blocks'),
-                     number).properties(width='container', height=alt.Step(17),
-                                        title=alt.Title(alt.expr("'Change of the loss: ' + lower(modes[pick.mode[0]])")))
+    y = alt.Y('b:O', title='block', axis=alt.Axis(domain=False, ticks=False))
+    x = alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickCount=5, format='~g'))
+    tip = [alt.Tooltip('b:O', title='block'), alt.Tooltip('what:N', title='nats a token')]
+    colour = alt.condition('datum.on', alt.value(ORANGE), alt.value(BLUE))
+    bar = here.mark_bar(cursor='pointer').encode(x, y, color=colour, tooltip=tip).properties(name='blocks')
+    number = here.mark_text(align='left', dx=4, fontSize=11)
+    number = number.encode(alt.X('cost:Q', title='nats a token'), y, alt.Text('what:N'))
+    title = alt.Title(alt.expr("'Change of the loss: ' + lower(modes[pick.mode[0]])"))
+    return alt.layer(bar, number).properties(width='container', height=alt.Step(17), title=title)
 
 def pair_map(score: str, mode: str, title: str, touched: str) -> alt.LayerChart:
     "A heat map of pairs of blocks."

@@ -35,7 +35,7 @@ import numpy as np
 from cycler import cycler
 
 from .claims import CLAIMS, PUBLISHED, number
-from .studies import LOGARITHMIC, RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval
+from .studies import RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval
 from .train import FREE_FIELDS
 
 # %% ../nbs/build/14_figures.ipynb #258976eb

@@ -108,7 +108,8 @@ def attend(
     "Causal attention by the fastest way that fits."
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     plain = torch.compiler.is_compiling() and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512
-    if G > 1 and (plain or q.dtype == torch.float32): k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+    if G > 1 and (plain or q.dtype == torch.float32):   # kernels without a whole map share heads in 16 bits only
+        k, v = (x.repeat_interleave(G, 1) for x in (k, v))
     if plain: return AttentionInBlocks.apply(q, k, v)
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 

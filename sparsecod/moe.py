@@ -135,7 +135,7 @@ def experts_compiled(
     up: Tensor,       # (E, D, F)
     down: Tensor,     # (E, F, D)
 ) -> Tensor:          # sum of gated expert outputs, (N, D)
-    "All experts at once, as a compiler likes it."
+    "All experts at once, in operations that a compiler can join."
     k, E = routing.experts.shape[1], len(gate)
     experts = routing.experts.flatten()                                               # (N*k,)
     order = experts.argsort(stable=True)                                              # (N*k,) assignments by expert

@@ -29,7 +29,7 @@ from .adapters import AdaptedModel, adapt, load_network
 from .core import Transformer
 from .data import Tokenizer
 from .exchange import files_beside, to_hf, to_hf_tokenizer
-from .integrity import atomic_folder, stamp, write_text
+from .integrity import atomic_folder, read_object, stamp, write_text
 from .scores import Trace, jackknife_ends, jackknife_estimate, leave_one_out, measured_costs, scoring_model
 from .scores import sequence_loss, to_fp64, to_lists, trace, untouched
 
@@ -383,7 +383,7 @@ def write_network(
 ):
     "Write a network and what belongs to it."
     made.save_pretrained(folder)
-    stock = source is not None and 'model_type' in json.loads((source / 'config.json').read_text(encoding='utf-8'))
+    stock = source is not None and 'model_type' in read_object(source / 'config.json')
     for file in (f for pattern in BESIDE if stock for f in source.glob(pattern) if f.is_file()): shutil.copy2(file, folder)
     if not stock and tokenizer is not None: to_hf_tokenizer(tokenizer, made.config.max_position_embeddings).save_pretrained(folder)
     for name, content in (files_beside(source) if source else {}).items():
@@ -395,7 +395,7 @@ def source_dtype(
 ) -> torch.dtype | None:   # None if it does not say
     "Type of the weights on disk."
     if source is None: return None
-    settings = json.loads((source / 'config.json').read_text(encoding='utf-8'))
+    settings = read_object(source / 'config.json')
     settings = settings | (settings.get('text_config') or {})
     return getattr(torch, str(settings.get('dtype') or settings.get('torch_dtype')).removeprefix('torch.'), None)
 

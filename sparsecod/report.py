@@ -262,7 +262,9 @@ def read_swaps(scores: dict) -> list[str]:
     if not known: return ['Swaps: what they cost is not known.']
     sure = all(e.high is not None for e in known)
     small = sum((e.high if sure else e.value) < SMALL_SWAP for e in known)
-    rest = (f'For {small} of all {len(known)} pairs of blocks, a swap of that pair alone changes the loss '
+    which = 'all' if len(known) == L * (L - 1) // 2 else 'the'
+    swapped = '' if which == 'all' else f' that were swapped, of {L * (L - 1) // 2} in all'
+    rest = (f'For {small} of {which} {len(known)} pairs of blocks{swapped}, a swap of that pair alone changes the loss '
             f'by less than {100 * SMALL_SWAP:g} % of it {basis(sure)}.')
     return read_neighbours(E) + ([rest] if len(known) > 1 else [])
 

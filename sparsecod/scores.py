@@ -1055,7 +1055,7 @@ def measured_costs(
     copies: int,          # of a sequence, for Jacobians
 ) -> tuple[float, Costs]: # seconds that a sequence takes through one block; the costs of the rest in units of it
     "How long the parts of the work take on this machine."
-    (B, T), l = windows[:, 1:].shape, (len(model.blocks) + 1) // 2
+    B, l = len(windows), (len(model.blocks) + 1) // 2
     h, signs = model.embed(windows[:, :-1]), random_signs(2 * copies, model.config.d_model)
     fit, wait = AffineFit(model.config.d_model), torch.cuda.synchronize if h.is_cuda else lambda: None
     block = lambda x: model.run(x, start=l - 1, stop=l)

@@ -7,7 +7,6 @@ __all__ = ['WRITERS', 'writers', 'rescale', 'Factors', 'twin', 'scaled', 'image'
 
 # %% ../nbs/beyond/04_twins.ipynb #355cb456
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch

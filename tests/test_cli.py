@@ -16,7 +16,6 @@ import torch
 import sparsecod
 from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.claims import CLAIMS
 from sparsecod.integrity import stamp, write_text
 from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
@@ -605,5 +604,4 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
 
 def test_help_names_every_study():
     from sparsecod.cli import STUDY_NAMES
-    from sparsecod.studies import STUDIES
     assert STUDY_NAMES.split(', ') == list(STUDIES)

@@ -15,7 +15,7 @@ from sparsecod.corrections import (MAIN, TRAPS, AffineBlock, affine_ratios, auxi
                                    last_variances, mean_score, mean_with_sink, ordered, padded_loss, permutation_score, ratio, rounding, row,
                                    seen_and_unseen, states, with_block, with_embeddings_scaled, with_gates)
 from sparsecod.data import Corpus
-from sparsecod.scores import ScoreConfig, causal_ratio, fit_blocks, measure_batch, score_model, skip_effects, trace, update_sizes
+from sparsecod.scores import ScoreConfig, causal_ratio, score_model, skip_effects, trace, update_sizes
 from sparsecod.studies import load_results
 from sparsecod.train import TrainConfig
 

@@ -703,7 +703,7 @@ def test_a_changed_tokenizer_or_label_of_a_training_is_named_by_all_who_read_it(
 
 
 def test_a_training_keeps_the_token_that_ends_its_texts(run, tmp_path):
-    from sparsecod.studies import RunConfig, label_folder, read_run
+    from sparsecod.studies import label_folder, read_run
     texts = Corpus.from_texts([f'the cat number {i} sat. ' * 6 for i in range(60)])
     texts.tokenizer.backend.add_tokens(['[STOP]'])
     copy, config = shutil.copytree(run, tmp_path / 'run'), read_run(run)

@@ -434,3 +434,11 @@ def test_a_report_without_its_runs(tmp_path):
 def test_a_report_does_not_average_unlike_runs(tmp_path):
     mixed = [made_record(4), made_record(4, 7, weight_decay=1.), made_record(2)]
     with pytest.raises(ValueError, match='differ in train.weight_decay'): write_report(mixed, tmp_path / 'r.html')
+
+
+@pytest.mark.parametrize('missing, swapped', [((), 6), (((0, 2),), 5), (((0, 2), (0, 3), (1, 3)), 3)])
+def test_pairs_that_were_not_swapped_are_not_counted(missing, swapped):
+    "Of a deep model only some pairs are swapped, and a reading must not speak of all."
+    values = [[None if i == j or (min(i, j), max(i, j)) in missing else .001 for j in range(4)] for i in range(4)]
+    said = ' '.join(pages.read_swaps(made_up(permutation=pairs(values), skip_loss_increase=layers([1.] * 4))))
+    assert f'{swapped} pairs' in said and ('all 6 pairs' in said) == (swapped == 6) and ('6 in all' in said) == (swapped < 6)

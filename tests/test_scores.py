@@ -23,7 +23,7 @@ from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
 from sparsecod.measures import at_length, compare_with_theory
-from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, causal_ratio, choose_pairs, fit_blocks, jacobian_deviation,
+from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, choose_pairs, fit_blocks, jacobian_deviation,
                               jacobian_estimate, jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory,
                               root_of_mean, score_model, scores_frame, skip_effects, swap_losses,
                               text_config, token_variances, trace, update_sizes)

@@ -1,12 +1,10 @@
 """Sparsity: known answers beyond those of the chapter."""
 import copy
 import math
-import re
 import sys
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from test_adapters import FAMILIES, TOKENS as STOCK_TOKENS, tiny

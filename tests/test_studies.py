@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from scipy import stats
 import sparsecod.studies as module
 from sparsecod.core import Config, ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
-from sparsecod.claims import CHECKS, CLAIMS, complete_seeds, correct, correlations, needed_labels, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
+from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, complete_seeds, correct, correlations, needed_labels, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
+from sparsecod.integrity import check_stamp, read_json
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
@@ -627,12 +627,21 @@ def test_runs_above_their_floor_judge_nothing(pairs, judged):
 
 def test_a_primary_endpoint_must_pass_the_correction(monkeypatch):
     "Benjamini and Hochberg by hand: the k-th smallest of m needs p <= k / m * 0.05, or a larger one that passes."
-    row = lambda name, p, primary=True: dict(id=name, verdict='confirmed', registered='0' * 40 if primary else None, statistic=dict(p=p))
+    row = lambda name, p, primary=True, n=3: dict(id=name, verdict='confirmed', registered='0' * 40 if primary else None, statistic=dict(p=p, n=n))
     verdicts = lambda ps: [r['verdict'] for r in correct([row(str(i), p) for i, p in enumerate(ps)])]
     assert verdicts([.03]) == ['confirmed'] and verdicts([.03, .6]) == ['open', 'open']
     assert verdicts([.01, .04, .045]) == ['confirmed'] * 3 and verdicts([.001, .04, .2]) == ['confirmed', 'open', 'open']
     assert [r['verdict'] for r in correct([row('a', .04, False), row('b', .6)])] == ['confirmed', 'open']      # exploratory rows are not in it
-    assert correct([]) == []
+    assert correct([]) == [] and correct([row('a', .001, n=2)])[0]['verdict'] == 'open'                          # too few seeds
+
+
+def test_registered_endpoints_stay_as_they_were(root):
+    path = root / 'results' / 'registered.json'
+    kept = check_stamp(read_json(path), path)
+    facts = lambda c: dict(id=c.id, study=c.study, metric=c.metric, statement=c.statement, rule=c.rule, side=c.side, bound=c.bound,
+                           needs=list(c.needs) if c.needs else None)
+    assert REGISTERED == {kept['scale']: kept['commit']} and [facts(c) for c in CLAIMS if c.primary] == kept['endpoints']
+    assert len({c['study'] for c in kept['endpoints']}) == len(kept['endpoints'])                              # one a study
 
 
 @pytest.mark.parametrize('c', [.01, 1, 300])

@@ -5,7 +5,7 @@ import torch
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus
 from sparsecod.train import TrainConfig, train
-from sparsecod.twins import Factors, image, rescale, scaled, slowed, train_scaled, twin, writers
+from sparsecod.twins import Factors, image, rescale, scaled, slowed, train_scaled, twin
 
 CONFIG = ModelConfig(vocab_size=300, n_layers=2, d_model=16, n_heads=2, context_length=16, init_std=.1)
 
