@@ -64,12 +64,13 @@ class Explorer:
         datasets: dict,        # name -> rows, for the charts that name them
         made: dict,            # how it was made: the function and its arguments, for the checks of stored pages
         linked: dict = {},     # selection -> the views in which a click changes it
+        limits: dict = {},     # slider -> the parameter that says how far it goes
         widest: int = 420,     # of a chart, in pixels
     ):
         if not (name.isascii()
                 and name.replace('-', '').isalnum()): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
         spec = charts.configure(**LOOK).properties(description=description, datasets=datasets,
-                                                   usermeta=dict(widest=widest)).to_dict()
+                                                   usermeta=dict(widest=widest, limits=limits)).to_dict()
         for p in spec['params']:
             # Altair may add a number
             if p['name'] in linked: p['views'] = [found for view in linked[p['name']]
@@ -504,6 +505,7 @@ def results_explorer(
               choose('metric', metric, metrics, [metric_text(m)[0] for m in metrics], 'Metric'),
               choose('curve', curve, shown, [CURVES[c][0] for c in shown], 'Curve'),
               alt.param('metrics', value=about), alt.param('sizes', value=sizes),
+              alt.param('rows', expr='sizes[scale][study]'),
               alt.param('curves', value={c: dict(title=CURVES[c][0], along=CURVES[c][1], log=CURVES[c][2])
                                          for c in shown})]
     pick = alt.selection_point(name='pick', fields=['row'], on='click', clear=False,
@@ -524,7 +526,7 @@ def results_explorer(
                     'Estimates of a metric with intervals for the settings of a study, the numbers of the paper, and a curve for each setting.', note,
                     dict(settings=settings, runs=[about_run(r, metrics) for r in records], curves=lines,
                          paper=numbers,
-                         floors=[dict(name=n, value=v) for n, v in floors.items()]), made, dict(pick=['settings']))
+                         floors=[dict(name=n, value=v) for n, v in floors.items()]), made, dict(pick=['settings']), dict(pick_row='rows'))
 
 # %% ../nbs/build/18_explorers.ipynb #384053aa
 def surgery_rows(
@@ -633,7 +635,8 @@ def surgery_explorer(
                         bind=alt.binding_select(options=list(models),
                                                 labels=[f'{m}, seed {row["seed"]}'
                                                         for m, row in models.items()], name='Model')),
-                                                        alt.param('modes', value=MODES)]
+              alt.param('depths', value={m: row['b'] for m, row in models.items()}),
+              alt.param('depth', expr='depths[model]'), alt.param('modes', value=MODES)]
     bars = block_bars()
     bars.layer[0] = bars.layer[0].add_params(pick)
     swaps = pair_map('swap', 'swap', 'Swap blocks: relative change of the loss',
@@ -652,4 +655,4 @@ def surgery_explorer(
     note = (f'One model for each depth: {", ".join(row["name"] for row in models.values())}. Losses on {one["n"]} held-out sequences of {one["T"]} tokens. Bars and shades grow with the square root. '
             'A click on a bar or a cell carries out its operation; the controls do the same from the keyboard.')
     return Explorer(name, 'Surgery on trained blocks', charts, tables,
-                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: swaps, and causal scores.', note, dict(blocks=found), made, dict(pick=['blocks', 'swap', 'causal']))
+                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: swaps, and causal scores.', note, dict(blocks=found), made, dict(pick=['blocks', 'swap', 'causal']), dict(pick_i='depth', pick_j='depth'))

@@ -557,8 +557,10 @@ def test_failed_runs_end_in_exit_code_1(type_in, tmp_path, monkeypatch):
     assert code == 1 and '1 run(s) failed: L2: no luck' in errors
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    running = process(f'train {tmp_path}/model --scale tiny --layers 2 --steps 4000 --set train.checkpoint_every=2 --set train.compile=off --quiet')
+@pytest.mark.parametrize('line', ['train DIR/model --scale tiny --layers 2 --steps 4000 --set train.checkpoint_every=2 --set train.compile=off --quiet',
+                                  'study depth --scale tiny --out DIR'])
+def test_ctrl_c_says_how_to_go_on(line, tmp_path):
+    running = process(line.replace('DIR', str(tmp_path)))
     end = time.time() + 120
     while not list(tmp_path.glob('**/log.jsonl')) and time.time() < end: time.sleep(.05)
     running.send_signal(signal.SIGINT)

@@ -243,6 +243,9 @@ def test_results_follow_their_controls(browser, saved, made, records):
             e.control('study').select_option(f'{study}: {STUDIES[study].question}')
             e.control('metric').select_option(ex.metric_text(metric)[0])
             e.control('curve').select_option(ex.CURVES[curve][0])
+            e.press('pick_row', 'End')                      # the slider ends where the study does
+            mine = [s for s in data['settings'] if s['study'] == study]
+            assert e.control('pick_row').input_value() == str(len(mine)) and e.says().startswith(mine[-1]['label'])
             e.press('pick_row', 'Home')
             estimates, mine = summarise(study, records, [metric]), [s for s in data['settings'] if s['study'] == study]
             table = e.table('Numbers of the metric')
@@ -318,6 +321,12 @@ def test_surgery_by_keyboard_and_pointer(browser, saved, made):
         check(16, 'linear', 2, 16)
         e.root.locator('[aria-roledescription=bar]').nth(4).click()
         check(16, 'linear', 5, 16)
+        for L in (2, 4, 8):                                    # no slider goes beyond the model's blocks
+            e.control('model').select_option(f'L={L}, seed 0')
+            for slider in ('pick_i', 'pick_j'):
+                e.press(slider, 'End')
+                assert e.control(slider).input_value() == str(L)
+            check(L, 'linear', L, L)
         e.control('model').select_option('L=4, seed 0')
         cell = lambda view, i, j: e.root.locator(f'.{view}_marks path, .{view}_group path[aria-roledescription]').and_(e.page.locator(f'[aria-label*="block i: {i}; block j: {j};"], [aria-label*="block j: {j}; block i: {i};"]'))
         cell('swap', 1, 3).click()

@@ -117,9 +117,9 @@ def moves(explorer):
         at, low, high = (float(slider.evaluate(f'e => e.{k}')) for k in ('value', 'min', 'max'))
         if low == high: continue
         before = explorer.evaluate(DRAWN)
-        slider.press('ArrowLeft' if at > low else 'ArrowRight')
+        slider.press('ArrowRight' if at < high else 'ArrowLeft')
         assert explorer.evaluate(DRAWN) != before, slider.get_attribute('name')
-        slider.press('ArrowRight' if at > low else 'ArrowLeft')
+        slider.press('ArrowLeft' if at < high else 'ArrowRight')
         assert explorer.evaluate(DRAWN) == before, slider.get_attribute('name')
     for choice in explorer.locator('select:visible:enabled').all():
         before, own = explorer.evaluate(DRAWN), choice.input_value()

@@ -57,6 +57,9 @@
     const show = () => {
       const said = rows(tables[0].view).find(row => row.says)?.says ?? ''
       if (part('says').textContent !== said) part('says').textContent = said
+      Object.entries(spec.usermeta.limits).forEach(([slider, limit]) => {
+        part('controls').querySelector(`[name="${slider}"]`).max = drawn.view.signal(limit)
+      })
       root.querySelectorAll('details[data-table]').forEach(fold => {
         const {view, columns} = tables[fold.dataset.table]
         if (fold.open) fold.lastElementChild.replaceChildren(table(columns, rows(view)))
