@@ -31,7 +31,7 @@ ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb nbs/beyond/*.ipynb nbs/reference/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test chromium docs docs-check docs-look preview readme export clean-notebooks clean
+.PHONY: help env reproduce test chromium docs docs-check docs-look preview readme export clean-notebooks dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,11 @@ export: $(STAMP)  ## Write the package sparsecod/ from the notebooks
 
 clean-notebooks: $(STAMP)  ## Strip what does not belong in git from the notebooks
 	$(BIN)/nbdev_clean
+
+dist: $(STAMP)  ## Build wheel and source into dist/, and run the README's example from the wheel in an empty environment
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python tests/from_wheel.py dist/*.whl
 
 clean:  ## Remove the environment, the rendered site and caches; keep runs/
 	rm -rf $(VENV) _docs _preview _proc build dist *.egg-info .pytest_cache
