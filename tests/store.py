@@ -1,4 +1,4 @@
-"""Run notebooks and store their outputs as git wants them: `python tests/store.py nbs/build/19_widgets.ipynb ...`.
+"""Run notebooks and store their outputs as git wants them: `python tests/store.py nbs/tools/12_widgets.ipynb ...`.
 
 A widget lives in a kernel, so what is stored of one is its still picture. Pictures get a palette of 256 colours, which takes
 half the room and shows no difference in charts.

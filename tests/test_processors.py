@@ -40,7 +40,7 @@ CORE = '#| default_exp core\n#| export\nclass Transformer: pass'
     ('build/03_core.ipynb', CORE, 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
     ('build/07_scores.ipynb', 'from sparsecod.core import Transformer', 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
     ('index.ipynb', 'from sparsecod.data import Corpus', '`Corpus.from_texts()`', '[`Corpus.from_texts()`](build/data.html#corpus.from_texts)'),
-    ('reproduce/01_depth.ipynb', 'from sparsecod.studies import (RunConfig,\n    run_study)', '`run_study()`', '[`run_study()`](../build/studies.html#run_study)'),
+    ('reproduce/01_depth.ipynb', 'from sparsecod.studies import (RunConfig,\n    run_study)', '`run_study()`', '[`run_study()`](../tools/studies.html#run_study)'),
 ])
 def test_a_name_that_the_page_uses_is_linked(root, path, code, text, link):
     assert linked(root, path, code, text) == link
@@ -50,7 +50,7 @@ def test_a_name_that_the_page_uses_is_linked(root, path, code, text, link):
     ('build/03_core.ipynb', CORE, 'the method `run`, the blocks `layers`, a `ratio`'),            # names of other modules
     ('build/06_adapters.ipynb', 'import torch', '`embed` and `open_model`'),                        # nothing is imported
     ('build/05_train.ipynb', 'from sparsecod.studies import run_study', '`finished`, `Transformer`'),
-    ('build/12_studies.ipynb', 'from sparsecod.train import train', 'the field `train` of a run'),  # RunConfig has such a field
+    ('tools/05_studies.ipynb', 'from sparsecod.train import train', 'the field `train` of a run'),  # RunConfig has such a field
     ('build/03_core.ipynb', 'class Transformer: pass', '`Transformer`'),                            # one of its own, not exported
     ('build/03_core.ipynb', CORE, 'see [`Transformer`](03_core.ipynb) and [the `Transformer` of ours](03_core.ipynb)'),
     ('build/03_core.ipynb', CORE, '```python\n`Transformer`\n```\n\n    `Transformer`'),

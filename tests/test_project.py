@@ -20,7 +20,6 @@ TOOLS = Path(sys.executable).parent  # the commands of the running environment
 NBS = ROOT / 'nbs'
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
 CHAPTERS = [p for p in NOTEBOOKS if p.parent != NBS]
-BUILD = sorted((NBS / 'build').glob('*.ipynb'))
 PROGRESS = re.compile(r'\r|\x1b\[|\d+%\||\bit/s\b|\bs/it\b')  # what tqdm and pip leave in a stored output
 LINK = re.compile(r'\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:src|href)="([^"]+)"')
 
@@ -157,7 +156,7 @@ def missing_files(
 def exported_modules() -> dict:
     "Module name -> notebook, in reading order."
     found = {}
-    for path in BUILD:
+    for path in CHAPTERS:
         for _, _, source, _ in cells(path, 'code'):
             for d in directives(source):
                 if d.startswith('default_exp '): found[d.split()[1]] = path
@@ -292,7 +291,7 @@ def listed(contents: list) -> list:
 def test_sidebar_lists_every_page():
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
     pages = listed(site['website']['sidebar']['contents'])
-    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'tools', 'reference'].index(p.split('/')[0]), p))
+    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'reference', 'tools'].index(p.split('/')[0]), p))
     assert set(pages) == {p.relative_to(NBS).as_posix() for p in NOTEBOOKS}, 'sidebar in _quarto.yml and files in nbs/ disagree'
 
 

@@ -141,7 +141,7 @@ def works(explorer):
 
 
 def test_pages_with_explorers_are_known():
-    assert {'index.ipynb', 'build/18_explorers.ipynb'} <= set(LIVELY)
+    assert {'index.ipynb', 'tools/08_explorers.ipynb'} <= set(LIVELY)
 
 
 @pytest.mark.parametrize('name', THOROUGH)

@@ -482,7 +482,7 @@ def test_a_panel_is_shown_live_and_as_a_snapshot():
 
 def test_the_chapter_stores_no_widgets(root):
     "A stored widget is dead, and makes the site load a runtime from another host; tests/store.py stores a chapter without."
-    notebook = json.loads((root / 'nbs' / 'build' / '19_widgets.ipynb').read_text(encoding='utf-8'))
+    notebook = json.loads((root / 'nbs' / 'tools' / '12_widgets.ipynb').read_text(encoding='utf-8'))
     assert 'widgets' not in notebook['metadata']
     kinds = {kind for c in notebook['cells'] for o in c.get('outputs', []) for kind in o.get('data', {})}
     assert kinds <= {'text/plain', 'text/html'} and 'text/html' in kinds
@@ -635,7 +635,7 @@ variance_explorer(stored_points(sparsecod.__path__[0]))"""
 def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
     "Run All leaves both panels alive, and an explorer beside them."
     import nbformat
-    notebook = nbformat.read(root / 'nbs' / 'build' / '19_widgets.ipynb', as_version=4)
+    notebook = nbformat.read(root / 'nbs' / 'tools' / '12_widgets.ipynb', as_version=4)
     notebook.cells += notebook_of([SHOWN]).cells
     in_jupyterlab(tmp_path, notebook, drive_chapter)
 
