@@ -14,11 +14,12 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -21,7 +21,7 @@ import re
 import shutil
 import textwrap
 from dataclasses import dataclass, replace
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy.stats import false_discovery_control, spearmanr, ttest_1samp

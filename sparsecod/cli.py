@@ -282,7 +282,7 @@ def tell_format(
     suffix = Path(source or '').suffix.lower()
     if is_local(source) and Path(source).is_file() and suffix not in ('', *TEXT_SUFFIXES, *ROW_SUFFIXES):
         warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of which '
-                      f'one field is read, end in {" ".join(ROW_SUFFIXES)}')
+                      f'one field is read, end in {" ".join(ROW_SUFFIXES)}', stacklevel=2)
 
 # %% ../nbs/tools/11_cli.ipynb #b74e3744
 def own_subject(

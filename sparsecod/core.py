@@ -13,10 +13,11 @@ __all__ = ['KINDS', 'POSITIVE', 'NOT_NEGATIVE', 'SEED', 'NORMS', 'PAPER', 'PRESE
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Callable, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin

@@ -198,7 +198,7 @@ def to_hf(
     return stock.to(model.embedding.weight.device).eval()
 
 # %% ../nbs/tools/10_exchange.ipynb #1931f5a3
-REASONS = {name: 'it normalises queries and keys' for name in ('olmoe', 'qwen3_moe', 'qwen3', 'gemma3_text')}
+REASONS = dict.fromkeys(('olmoe', 'qwen3_moe', 'qwen3', 'gemma3_text'), 'it normalises queries and keys')
 REASONS |= dict(qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
                 gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding',
                 gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')  # model_type: why not

@@ -146,7 +146,7 @@ def simulate_points(
     config = explorer_config(L, step, norm)
     samples = dict(variance=simulate_stream(config, p, n_models=n_models, n_tokens=n_tokens),
                    jacobian=simulate_jacobian(config, p, n_models=n_jacobian, n_tokens=2)[1])
-    pairs = {name: trim([pair for pair in zip(*(t.tolist() for t in mean_interval(x)))])
+    pairs = {name: trim(list(zip(*(t.tolist() for t in mean_interval(x)))))
              for name, x in samples.items()}
     return dict(p=p, step=step, norm=norm, **pairs)
 

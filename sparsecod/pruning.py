@@ -17,7 +17,7 @@ import shutil
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from scipy import stats

@@ -32,11 +32,12 @@ import os
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -884,7 +885,7 @@ def read_part(
     try:
         with safe_open(path, 'pt') as file:
             about = json.loads((file.metadata() or {}).get('about', 'null'))
-            found = {name: file.get_tensor(name) for name in file.keys()}
+            found = {name: file.get_tensor(name) for name in file}
     except (OSError, ValueError, SafetensorError) as error: raise Damaged(f'{path} cannot be read ({error})') from error
     check_identity(path, check_stamp(about, path), identity)
     if about.get('tensors') != tensor_hash(sorted(found.items())): raise Damaged(f'{path} does not match its checksum')
@@ -1408,7 +1409,7 @@ SCORES_SCHEMA = {
                      additionalProperties=_ESTIMATE),
         arrays=dict(type='object', required=list(SCHEMA_ARRAYS), properties=SCHEMA_ARRAYS | SCHEMA_OPTIONAL),
         intervals=dict(type='object', description='95 % intervals over sequences of arrays, by the name of the array; those of pairs only if asked for',
-                       properties={name: _PAIR_ENDS for name in PAIRS}, additionalProperties=_ENDS),
+                       properties=dict.fromkeys(PAIRS, _PAIR_ENDS), additionalProperties=_ENDS),
         settings=dict(type='object', required=list(SCHEMA_SETTINGS), properties=SCHEMA_SETTINGS | dict(
             pairs=dict(type='integer', minimum=0, description='pairs of blocks that were swapped'))))}
 

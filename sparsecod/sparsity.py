@@ -12,7 +12,7 @@ __all__ = ['ABSOLUTE', 'RELATIVE', 'weight_sparsity', 'participation', 'sublayer
 import math
 import re
 from contextlib import contextmanager
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor

@@ -38,12 +38,13 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from dataclasses import MISSING, dataclass, fields
-from datetime import datetime, timezone
+from datetime import datetime, UTC
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 # %% ../nbs/tools/05_studies.ipynb #065a9228
 import numpy as np
@@ -275,7 +276,7 @@ def provenance(
     return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(), device=str(device),
                 platform=platform.platform(), python=platform.python_version(), torch=torch.__version__,
                 sparsecod=sparsecod.__version__, versions=versions(), **code_state(),
-                date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                date=datetime.now(UTC).isoformat(timespec='seconds'),
                 corpus_fingerprint=corpus.fingerprint, corpus_stats=dict(corpus.stats))
 
 # %% ../nbs/tools/05_studies.ipynb #96b075b1
@@ -659,7 +660,7 @@ def note_training(
         if path.exists():
             kept = set_aside(path).name
             warnings.warn(f'{error}; kept as {kept}, and the training is dated now', stacklevel=3)
-    state = code_state() | dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    state = code_state() | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
     note = dict(run=place.work.name) | {f'trained_{key}': value for key, value in state.items()}
     write_text(path, json.dumps(stamp(note)))
 

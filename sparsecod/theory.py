@@ -13,8 +13,9 @@ __all__ = ['SUBLAYERS', 'masked_std', 'update_variance', 'gaussian_mean', 'GateM
 # %% ../nbs/build/09_theory.ipynb #91840dd8
 import copy
 import math
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from scipy.stats import t as student_t

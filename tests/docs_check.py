@@ -1,4 +1,4 @@
-"""Check the documentation as far as that goes without Quarto: `make docs-check`, which is part of `make test`.
+"""Check the documentation as far as that goes without Quarto: `make docs-check`, which is part of `make test-all`.
 
     python tests/docs_check.py
     python tests/docs_check.py --pages FOLDER
@@ -342,7 +342,7 @@ class Reader(HTMLParser):
     BLOCKS = {'p', 'li', 'td', 'th', 'dd', 'dt', 'div', 'section', 'figure', 'figcaption', 'table', 'pre', 'details', 'summary', 'blockquote', *(f'h{i}' for i in range(1, 7))}
     QUIET = {'pre', 'code', 'script', 'style', 'annotation', 'math', 'svg', 'textarea'}  # their text is not prose
 
-    def __init__(self, text: str, cell: int = None):
+    def __init__(self, text: str, cell: int | None = None):
         super().__init__()
         self.cell, self.inside, self.prose = cell, Counter(), []
         self.ids, self.links, self.fetched, self.cites, self.formulas, self.headings, self.labels, self.asks, self.strays = {}, [], [], [], [], [], [], [], []

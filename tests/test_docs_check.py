@@ -256,7 +256,7 @@ def test_a_table_in_the_script_of_an_explorer(small_site):
 def test_html_outputs_need_the_processor(small_site):
     table = added(code('1', {'text/html': '<table><tr><td>1</td></tr></table>', 'text/plain': '1'}))
     assert docs_check.check(small_site(dict(table=table)))[1] == []
-    said = [p for p in docs_check.check(small_site(dict(table=table), procs=''))[1]]
+    said = list(docs_check.check(small_site(dict(table=table), procs=''))[1])
     assert {p.cell for p in said} == {5, 6} and all('an output of type text/html' in p.text for p in said)
 
 

@@ -38,7 +38,7 @@ def name(path: Path) -> str:
 
 def cells(
     path: Path,       # a notebook
-    kind: str = None, # 'code' or 'markdown'; None takes both
+    kind: str | None = None, # 'code' or 'markdown'; None takes both
 ) -> list:            # (number from 1, cell type, source, outputs)
     "The cells of a notebook, empty ones left out."
     loaded = json.loads(path.read_text(encoding='utf-8'))['cells']

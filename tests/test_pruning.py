@@ -77,7 +77,7 @@ def test_spans_and_sublayers_equal_a_model_edited_by_hand(family):
     model = adapt(network)
     t = trace(model, WINDOWS)
     for n, l in ((1, 1), (2, 2), (3, 1)):
-        same = [kind for kind in (getattr(network.config, 'layer_types', None) or [0])]
+        same = list(getattr(network.config, 'layer_types', None) or [0])
         if len(set(same)) == 1: assert torch.allclose(span_losses(model, t, n)[l - 1], own_loss(by_hand(network, range(l, l + n))), rtol=1e-4)
         assert torch.allclose(span_losses(model, t, n)[l - 1], loss_without(model, WINDOWS, range(l, l + n), batch_size=2), rtol=1e-5)
     if family in STRANGE:

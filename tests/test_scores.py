@@ -517,7 +517,7 @@ def test_adapted_swaps_equal_full_forwards(network):
 
 def test_adapted_usefulness_equals_least_squares_on_stored_states(network):
     w, fit, got = windows(6, 1), windows(40, 2), score(network)['arrays']['usefulness_ratio']
-    streams, loss = full_forward(network, w)[0], full_forward(network, w)[1]
+    loss = full_forward(network, w)[1]
     stored = [h.double().flatten(0, 1) for h in full_forward(network, fit)[0]]
     for l in range(1, 5):
         X = torch.cat([stored[l - 1], torch.ones(len(stored[0]), 1)], 1)

@@ -165,7 +165,7 @@ def test_attention_is_put_back_after_an_interruption(monkeypatch):
     def stop(*_): raise KeyboardInterrupt
     monkeypatch.setattr(sparsity_module, 'head_sparsity', stop)
     try: measure_sparsity(network, STOCK_TOKENS)
-    except KeyboardInterrupt as error: kept = sys.exc_info()[2]
+    except KeyboardInterrupt: kept = sys.exc_info()[2]
     assert kept is not None and network.config._attn_implementation == 'sdpa'
     assert not any(m._forward_hooks for m in network.modules())
 

@@ -594,9 +594,8 @@ def curse(L: int, seed: int, sign: float) -> dict:
     "A made-up run in which every score moves with depth as claimed (sign 1), or against it (sign -1)."
     x = math.log2(L)
     noise = 1 + .01 * (seed - 1) * (1 + x)
-    falling = {name: noise * (2 - sign * .3 * x) for name in ('causal', 'causal_max', 'causal_without_block_1', 'permutation', 'permutation_without_block_1', 'usefulness', 'linear_loss_increase', 'skip_loss_increase',
-                                                             'jacobian_deviation', 'jacobian_per_sequence')}
-    rising = {name: noise * 2 ** (sign * x) for name in ('final_variance', 'final_variance_median', 'final_variance_without_first')}
+    falling = dict.fromkeys(('causal', 'causal_max', 'causal_without_block_1', 'permutation', 'permutation_without_block_1', 'usefulness', 'linear_loss_increase', 'skip_loss_increase', 'jacobian_deviation', 'jacobian_per_sequence'), noise * (2 - sign * 0.3 * x))
+    rising = dict.fromkeys(('final_variance', 'final_variance_median', 'final_variance_without_first'), noise * 2 ** (sign * x))
     run = made_up(L, seed, val_loss=5 - sign * (.5 * x - .05 * x * x) * noise, **falling, **rising)
     first, grown = noise * 2 ** (sign * x), noise ** 2 * 4 ** (sign * x)
     run['scores']['arrays'] |= {name: [.1, *[first] * (L - 1), grown] for name in ('variance_mean', 'variance_median', 'variance_without_first')}
@@ -765,7 +764,7 @@ def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
     assert all(abs(n / gqa['G=1'] - 1) < .01 for label, n in gqa.items() if 'matched' in label)
     ladder = list(STUDIES['ladder'].changes(base).values())
     assert all(set(ladder[i]) <= set(ladder[j]) for i, j in ((1, 2), (2, 4), (4, 7), (7, 8)))  # a rung keeps what the one before had
-    every = set(variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base))
+    every = {variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base)}
     assert {variant_key(c) for _, c in STUDIES['sources'].runs(base)} == every and len(STUDIES['sources'].runs(base)) == len(every)
 
 
