@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Options of `make reproduce`, given as `make reproduce SCALE=tiny SEEDS=3`. ARGS is handed on as it stands.
-STUDY = depth
+STUDY = main
 SCALE = laptop
 SEEDS = 1
 OUT   = runs
@@ -35,7 +35,7 @@ READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb nbs/beyond/*.ipynb
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Options: reproduce takes STUDY=depth SCALE=laptop SEEDS=1 OUT=runs ARGS=...;'
+	@echo 'Options: reproduce takes STUDY=main SCALE=laptop SEEDS=1 OUT=runs ARGS=...;'
 	@echo '         PYTHON=python3.12 names the Python that a new .venv is made with.'
 
 env: $(STAMP)  ## Build or refresh .venv, with the versions in constraints.txt
@@ -52,7 +52,7 @@ $(STAMP):
 	$(PIP) $$quiet --no-build-isolation -e '.[dev]'; \
 	printf '%s\n' $(call quote,$(KEY)) > $@
 
-reproduce: $(STAMP)  ## Run a study and write its report (into OUT, by default runs/)
+reproduce: $(STAMP)  ## Train two models and set them beside the record, or run another study (into OUT, by default runs/)
 	$(BIN)/sparsecod reproduce --study $(STUDY) --scale $(SCALE) --seeds $(SEEDS) --out $(OUT) $(ARGS)
 
 # What a contributor runs all day: the building chapters and the tests of what they build.

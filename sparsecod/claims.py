@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['REGISTERED', 'PUBLISHED', 'CLAIMS', 'EFFECTS', 'SOURCE_METRICS', 'DEEPER', 'PERPLEXITY', 'DECAY_STEPS', 'CONTROLS',
-           'RUNGS', 'RUNG_USEFULNESS', 'LINKS', 'USEFULNESS', 'CHECKS', 'RATE', 'LEAST_SEEDS', 'HEADS', 'VERDICTS',
-           'HEADLINES', 'judge', 'slope', 'trend', 'rank_correlation', 'deepest', 'along_blocks', 'relative_update',
-           'gain_shrinks', 'peak_and_end', 'time_of_peak', 'fall_from_peak', 'Claim', 'needed_labels', 'complete_seeds',
-           'mean_span', 'left_out', 'claim_row', 'table_of', 'rising_variance', 'falling_jacobian', 'falling_score',
-           'contrast', 'claim_about', 'source_claims', 'metric_correlation', 'correlations', 'PageCheck', 'check_row',
-           'size_ratios', 'check_size_ratio', 'check_usefulness_counts', 'check_wasted_layers', 'check_moe_gain',
-           'check_percent', 'check_same_model', 'check_largest_group', 'check_recipe_size', 'check_dilution', 'halved',
-           'check_proportional', 'check_proportional_blocks', 'check_growth', 'correct', 'ledger', 'number',
-           'ours_text', 'statistic_text', 'ledger_cells', 'ledger_table', 'verdict_counts', 'standing', 'floor_note',
-           'ledger_markdown', 'headlines', 'short_markdown']
+           'RUNGS', 'RUNG_USEFULNESS', 'LINKS', 'USEFULNESS', 'CHECKS', 'RATE', 'LEAST_SEEDS', 'QUANTITIES', 'HEADS',
+           'VERDICTS', 'HEADLINES', 'judge', 'slope', 'trend', 'rank_correlation', 'deepest', 'along_blocks',
+           'relative_update', 'gain_shrinks', 'peak_and_end', 'time_of_peak', 'fall_from_peak', 'Claim',
+           'needed_labels', 'complete_seeds', 'mean_span', 'left_out', 'claim_row', 'table_of', 'rising_variance',
+           'falling_jacobian', 'falling_score', 'contrast', 'claim_about', 'source_claims', 'metric_correlation',
+           'correlations', 'PageCheck', 'check_row', 'size_ratios', 'check_size_ratio', 'check_usefulness_counts',
+           'check_wasted_layers', 'check_moe_gain', 'check_percent', 'check_same_model', 'check_largest_group',
+           'check_recipe_size', 'check_dilution', 'halved', 'check_proportional', 'check_proportional_blocks',
+           'check_growth', 'correct', 'ledger', 'beside_record', 'number', 'ours_text', 'statistic_text',
+           'ledger_cells', 'ledger_table', 'verdict_counts', 'standing', 'floor_note', 'ledger_markdown', 'headlines',
+           'short_markdown']
 
 # %% ../nbs/tools/06_claims.ipynb #17854e0a
 import math
 import re
 import shutil
 import textwrap
-from dataclasses import dataclass, replace
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import false_discovery_control, spearmanr, ttest_1samp
+import pandas as pd
+from scipy.stats import false_discovery_control, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
 from .studies import SIZES, RunConfig, Study, by_variant, logarithmic, passed, read_metric, scale_config, study_named
@@ -679,6 +681,28 @@ def ledger(
     about = lambda c: not scale or needed_labels(list(variant_keys(study_named(c.study), scale)), c.needs) is not None
     rows = correct([claim_row(c, records, base) for c in CLAIMS if about(c) and (study in (None, c.study) or c.primary)])
     return [row for row in rows if study in (None, row['study'])] + ([check_row(c) for c in CHECKS] if study is None else [])
+
+# %% ../nbs/tools/06_claims.ipynb #1298eeff
+QUANTITIES = ('val_loss', 'growth', 'causal', 'permutation', 'usefulness', 'linear_loss_increase')
+
+def beside_record(
+    records: list[dict],   # of your runs
+    recorded: list[dict],  # of the same scale
+    study: str | Study,    # of which both are
+) -> pd.DataFrame:         # a row a variant and quantity that both have, the record with two seeds or more
+    "Your numbers beside recorded ones, and whether they lie where further seeds of the record would."
+    ours, theirs, rows = by_variant(study, records), by_variant(study, recorded), []
+    for label in [label for label in ours if label in theirs]:
+        for name in QUANTITIES:
+            scale, back = (np.log, np.exp) if logarithmic(name) else (np.asarray, np.asarray)
+            mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished' and (m := read_metric(r, name))]) for runs in (ours, theirs))
+            if not len(mine) or len(known) < 2: continue
+            middle, reach = known.mean(), t.ppf(.975, len(known) - 1) * known.std(ddof=1) * (1 / len(known) + 1 / len(mine)) ** .5
+            away = mine.mean() - middle
+            verdict = 'agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if logarithmic(name) else f'differs by {away:+.2g}'
+            numbers = dict(zip(('yours', 'recorded', 'low', 'high'), map(float, back([mine.mean(), middle, middle - reach, middle + reach]))))
+            rows.append(dict(variant=label, quantity=name) | numbers | dict(verdict=verdict))
+    return pd.DataFrame(rows, columns=['variant', 'quantity', 'yours', 'recorded', 'low', 'high', 'verdict'])
 
 # %% ../nbs/tools/06_claims.ipynb #4664cfcc
 def number(

@@ -11,8 +11,8 @@ __all__ = ['SCALE_NAMES', 'SHORT', 'SHORT_NAMES', 'DEFAULT_GIGABYTES', 'DTYPES',
            'page_facts', 'memory_bound', 'sparsity_within', 'duration', 'tell_work', 'do_score', 'add_prune',
            'prune_lines', 'do_prune', 'task_names', 'add_eval', 'result_lines', 'do_eval', 'add_export', 'do_export',
            'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study', 'do_reproduce', 'add_report',
-           'do_report', 'show_results', 'write_reports', 'one_line_warning', 'failure', 'refuse_launcher', 'parser',
-           'main']
+           'do_report', 'show_results', 'show_main', 'write_reports', 'one_line_warning', 'failure', 'refuse_launcher',
+           'parser', 'main']
 
 # %% ../nbs/tools/11_cli.ipynb #21c0a55b
 import argparse
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -664,7 +665,7 @@ def do_export(
     return 0
 
 # %% ../nbs/tools/11_cli.ipynb #202a0453
-STUDY_NAMES = 'depth, training, decay, context, gqa, moe, remedies, ladder, budget, sources'  # written out, so that help needs no PyTorch
+STUDY_NAMES = 'main, depth, training, decay, context, gqa, moe, remedies, ladder, budget, sources, pilots'  # written out, so that help needs no PyTorch
 
 def add_study(
     commands,  # where commands are registered
@@ -680,9 +681,10 @@ def add_reproduce(
     commands,  # where commands are registered
 ):
     "The command `reproduce`."
-    p = commands.add_parser('reproduce', help='run a study, print the ledger of claims, write a report',
-                            description='Run what is missing of a study, print the ledger of claims and write OUT/<scale>/report.html.')
-    option(p, '--study', default='depth', metavar='NAME', help=f'name of the study: {STUDY_NAMES}, or all')
+    p = commands.add_parser('reproduce', help='run a study, print what it says of the claims, write a report',
+                            description='Run what is missing of a study, print what it says of the claims and write OUT/<scale>/report.html. '
+                                        'The study `main` trains a shallow and a deeper model and sets them beside the recorded runs.')
+    option(p, '--study', default='main', metavar='NAME', help=f'name of the study: {STUDY_NAMES}, or all')
     add_running(p)
     add_common(p)
     p.set_defaults(do=do_reproduce)
@@ -739,7 +741,7 @@ def do_reproduce(
     from sparsecod.studies import STUDIES, study_named
     names = list(STUDIES) if args.study == 'all' else [study_named(args.study).name]
     problem = run_studies(names, args)
-    code = show_results(args.out, args.scale, None if args.study == 'all' else args.study, None, False)
+    code = show_main(args.out, args.scale) if args.study == 'main' else show_results(args.out, args.scale, None if args.study == 'all' else args.study, None, False)
     if problem: raise problem
     return code
 
@@ -792,6 +794,33 @@ def show_results(
     names = ', '.join(path.name for path in damaged)
     print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: {names}', file=sys.stderr)
     return 1
+
+# %% ../nbs/tools/11_cli.ipynb #aa334fe0
+def show_main(
+    folder: str,  # where the records are
+    scale: str,   # name of the scale
+) -> int:         # exit code
+    "Print and report the runs of the main job beside the recorded ones, and then the recorded ledger."
+    from sparsecod.claims import beside_record, headlines, ledger
+    from sparsecod.figures import label_variants, results_folder
+    from sparsecod.report import write_report
+    from sparsecod.studies import MAIN, load_results, passed
+    records = load_results(folder, scale, 'main')
+    print('\n'.join(summary_lines('main', records)))
+    print(f'{sum(map(passed, records))} of {len(records)} models are at least 0.1 nats below a table of token pairs that has read the same text')
+    try: recorded = load_results(results_folder(), scale)
+    except FileNotFoundError: recorded = []        # not in a clone of the repository
+    beside, rows = beside_record(records, recorded, MAIN), ledger(recorded)
+    if len(beside):
+        print('\nYour runs beside the recorded ones; from low to high is where 95 of 100 further seeds of the record are expected:\n')
+        print(beside.to_string(index=False, float_format='{:.3g}'.format))
+    else: print(f'\nThere are no recorded runs of scale {scale} to set these beside.')
+    if recorded:
+        print(f'\nThe recorded ledger in short, of {len(recorded)} runs that are not yours:\n')
+        for row in headlines(rows): print(textwrap.fill(f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}", 110, subsequent_indent=' ' * 14))
+    path = Path(folder) / scale / 'report.html'
+    print(f"report: {write_report(label_variants('main', records), path, rows if recorded else None, MAIN.question, 'variant', beside=beside)}")
+    return 0
 
 # %% ../nbs/tools/11_cli.ipynb #24c69377
 def write_reports(

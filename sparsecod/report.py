@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import altair as alt
 import markupsafe
+import pandas as pd
 
 from .claims import HEADS, ledger_cells, number, verdict_counts
 from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer, template_text
@@ -754,6 +755,7 @@ def write_report(
     title: str | None = None,   # None: the study's question
     by: str | None = None,      # the field that the runs differ in, or 'variant' for labelled records; None: find out
     study: str | Study | None = None,  # of which the records are; None: find out
+    beside: pd.DataFrame | None = None,  # from claims.beside_record; the ledger is then the recorded one
 ) -> Path:                  # the file
     "Write the charts, their numbers, the ledger and the provenance of one study into one HTML file that needs nothing else."
     if by is None or study: records, found, question = report_setting(records, ledger_rows, study)
@@ -770,7 +772,8 @@ def write_report(
         title=title, css=template_text('report.css'), vega=template_text('vega.js'),
         summary=summary_lines(records, groups, by), charts=[markupsafe.Markup(c.html) for c in charts],
         heads=[*HEADS, 'rule'], claims=[[*ledger_cells(row), row['rule']] for row in ledger_rows or []],
-        counts=verdict_counts(ledger_rows) if ledger_rows else '',
+        counts=verdict_counts(ledger_rows) if ledger_rows else '', recorded=beside is not None,
+        beside=[] if beside is None else [list(row) for row in beside.map(lambda x: few(x) if isinstance(x, float) else x).itertuples(index=False)],
         run_heads=RUN_HEADS, runs=[run_row(r, name) for name, group in groups.items() for r in group],
         provenance=provenance_rows(records), differ=differ,
         shared=[[name, plain(v)] for name, v in flat_config(records[0]).items() if name not in dict(differ)])

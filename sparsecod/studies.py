@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'ALWAYS', 'NEEDED', 'STUDIES', 'DEPTHS', 'RATES',
-           'PILOTS', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'DECAYS', 'REMEDIES', 'SOURCES', 'GROWTHS', 'CLOZE',
-           'SIZES', 'LOGARITHMIC', 'RunConfig', 'whole', 'check_change', 'vary', 'changed_fields', 'short_hash',
-           'identity', 'run_name', 'scale_config', 'hardware', 'n_cores', 'git', 'code_state', 'versions', 'provenance',
-           'shortened', 'curves', 'score_windows', 'held_out', 'final_loss', 'check_text', 'training_bytes',
-           'check_folder', 'check_file', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'floors_of', 'null_of',
-           'missing_measures', 'add_measures', 'make_record', 'work_folder', 'write_record', 'odd_parts',
-           'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold', 'forget', 'label_folder',
-           'read_run', 'note_training', 'training_note', 'as_trained', 'complete', 'stored', 'one_process',
-           'check_outputs', 'check_training', 'check_run', 'run', 'Study', 'seed_list', 'depth_variants',
-           'pilot_variants', 'pilot_setting', 'training_variants', 'equivalent_decay', 'study_lengths',
+           'PILOTS', 'MAIN', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'DECAYS', 'REMEDIES', 'SOURCES', 'GROWTHS',
+           'CLOZE', 'SIZES', 'LOGARITHMIC', 'RunConfig', 'whole', 'check_change', 'vary', 'changed_fields',
+           'short_hash', 'identity', 'run_name', 'scale_config', 'hardware', 'n_cores', 'git', 'code_state', 'versions',
+           'provenance', 'shortened', 'curves', 'score_windows', 'held_out', 'final_loss', 'check_text',
+           'training_bytes', 'check_folder', 'check_file', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of',
+           'floors_of', 'null_of', 'missing_measures', 'add_measures', 'make_record', 'work_folder', 'write_record',
+           'odd_parts', 'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold', 'forget',
+           'label_folder', 'read_run', 'note_training', 'training_note', 'as_trained', 'complete', 'stored',
+           'one_process', 'check_outputs', 'check_training', 'check_run', 'run', 'Study', 'seed_list', 'depth_variants',
+           'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay', 'study_lengths',
            'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants',
            'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants', 'study_named',
            'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars',
@@ -849,6 +849,13 @@ def training_variants(
 
 STUDIES['training'] = Study('training', 'Is what depth does a matter of the learning rate, or of too little training?', training_variants)
 
+# %% ../nbs/tools/05_studies.ipynb #62e72e59
+def main_variants(base: RunConfig) -> dict[str, dict]:    # label -> changes
+    "The shallow and the deeper model of the training study, trained longer."
+    return {label: changes for label, changes in training_variants(base).items() if label.endswith('tokens')}
+
+MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', main_variants)
+
 # %% ../nbs/tools/05_studies.ipynb #cf225a68
 PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)   # of the published weight-decay study
 
@@ -1003,12 +1010,13 @@ STUDIES['budget'] = Study('budget', 'Do the findings about the sources outlive t
 
 # %% ../nbs/tools/05_studies.ipynb #bb3d1e03
 def study_named(
-    study: str | Study,  # a key of STUDIES, or a study
+    study: str | Study,  # a key of STUDIES, main or pilots, or a study
 ) -> Study:
     "A study by name."
     if isinstance(study, Study): return study
-    if study not in STUDIES: raise ValueError(f'study={study!r} must be one of {", ".join(STUDIES)}')
-    return STUDIES[study]
+    named = STUDIES | {s.name: s for s in (MAIN, PILOTS)}
+    if study not in named: raise ValueError(f'study={study!r} must be one of {", ".join(named)}')
+    return named[study]
 
 # %% ../nbs/tools/05_studies.ipynb #b5f24762
 def stop_with_parent():

@@ -505,6 +505,21 @@ def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
     assert code == 2 and errors == "sparsecod: lm-eval is needed for this: pip install 'sparsecod[eval]'\n"
 
 
+def test_the_main_job_sets_its_runs_beside_the_record(tmp_path, capsys):
+    from sparsecod.claims import QUANTITIES
+    from sparsecod.cli import show_main
+    from sparsecod.studies import by_variant, load_results
+    found = by_variant('main', load_results(ROOT / 'results', 'laptop'))
+    assert len(found) == 2 and all(len(runs) >= 3 for runs in found.values())
+    (tmp_path / 'laptop').mkdir()
+    for runs in found.values(): shutil.copy(ROOT / 'results' / 'laptop' / f"{runs[0]['name']}.json", tmp_path / 'laptop')
+    assert show_main(str(tmp_path), 'laptop') == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.startswith(tuple(found)) for line in lines) == 2 * len(QUANTITIES)   # a line a number; a seed of the record agrees with it
+    assert sum(line.startswith(tuple(found)) and line.endswith('agrees') for line in lines) >= 2 * len(QUANTITIES) - 1
+    assert (tmp_path / 'laptop' / 'report.html').read_text(encoding='utf-8').count('agrees') >= 2 * len(QUANTITIES) - 1
+
+
 def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_report(type_in, tmp_path, monkeypatch):
     import sparsecod.claims as claims
     import sparsecod.report as reports
@@ -606,4 +621,4 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
 
 def test_help_names_every_study():
     from sparsecod.cli import STUDY_NAMES
-    assert STUDY_NAMES.split(', ') == list(STUDIES)
+    assert STUDY_NAMES.split(', ') == ['main', *STUDIES, 'pilots']
