@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEASURED', 'NUMBERED', 'STATISTICS', 'UPDATES',
-           'JACOBIANS', 'METRICS', 'ENTRY', 'PAIRS', 'SCORES', 'use_style', 'setting_colors', 'setting', 'label',
-           'flat_config', 'differences', 'varied_field', 'by_setting', 'label_variants', 'family_colors', 'looks',
-           'Series', 'combined', 'finished', 'profile', 'layer_series', 'curve', 'step_series', 'own_axes',
+           'FLOORS', 'JACOBIANS', 'METRICS', 'ENTRY', 'PAIRS', 'SCORES', 'use_style', 'setting_colors', 'setting',
+           'label', 'flat_config', 'differences', 'varied_field', 'by_setting', 'label_variants', 'family_colors',
+           'looks', 'Series', 'combined', 'finished', 'profile', 'layer_series', 'curve', 'step_series', 'own_axes',
            'add_legend', 'draw_series', 'nothing_here', 'whole_layers', 'plot_variance', 'plot_updates',
-           'draw_diverged', 'plot_curve', 'plot_final_variance', 'draw_floors', 'plot_loss', 'plot_jacobian',
-           'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text', 'fit_limits', 'cut_share',
-           'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes', 'plot_published',
-           'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means', 'plot_pairs',
-           'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series', 'plot_distance',
-           'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure', 'save_figure',
-           'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table', 'verdict_text', 'runs_text',
-           'results_folder', 'interval_note', 'not_run', 'learnt_little', 'dagger', 'study_cells', 'study_table',
-           'published_numbers', 'published_columns', 'published_rows', 'beside_table', 'small_axes', 'plot_study',
-           'seed_changes', 'change_text', 'clears_zero', 'draw_change', 'fit_width', 'draw_changes', 'reference',
-           'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter', 'correlation_table', 'length_series',
-           'plot_lengths']
+           'draw_diverged', 'plot_curve', 'plot_final_variance', 'floor_losses', 'draw_floors', 'plot_loss',
+           'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text', 'fit_limits',
+           'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes',
+           'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means',
+           'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series',
+           'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure',
+           'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table',
+           'verdict_text', 'runs_text', 'results_folder', 'interval_note', 'not_run', 'learnt_little', 'dagger',
+           'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows', 'beside_table',
+           'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero', 'draw_change', 'fit_width',
+           'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter',
+           'correlation_table', 'length_series', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
 import math
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,7 @@ import numpy as np
 from cycler import cycler
 
 from .claims import CLAIMS, PUBLISHED, number
-from .studies import RunConfig, Study, by_variant, logarithmic, over_seeds, read_metric, scale_config, study_named, t_interval
+from .studies import RunConfig, Study, by_variant, logarithmic, over_seeds, passed, read_metric, scale_config, study_named, t_interval
 from .train import FREE_FIELDS
 
 # %% ../nbs/tools/07_figures.ipynb #258976eb
@@ -354,23 +354,32 @@ def plot_final_variance(
     return ax
 
 # %% ../nbs/tools/07_figures.ipynb #ab56a4e7
-def draw_floors(ax, floors: dict):
-    "The losses of simpler models as horizontal lines, within the limits of the axis."
-    for (name, loss), ls in zip(floors.items(), (':', '--', '-.') * len(floors)):
-        ax.axhline(loss, color='#555555', ls=ls, lw=1.4, label=name)
+FLOORS = dict(frequencies='token frequencies', pairs='table of token pairs', triples='table of token triples')   # key in a record: label
+
+def floor_losses(
+    records: list[dict],    # of runs
+    names: Iterable[str],   # keys of FLOORS
+) -> dict[str, list[float]]: # label -> lowest and highest held-out loss over the runs
+    "What simpler models lose that have read what the runs have read."
+    found = {FLOORS[name]: [r['floors'][name] for r in finished(records) if 'floors' in r] for name in names}
+    return {label: [min(losses), max(losses)] for label, losses in found.items() if losses}
+
+def draw_floors(ax, floors: dict[str, list[float]]):
+    "The losses of simpler models as horizontal lines, or as bands where they differ between the runs."
+    for (label, (low, high)), ls in zip(floors.items(), (':', '--', '-.')):
+        ax.axhline((low + high) / 2, color='#555555', ls=ls, lw=1.4, label=label)
+        if high - low > .02: ax.axhspan(low, high, color='#555555', alpha=.15, lw=0)
 
 @use_style()
 def plot_loss(
     records: list[dict],  # of runs
     ax=None,              # axes to draw on; None: a new figure
     by: str = DEPTH,      # the field that tells the lines apart
-    floors: dict = {},    # name -> loss of a simpler model, as a horizontal line
 ):                        # the axes
-    "Training loss against step, with the loss of a model that knows word frequencies only."
-    ax = plot_curve(records, 'loss', ax, by)
-    unigram = [r['final']['unigram_loss'] for r in finished(records)]
-    draw_floors(ax, {'token frequencies alone': unigram[0]} | floors if unigram else floors)
-    if unigram or floors: add_legend(ax, by)
+    "Training loss against step, with the losses of tables of frequencies, pairs and triples of tokens."
+    ax, floors = plot_curve(records, 'loss', ax, by), floor_losses(records, FLOORS)
+    draw_floors(ax, floors)
+    if floors: add_legend(ax, by)
     ax.set(ylabel='training loss (nats a token)', title='Loss during training')
     return ax
 
@@ -547,9 +556,8 @@ def plot_score(
     name: str,            # a key of METRICS
     ax=None,              # axes to draw on; None: a new figure
     by: str = DEPTH,      # the field on the x axis
-    floors: dict = {},    # name -> loss of a simpler model, for losses; a horizontal line
 ):                        # the axes
-    "A scalar against a setting: points with 95 % intervals, and the single seeds as rings."
+    "A scalar against a setting: points with 95 % intervals, and the single seeds as rings; for a loss, its floors."
     ax = own_axes(ax)
     groups, found = by_setting(records, by), estimates(records, name, by)
     places = spread(ax, list(groups), by)
@@ -563,8 +571,8 @@ def plot_score(
              if (m := read_metric(r, name))]
     if len(seeds) > len(found): draw_seeds(ax, seeds, joined=by == VARIANT)
     ends = [[e[key] for e in drawn.values()] for key in ('low', 'high')]
-    floors = floors if name.startswith('val_loss') else {}
-    fit_limits(ax, [*(y for _, y, _ in seeds), *floors.values()], *ends, log=logarithmic(name))
+    floors = floor_losses(records, ('pairs', 'triples') if any(map(passed, records)) else ('pairs',)) if name.startswith('val_loss') else {}
+    fit_limits(ax, [*(y for _, y, _ in seeds), *(loss for ends in floors.values() for loss in ends)], *ends, log=logarithmic(name))
     draw_floors(ax, floors)
     if floors: ax.legend()
     return ax
@@ -1038,7 +1046,7 @@ def beside_table(
     return markdown_table([VARIANT, *titles, *paper], [row(v) for v in [*ours, *theirs]]) + f'\n\n{note}'
 
 # %% ../nbs/tools/07_figures.ipynb #2eb9b70c
-def small_axes(n: int, columns: int = 3, width: float = 3.7, height: float = 3.0):
+def small_axes(n: int, columns: int = 2, width: float = 4.8, height: float = 3.0):
     "Axes for small multiples."
     columns = max(1, min(n, columns))
     rows = -(-n // columns)
@@ -1052,14 +1060,13 @@ def plot_study(
     study: str | Study,    # which study
     records: list[dict],   # of one scale
     names: list[str],      # of metrics
-    columns: int = 3,      # pictures in a row
+    columns: int = 2,      # pictures in a row
     base: RunConfig | None = None,  # None: the scale that the records name
-    floors: dict = {},     # name -> loss of a simpler model, for losses; horizontal lines
 ):                         # the figure
     "Small multiples, one a metric: variants in a row, means with 95 % intervals, a thin line for each seed."
     runs = label_variants(study, records, base)
     fig, axes = small_axes(len(names), columns)
-    for ax, name in zip(axes, names): plot_score(runs, name, ax, VARIANT, floors).set_xlabel('')
+    for ax, name in zip(axes, names): plot_score(runs, name, ax, VARIANT).set_xlabel('')
     return fig
 
 # %% ../nbs/tools/07_figures.ipynb #7821b82d
@@ -1149,12 +1156,12 @@ def plot_changes(
     records: list[dict],        # of one scale
     names: list[str],           # of metrics
     against: str | None = None, # the variant to compare with; None: the study's first
-    columns: int = 3,           # pictures in a row
+    columns: int = 2,           # pictures in a row
     base: RunConfig | None = None,  # None: the scale that the records name
 ):                              # the figure
     "Changes within a seed from one variant to the others, with 95 % intervals over seeds: one picture a metric."
     runs, against = label_variants(study, records, base), reference(study, records, against, base)
-    fig, axes = small_axes(len(names), columns, 4.1, 1.5 + .42 * max(2, len(by_setting(runs, VARIANT)) - 1))
+    fig, axes = small_axes(len(names), columns, 4.8, 1.5 + .42 * max(2, len(by_setting(runs, VARIANT)) - 1))
     for ax, name in zip(axes, names): draw_changes(ax, runs, name, against)
     return fig
 
@@ -1249,7 +1256,6 @@ def plot_lengths(
     name: str,            # a metric that was evaluated at several lengths, such as 'val_loss'
     by: str = VARIANT,    # the field that tells the lines apart
     ax=None,              # axes to draw on; None: a new figure
-    floors: dict = {},    # name -> loss of a simpler model; horizontal lines
 ):                        # the axes
     "A metric against the length at which it was evaluated: a line a setting, a band over seeds."
     ax, series, groups = own_axes(ax), length_series(records, name, by), by_setting(records, by)
@@ -1261,6 +1267,7 @@ def plot_lengths(
     if series: ax.set_xticks(ticks := sorted({T for s in series.values() for T in s.x}),
                              list(map(str, ticks)))
     if logarithmic(name): ax.set_yscale('log')
+    floors = floor_losses(records, ('pairs', 'triples') if any(map(passed, records)) else ('pairs',)) if name.startswith('val_loss') else {}
     draw_floors(ax, floors)
     if floors: add_legend(ax, by)
     ax.set(title=f'{metric_text(name)[0]}\n(rings: own length)', xlabel='evaluation length T (tokens)',

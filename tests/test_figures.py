@@ -521,20 +521,31 @@ def test_lengths_are_drawn_with_a_ring_at_the_own_one():
     assert any(t.get_text() == 'nothing to draw' for t in figures.plot_lengths(runs, 'val_loss').texts)
 
 
-@pytest.mark.parametrize('draw', [lambda r, f: figures.plot_loss(r, floors=f), lambda r, f: figures.plot_score(r, 'val_loss', floors=f), lambda r, f: figures.plot_lengths(figures.label_variants('gqa', variants()), 'val_loss', floors=f)],
+def with_floors(records: list[dict], pairs: list[float], triples: float = 3.52) -> list[dict]:
+    "Records with floors, those of pairs taken in turn."
+    return [r | dict(floors=dict(frequencies=5.9, pairs=pairs[i % len(pairs)], triples=triples)) for i, r in enumerate(records)]
+
+
+@pytest.mark.parametrize('draw', [figures.plot_loss, lambda r: figures.plot_score(r, 'val_loss'), lambda r: figures.plot_lengths(figures.label_variants('gqa', r), 'val_loss')],
                          ids=['loss', 'score', 'lengths'])
-def test_floors_of_a_loss_are_named_horizontal_lines_in_sight(draw, records):
-    floors = dict(pairs=4.29, triples=3.52)
-    ax = draw(records, floors)
+def test_floors_of_a_loss_are_named_horizontal_lines_in_sight(draw, records, request):
+    floors = {'table of token pairs': 9.29, 'table of token triples': 3.52}      # a table of pairs that all runs are far below
+    ax = draw(with_floors(variants() if request.node.callspec.id == 'lengths' else records, [9.29]))
     lines = {line.get_label(): line.get_ydata() for line in ax.get_lines() if line.get_label() in floors}
     assert {name: set(y) for name, y in lines.items()} == {name: {loss} for name, loss in floors.items()}
     assert floors.keys() <= {text.get_text() for text in ax.get_legend().get_texts()}
     assert all(ax.get_ylim()[0] <= loss <= ax.get_ylim()[1] for loss in floors.values())
 
 
+def test_floors_that_differ_between_runs_are_bands(records):
+    bands = lambda ax: [p for p in ax.patches if p.get_alpha() == .15]
+    assert not bands(figures.plot_score(with_floors(records, [9.2]), 'val_loss')) and len(bands(figures.plot_score(with_floors(records, [9.2, 9.4]), 'val_loss'))) == 1
+
+
 def test_floors_belong_to_losses_only(records):
     ends = lambda ax: (len(ax.get_lines()), ax.get_ylim())
-    assert ends(figures.plot_score(records, 'causal', floors=dict(pairs=4.29))) == ends(figures.plot_score(records, 'causal'))
+    assert ends(figures.plot_score(with_floors(records, [4.29]), 'causal')) == ends(figures.plot_score(records, 'causal'))
+    assert 'table of token triples' not in figures.floor_losses(with_floors(records, [4.29]), ('pairs',))
 
 
 def test_a_notebook_goes_on_showing_figures():
