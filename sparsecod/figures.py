@@ -530,12 +530,9 @@ def plot_points(
     ax.errorbar([places[v] for v in found], mean, reach, capsize=3, **style)
 
 # %% ../nbs/tools/07_figures.ipynb #c96f3221
-def draw_seeds(ax, seeds: list[tuple], joined: bool):
+def draw_seeds(ax, places: list[float], values: list[float]):
     "Single seeds beside the mean."
-    for seed in sorted({s for *_, s in seeds}):
-        x, y, _ = zip(*(p for p in seeds if p[2] == seed))
-        ax.plot([at + .12 for at in x], y, 'o-' if joined else 'o', color=OKABE_ITO[0],
-                alpha=.55 if joined else 1, mfc='none', ms=4, mew=.8, lw=.7)
+    ax.plot([at + .12 for at in places], values, 'o', color=OKABE_ITO[0], mfc='none', ms=4, mew=.8)
 
 def mark_diverged(
     ax,              # axes whose x axis shows a setting
@@ -567,12 +564,12 @@ def plot_score(
     if not found: return nothing_here(ax, 'nothing to draw' if finished(records) else 'no finished run') or ax
     drawn = cut_share(found, name, ax)
     plot_points(ax, drawn, places, marker='o', ls='' if by == VARIANT else '-')
-    seeds = [(places[value], m['value'], r['seed']) for value in found for r in finished(groups[value])
+    seeds = [(places[value], m['value']) for value in found for r in finished(groups[value])
              if (m := read_metric(r, name))]
-    if len(seeds) > len(found): draw_seeds(ax, seeds, joined=by == VARIANT)
+    if len(seeds) > len(found): draw_seeds(ax, *zip(*seeds))
     ends = [[e[key] for e in drawn.values()] for key in ('low', 'high')]
     floors = floor_losses(records, ('pairs', 'triples') if any(map(passed, records)) else ('pairs',)) if name.startswith('val_loss') else {}
-    fit_limits(ax, [*(y for _, y, _ in seeds), *(loss for ends in floors.values() for loss in ends)], *ends, log=logarithmic(name))
+    fit_limits(ax, [*(y for _, y in seeds), *(loss for ends in floors.values() for loss in ends)], *ends, log=logarithmic(name))
     draw_floors(ax, floors)
     if floors: ax.legend()
     return ax
@@ -1063,7 +1060,7 @@ def plot_study(
     columns: int = 2,      # pictures in a row
     base: RunConfig | None = None,  # None: the scale that the records name
 ):                         # the figure
-    "Small multiples, one a metric: variants in a row, means with 95 % intervals, a thin line for each seed."
+    "Small multiples, one a metric: variants in a row, means with 95 % intervals, and a ring for each seed."
     runs = label_variants(study, records, base)
     fig, axes = small_axes(len(names), columns)
     for ax, name in zip(axes, names): plot_score(runs, name, ax, VARIANT).set_xlabel('')

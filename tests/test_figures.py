@@ -489,13 +489,13 @@ def test_correlation_table():
 
 # ---- figures of variants
 
-def test_study_figure_has_a_picture_a_metric_and_a_line_a_seed(gqa):
+def test_study_figure_has_a_picture_a_metric_and_a_ring_a_seed(gqa):
     fig = figures.plot_study('gqa', gqa, NAMES, columns=2)
     assert len(fig.axes) == len(NAMES) and fig.axes[1].get_yscale() == 'log' and fig.axes[0].get_yscale() == 'linear'
     ax, values = fig.axes[0], figures.estimates(figures.label_variants('gqa', gqa), 'val_loss', 'variant')
     assert [' '.join(t.get_text().split()) for t in ax.get_xticklabels()] == LABELS
-    thin = [line for line in ax.get_lines() if line.get_linewidth() < 1 and len(line.get_xdata()) == len(LABELS)]
-    assert [line.get_ydata()[0] for line in thin] == pytest.approx([4, 4.1, 4.2])
+    rings = next(line for line in ax.get_lines() if line.get_markerfacecolor() == 'none' and len(line.get_xdata()) == 3 * len(LABELS))
+    assert list(rings.get_ydata()[:3]) == pytest.approx([4, 4.1, 4.2]) and rings.get_linestyle() == 'None'
     assert ax.containers[0].lines[0].get_ydata() == pytest.approx([e['value'] for e in values.values()])
 
 
