@@ -41,22 +41,22 @@ def llama(config: ModelConfig) -> LlamaForCausalLM:
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, attn_implementation='sdpa', use_cache=False))
 
 
-def make_step(config: ModelConfig, owner: str, precision: str, way: str):
+def make_step(config: ModelConfig, owner: str, precision: str, way: str, device: str = 'cpu'):
     "A function that does one training step on windows (B, T + 1) and returns the loss."
     torch.manual_seed(0)
-    model = Transformer(config) if owner == 'ours' else llama(config)
+    model = (Transformer(config) if owner == 'ours' else llama(config)).to(device)
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     if owner == 'ours':
         fast = model if way == 'eager' else compilation.CompiledLoss(model)
         def loss_of(x, y):
-            watch = StreamWatch(config) if way == 'compiled' else None
+            watch = StreamWatch(config, device) if way == 'compiled' else None
             if watch: watch.see_embedding(model.embed(x))
             return fast(x, targets=y, watch=watch)
     else:
         def plain(x, y): return functional.cross_entropy(model(input_ids=x).logits.float().flatten(0, 1), y.flatten())
         loss_of = torch.compile(plain, dynamic=False) if way == 'compiled' else plain
     def step(windows):
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
             loss = loss_of(windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,12 +8,13 @@ __all__ = ['KINDS', 'POSITIVE', 'NOT_NEGATIVE', 'SEED', 'NORMS', 'PAPER', 'PRESE
            'following_fields', 'ModelConfig', 'check_heads_and_experts', 'feed_forward_params', 'param_counts',
            'flops_per_token', 'preset', 'BlockOutput', 'make_feed_forward', 'Block', 'init_matrices', 'Stack',
            'initial_update_variance', 'cross_entropy', 'StackWithHead', 'auxiliary_loss', 'HubModel', 'Transformer',
-           'next_tokens', 'check_finite']
+           'next_tokens', 'full_precision', 'check_finite']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 import json
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -472,6 +473,19 @@ def next_tokens(
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
 # %% ../nbs/build/03_core.ipynb #8a45b0d9
+@contextmanager
+def full_precision():
+    "Within, products of fp32 numbers run in fp32, whatever the caller allows elsewhere: TF32 on a GPU, bf16 on a CPU."
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    places = [b.matmul for b in backends if hasattr(getattr(b, 'matmul', None), 'fp32_precision')]   # PyTorch 2.9 or newer
+    before = [place.fp32_precision for place in places] or torch.get_float32_matmul_precision()
+    if not places: torch.set_float32_matmul_precision('highest')
+    for place in places: place.fp32_precision = 'ieee'
+    try: yield
+    finally:
+        if not places: torch.set_float32_matmul_precision(before)
+        for place, value in zip(places, before): place.fp32_precision = value
+
 @torch.no_grad()
 def check_finite(
     model,  # a model, ours or another's, or an adapted one; anything else is passed over

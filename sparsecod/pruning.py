@@ -15,9 +15,9 @@ import math
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from collections.abc import Iterable, Iterator
 
 import torch
 from scipy import stats

@@ -48,7 +48,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, find_folder, find_tokenizer, open_model
-from .core import LOGITS_AT_ONCE, POSITIVE, SEED, Config, Transformer, check_fields, check_finite, require
+from .core import LOGITS_AT_ONCE, POSITIVE, SEED, Config, Transformer, check_fields, check_finite, full_precision, require
 from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer
 from .data import matching_files, open_source, row_items, unique_documents
 from .integrity import Damaged, check_identity, check_stamp, content_checksum, draft_name, read_json, set_aside, stamp, write_text
@@ -731,7 +731,7 @@ def untouched(
     "Within, the model is in eval mode and no parameter wants a gradient; afterwards, all is as it was."
     modes, wanted = {part: part.training for part in model.modules()}, {p: p.requires_grad for p in model.parameters()}
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(next(iter(wanted)).device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(next(iter(wanted)).device.type, enabled=False), full_precision():
             for p in wanted: p.requires_grad = False
             yield model.eval()
     finally:

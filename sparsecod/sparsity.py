@@ -11,8 +11,8 @@ __all__ = ['ABSOLUTE', 'RELATIVE', 'weight_sparsity', 'participation', 'sublayer
 # %% ../nbs/build/08_sparsity.ipynb #bd800c62
 import math
 import re
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor

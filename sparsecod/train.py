@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from .core import NOT_NEGATIVE, POSITIVE, SEED, BlockOutput, Config, ModelConfig, Transformer
 from .compilation import CompiledLoss, Execution, choose_execution, missing_compiler
 from .compilation import plain_execution, use_compiler_cache
-from .core import auxiliary_loss, check_fields, one_of, require
+from .core import auxiliary_loss, check_fields, full_precision, one_of, require
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
@@ -181,9 +181,12 @@ def channel_variance(
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
     "Called after each block with its output; keeps variances, one number a token, and what a mixture of experts adds."
-    def __init__(self, config: ModelConfig):  # of the model that is watched
-        self.config, self.auxiliary = config, 0.0  # sum of the auxiliary losses of all sequences
-        self.sequences = torch.zeros(())           # seen; a tensor, because a compiler takes numbers for constants
+    def __init__(self,
+        config: ModelConfig,  # of the model that is watched
+        device='cpu',         # where it runs
+    ):
+        self.config, self.auxiliary = config, 0.0          # sum of the auxiliary losses of all sequences
+        self.sequences = torch.zeros((), device=device)    # seen; a tensor, because a compiler takes numbers for constants
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
 
@@ -317,7 +320,7 @@ def decide_execution(
         windows = torch.randint(model.vocab_size, shape, generator=random).to(device)      # (b, T + 1)
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
         run.execution = choose_execution(run.model, windows, passes, config.precision, config.compile,
-                                         lambda: StreamWatch(model), say)
+                                         lambda: StreamWatch(model, device), say)
     elif run.execution == UNDECIDED:  # a model that is wrapped for several processes is not compiled
         run.execution = plain_execution(config.precision, device)
     if not (run.execution.compiled and alone): return
@@ -356,7 +359,7 @@ def training_step(
     windows = step_windows(run)                                                             # (n, T + 1)
     sequences = min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
     execution = run.execution
-    if execution.compiled and watch is None: watch = StreamWatch(run.model.config)          # one graph for all steps
+    if execution.compiled and watch is None: watch = StreamWatch(run.model.config, windows.device)  # one graph for all steps
     if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
     loss = accumulate_gradients(run.loss or run.placed, windows, sequences, execution.bf16, watch)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
@@ -778,7 +781,7 @@ def run_steps(
     "The training loop."
     while run.step < run.config.steps:
         start = time.perf_counter()
-        watch = StreamWatch(run.model.config) if logs_at(run.step + 1, run.config) else None
+        watch = StreamWatch(run.model.config, run.world.device) if logs_at(run.step + 1, run.config) else None
         measured, stopping = training_step(run, watch, lambda: stop.asked)
         diverged = not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm))
         run.step += 1
@@ -930,7 +933,7 @@ def evaluate(
         raise ValueError(f'the weights are {p.dtype}, but evaluation is in fp32: call model.float() first')
     for part in windows.split(max(1, batch_tokens // (windows.shape[1] - 1))):
         part = part.to(p.device)                                                # (b, T + 1)
-        with torch.autocast(p.device.type, enabled=False):
+        with torch.autocast(p.device.type, enabled=False), full_precision():
             h = model.run(model.embed(part[:, :-1]))                            # (b, T, D)
             losses.append(model.token_losses(h, part[:, 1:]).mean(1).cpu())     # (b,)
     return torch.cat(losses)

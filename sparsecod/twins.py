@@ -70,10 +70,11 @@ def train_scaled(
     config: TrainConfig,      # how to train; in fp32
     corpus,                   # a Corpus
     factors: Factors = Factors(),
+    device='cpu',             # where
 ) -> Iterator[tuple[float, Transformer]]:  # after each step: its loss in nats, and the model
     "Train as `train` does, with other sizes and rates for the matrices that write to the stream."
     torch.manual_seed(config.seed)
-    model = rescale(Transformer(model_config), factors.size)
+    model = rescale(Transformer(model_config), factors.size).to(device)
     optimizer, special = make_optimizer(model, config), {id(p) for p in writers(model)}
     for group in list(optimizer.param_groups):                          # writers get a group of their own
         mine = [p for p in group['params'] if id(p) in special]
@@ -83,7 +84,7 @@ def train_scaled(
     N, T = sequences_per_step(config, model_config.context_length), model_config.context_length
     with usual_torch():
         for step in range(config.steps):
-            loss = accumulate_gradients(model, corpus.batch(step, N, T, config.seed), N)
+            loss = accumulate_gradients(model, corpus.batch(step, N, T, config.seed).to(device), N)
             sizes = torch.stack([p.grad.norm() * (factors.clip if id(p) in special else 1) for p in model.parameters()])
             clip = min(1.0, config.clip / (float(sizes.norm()) + 1e-6))
             for group in optimizer.param_groups:

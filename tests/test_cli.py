@@ -21,7 +21,7 @@ from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'prune', 'eval', 'export', 'study', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'prune', 'eval', 'export', 'study', 'plan', 'reproduce', 'report')
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_terminal_that_lacks_letters_kills_no_command(tmp_path):
         assert done.returncode == 2 and '= 0.1' in shown and ('λ' in shown) == (encoding == 'utf-8') and b'Traceback' not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize('line', ['study depth', 'reproduce', 'report', 'score x', 'prune x y', 'eval x', 'export x y'])
+@pytest.mark.parametrize('line', ['study depth', 'plan depth', 'reproduce', 'report', 'score x', 'prune x y', 'eval x', 'export x y'])
 def test_a_launcher_starts_no_command_but_train(line, type_in, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     code, text, errors = type_in(line)

@@ -236,3 +236,50 @@ def test_a_compiled_run_needs_its_compiler_to_go_on(tmp_path, monkeypatch, trace
     monkeypatch.setattr('sparsecod.train.missing_compiler', lambda: 'a C++ compiler')
     with pytest.raises(ValueError, match='C\\+\\+ compiler'): train(config, plan, corpus, tmp_path, progress=False)
     assert list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_every_model_of_a_process_is_compiled(monkeypatch):
+    "PyTorch gives up on a function after 8 graphs, which is four of our models."
+    real, graphs = torch.compile, []
+    torch._dynamo.reset()
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: real(f, backend=count, **options))
+    for L in range(1, 7):
+        config, before = ModelConfig(**SMALL | dict(n_layers=L)), len(graphs)
+        loss, windows, watch = CompiledLoss(Transformer(config)), torch.randint(97, (2, 13)), StreamWatch(config)
+        for _ in range(2): loss(windows[:, :-1], targets=windows[:, 1:], watch=watch)  # a first micro-batch, and another
+        assert len(graphs) - before >= 2
+
+
+@pytest.mark.parametrize('device, V, pieces', [('cpu', 3000, 3), ('meta', 3000, 1), ('meta', 2 ** 17, 3)])
+def test_pieces_of_the_loss_are_large_on_a_gpu(device, V, pieces):
+    sizes = []
+    def losses_of(h, weight, targets):
+        sizes.append(len(h))
+        return h.new_zeros(len(h)), h.new_zeros(len(h), len(weight))
+    h, weight = torch.zeros(700, 4, device=device), torch.zeros(V, 4, device=device)
+    LinearCrossEntropy.apply(h, weight, torch.zeros(700, dtype=torch.int64, device=device), False, losses_of)
+    assert len(sizes) == pieces and sum(sizes) == 700
+
+
+@pytest.mark.parametrize('precision', ['auto', 'bf16'])
+def test_a_compiler_that_fails_is_named(precision, monkeypatch):
+    class Broken:
+        def __init__(self, model): raise RuntimeError('no compiler for this card')
+    monkeypatch.setattr(compilation, 'CompiledLoss', Broken)
+    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    model, windows = Transformer(ModelConfig(**SMALL)), torch.randint(97, (2, 13))
+    with pytest.raises(ValueError, match='compile=.*no compiler for this card'):
+        compilation.run_trial(model, windows, compilation.allowed_ways(precision, 'on', None), compilation.cache_folder() / 'none', lambda: None, print, None)
+
+
+def test_the_speed_that_a_trial_found_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
+    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    config, model, cpu = TrainConfig(steps=1, tokens_per_step=24, compile='off'), ModelConfig(**SMALL), torch.device('cpu')
+    assert compilation.kept_speed(model, config, cpu) is None
+    choose_execution(Transformer(model), torch.randint(97, (2, 13)), 10, 'auto', 'off')
+    assert compilation.kept_speed(model, config, cpu) > 0
+    assert compilation.kept_speed(model.replace(n_layers=3), config, cpu) is None

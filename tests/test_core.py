@@ -5,9 +5,9 @@ import torch
 import sparsecod.moe as moe
 from sparsecod.core import PRESETS, Config, ModelConfig, Stack, Transformer, flops_per_token, is_kind, next_tokens, param_counts, preset
 from sparsecod.data import DataConfig
-from sparsecod.scores import ScoreConfig
+from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import SCALES, RunConfig, vary
-from sparsecod.train import TrainConfig
+from sparsecod.train import TrainConfig, evaluate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,3 +147,23 @@ def test_drawing_tokens_refuses_nonsense():
 
 def test_generation_goes_beyond_the_context_length():
     assert Transformer(SMALL).generate(TOKENS, 5, temperature=0).shape == (2, 17)
+
+
+@pytest.mark.parametrize('allow', [lambda: torch.set_float32_matmul_precision('medium'), lambda: setattr(torch.backends.cuda.matmul, 'fp32_precision', 'tf32')])
+def test_scores_are_taken_in_full_precision(allow):
+    "Whatever the caller allows for products of fp32 numbers, and he finds it as it was."
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        allow()
+        allowed, seen = [place.fp32_precision for place in places], []
+        model = Transformer(ModelConfig(vocab_size=32, n_layers=1, d_model=8, n_heads=2, context_length=8))
+        model.blocks[0].register_forward_hook(lambda *_: seen.append([place.fp32_precision for place in places]))
+        windows = torch.randint(32, (6, 9), generator=torch.Generator().manual_seed(0))
+        score_model(model, windows[:2], windows[2:], ScoreConfig(n_sequences=2, n_fit=4, n_jacobian=1, n_bootstrap=2), progress=False)
+        evaluate(model, windows)
+        assert seen and all(s == ['ieee', 'ieee'] for s in seen)
+        assert [place.fp32_precision for place in places] == allowed
+    finally:
+        torch.set_float32_matmul_precision('highest')
+        for place, value in zip(places, before): place.fp32_precision = value

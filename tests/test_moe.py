@@ -3,8 +3,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sparsecod import moe
 from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
-from sparsecod.moe import GATES, MixtureOfExperts, balance_loss, experts_compiled, experts_grouped, experts_loop, route, router_z_loss
+from sparsecod.moe import (GATES, MixtureOfExperts, balance_loss, expert_ends, experts_compiled, experts_grouped, experts_loop, route,
+                           router_z_loss)
 
 
 def weights(E, D, F, seed=0):
@@ -89,3 +91,27 @@ def test_renormalised_gates_sum_to_one_and_published_ones_do_not():
     logits = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(route(logits, 2, 'renormalised').gates.sum(-1), torch.ones(100))
     assert (route(logits, 2).gates.sum(-1) < 1).all()
+
+
+@pytest.mark.parametrize('experts, E', [([0, 0, 3], 4), ([2], 3), ([1, 1, 1, 0, 0], 2)])
+def test_rows_of_each_expert_end_where_the_counts_say(experts, E):
+    experts = torch.tensor(experts)
+    assert expert_ends(experts, E).tolist() == torch.bincount(experts, minlength=E).cumsum(0).tolist()
+
+
+def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
+    "On a GPU a compiled step multiplies with grouped_mm; here the same graph runs on a CPU."
+    monkeypatch.setattr(moe, 'products_of', lambda x, gate: lambda rows, ends, ws: functional.grouped_mm(rows, ws, offs=ends))
+    torch.manual_seed(0)
+    x, routing = torch.randn(33, 16, dtype=torch.bfloat16), route(torch.randn(33, 4), 2)
+    ws = [w.requires_grad_() for w in weights(4, 16, 8)]
+    slopes = []
+    for run in (experts_loop, torch.compile(experts_compiled, backend='aot_eager', fullgraph=True, dynamic=False)):
+        out = run(x, routing, *ws)
+        slopes.append([out, *torch.autograd.grad(out.float().pow(2).sum(), ws)])
+    for found, wanted in zip(*reversed(slopes)): torch.testing.assert_close(found, wanted, atol=.02, rtol=.05)
+
+
+@pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True), (torch.bfloat16, 12, False)])
+def test_a_gpu_gets_grouped_products_in_bf16_only(dtype, D, fits):
+    assert moe.fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'), torch.empty(4, D, 8, device='meta')) is fits

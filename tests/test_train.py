@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-os.environ['ACCELERATE_USE_CPU'] = 'true'  # on a CPU, repeated computations agree bit for bit
+os.environ.setdefault('ACCELERATE_USE_CPU', 'true')  # on a CPU, repeated computations agree bit for bit
 
 from sparsecod.adapters import open_model
 from sparsecod.cli import main
