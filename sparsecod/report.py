@@ -11,7 +11,9 @@ __all__ = ['SMALL_SWAP', 'NEAR_IDENTITY', 'COLUMNS', 'BARS', 'STREAMS', 'HEATS',
            'read_variance', 'relative_deviation', 'read_jacobian', 'read_loss', 'cautions', 'plain_reading',
            'layer_rows', 'score_table', 'few_large', 'tips', 'estimate_rows', 'bars', 'stream_lines', 'heat',
            'score_explorer', 'table_rows', 'facts_of', 'score_page', 'write_page', 'record_page', 'record_explorer',
-           'report_setting', 'plain', 'summary_lines', 'run_row', 'provenance_rows', 'write_report']
+           'difference', 'read_scores', 'file_names', 'mismatches', 'layer_differences', 'comparison_frame',
+           'read_comparison', 'comparison_explorer', 'comparison_table', 'comparison_page', 'report_setting', 'plain',
+           'summary_lines', 'run_row', 'provenance_rows', 'write_report']
 
 # %% ../nbs/tools/09_report.ipynb #dd1fc915
 import math
@@ -28,6 +30,8 @@ import pandas as pd
 from .claims import HEADS, ledger_cells, number, verdict_counts
 from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer, template_text
 from .figures import DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config, label, label_variants, runs_text, span, varied_field
+from .integrity import Damaged, read_object
+from .scores import scores_frame, with_true_names
 from .studies import SCALES, STUDIES, Study, read_metric, study_named, write_text
 
 # %% ../nbs/tools/09_report.ipynb #16d19003
@@ -425,10 +429,10 @@ def score_table(
 
 # %% ../nbs/tools/09_report.ipynb #f852b4d8
 BARS = dict(   # score -> title, what it says, unit, where bars start
-    usefulness_ratio=('Affine replacement',
-                      'Loss with the block replaced by the affine map fitted to it, divided by the loss. Bars start at 1, no cost.', 'loss ratio', 1.),
     skip_loss_increase=('Skipped blocks',
                         'Rise of the loss when the block is left out. Below 0 the model is better without it.', 'nats a token', 0.),
+    usefulness_ratio=('Affine replacement',
+                      'Loss with the block replaced by the affine map fitted to it, divided by the loss. Bars start at 1, no cost.', 'loss ratio', 1.),
     jacobian_per_token=('Jacobian deviation',
                         'How far the block’s Jacobian is from the identity: the Frobenius norm of J − I over the width, averaged over tokens.', 'deviation', 0.))
 STREAMS = {'mean': 'variance_mean', 'median': 'variance_median',
@@ -479,36 +483,50 @@ def bars(
     kinds = sorted({r['kind'] for r in rows if 'kind' in r})
     colour = alt.Color('kind:N', title=None, scale=alt.Scale(domain=kinds,
                                                              range=[BLUE, GREY])) if kinds else alt.Undefined
+    beside = dict(xOffset=alt.XOffset('kind:N', scale=alt.Scale(domain=kinds))) if kinds else {}
     bar = here.mark_bar().encode(x, y, alt.Y2('base'),
                                  tooltip=tips(block='block', value=unit, low='95 % low', high='95 % high'),
-                                 **dict(color=colour, xOffset='kind:N') if kinds else dict(color=HIGHLIGHT))
-    whisker = [here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2).encode(x, alt.Y('low:Q', title=unit), alt.Y2('high:Q'))] if any(r['low'] is not None for r in rows) else []
+                                 **dict(color=colour) | beside if kinds else dict(color=HIGHLIGHT))
+    whisker = [here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2).encode(x, alt.Y('low:Q', title=unit), alt.Y2('high:Q'), **beside)] if any(r['low'] is not None for r in rows) else []
     rules = [alt.Chart(alt.Data(values=[dict(line=line)])).mark_rule(strokeDash=[5, 3], color='currentColor').encode(alt.Y('line:Q', title=unit)) for line in lines]
     return alt.layer(bar.properties(name=name), *whisker,
                      *rules).properties(width='container', height=190, title=title)
 
-def stream_lines(rows: list[dict]) -> alt.LayerChart:
-    "Variance of the streams: a line for each statistic."
+def stream_lines(
+    rows: list[dict],         # block (of a stream: l of h_l), value, low, high, kind
+    name: str = 'streams',    # of the view
+    title: str = 'Variance by layer',
+    colours: tuple = (BLUE, ORANGE, GREY),  # of kinds
+) -> alt.LayerChart:
+    "Variance of the streams: a line for each kind."
     here = alt.Chart(alt.Data(values=[r for r in rows if r['value'] > 0]))
     x = alt.X('block:Q', title='stream (0: embedding, l: after block l)', scale=alt.Scale(nice=False),
               axis=LAYERS)
     y = alt.Y('value:Q', title='variance', scale=alt.Scale(type='log', nice=False),
               axis=alt.Axis(format='~g', tickCount=6))
     kinds = alt.Color('kind:N', title=None, sort=list(STREAMS), legend=alt.Legend(columns=2),
-                      scale=alt.Scale(range=[BLUE, ORANGE, GREY]))
+                      scale=alt.Scale(range=[*colours]))
     line = here.mark_line().encode(x, y, kinds)
     whisker = here.transform_filter('datum.low > 0').mark_rule().encode(x, alt.Y('low:Q', title='variance'), alt.Y2('high:Q'), kinds)
     point = here.mark_point(filled=True, opacity=1).encode(x, y, kinds,
                                                            size=alt.condition(ON, alt.value(140), alt.value(30)), tooltip=[alt.Tooltip('kind:N', title='statistic'), *tips(block='stream', value='variance', low='95 % low', high='95 % high')])
     return alt.layer(line, whisker,
-                     point.properties(name='streams')).properties(width='container', height=190, title='Variance by layer')
+                     point.properties(name=name)).properties(width='container', height=190, title=title)
 
-def heat(name: str, title: str, across: str, down: str, rows: list[dict]) -> alt.Chart:
+def heat(
+    name: str,         # of the view
+    title: str,
+    across: str,       # what j is
+    down: str,         # what i is
+    rows: list[dict],  # i, j, value, low, high
+    others: list[dict] = [],  # of a map to be drawn with the same colours
+) -> alt.Chart:
     "A heat map of pairs of blocks; what is not defined stays empty."
-    sizes = [r['value'] for r in rows if r['value'] > 0]
+    sizes = [r['value'] for r in [*rows, *others] if r['value'] > 0]
     log = sizes and few_large(sizes) and min(sizes) < max(sizes)
+    top = dict(domainMax=max(sizes)) if sizes and others else {}
     scale = alt.Scale(scheme='viridis', type='log', domain=[max(min(sizes), max(sizes) / 1e4), max(sizes)],
-                      clamp=True) if log else alt.Scale(scheme='viridis', domainMin=0)
+                      clamp=True) if log else alt.Scale(scheme='viridis', domainMin=0, **top)
     touched = 'datum.i == pick.block[0] || datum.j == pick.block[0]'
     return alt.Chart(alt.Data(values=rows)).mark_rect(strokeWidth=2).encode(
         alt.X('j:O', title=across, axis=LAYERS), alt.Y('i:O', title=down, axis=LAYERS),
@@ -697,6 +715,155 @@ def record_explorer(records: list[dict]) -> Explorer:
     [record] = records
     return score_explorer(record['scores'], record.get('sparsity'),
                           made=dict(function='record_explorer', runs=[record['name']]))
+
+# %% ../nbs/tools/09_report.ipynb #27a95479
+def difference(
+    a: Estimate,
+    b: Estimate,
+) -> Estimate:   # of B minus A
+    "A difference, with an interval as if A and B had been measured on independent texts."
+    if None in (a.value, b.value): return Estimate(None)
+    d = b.value - a.value
+    if None in (a.low, b.low): return Estimate(d)
+    return Estimate(d, d - math.hypot(b.value - b.low, a.high - a.value), d + math.hypot(b.high - b.value, a.value - a.low))
+
+# %% ../nbs/tools/09_report.ipynb #a1de6ae3
+def read_scores(
+    path: str | Path,  # from sparsecod score, or the record of a run
+) -> dict:             # scores, and what the file says about them
+    "Scores from a file."
+    found = read_object(Path(path))
+    if isinstance(found.get('scores'), dict):
+        run = with_true_names(found)
+        corpus = (run.get('provenance') or {}).get('corpus_fingerprint')
+        found = dict(model=run.get('name'), config=run.get('config'), sparsity=run.get('sparsity'), corpus=corpus) | run['scores']
+    try:
+        n_blocks(found), [scalar(found, name) for name in found['scalars']]
+        for name in (*BARS, *STREAMS.values()): by_layer(found, name)
+        for name in HEATS: by_pair(found, name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f'{path} holds no scores as sparsecod score writes them ({type(error).__name__}: {error})') from error
+    return found
+
+def file_names(
+    paths: list[str | Path],  # of scores
+) -> list[str]:               # one for each, all different
+    "Short names of files."
+    short = [path.parent.resolve().name if path.stem == 'scores' else path.stem for path in map(Path, paths)]
+    return short if len({*short}) == len(short) else [str(path) for path in paths]
+
+def mismatches(a: dict, b: dict) -> list[str]:
+    "What stands in the way of a comparison."
+    text, L = [s.get('corpus') for s in (a, b)], [n_blocks(s) for s in (a, b)]
+    lines = []
+    if None in text: lines.append('Whether both were scored on the same text is not known.')
+    elif text[0] != text[1]: lines.append('They were scored on different texts, or on one text cut by different tokenizers: a difference is one of model and text together, and a nat a token need not be the same unit.')
+    settings = [(s.get('settings') or {}) | {k: v for k, v in (s.get('config') or {}).items() if k == 'dtype'} for s in (a, b)]
+    differ = [f'{k} {plain(settings[0].get(k))} and {plain(settings[1].get(k))}' for k in dict.fromkeys([*settings[0], *settings[1]])
+              if k not in ('undetermined_fits', 'pairs', 'batch_size') and settings[0].get(k) != settings[1].get(k)]
+    if differ: lines.append(f"They were scored in different ways: {', '.join(differ)}.")
+    if L[0] != L[1]: lines.append(f'A has {L[0]} blocks and B has {L[1]}, so block l of one is not block l of the other: blocks are drawn beside each other, and only numbers of the whole model are subtracted.')
+    return lines
+
+# %% ../nbs/tools/09_report.ipynb #ca1b4bc3
+def layer_differences(
+    a: dict,     # scores
+    b: dict,     # scores
+    name: str,   # such as 'skip_loss_increase'
+) -> list[Estimate]:   # empty unless both have the score and as many blocks
+    "A score by layer, B minus A."
+    if n_blocks(a) != n_blocks(b): return []
+    return [difference(*pair) for pair in zip(by_layer(a, name), by_layer(b, name))]
+
+def comparison_frame(a: dict, b: dict):
+    "All numbers of both, B minus A: a pandas DataFrame with columns score, block, other, a, b, difference, low and high."
+    keys, alike = ['score', 'block', 'other'], n_blocks(a) == n_blocks(b)
+    both = scores_frame(a).merge(scores_frame(b), on=keys, suffixes=('_a', '_b'))
+    if not alike: both = both[both['block'].isna()]
+    ends = lambda row, of, s: checked(s, row['score'], *(row[f'{end}_{of}'] for end in Estimate._fields))
+    found = [difference(ends(row, 'a', a), ends(row, 'b', b)) for row in both.to_dict('records')]
+    table = both[keys].assign(a=both['value_a'], b=both['value_b'])
+    for name, end in dict(difference='value', low='low', high='high').items(): table[name] = [getattr(d, end) for d in found]
+    return table.reset_index(drop=True)
+
+def read_comparison(a: dict, b: dict) -> list[str]:
+    "What differs for certain, in words."
+    lines = mismatches(a, b)
+    loss = difference(scalar(a, 'loss'), scalar(b, 'loss'))
+    if loss.value is not None:
+        known = loss.low is None or loss.low > 0 or loss.high < 0
+        lines.append(f"The loss is {interval_text(scalar(a, 'loss'))} in A and {interval_text(scalar(b, 'loss'))} in B"
+                     + ('.' if known else ': no difference is shown.') + f' B minus A: {interval_text(loss)} nats a token.')
+    for name, (title, _, _, _) in BARS.items():
+        found = sides(layer_differences(a, b, name), 0)
+        if not any(found[:3]): continue
+        if not found.sure: lines.append(f'{title}: without intervals of single blocks, no difference of a block can be called sure.')
+        elif not found.above + found.below: lines.append(f'{title}: no difference is shown at any block.')
+        else: lines.append(f'{title}: ' + '; '.join(f'{way} in B at {names(blocks)} {basis(True, end)}' for way, blocks, end in
+                           (('larger', found.above, 'lower'), ('smaller', found.below, 'upper')) if blocks) + '.')
+    return lines + ['A difference has an interval as if the two had been measured on independent texts; on the same text it is rather too wide. Of twenty intervals, about one is expected to miss the truth.']
+
+# %% ../nbs/tools/09_report.ipynb #53869aa7
+def comparison_explorer(
+    a: dict,            # scores
+    b: dict,            # scores
+    called: list[str],  # names of the models
+    name: str = 'sce-comparison',  # the HTML id
+) -> Explorer:
+    "Charts of the scores of two models."
+    L, both = [n_blocks(s) for s in (a, b)], dict(zip((f'A: {called[0]}', f'B: {called[1]}'), (a, b)))
+    charts, tables, ends = [], [], dict(low='95 % low', high='95 % high')
+    def add(chart, view, title, columns):
+        charts.append(chart)
+        tables.append(dict(title=title, view=view, columns=columns | ends))
+    for score, (title, _, unit, base) in BARS.items():
+        rows = [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), kind=kind)]
+        if not rows: continue
+        add(bars(score, title, unit, rows, base), score, title, dict(kind='model', block='block', value=unit))
+        if found := estimate_rows(layer_differences(a, b, score)):
+            view = f'{score}_difference'
+            add(bars(view, f'{title}, B minus A', unit, found), view, f'{title}, B minus A', dict(block='block', value=unit))
+    for label, score in list(STREAMS.items())[:2]:
+        rows = [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), 0, kind=kind)]
+        if any(r['value'] > 0 for r in rows):
+            add(stream_lines(rows, score, f'Variance, {label}', (BLUE, GREY)), score, f'Variance, {label}', dict(kind='model', block='stream', value='variance'))
+    for score, (title, _, down, across) in HEATS.items():
+        maps = [[dict(i=i, j=j, **e._asdict()) for i, row in enumerate(by_pair(s, score), 1) for j, e in enumerate(row, 1) if e.value is not None]
+                for s in both.values()]
+        for kind, rows, others in zip('AB', maps, maps[::-1]):
+            if rows: add(heat(f'{score}_{kind}', f'{title}, {kind}', across, down, rows, others), f'{score}_{kind}', f'{title}, {kind}', dict(i=down, j=across, value='value'))
+    pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
+                               bind=dict(block=alt.binding_range(min=0, max=max(L), step=1, name='Highlight a block (0: none)')))
+    first = charts[0].layer[0] if isinstance(charts[0], alt.LayerChart) else charts[0]
+    first.params = first.add_params(pick).params
+    return Explorer(name, 'Both models by block',
+                    alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent', xOffset='independent'), tables,
+                    f'Charts of the scores of two models: {", ".join(t["title"] for t in tables)}.',
+                    ' '.join(f'{title}: {text}' for score, (title, text, *_) in (BARS | HEATS).items() if any(s['arrays'].get(score) for s in (a, b)))
+                    + ' Whiskers: 95 % intervals.', {}, {}, dict(pick=[t['view'] for t in tables if not t['view'].endswith(('_A', '_B'))]))
+
+def comparison_table(a: dict, b: dict) -> list[dict]:
+    "One row for each score of the whole model that both have."
+    rows = []
+    for name in a['scalars']:
+        if name not in b['scalars']: continue
+        x, y = scalar(a, name), scalar(b, name)
+        d, (title, text) = difference(x, y), MEANING.get(name, (name.replace('_', ' '), ''))
+        rows.append(dict(name=name, title=title, text=text, a=few(x.value, 4), b=few(y.value, 4), difference=few(d.value, 4),
+                         interval=f'{few(d.low, 4)} to {few(d.high, 4)}' if d.low is not None else '–'))
+    return rows
+
+def comparison_page(
+    a: dict,                     # scores
+    b: dict,                     # scores
+    called: tuple = ('A', 'B'),  # names of the models
+) -> str:                        # HTML that needs nothing else
+    "One page for two models, or for two checkpoints of one."
+    facts = [facts_of(s, {k: s.get(k) for k in ('architecture', 'quantised', 'corpus')}) for s in (a, b)]
+    return TEMPLATES.get_template('comparison.html').render(
+        called=[str(name) for name in called], css=template_text('report.css'), vega=template_text('vega.js'), reading=read_comparison(a, b),
+        charts=markupsafe.Markup(comparison_explorer(a, b, called).html), rows=comparison_table(a, b),
+        facts=[(name, *(f.get(name, '–') for f in facts)) for name in dict.fromkeys([*facts[0], *facts[1]])])
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
 def report_setting(

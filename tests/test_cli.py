@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import pandas
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'prune', 'eval', 'export', 'study', 'plan', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'compare', 'prune', 'eval', 'export', 'study', 'plan', 'reproduce', 'report')
 
 
 @pytest.fixture
@@ -299,6 +300,26 @@ def test_prune(checkpoint, trained, type_in, tmp_path):
         assert len(record['removed']) == 1 and small.config.num_hidden_layers == record['n_layers'] - 1 and len(record['random']['losses']) == 10
         assert f"{record['loss']['after']['value']:.4f}" in text and AutoTokenizer.from_pretrained(tmp_path / name)('word')['input_ids']
         assert type_in(f'score {tmp_path}/{name} {SCORE_FAST} --json {tmp_path}/x.json --quiet')[0] == 0
+
+
+def test_compare(checkpoint, trained, type_in, tmp_path):
+    "Two checkpoints of one training, and two models of different text, in one call each."
+    for name, model in dict(one=f'{trained} --sequences 4', two=f'{trained} --sequences 4 --dtype bfloat16', other=f'{checkpoint} {SCORE_FAST}').items():
+        assert type_in(f'score {model} --json {tmp_path}/{name}.json --jacobian-probes 2 --quiet')[0] == 0
+    code, text, errors = type_in(f'compare {tmp_path}/one.json {tmp_path}/two.json --out {tmp_path}/c.html --csv')
+    loss = [json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8'))['scalars']['loss']['value'] for name in ('one', 'two')]
+    table = pandas.read_csv(tmp_path / 'c.csv')
+    assert code == 0 and errors == '' and 'different text' not in text and (tmp_path / 'c.html').stat().st_size > 800_000
+    assert table[table.score == 'loss'].difference.item() == pytest.approx(loss[1] - loss[0], abs=1e-9)
+    assert 'different text' in type_in(f'compare {tmp_path}/one.json {tmp_path}/other.json --out {tmp_path}/c.html')[1]
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / 'page.json').write_text('<html>', encoding='utf-8')
+    for line, says in (('one.json page.json', 'page.json'), ('nothing.json one.json', 'nothing.json'), ('one.json two.json --out DIR/two.json', '--out'),
+                       ('one.json two.json --out DIR/one.json/c.html', '--out'), ('one.json', 'B.json')):
+        line = ' '.join(part if part == '--out' else f'{tmp_path}/{part}' for part in line.replace('DIR/', '').split())
+        code, text, errors = type_in(f'compare {line}')
+        assert code == 2 and text == '' and says in errors and errors.count('\n') == 1
+    assert before.items() <= {file.name: file.read_bytes() for file in tmp_path.iterdir()}.items()
 
 
 @pytest.mark.parametrize('options, says', [

@@ -12,7 +12,9 @@ from browser import INSTALL, open_page
 from sparsecod import report as pages
 from sparsecod.claims import ledger
 from sparsecod.figures import label_variants
-from sparsecod.report import NEAR_IDENTITY, SMALL_SWAP, layers, made_up, pairs, plain_reading, score_explorer, score_page, score_table, write_page, write_report
+from sparsecod.integrity import Damaged
+from sparsecod.report import NEAR_IDENTITY, SMALL_SWAP, Estimate, comparison_frame, comparison_page, difference, file_names, layers, made_up, mismatches, pairs
+from sparsecod.report import plain_reading, read_comparison, read_scores, score_explorer, score_page, score_table, write_page, write_report
 from sparsecod.studies import SCALES, STUDIES
 from synthetic import depth_study, variants
 from synthetic import record as made_record
@@ -442,3 +444,72 @@ def test_pairs_that_were_not_swapped_are_not_counted(missing, swapped):
     values = [[None if i == j or (min(i, j), max(i, j)) in missing else .001 for j in range(4)] for i in range(4)]
     said = ' '.join(pages.read_swaps(made_up(permutation=pairs(values), skip_loss_increase=layers([1.] * 4))))
     assert f'{swapped} pairs' in said and ('all 6 pairs' in said) == (swapped == 6) and ('6 in all' in said) == (swapped < 6)
+
+
+# Two models on one page
+
+def test_the_interval_of_a_difference_covers_it():
+    "Two independent means, 2,000 times: about 95 % of the intervals hold the true difference."
+    r, hits = random.Random(0), 0
+    for _ in range(2000):
+        a, b = (Estimate(x := r.gauss(mean, size), x - 1.96 * size, x + 1.96 * size) for mean, size in ((3., .2), (5., .5)))
+        d = difference(a, b)
+        hits += d.low < 2 < d.high
+    assert .93 < hits / 2000 < .97
+    skew = difference(Estimate(0., -1., 2.), Estimate(10., 6., 12.))                     # each end from the ends that it depends on
+    assert (skew.value - skew.low, skew.high - skew.value) == (math.hypot(4, 2), math.hypot(2, 1))
+    assert difference(Estimate(None), Estimate(1., 0., 2.)) == Estimate(None)
+
+
+def test_a_comparison_holds_both_and_the_difference():
+    a, b = random_scores(6, 1), random_scores(6, 2)
+    cost = [s['arrays']['skip_loss_increase'] for s in (a, b)]
+    with open_page(comparison_page(a, b, ['one', 'two']), 1200) as page: tables = shown(page)
+    assert [[r[0], r[1], float(r[2])] for r in tables['Skipped blocks']] == [[f'{x}: {n}', str(l), pytest.approx(v, rel=1e-3)] for x, n, c in
+                                                                            (('A', 'one', cost[0]), ('B', 'two', cost[1])) for l, v in enumerate(c, 1)]
+    assert [float(r[1]) for r in tables['Skipped blocks, B minus A']] == pytest.approx([y - x for x, y in zip(*cost)], rel=1e-3)
+    frame = comparison_frame(a, b)
+    row = frame[(frame.score == 'skip_loss_increase') & (frame.block == 3)].iloc[0]
+    assert (row.a, row.b, row.difference) == (cost[0][2], cost[1][2], pytest.approx(cost[1][2] - cost[0][2]))
+    assert row.high - row.difference == pytest.approx(.01 * 2 ** .5, rel=1e-6) and len(frame[(frame.score == 'permutation') & frame.other.notna()]) == 30
+    larger = [l for l, (x, y) in enumerate(zip(*cost), 1) if y - x > .0142]
+    line = next(line for line in read_comparison(a, b) if line.startswith('Skipped'))
+    assert f"larger in B at {pages.names(larger)}" in line
+
+
+@pytest.mark.parametrize('L', [1, 4])
+def test_models_of_different_depth_share_axes_and_no_block(L):
+    a, b = random_scores(30, 1), random_scores(L, 2)
+    with open_page(comparison_page(a, b, ['deep', 'shallow']), 375, 'dark') as page:
+        tables = shown(page)
+        assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+    assert len(tables['Skipped blocks']) == 30 + L and not any('minus' in title for title in tables)
+    assert {*comparison_frame(a, b)['block'].isna()} == {True} and any('30 blocks' in line for line in mismatches(a, b))
+
+
+def test_what_stands_in_the_way_of_a_comparison_is_said():
+    a = random_scores(4) | dict(corpus='one')
+    assert mismatches(a, a) == []
+    assert any('text' in line for line in mismatches(a, a | dict(corpus='two'))) and any('not known' in line for line in mismatches(a, random_scores(4)))
+    assert any('T 128 and 64' in line for line in mismatches(a, a | dict(settings=a['settings'] | dict(T=64))))
+    assert any('bfloat16' in line for line in mismatches(a, a | dict(config=dict(dtype='bfloat16'))))
+    bare = random_scores(4, 1, intervals=False) | dict(corpus='one')
+    assert not any(' in B at' in line for line in read_comparison(bare, a))                # no block differs for certain without intervals
+
+
+@pytest.mark.parametrize('content', ['no JSON', '[1]', '{}', '{"scalars": {}}', '{"scalars": {"loss": 3}, "arrays": {"variance_mean": [1, 2]}}',
+                                     '{"scalars": {}, "arrays": {"variance_mean": [1, 2], "causal": [1]}}', '{"scalars": {}, "arrays": {}}', '{"scores": {}}'])
+def test_a_file_of_something_else_is_no_file_of_scores(tmp_path, content):
+    path = tmp_path / 'other.json'
+    path.write_text(content, encoding='utf-8')
+    with pytest.raises(Damaged, match='other.json'): read_scores(path)
+
+
+def test_files_and_records_are_read_and_named(tmp_path, root, scores):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'scores.json').write_text(json.dumps(scores), encoding='utf-8')
+    files = [tmp_path / name / 'scores.json' for name in ('a', 'b')]
+    assert read_scores(files[0]) == scores and file_names(files) == ['a', 'b'] and len({*file_names([files[0], tmp_path / 'b' / 'a.json'])}) == 2
+    record = sorted((root / 'results' / 'laptop').glob('L4_*seed0-*.json'))[0]
+    assert read_scores(record)['corpus'] and comparison_page(read_scores(record), read_scores(record)) == comparison_page(*[read_scores(record)] * 2)
