@@ -823,10 +823,10 @@ def comparison_explorer(
         if found := estimate_rows(layer_differences(a, b, score)):
             view = f'{score}_difference'
             add(bars(view, f'{title}, B minus A', unit, found), view, f'{title}, B minus A', dict(block='block', value=unit))
-    for label, score in list(STREAMS.items())[:2]:
+    for what, score in list(STREAMS.items())[:2]:
         rows = [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), 0, kind=kind)]
         if any(r['value'] > 0 for r in rows):
-            add(stream_lines(rows, score, f'Variance, {label}', (BLUE, GREY)), score, f'Variance, {label}', dict(kind='model', block='stream', value='variance'))
+            add(stream_lines(rows, score, f'Variance, {what}', (BLUE, GREY)), score, f'Variance, {what}', dict(kind='model', block='stream', value='variance'))
     for score, (title, _, down, across) in HEATS.items():
         maps = [[dict(i=i, j=j, **e._asdict()) for i, row in enumerate(by_pair(s, score), 1) for j, e in enumerate(row, 1) if e.value is not None]
                 for s in both.values()]
