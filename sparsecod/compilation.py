@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGITS_IN_CACHE', 'SHAPES', 'WORTH_A_TRIAL', 'chunk_losses', 'LinearCrossEntropy', 'CompiledLoss', 'Execution',
            'plain_execution', 'missing_compiler', 'processor', 'trial_file', 'allowed_ways', 'use_compiler_cache',
-           'step_seconds', 'choose_execution', 'run_trial', 'kept_speed']
+           'compiler_errors_in_short', 'step_seconds', 'choose_execution', 'run_trial', 'kept_speed']
 
 # %% ../nbs/tools/02_compilation.ipynb #2f704729
 import hashlib
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +169,17 @@ def use_compiler_cache():
     if not folder or Path(folder).name.startswith('torchinductor_'):  # PyTorch's own choice, in a folder for temporary files
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder() / 'inductor')
 
+
+@contextmanager
+def compiler_errors_in_short():
+    "A failure of the compiler as one sentence that says what can be done; its own message may have thousands of lines."
+    try: yield
+    except Exception as error:
+        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
+        first = ' '.join(str(error).split())[:200]
+        raise RuntimeError(f"the training step could not be compiled ({type(error).__name__}: {first}). What was compiled before lies in "
+                           f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')} and may be damaged: move it away and start again, or set compile='off' for a new run") from None
+
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
 def step_seconds(
     loss,                  # the model or its compiled loss
@@ -236,6 +248,7 @@ def run_trial(model, windows, allowed, file: Path, watch, say, missing: str | No
     if missing: why += f'; not compiled, because this machine lacks {missing}'
     for way, fault in faults.items(): why += f'; compiling {way[0]} failed ({fault})'
     say(why)
+    if faults: return Execution(*best, why)        # to be tried again, once the compiler works
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(stamp(dict(trial=file.stem, precision=best[0], compiled=best[1], why=why, plain=medians.get(allowed[0]),

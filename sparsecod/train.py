@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .core import NOT_NEGATIVE, POSITIVE, SEED, BlockOutput, Config, ModelConfig, Transformer
-from .compilation import CompiledLoss, Execution, choose_execution, missing_compiler
+from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
 from .compilation import plain_execution, use_compiler_cache
 from .core import auxiliary_loss, check_fields, full_precision, one_of, require
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
@@ -361,7 +361,7 @@ def training_step(
     execution = run.execution
     if execution.compiled and watch is None: watch = StreamWatch(run.model.config, windows.device)  # one graph for all steps
     if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
-    loss = accumulate_gradients(run.loss or run.placed, windows, sequences, execution.bf16, watch)
+    with compiler_errors_in_short(): loss = accumulate_gradients(run.loss or run.placed, windows, sequences, execution.bf16, watch)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip).item()
     shared = torch.stack([loss, loss.new_tensor(float(stop()))])                            # (2,)
     loss, stopping = reduce(shared, 'mean').tolist()

@@ -283,3 +283,26 @@ def test_the_speed_that_a_trial_found_is_kept(tmp_path, monkeypatch):
     choose_execution(Transformer(model), torch.randint(97, (2, 13)), 10, 'auto', 'off')
     assert compilation.kept_speed(model, config, cpu) > 0
     assert compilation.kept_speed(model.replace(n_layers=3), config, cpu) is None
+
+
+def test_a_compiler_that_fails_is_named_in_short_with_its_cache(monkeypatch, tmp_path):
+    "As where what was compiled before is damaged: PyTorch's own message may have thousands of lines."
+    from torch._dynamo.exc import BackendCompilerFailed
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    def fail(): raise BackendCompilerFailed(lambda: None, RuntimeError('error: nothing is declared\n' * 9999), None)
+    with pytest.raises(RuntimeError) as found, compilation.compiler_errors_in_short(): fail()
+    assert len(str(found.value)) < 900 and str(tmp_path / 'cache') in str(found.value) and 'compile=' in str(found.value)
+    for other in (ValueError('ours'), KeyboardInterrupt()):                       # all else goes through as it is
+        with pytest.raises(type(other)) as found, compilation.compiler_errors_in_short(): raise other
+        assert found.value is other
+
+
+def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
+    asked = []
+    def seconds(loss, *rest):
+        asked.append(loss)
+        if isinstance(loss, compilation.CompiledLoss): raise RuntimeError('no such compiler')
+        return 1.
+    monkeypatch.setattr(compilation, 'step_seconds', seconds)
+    found = [choose_execution(*trial, 1000, 'fp32', 'auto') for _ in range(2)]
+    assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss) for loss in asked) == 2, found
