@@ -16,7 +16,7 @@ if __name__ == '__main__':
         "A tenth of the steps at one rate."
         record = run_here(a, vary(base, few | {'model.n_layers': L, 'train.lr': lr}))
         loss = (record['final']['val_loss'] or {}).get('value')
-        return dict(L=L, lr=lr, status=record['status'], val_loss=loss if loss is not None else float('inf'), train_seconds=record['seconds']['train'],
+        return dict(L=L, lr=lr, status=record['status'], val_loss=loss, train_seconds=record['seconds']['train'],
                     tokens_per_s=record['tokens'] / max(record['seconds']['train'], 1e-3), curve=record['curve']['loss'])
 
     try:

@@ -127,12 +127,13 @@ def depth_study(scale: str, rates: dict):
 
 def best_rates(a) -> dict[int, float]:
     "The rate with the lowest loss of the sweep for each depth; an error if the sweep is not complete."
-    swept = Results(a, 'rates').parts
-    rates = {}
+    swept, rates = Results(a, 'rates').parts, {}
     for L in DEPTHS[a.scale]:
-        found = {part['lr']: part['val_loss'] for part in swept.values() if part.get('L') == L and part.get('val_loss') is not None}
-        if len(found) < len(FACTORS): raise SystemExit(f'L={L}: the sweep is not complete; run 03_rates.py first')
-        rates[L] = min(found, key=found.get)
+        tried = [part for part in swept.values() if part.get('L') == L]
+        if len(tried) < len(FACTORS): raise SystemExit(f'L={L}: the sweep is not complete; run 03_rates.py first')
+        ended = [part for part in tried if part['val_loss'] is not None]
+        if not ended: raise SystemExit(f'L={L}: all rates of the sweep diverged; lower train.lr in common.py')
+        rates[L] = min(ended, key=lambda part: part['val_loss'])['lr']
     return rates
 
 
