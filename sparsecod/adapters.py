@@ -410,7 +410,7 @@ def check_owner(
     check_identity(folder / 'model', found, dict(corpus=label['corpus']))
 
 def find_folder(
-    source: str | Path,               # a folder, a GGUF file, or a name on the Hub
+    source: str | Path,               # a folder, a GGUF file, or a name on the Hub, perhaps with @ and a revision
     trust_remote_code: bool = False,  # fetch programs as well
 ) -> Path:                            # the folder of the model, or the GGUF file
     "Where the files of a model are, on this machine."
@@ -418,7 +418,8 @@ def find_folder(
     if is_gguf(folder): return folder
     if not folder.exists():
         from huggingface_hub import snapshot_download
-        try: folder = Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
+        name, _, revision = str(source).partition('@')
+        try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
                                              ignore_patterns=['*/*', 'consolidated*']))
         except (OSError, ValueError) as error:
             raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face Hub: {error}') from error

@@ -184,7 +184,7 @@ def add_model(
     data: str, # what the text is for
 ):
     "Options of commands that read a model."
-    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, a GGUF file, or a name on the Hub')
+    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, a GGUF file, or NAME or NAME@REVISION on the Hub')
     option(parser, '--data', metavar='SOURCE', help=f'{data} comes from here: a file, a folder, or a source of DataConfig', shown='the corpus of the training, or stdlib')
     option(parser, '--text-field', metavar='NAME', shown="the training's, or text",
            help='field that holds the text, in rows of jsonl, parquet and Hugging Face data')
@@ -212,6 +212,7 @@ def add_score(
     option(p, '--memory', type=gigabytes, metavar='GB', help='bound of the working memory beside the model', shown=f'{DEFAULT_GIGABYTES}, or what one sequence takes if that is more')
     option(p, '--json', metavar='FILE', help='where scores go; the page goes beside it', shown='FOLDER/scores.json')
     flag(p, '--csv', 'also write all numbers as one table, beside the scores')
+    flag(p, '--losses', 'also write the loss at each position of each sequence, beside the scores')
     flag(p, '--force', 'discard what an interrupted scoring left, and begin anew')
     add_common(p)
     p.set_defaults(do=do_score)
@@ -495,6 +496,7 @@ def do_score(
     subject = find_subject(args)
     if args.dtype: subject.model.to(getattr(torch, args.dtype))
     if not args.json: check_target(subject.folder / 'scores.json', '--json')
+    from sparsecod.pruning import add_influence, loss_frame
     from sparsecod.scores import FORMAT, SCORES_SCHEMA, score_model, scores_frame
     score, T = score_settings(subject, args)
     to_score, to_fit, text = sequences_of(subject, score, T, not args.quiet)
@@ -503,6 +505,7 @@ def do_score(
     if args.force: shutil.rmtree(parts, ignore_errors=True)
     tell_work(subject, to_score, to_fit, score, memory, args)
     scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts, args.as_published, pair_intervals=True, pairs=args.pairs)
+    scores = add_influence(scores, subject.model, to_score)
     about = {'$schema': SCORES_SCHEMA['$id'], 'format': FORMAT} | subject.about | text | dict(memory=memory)
     about |= {'config': subject.about.get('config', {}) | {'score': score.to_dict()} | ({'dtype': args.dtype} if args.dtype else {})}
     write_scores(target, about | scores | dict(sparsity=None), subject)
@@ -514,6 +517,9 @@ def do_score(
     if args.csv:
         scores_frame(scores).to_csv(target.with_suffix('.csv'), index=False)
         notes.append(f"table: {target.with_suffix('.csv')}")
+    if args.losses:
+        loss_frame(subject.model, to_score).to_csv(target.with_suffix('.losses.csv'), index=False)
+        notes.append(f"losses: {target.with_suffix('.losses.csv')}")
     if subject.about.get('quantised'): notes += [f'weights: {quantised_words(subject)}']
     print('\n'.join(lines + notes))
     return 0
@@ -594,7 +600,8 @@ def do_prune(
     out = Path(args.out)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'{out} exists; name a folder that does not')
     subject = find_subject(args)
-    check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
+    try: check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
+    except ValueError as error: raise ValueError(with_option(str(error), {f'--{name}': name for name in ('blocks', 'spans', 'budget', 'by')})) from error
     import torch
     from sparsecod.adapters import AdaptedModel, find_folder
     from sparsecod.scores import ScoreConfig

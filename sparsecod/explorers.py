@@ -71,7 +71,7 @@ class Explorer:
                 and name.replace('-', '').isalnum()): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
         spec = charts.configure(**LOOK).properties(description=description, datasets=datasets,
                                                    usermeta=dict(widest=widest, limits=limits)).to_dict()
-        for p in spec['params']:
+        for p in spec.get('params', []):
             # Altair may add a number
             if p['name'] in linked: p['views'] = [found for view in linked[p['name']]
                                                   for found in (view, f'{view}_0')]

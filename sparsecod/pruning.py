@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SUBLAYERS', 'CRITERIA', 'NUMBERS', 'COUNTS', 'BESIDE', 'block_influence', 'angular_distance', 'span_losses',
            'silenced', 'find_sublayers', 'sublayer_losses', 'rank_agreement', 'measure_influence', 'influence_scores',
-           'run_without', 'loss_without', 'removal_losses', 'greedy_steps', 'step_seconds', 'greedy_order', 'removals',
-           'parse_spans', 'check_removal', 'choose_removal', 'cut_config', 'cut_network', 'write_network',
-           'source_dtype', 'prune']
+           'add_influence', 'loss_frame', 'run_without', 'loss_without', 'removal_losses', 'greedy_steps',
+           'step_seconds', 'greedy_order', 'removals', 'parse_spans', 'check_removal', 'choose_removal', 'cut_config',
+           'cut_network', 'write_network', 'source_dtype', 'prune']
 
 # %% ../nbs/build/12_pruning.ipynb #8390b4f7
 import json
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .adapters import AdaptedModel, adapt, load_network
+from .adapters import AdaptedModel, adapt, is_gguf, load_network
 from .core import Transformer
 from .data import Tokenizer
 from .exchange import files_beside, to_hf, to_hf_tokenizer
@@ -158,6 +158,42 @@ def influence_scores(
     scalars = dict(loss=jackknife_estimate(m['loss']), influence_rank_agreement=jackknife_estimate(agreement, -1.))
     scalars['influence_rank_agreement']['high'] = min(1., scalars['influence_rank_agreement']['high'])
     return to_lists(dict(scalars=scalars, arrays={name: x[..., 0] for name, x in arrays.items()}, intervals=ends))
+
+# %% ../nbs/build/12_pruning.ipynb #caaf9598
+def add_influence(
+    scores: dict,       # from score_model
+    model,              # that was scored; left as it was
+    windows: Tensor,    # sequences that were scored, (N, T + 1)
+) -> dict:              # the scores, with array 'block_influence' and scalar 'influence_rank_agreement'
+    "Scores with block influence and its rank agreement with the cost of a skip."
+    model, W = adapt(model), leave_one_out(len(windows))
+    windows = windows.to(next(model.parameters()).device)
+    with untouched(model):
+        ready = scoring_model(model)
+        found = torch.cat([block_influence(trace(ready, batch)) for batch in windows.split(1)], -1) @ W.T / W.sum(1)   # (L, N + 1)
+    cost = torch.tensor([math.nan if x is None else x for x in scores['arrays']['skip_loss_increase']]).double()
+    scalars = dict(influence_rank_agreement=dict(value=rank_agreement(found[:, 0], cost), low=None, high=None))
+    more = dict(scalars=scalars, arrays=dict(block_influence=found[:, 0]),
+                intervals=dict(block_influence=dict(zip(('low', 'high'), jackknife_ends(found)))))
+    return scores | {part: scores[part] | x for part, x in to_lists(more).items()}
+
+# %% ../nbs/build/12_pruning.ipynb #838a6414
+@torch.no_grad()
+def loss_frame(
+    model,                 # anything that adapt takes; left as it was
+    windows: Tensor,       # (N, T + 1)
+    removed: Iterable[int] = (),  # blocks, 1..L
+):                         # a pandas DataFrame: sequence and position (both from 0), token that was to be foretold, loss
+    "Losses by sequence and position, with or without some blocks."
+    from pandas import DataFrame
+    model = adapt(model)
+    windows = windows.to(next(model.parameters()).device)
+    with untouched(model):
+        ready = scoring_model(model)
+        losses = torch.cat([ready.token_losses(run_without(ready, ready.embed(w[:, :-1]), removed), w[:, 1:]).cpu() for w in windows.split(1)])   # (N, T)
+    n, t = torch.meshgrid(*map(torch.arange, losses.shape), indexing='ij')
+    columns = dict(sequence=n, position=t, token=windows[:, 1:].cpu(), loss=losses)
+    return DataFrame({name: x.flatten().numpy() for name, x in columns.items()})
 
 # %% ../nbs/build/12_pruning.ipynb #e6575fee
 def run_without(
@@ -378,11 +414,15 @@ BESIDE = 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*',
 def write_network(
     folder: Path,          # exists and is empty
     made,                  # from cut_network
-    source: Path | None,   # folder of the model that was cut
+    source: Path | None,   # folder or GGUF file of the model that was cut
     tokenizer: Tokenizer | None = None,  # to write where there is no folder of a stock model
 ):
     "Write a network and what belongs to it."
     made.save_pretrained(folder)
+    if source is not None and is_gguf(source):
+        from transformers import AutoTokenizer
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+        return
     stock = source is not None and 'model_type' in read_object(source / 'config.json')
     for file in (f for pattern in BESIDE if stock for f in source.glob(pattern) if f.is_file()): shutil.copy2(file, folder)
     if not stock and tokenizer is not None: to_hf_tokenizer(tokenizer, made.config.max_position_embeddings).save_pretrained(folder)
@@ -391,10 +431,10 @@ def write_network(
         (folder / name).write_bytes(content)
 
 def source_dtype(
-    source: Path | None,   # folder of the model
+    source: Path | None,   # folder or GGUF file of the model
 ) -> torch.dtype | None:   # None if it does not say
     "Type of the weights on disk."
-    if source is None: return None
+    if source is None or is_gguf(source): return None
     settings = read_object(source / 'config.json')
     settings = settings | (settings.get('text_config') or {})
     return getattr(torch, str(settings.get('dtype') or settings.get('torch_dtype')).removeprefix('torch.'), None)
@@ -409,7 +449,7 @@ def prune(
     spans: str | None = None,     # or which, such as 3-5,8
     budget: float | None = None,  # or how much the loss may grow on choose_on, as a factor
     by: str = 'greedy',    # one of CRITERIA, for blocks and budget
-    source: Path | None = None,   # folder the model comes from
+    source: Path | None = None,   # folder or GGUF file the model comes from
     tokenizer: Tokenizer | None = None,  # of a Transformer
     dtype: torch.dtype | None = None,    # of the written weights; None: as in source, else as they are
     batch_size: int = 16,  # sequences in memory at once

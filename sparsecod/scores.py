@@ -1348,6 +1348,7 @@ SCHEMA_OPTIONAL = dict(
     usefulness_ratio_as_published=_by_layer('usefulness_ratio with maps fitted on the scored tokens and applied transposed, as in the official code'),
     jacobian_published_error=_by_layer('standard error of jacobian_published, from the choice of probes'),
     jacobian_per_sequence_error=_by_layer('standard error of jacobian_per_sequence, from the choice of probes'),
+    block_influence=_by_layer('one minus the cosine of the stream before and after the block, mean over tokens'),
     jacobian_per_token_error=_by_layer('standard error of jacobian_per_token, from the choice of probes'))
 
 SCHEMA_SCALARS = dict(

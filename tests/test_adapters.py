@@ -813,7 +813,9 @@ def test_from_the_hub_only_descriptions_and_safetensors_are_fetched(saved, trust
         return str(folder)
     monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
     assert torch.equal(all_logits(open_model('someone/llama', trust_remote_code=trust)[0]), all_logits(adapt(network)))
-    assert asked['name'] == 'someone/llama' and asked['allow_patterns'] == ['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust
+    assert (asked['name'], asked['revision']) == ('someone/llama', None) and asked['allow_patterns'] == ['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust
+    open_model('someone/llama@v2', trust_remote_code=trust)
+    assert (asked['name'], asked['revision']) == ('someone/llama', 'v2')
 
 
 def test_transformers_is_imported_only_when_needed(saved, monkeypatch):

@@ -277,7 +277,7 @@ SCORE_FAST = '--sequences 4 --fit 30 --length 16'
 
 
 def test_rounded_weights_some_pairs_and_a_table(checkpoint, type_in, tmp_path):
-    for name, line in dict(plain='', rounded='--dtype bfloat16 --csv', all='--pairs 3').items():
+    for name, line in dict(plain='', rounded='--dtype bfloat16 --csv --losses', all='--pairs 3').items():
         code, text, errors = type_in(f'score {checkpoint} {SCORE_FAST} {line} --json {tmp_path}/{name}.json')
         assert code == 0 and 'time for all' in errors, errors
     plain, rounded, every = (json.loads((tmp_path / f'{name}.json').read_text(encoding='utf-8')) for name in ('plain', 'rounded', 'all'))
@@ -286,6 +286,9 @@ def test_rounded_weights_some_pairs_and_a_table(checkpoint, type_in, tmp_path):
     assert rounded['scalars']['loss']['value'] == pytest.approx(plain['scalars']['loss']['value'], rel=1e-2)
     rows = (tmp_path / 'rounded.csv').read_text(encoding='utf-8').splitlines()
     assert rows[0].startswith('score,block') and f"loss,,,{rounded['scalars']['loss']['value']}" in '\n'.join(rows) and not (tmp_path / 'plain.csv').exists()
+    losses = pandas.read_csv(tmp_path / 'rounded.losses.csv')
+    assert len(losses) == 4 * 16 and losses.loss.mean() == pytest.approx(rounded['scalars']['loss']['value'], rel=1e-5)
+    assert len(plain['arrays']['block_influence']) == 3 and 'influence_rank_agreement' in plain['scalars'] and not (tmp_path / 'plain.losses.csv').exists()
     code, _, errors = type_in(f'score {checkpoint} {SCORE_FAST} --pairs 1 --quiet --json {tmp_path}/x.json')
     assert code == 2 and 'pairs=1' in errors and not (tmp_path / 'x.json').exists()
 
@@ -323,8 +326,8 @@ def test_compare(checkpoint, trained, type_in, tmp_path):
 
 
 @pytest.mark.parametrize('options, says', [
-    ('--blocks 3', 'blocks=3'), ('--spans 2-9', 'spans='), ('--spans 1-3', 'all 3 blocks'), ('--budget 0', 'budget='), ('--budget 0.01', 'budget='), ('', 'exactly one'),
-    ('--blocks 1 --by age', "by='age'"), ('--blocks 1 --length 99', '--length 99'), ('--blocks 0', 'positive whole number'), ('--blocks 1 OUT', 'exists')])
+    ('--blocks 3', '--blocks: blocks=3'), ('--spans 2-9', '--spans: spans='), ('--spans 1-3', 'all 3 blocks'), ('--budget 0', 'budget='), ('--budget 0.01', 'budget='), ('', 'exactly one'),
+    ('--blocks 1 --by age', "--by: by='age'"), ('--blocks 1 --length 99', '--length 99'), ('--blocks 0', 'positive whole number'), ('--blocks 1 OUT', 'exists')])
 def test_what_cannot_be_pruned_is_said(checkpoint, type_in, tmp_path, options, says):
     out = tmp_path / 'small'
     if 'OUT' in options: out.mkdir()

@@ -14,9 +14,9 @@ from torch.nn import functional
 from sparsecod.adapters import adapt, load_network
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import check_stamp
-from sparsecod.pruning import (CRITERIA, angular_distance, block_influence, choose_removal, cut_config, greedy_order, influence_scores,
-                               loss_without, parse_spans, prune, rank_agreement, removals, span_losses, sublayer_losses)
-from sparsecod.scores import trace
+from sparsecod.pruning import (CRITERIA, add_influence, angular_distance, block_influence, choose_removal, cut_config, greedy_order, influence_scores,
+                               loss_frame, loss_without, parse_spans, prune, rank_agreement, removals, span_losses, sublayer_losses)
+from sparsecod.scores import ScoreConfig, score_model, trace
 from test_adapters import FAMILIES, L, MORE, T, V, tiny
 
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
@@ -164,6 +164,38 @@ def test_scores_with_intervals(model):
     want = stats.spearmanr(found['arrays']['block_influence'], [x.mean() for x in skip]).statistic
     assert found['scalars']['influence_rank_agreement']['value'] == pytest.approx(want)
     assert rank_agreement(torch.tensor([1., 2, 3]), torch.tensor([9., 4, 1])) == -1
+
+
+def test_scores_with_influence(model):
+    fit = torch.randint(V, (40, T + 1), generator=torch.Generator().manual_seed(5))
+    before = score_model(model, WINDOWS, fit, ScoreConfig(n_sequences=5, n_fit=40, n_jacobian=2, n_bootstrap=20), progress=False)
+    found, want = add_influence(before, model, WINDOWS), influence_scores(model, WINDOWS, longest=1)
+    assert found['arrays']['block_influence'] == pytest.approx(want['arrays']['block_influence'], rel=1e-5)
+    for end in ('low', 'high'): assert found['intervals']['block_influence'][end] == pytest.approx(want['intervals']['block_influence'][end], rel=1e-4)
+    agreement = stats.spearmanr(found['arrays']['block_influence'], found['arrays']['skip_loss_increase']).statistic
+    assert found['scalars']['influence_rank_agreement']['value'] == pytest.approx(agreement) and 'block_influence' not in before['arrays']
+
+
+def test_losses_by_sequence_and_position(model):
+    whole, cut = loss_frame(model, WINDOWS), loss_frame(model, WINDOWS, [2, 5])
+    for frame, gone in ((whole, ()), (cut, (2, 5))):
+        assert frame.groupby('sequence').loss.mean().tolist() == pytest.approx(own(model, gone).tolist(), rel=1e-5)
+    row = whole[(whole.sequence == 3) & (whole.position == 4)].iloc[0]
+    with torch.no_grad(): logits = model(WINDOWS[3:4, :5])[0, -1]                                       # of what stands at 5, from 0 to 4
+    assert row.token == WINDOWS[3, 5] and row.loss == pytest.approx(-logits.log_softmax(-1)[int(row.token)].item(), rel=1e-5)
+
+
+def test_a_gguf_file_becomes_a_folder_that_opens(tmp_path):
+    from test_real_model import llama, write_gguf
+    from sparsecod.adapters import open_model
+    source = write_gguf(tmp_path / 'whole.gguf', llama())
+    model, tokenizer = open_model(source)
+    windows = torch.randint(model.config.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
+    record = prune(model, tmp_path / 'small', windows[:4], windows[4:], blocks=1, source=source, tokenizer=tokenizer, dtype=torch.bfloat16)
+    small, words = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'small').eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / 'small')
+    assert small.dtype == torch.bfloat16 and not hasattr(small.config, 'quantization_config') and small.config.num_hidden_layers == model.config.n_layers - 1
+    assert own_loss(small.float(), windows[4:]).mean() == pytest.approx(record['loss']['after']['value'], rel=1e-2)
+    assert words('not to be')['input_ids'] == tokenizer.encode('not to be')
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sparsecod.claims import ledger
 from sparsecod.figures import label_variants
 from sparsecod.integrity import Damaged
 from sparsecod.report import NEAR_IDENTITY, SMALL_SWAP, Estimate, comparison_frame, comparison_page, difference, file_names, layers, made_up, mismatches, pairs
-from sparsecod.report import plain_reading, read_comparison, read_scores, score_explorer, score_page, score_table, write_page, write_report
+from sparsecod.report import plain_reading, read_comparison, read_scores, score_explorer, score_page, score_table, skip_explorer, write_page, write_report
 from sparsecod.studies import SCALES, STUDIES
 from synthetic import depth_study, variants
 from synthetic import record as made_record
@@ -289,7 +289,7 @@ def test_the_table_holds_the_scores(scores):
     rows = [line.split() for line in lines if re.match(r' +\d', line)]
     assert len(rows) == 8
     for l, row in enumerate(rows, 1):
-        wanted = [scores['arrays'][name][l - 1 if name[0] != 'v' else l] for name in pages.COLUMNS]
+        wanted = [scores['arrays'][name][l - 1 if name[0] != 'v' else l] for name in pages.COLUMNS if name in scores['arrays']]
         assert int(row[0]) == l and [float(x) for x in row[1:]] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -334,7 +334,7 @@ def test_a_block_lights_up_in_all_charts(scores, text):
         for _ in range(3): page.keyboard.press('ArrowRight')
         assert len(lit()) == 3 and all('block: 3;' in label for label in lit())
         assert any(f"nats a token: {scores['arrays']['skip_loss_increase'][2]:.4g}"[:-1] in label.replace('−', '-') for label in lit())
-        page.locator('.sce [aria-roledescription=bar][aria-label*="block: 5;"]').first.click()
+        page.locator('#sce-scores [aria-roledescription=bar][aria-label*="block: 5;"]').first.click()
         assert len(lit()) == 3 and all('block: 5;' in label for label in lit()) and slider.input_value() == '5'
         assert page.evaluate(f"[...document.querySelectorAll('.sce [stroke=\"{pages.ORANGE}\"][aria-roledescription]')].length") >= 7 + 14
 
@@ -444,6 +444,23 @@ def test_pairs_that_were_not_swapped_are_not_counted(missing, swapped):
     values = [[None if i == j or (min(i, j), max(i, j)) in missing else .001 for j in range(4)] for i in range(4)]
     said = ' '.join(pages.read_swaps(made_up(permutation=pairs(values), skip_loss_increase=layers([1.] * 4))))
     assert f'{swapped} pairs' in said and ('all 6 pairs' in said) == (swapped == 6) and ('6 in all' in said) == (swapped < 6)
+
+
+def test_the_page_begins_with_what_can_go():
+    "Blocks from the cheapest on, each with what its interval allows; without intervals by the values, and that is said."
+    cost, streams = [.5, -.3, .01, .2], [1.] * 5
+    sure, bare = (made_up(skip_loss_increase=c, variance_mean=streams) for c in (layers(cost, .1), cost))
+    for scores, kinds in ((sure, ['better without it', 'no cost shown', 'costs something', 'costs something']), (bare, ['better without it'] + 3 * ['costs something'])):
+        explorer = skip_explorer(scores)
+        rows = explorer.data['spec']['concat'][0]['layer'][0]['data']['values']
+        assert [r['block'] for r in rows] == [2, 3, 4, 1] and [r['verdict'] for r in rows] == kinds
+        assert ('by the values alone' in explorer.html) == (scores is bare)
+    page = score_page(sure, about=ABOUT)
+    assert page.index('id="sce-skips"') < page.index('class="facts"') < page.index('id="sce-scores"')
+    assert skip_explorer(made_up(variance_mean=streams)) is None and 'id="sce-skips"' not in score_page(made_up(variance_mean=streams))
+    sure['scalars']['influence_rank_agreement'] = dict(value=.8, low=None, high=None)
+    [line] = said(sure, None, 'influence', '0.8')
+    assert line in unescape(score_page(sure)) and not said(bare, None, 'influence')
 
 
 # Two models on one page
