@@ -13,7 +13,6 @@ import base64
 import html
 import io
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
