@@ -22,7 +22,7 @@ from .core import LOGITS_AT_ONCE, POSITIVE, Config, ModelConfig, Transformer, ch
 from .scores import ScoreConfig, plan_memory, planned_work
 from .studies import RunConfig, Study, hardware, read_records, scale_config, study_named, training_bytes
 from .train import find_world
-from .widgets import training_cost
+from .bench import measured_speed
 
 # %% ../nbs/tools/03_resources.ipynb #c212d21b
 def training_flops(
@@ -159,8 +159,8 @@ def speed_of(
     if shape(config) in known: return known[shape(config)]
     if found := kept_speed(config.model, config.train, find_world().device):
         return Speed(found * flops_per_token(config.model), found * flops_per_token(config.model), 'a kept trial')
-    cost = training_cost(config)
-    return Speed(cost.flops / cost.seconds, cost.flops / cost.seconds, cost.basis)
+    flops, basis = measured_speed(config)
+    return Speed(flops, flops, basis)
 
 # %% ../nbs/tools/03_resources.ipynb #25dc93c9
 def in_bf16(config: RunConfig, machine: Machine) -> bool:

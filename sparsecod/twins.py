@@ -73,8 +73,10 @@ def train_scaled(
     device='cpu',             # where
 ) -> Iterator[tuple[float, Transformer]]:  # after each step: its loss in nats, and the model
     "Train as `train` does, with other sizes and rates for the matrices that write to the stream."
-    torch.manual_seed(config.seed)
-    model = rescale(Transformer(model_config), factors.size).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = Transformer(model_config).to(device)
+    if factors.size != 1: rescale(model, factors.size)
     optimizer, special = make_optimizer(model, config), {id(p) for p in writers(model)}
     for group in list(optimizer.param_groups):                          # writers get a group of their own
         mine = [p for p in group['params'] if id(p) in special]
@@ -82,9 +84,10 @@ def train_scaled(
         changes = dict(weight_decay=group['weight_decay'] * factors.decay, eps=config.eps * factors.eps)
         if mine: optimizer.add_param_group({k: v for k, v in group.items() if k not in ('names',)} | changes | dict(params=mine, factor=factors.lr))
     N, T = sequences_per_step(config, model_config.context_length), model_config.context_length
+    at_once = (config.micro_batch_tokens or config.tokens_per_step) // T
     with usual_torch():
         for step in range(config.steps):
-            loss = accumulate_gradients(model, corpus.batch(step, N, T, config.seed).to(device), N)
+            loss = accumulate_gradients(model, corpus.batch(step, N, T, config.seed).to(device), at_once)
             sizes = torch.stack([p.grad.norm() * (factors.clip if id(p) in special else 1) for p in model.parameters()])
             clip = min(1.0, config.clip / (float(sizes.norm()) + 1e-6))
             for group in optimizer.param_groups:

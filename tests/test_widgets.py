@@ -1,10 +1,11 @@
-"Widgets: the thread and the surgery without a browser, the panels by clicks from Python, and both in a real JupyterLab."
+"The bench and the operating table: their logic without a browser, the panels by clicks from Python, and both in a real JupyterLab."
+import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +15,19 @@ import torch
 from torch import nn
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'
+from sparsecod import bench, surgery
 from sparsecod import widgets as wd
+from sparsecod.adapters import open_model
+from sparsecod.bench import BENCH, STORIES, Training, read_config, read_number, run_cost, variants
 from sparsecod.core import BlockOutput, ModelConfig, Transformer, flops_per_token
 from sparsecod.data import Corpus
 from sparsecod.scores import fit_blocks, linear_losses, skip_effects, swap_losses, trace
-from sparsecod.studies import SCALES, vary
+from sparsecod.studies import read_record, vary
+from sparsecod.surgery import MODES, Plan, Surgery, skip_costs, write
 from sparsecod.train import train
 
-TINY = vary(SCALES['tiny'], {'model.n_layers': 2, 'model.d_model': 16, 'model.context_length': 16, 'train.tokens_per_step': 64,
-                             'train.steps': 10, 'train.log_every': 2})
+TINY = vary(BENCH, {'model.n_layers': 2, 'model.d_model': 16, 'model.n_heads': 2, 'model.context_length': 16, 'train.tokens_per_step': 64,
+                    'train.steps': 10, 'train.log_every': 2, 'n_eval': 16, 'score.n_sequences': 8, 'score.n_bootstrap': 50})
 ENDLESS = vary(TINY, {'train.steps': 10 ** 7})
 
 
@@ -36,10 +41,12 @@ def corpus():
 def nothing_left():
     "No training outlives its test."
     yield
-    if wd.Training.alone is not None and wd.Training.alone.is_alive(): wd.Training.alone.stop(wait=True)
+    if Training.alone is not None and Training.alone.is_alive():
+        Training.alone.stop()
+        Training.alone.join()
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=60):
     "Wait for something that another thread does."
     end = time.monotonic() + seconds
     while not condition():
@@ -47,146 +54,201 @@ def until(condition, seconds=30):
         time.sleep(0.005)
 
 
-def alive():
-    return [t for t in threading.enumerate() if isinstance(t, wd.Training)]
+def training(config, corpus, story='one run', **options):
+    "A training that has begun."
+    thread = Training(variants(config, story), corpus, **options)
+    thread.start()
+    return thread
+
+
+def done(thread):
+    "The same, ended."
+    thread.join()
+    return thread
+
+
+# --- What people type
+
+@pytest.mark.parametrize('text, number', [('0.1', .1), ('0,1', .1), ('1,5', 1.5), ('1e-3', .001), ('1E3', 1000), ('1,000', 1000), ('1,000,000', 10 ** 6), ('1,234.5', 1234.5),
+                                          ('0,100', .1), ('12 000', 12000), ('10_000', 10000), (' 7 ', 7), ('\u22122', -2), ('1,25', 1.25), ('-0,5', -.5)])
+def test_numbers_as_people_type_them(text, number): assert read_number(text) == number
+
+
+@pytest.mark.parametrize('text', ['', '  ', 'many', 'inf', '-inf', 'nan', '1e999', '1,2,3', '1.2.3', '1,00,0', '--1', '5%'])
+def test_what_is_no_number(text):
+    with pytest.raises(ValueError, match='finite number'): read_number(text)
+
+
+def test_a_field_is_named():
+    assert read_config(BENCH, {'model.n_layers': '1e1', 'train.lr': '0,001', 'model.norm': 'peri_ln'}) == vary(BENCH, {
+        'model.n_layers': 10, 'train.lr': .001, 'model.norm': 'peri_ln'})
+    for path, text, name in (('model.n_layers', '1.5', 'n_layers'), ('train.steps', '', 'steps'), ('train.lr', 'inf', 'lr'), ('seed', '-1', 'seed'),
+                             ('model.n_kv_heads', '3', 'n_kv_heads'), ('model.n_layers', '0', 'n_layers'), ('train.weight_decay', '-1', 'weight_decay')):
+        with pytest.raises(ValueError, match=name): read_config(BENCH, {path: text})
+
+
+# --- Stories
+
+@pytest.mark.parametrize('story', STORIES)
+def test_a_story_changes_what_it_names_and_nothing_else(story):
+    found = variants(BENCH, story)
+    assert len(found) == len({v.label for v in found}) == len(STORIES[story])
+    for v, changes in zip(found, STORIES[story]):
+        assert v.config == vary(BENCH, {path: x for path, x in changes.items() if path != 'stream'}) and v.stream == changes.get('stream', 1)
+        assert v.config.data == BENCH.data and v.config.seed == BENCH.seed
+
+
+def test_twins_are_the_same_run_at_64_times_the_variance(corpus):
+    plain, twin = done(training(TINY, corpus, 'twins: the same run at 64 times the variance')).runs
+    assert [r['loss'] for r in plain.log] == [r['loss'] for r in twin.log] and [r['val_loss'] for r in plain.log] == [r['val_loss'] for r in twin.log]
+    for a, b in zip(plain.log, twin.log): assert b['variance_median'] == pytest.approx([64 * v for v in a['variance_median']], rel=1e-5)
+    skip = lambda run: run.record['scores']['arrays']['skip_loss_increase']
+    assert skip(twin) == pytest.approx(skip(plain), abs=1e-5)
+    with pytest.raises(ValueError, match='norm'): variants(vary(TINY, {'model.norm': 'peri_ln'}), 'twins: the same run at 64 times the variance')
+
+
+# --- Costs
+
+def test_a_price_is_near_what_is_paid(corpus):
+    config = vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'train.steps': 40, 'model.n_layers': 6, 'n_eval': 16})
+    bench.step_speed.cache_clear()
+    cost, found = run_cost(config), []
+    for _ in range(3):                                # a busy machine gets a few tries
+        start, run = time.perf_counter(), done(training(config, corpus)).runs[0]
+        found.append((time.perf_counter() - start) / cost.seconds)
+        if .5 < found[-1] < 2: break
+        bench.step_speed.cache_clear()
+        cost = run_cost(config)
+    assert .4 < found[-1] < 2.5, found
+    assert cost.parameters == sum(p.numel() for p in run.model.parameters()) and cost.tokens == 40 * 512
+    assert cost.flops > cost.tokens * flops_per_token(config.model)
+    kept = run_cost(config, {bench.run_kind(config): 2e9})
+    assert kept.seconds == pytest.approx(cost.flops / 2e9) and kept.basis != cost.basis
+
+
+def test_memory_is_no_less_than_the_weights():
+    for changes in ({}, {'model.n_experts': 8}, {'model.d_model': 256}, {'train.tokens_per_step': 2 ** 16}):
+        config = vary(BENCH, changes)
+        assert run_cost(config).memory > 16 * run_cost(config).parameters
+
+
+@pytest.mark.parametrize('path, value', [('model.n_experts', 10 ** 6), ('model.n_layers', 10 ** 7), ('model.d_model', 10 ** 6)])
+def test_what_does_not_fit_is_refused_unbuilt(path, value, monkeypatch):
+    monkeypatch.setattr(bench, 'Transformer', lambda config: pytest.fail('something was built'))
+    with pytest.raises(ValueError, match=f'{path}={value:,}'): run_cost(vary(BENCH, {path: value}))
+
+
+def test_a_thousand_blocks_have_a_price(monkeypatch):
+    built = []
+    monkeypatch.setattr(bench, 'Transformer', lambda config: built.append(config.n_layers) or Transformer(config))
+    bench.step_speed.cache_clear()
+    assert run_cost(vary(BENCH, {'model.n_layers': 1000})).seconds > wd.ASK and max(built, default=0) <= 2
+
+
+@pytest.mark.parametrize('seconds, text', [(0.01, 'about 0.1 s'), (5, 'about 5 s'), (119, 'about 119 s'), (180, 'about 3 minutes'), (864000, 'about 10 days')])
+def test_spell(seconds, text): assert bench.spell(seconds) == text
 
 
 # --- Training
 
 def test_the_same_as_train(corpus, tmp_path):
-    "A thread that nobody disturbs does what `train` does, bit for bit."
-    thread = wd.Training(TINY, tmp_path / 'thread', corpus)
-    thread.start()
-    thread.join()
-    config = thread.config
-    plain = train(config.model, config.train, corpus, tmp_path / 'plain', progress=False)
-    assert thread.state == plain.status == 'finished' and thread.step == 10 and thread.error is None
-    assert all(torch.equal(a, b) for a, b in zip(thread.result.model.parameters(), plain.model.parameters()))
-    strip = lambda log: [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log]
-    assert strip(thread.log) == strip(plain.log)
+    "A thread that nobody disturbs trains what `train` trains."
+    run = done(training(TINY, corpus)).runs[0]
+    plain = train(run.config.model, run.config.train, corpus, tmp_path, progress=False)
+    assert run.status == plain.status == 'finished' and run.step == 10
+    for a, b in zip(run.model.parameters(), plain.model.parameters()): assert torch.allclose(a, b, atol=1e-6)
+    assert [r['step'] for r in run.log] == [1, 2, 4, 6, 8, 10] and run.log[-1]['val_loss'] < run.log[0]['val_loss']
 
 
-def test_pause_resume_and_stop(corpus, tmp_path):
+def test_pause_and_stop(corpus):
     states = []
-    thread = wd.Training(ENDLESS, tmp_path / 'run', corpus, lambda t: states.append(t.state))
-    thread.start()
-    until(lambda: thread.step > 3)
+    thread = training(ENDLESS, corpus, tell=lambda t: states.append(t.state))
+    until(lambda: thread.runs and thread.runs[0].step > 3)
     thread.pause()
-    there = thread.step
-    time.sleep(0.3)
-    assert thread.is_alive() and thread.step <= there + 1, 'a paused training goes on'
-    thread.pause()                                                  # again: nothing new
-    thread.resume()
-    until(lambda: thread.step > there + 5)
-    thread.stop(wait=True)
-    assert not thread.is_alive() and thread.state == 'interrupted' and thread.result.step == thread.step
-    assert isinstance(thread.result.model, Transformer) and thread.log[-1]['step'] <= thread.step
-    order = [s for i, s in enumerate(states) if i == 0 or s != states[i - 1]]
-    assert order == ['preparing', 'running', 'paused', 'running', 'stopping', 'interrupted']
-    thread.stop(), thread.pause(), thread.resume(), thread.change('stopping')
-    assert thread.state == 'interrupted', 'an ended training changed its state'
-
-
-def test_a_stop_ends_a_pause(corpus, tmp_path):
-    thread = wd.Training(ENDLESS, tmp_path / 'run', corpus)
-    thread.start()
-    until(lambda: thread.step > 1)
+    there = thread.runs[0].step
+    time.sleep(.3)
+    assert thread.state == 'paused' and thread.runs[0].step <= there + 1, 'a paused training goes on'
     thread.pause()
-    there = thread.step
-    thread.stop(wait=True)
-    assert thread.state == 'interrupted' and thread.step <= there + 2
-
-
-def test_one_training_at_a_time(corpus, tmp_path):
-    "Whoever starts, and from whichever thread: at the end one training lives, and it is the last one."
-    trainings = [wd.Training(ENDLESS, tmp_path / str(i), corpus) for i in range(5)]
-    for t in trainings[:3]:
-        t.start()
-        assert alive() == [t]
-    callers = [threading.Thread(target=t.start) for t in trainings[3:]]
-    for c in callers: c.start()
-    for c in callers: c.join()
-    assert alive() == [wd.Training.alone]
-    wd.Training.alone.stop(wait=True)
-    assert alive() == [] and all(t.state == 'interrupted' for t in trainings)
-
-
-def test_tells_at_most_twice_a_second(corpus, tmp_path):
-    told = []
-    thread = wd.Training(ENDLESS, tmp_path / 'run', corpus, lambda t: told.append((t.state, t.step, time.monotonic())))
-    thread.start()
-    until(lambda: thread.step >= 1)
-    time.sleep(1.6)
-    thread.stop(wait=True)
-    times = [at for state, step, at in told if state == 'running']
-    assert len(times) >= 3 and thread.step > len(times)
-    assert min(b - a for a, b in zip(times, times[1:])) > 0.4
-
-
-def test_errors_are_kept(corpus, tmp_path):
-    for change, name in (({'model.context_length': 48}, 'tokens_per_step'), ({'data.source': str(tmp_path / 'nowhere')}, 'nowhere')):
-        own = None if 'data.source' in change else corpus
-        thread = wd.Training(vary(TINY, change), tmp_path / name, own)
-        thread.start()
-        thread.join()
-        assert thread.state == 'failed' and name in str(thread.error) and thread.result is None
-
-
-def test_divergence_is_an_end(corpus, tmp_path):
-    thread = wd.Training(vary(TINY, {'train.lr': 1e30, 'train.warmup_steps': 0, 'train.steps': 50}), tmp_path / 'run', corpus)
-    thread.start()
+    until(lambda: thread.runs[0].step > there + 3)
+    thread.pause()
+    thread.stop()                                                # also out of a pause
     thread.join()
-    assert thread.state == 'diverged' and thread.result.model is not None
-    assert 'diverged' in wd.training_view(thread)
+    assert thread.state == 'stopped' and 'you' in thread.why and thread.runs[0].status == 'interrupted' and thread.runs[0].model is not None
+    assert [s for i, s in enumerate(states) if i == 0 or s != states[i - 1]] == ['preparing', 'training', 'paused', 'training', 'paused', 'stopped']
+    thread.stop('again'), thread.pause()
+    assert thread.state == 'stopped' and 'you' in thread.why
 
 
-def test_python_ends_while_a_training_lives(tmp_path):
+def test_one_training_at_a_time(corpus):
+    threads = [training(ENDLESS, corpus) for _ in range(3)]
+    until(lambda: threads[-1].runs)
+    assert [t.is_alive() for t in threads] == [False, False, True]
+    assert all(t.state == 'stopped' and 'another' in t.why for t in threads[:2])
+
+
+@pytest.mark.parametrize('changes, name', [({'model.context_length': 48}, 'tokens_per_step'), ({'score.n_sequences': 10 ** 6}, 'n_sequences')])
+def test_errors_are_kept(corpus, changes, name):
+    thread = done(training(vary(TINY, changes), corpus))
+    assert thread.state == 'failed' and name in str(thread.error)
+    assert name in wd.state_text(thread)
+
+
+def test_divergence_is_an_end(corpus):
+    run = done(training(vary(TINY, {'train.lr': 1e30, 'train.warmup_steps': 0, 'train.steps': 50}), corpus)).runs[0]
+    assert run.status == 'diverged' and run.record is None and 'diverged' in bench.conclusion(run)
+
+
+def test_an_interrupted_kernel_stops_the_training(corpus):
+    import asyncio
+    before = signal.getsignal(signal.SIGINT)
+    async def kernel():
+        thread = training(ENDLESS, corpus)
+        bench.stop_when_interrupted()
+        await asyncio.sleep(.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        return thread
+    try: thread = done(asyncio.run(kernel()))
+    finally: signal.signal(signal.SIGINT, before)
+    assert thread.state == 'stopped' and 'interrupted' in thread.why
+
+
+def test_python_ends_while_a_training_lives():
     "At the end of Python the training is stopped in good order, also out of a pause."
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_widgets import *\n"
-            f"texts = ['a b c ' * n for n in range(1, 60)]\nt = wd.Training(ENDLESS, {str(tmp_path / 'run')!r}, Corpus.from_texts(texts, vocab_size=262))\n"
-            "t.start(); until(lambda: t.step > 2)\nif sys.argv[1:]: t.pause()")
+            "texts = [f'{n} a b c ' * 9 for n in range(400)]\nt = training(ENDLESS, Corpus.from_texts(texts, vocab_size=262))\n"
+            "until(lambda: t.runs and t.runs[0].step > 2)\nif sys.argv[1:]: t.pause()\n"
+            "import atexit; atexit.register(lambda: print(t.state, t.why))\natexit.unregister(bench.stop_at_exit); atexit.register(bench.stop_at_exit)")
     for argument in ([], ['pause']):
-        done = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True, timeout=60, env=os.environ | dict(
+        ended = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True, timeout=120, env=os.environ | dict(
             OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])), encoding='utf-8')
-        assert done.returncode == 0, done.stderr[-1000:]
-        assert list((tmp_path / 'run' / 'checkpoints').glob('step-*')), 'no checkpoint of the stopped training'
+        assert ended.stdout.strip() == 'stopped Python ended', ended.stderr[-1000:]
 
 
-def test_random_numbers_come_back(corpus, tmp_path):
+def test_random_numbers_are_left_alone(corpus):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    thread = wd.Training(TINY, tmp_path / 'run', corpus)
-    thread.start()
-    thread.join()
-    wd.training_cost(TINY)
+    done(training(TINY, corpus))
+    bench.step_speed.cache_clear()
+    run_cost(TINY)
     assert torch.equal(torch.rand(3), expected)
 
 
-# --- Costs
-
-def test_cost_of_a_training(corpus, tmp_path):
-    c = wd.training_cost(TINY)
-    model = Transformer(TINY.model)
-    assert c.parameters == sum(p.numel() for p in model.parameters()) and c.tokens == 640
-    assert c.flops == 640 * flops_per_token(TINY.model) and 0 < c.seconds < 60 and 'measured' in c.basis
-    assert wd.training_cost(vary(TINY, {'train.steps': 10 ** 6})).seconds > 1e3 * c.seconds
-    thread = wd.Training(TINY, tmp_path / 'run', corpus)
-    thread.start()
-    thread.join()
-    again = wd.training_cost(vary(TINY, {'train.steps': 20}), thread)
-    assert again.basis == 'from the last training' and again.seconds == pytest.approx(2 * thread.result.seconds)
-    assert wd.training_cost(vary(TINY, {'train.steps': 20, 'model.n_layers': 3}), thread).basis != again.basis
-
-
-def test_a_huge_model_is_not_built():
-    start = time.perf_counter()
-    c = wd.training_cost(SCALES['paper'])
-    assert time.perf_counter() - start < 5 and 'at least' in c.basis and c.seconds > 86400 and 'days' in str(c)
-
-
-@pytest.mark.parametrize('seconds, text', [(0.01, 'about 0.1 s'), (5, 'about 5 s'), (119, 'about 119 s'), (180, 'about 3 minutes'), (864000, 'about 10 days')])
-def test_spell(seconds, text): assert wd.spell(seconds) == text
+def test_what_runs_have_shown(corpus, tmp_path):
+    runs = done(training(TINY, corpus, 'no decay against decay')).runs
+    table = bench.compare(runs)
+    assert list(table.columns)[:2] == ['λ', 'held-out loss'] and list(table['λ']) == [0, 1], 'a field is shown in which runs do not differ'
+    assert list(bench.compare(runs[:1]).columns)[0] == 'L'
+    for run in runs:
+        skip = run.record['scores']['arrays']['skip_loss_increase']
+        assert f'block {skip.index(min(skip)) + 1}' in bench.conclusion(run) and 'too little' in bench.conclusion(run)
+    path = bench.export_run(runs[1], tmp_path)
+    assert read_record(path)['scores']['arrays'] == runs[1].record['scores']['arrays']
+    model, tokenizer = open_model(tmp_path / 'models' / path.stem)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), runs[1].model.parameters())) and tokenizer.encode('for') == corpus.tokenizer.encode('for')
+    assert wd.models_at_hand(tmp_path) == [str(tmp_path / 'models' / path.stem)]
+    runs[0].variant = runs[0].variant._replace(stream=8.)
+    with pytest.raises(ValueError, match='stream=8'): bench.export_run(runs[0], tmp_path)
 
 
 # --- Surgery
@@ -229,18 +291,39 @@ MODELS = dict(dense=random_model, mixture=lambda: random_model(n_experts=4, expe
 
 @pytest.mark.parametrize('kind', MODELS)
 def test_losses_are_those_of_the_scores(kind):
-    model = MODELS[kind]()
-    s = wd.Surgery(model, WINDOWS, FIT, batch_size=4)
-    m = s.model.eval()
+    s = Surgery(MODELS[kind](), WINDOWS, FIT, batch_size=4)
+    m, plan = s.model.eval(), s.plan
     with torch.no_grad(): t, maps = trace(m, WINDOWS), fit_blocks(m, FIT)
     skipped, linear, swapped = skip_effects(m, t)[1].mean(-1), linear_losses(m, t, maps).mean(-1), swap_losses(m, t).mean(-1)
-    L = len(m.blocks)
+    L, costs = len(m.blocks), list(skip_costs(s, s.losses()))
     assert s.loss() == pytest.approx(t.loss.mean().item(), abs=1e-5)
     for i in range(1, L + 1):
-        assert s.reset().skip(i).loss() == pytest.approx(skipped[i - 1].item(), abs=1e-5)
-        assert s.reset().linearise(i).loss() == pytest.approx(linear[i - 1].item(), abs=1e-4)
-        for j in range(i + 1, L + 1): assert s.reset().swap(i, j).loss() == pytest.approx(swapped[i - 1, j - 1].item(), abs=1e-5)
+        assert s.loss(plan.skip(i)) == pytest.approx(skipped[i - 1].item(), abs=1e-5)
+        assert costs[i - 1]['value'] == pytest.approx(skipped[i - 1].item() - s.loss(), abs=1e-5) and costs[i - 1]['low'] < costs[i - 1]['high']
+        assert s.loss(plan.set(i, 'linear')) == pytest.approx(linear[i - 1].item(), abs=1e-4)
+        for j in range(i + 1, L + 1): assert s.loss(plan.swap(i, j)) == pytest.approx(swapped[i - 1, j - 1].item(), abs=1e-5)
+    assert list(skip_costs(s, s.losses(), L)) == costs[-1:]
     assert skipped.max() - skipped.min() > 1e-3, 'the model is too dull for this test'
+
+
+def by_hand(model, l, part):
+    "A copy whose block l writes nothing with its attention or its feed-forward layer, by zeros among its weights."
+    model = copy.deepcopy(model)
+    block = model.model.layers[l - 1] if hasattr(model, 'model') else model.blocks[l - 1]
+    writer = {'no attention': lambda: block.self_attn.o_proj if hasattr(block, 'self_attn') else block.attention.output,
+              'no feed-forward': lambda: block.mlp.down_proj if hasattr(block, 'mlp') else block.feed_forward.down}[part]()
+    nn.init.zeros_(writer.weight if isinstance(writer, nn.Module) else writer)
+    return model
+
+
+@pytest.mark.parametrize('part', MODES[3:])
+@pytest.mark.parametrize('kind', MODELS)
+def test_a_block_without_a_part(kind, part):
+    model = MODELS[kind]()
+    s = Surgery(model, WINDOWS)
+    for l in (1, 3):
+        found = s.loss(s.plan.set(l, part))
+        assert found == pytest.approx(Surgery(by_hand(model, l, part), WINDOWS).loss(), abs=1e-5) and abs(found - s.loss()) > 1e-4
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -260,224 +343,243 @@ def test_the_model_is_never_changed(kind):
         assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == wanted
         assert [(name, id(m), type(m)) for name, m in model.named_modules()] == parts and all(p.grad is None for p in model.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    s = wd.Surgery(model, WINDOWS, FIT)
-    first, text = s.loss(), s.generate(WINDOWS[:1, :4], 6)
+    s, start = Surgery(model, WINDOWS, FIT), WINDOWS[0, :4].tolist()
+    first, text = s.loss(), list(write(s, s.plan, start, 6))
     same()
-    s.skip(1).swap(2, 3).linearise(3)
-    assert s.loss() != first
-    s.generate(WINDOWS[:1, :4], 6)
+    plan = s.plan.skip(1).swap(2, 3).set(3, 'linear').set(2, 'no attention')
+    assert s.loss(plan) != first
+    list(write(s, plan, start, 6))
     same()
-    assert s.reset().loss() == first and torch.equal(s.generate(WINDOWS[:1, :4], 6), text)
+    half = write(s, plan, start, 6)
+    next(half), half.close()                                        # abandoned
+    same()
+    assert s.loss() == first and list(write(s, s.plan, start, 6)) == text
     same()
 
 
 def test_dropout_is_off_while_measuring():
     model = transformers_model(attention_dropout=0.9).train()
-    results = [(s.loss(), s.generate(WINDOWS[:1], 30).tolist()) for s in (wd.Surgery(model, WINDOWS) for _ in range(2))]
+    results = [(s.loss(), list(write(s, s.plan, WINDOWS[0].tolist(), 30))) for s in (Surgery(model, WINDOWS) for _ in range(2))]
     assert results[0] == results[1] and model.training
-    assert results[0][0] == wd.Surgery(model.eval(), WINDOWS).loss()
-
-
-def test_an_identity_block_is_skipped_for_nothing():
-    model = random_model()
-    for part in (model.blocks[2].attention.output, model.blocks[2].feed_forward.down): nn.init.zeros_(part.weight)
-    s = wd.Surgery(model, WINDOWS)
-    own = s.loss()
-    assert s.skip(3).loss() == own and s.reset().skip(2).loss() != own
+    assert results[0][0] == Surgery(model.eval(), WINDOWS).loss()
 
 
 def test_an_affine_block_is_linearised_for_nothing():
     model = random_model()
     model.blocks[1] = Affine(16)
-    s = wd.Surgery(model, WINDOWS, FIT)
-    own = s.loss()
-    assert s.linearise(2).loss() == pytest.approx(own, abs=1e-4)
-    assert abs(s.reset().linearise(1).loss() - own) > 1e-3
+    s = Surgery(model, WINDOWS, FIT)
+    assert s.loss(s.plan.set(2, 'linear')) == pytest.approx(s.loss(), abs=1e-4)
+    assert abs(s.loss(s.plan.set(1, 'linear')) - s.loss()) > 1e-3
 
 
-def test_swaps_compose():
-    s = wd.Surgery(random_model(), WINDOWS)
-    own, once = s.loss(), s.swap(1, 4).loss()
-    assert once != own and s.swap(1, 4).loss() == own and s.swap(2, 2).loss() == own
-    s.swap(1, 2).swap(2, 3)                                        # blocks, wherever they are
-    assert s.order == [3, 1, 2, 4]
-    s.skip(1)
-    assert s.plan == [(3, 'keep'), (1, 'skip'), (2, 'keep'), (4, 'keep')]
+def test_plans():
+    plan = Plan.untouched(4)
+    assert plan.swap(1, 4).swap(1, 4) == plan == plan.swap(2, 2) == plan.skip(3).set(3, 'keep')
+    assert plan.swap(1, 2).swap(2, 3).skip(1).places == ((3, 'keep'), (1, 'skip'), (2, 'keep'), (4, 'keep')), 'blocks, wherever they are'
+    assert plan == Plan.untouched(4), 'an operation changed the plan it was made from'
 
 
 @pytest.mark.parametrize('memory', [2 ** 30, 4 * 16 * 120 * 3, 1])
 def test_restarts_where_the_plan_changes(memory):
     "Kept streams save work and never change a result, however few are kept."
     model = random_model(L=6)
-    s, generator = wd.Surgery(model, WINDOWS, FIT, batch_size=4, memory=memory), torch.Generator().manual_seed(0)
+    s, generator = Surgery(model, WINDOWS, FIT, batch_size=4, memory=memory), torch.Generator().manual_seed(0)
     assert (memory == 2 ** 30) == (s.stride == 1)
+    plan = s.plan
     for _ in range(25):
-        l, k, what = (int(torch.randint(n, (1,), generator=generator)) for n in (6, 6, 4))
-        s.swap(l + 1, k + 1) if what == 3 else s.set_mode(l + 1, wd.MODES[what])
-        fresh = wd.Surgery(model, WINDOWS, FIT, batch_size=4)
-        fresh.order, fresh.modes, fresh.maps = list(s.order), dict(s.modes), s.maps
-        assert s.loss() == fresh.loss()
-    s.reset().loss()
-    assert s.loss() == s.reset().loss() and (s.ran == 0 or s.stride > 1)
-    s.skip(5).loss()
+        l, k, what = (int(torch.randint(n, (1,), generator=generator)) for n in (6, 6, 6))
+        plan = plan.swap(l + 1, k + 1) if what == 5 else plan.set(l + 1, MODES[what])
+        fresh = Surgery(model, WINDOWS, FIT, batch_size=4)
+        assert s.loss(plan) == fresh.loss(plan)
+    s.loss()
+    assert s.loss() == s.loss() and (s.ran == 0 or s.stride > 1)
+    s.loss(s.plan.skip(5))
     assert s.ran == (1 if s.stride == 1 else s.ran) and s.ran < 6 or memory == 1
-    if s.stride == 1: assert set(s.kept) == set(range(7))
-    else: assert len(s.kept) < 7
 
 
 def test_work_of_a_tour():
-    "Skipping each block in turn, with a reset after each, runs L blocks for the first loss and L^2 after it."
-    s, ran = wd.Surgery(random_model(L=6), WINDOWS), []
+    "Skipping each block in turn, with undo after each, runs L blocks for the first loss and L^2 after it."
+    s, ran = Surgery(random_model(L=6), WINDOWS), []
     s.loss()
     assert s.ran == 6
     for l in range(1, 7):
-        for edit in (lambda: s.skip(l), s.reset):
-            edit().loss()
+        for plan in (s.plan.skip(l), s.plan):
+            s.loss(plan)
             ran.append(s.ran)
     assert ran == [n for l in range(1, 7) for n in (6 - l, 7 - l)] and sum(ran) == 36
 
 
-def test_an_interrupted_measurement_leaves_no_lie(monkeypatch):
-    model = random_model()
-    s = wd.Surgery(model, WINDOWS, batch_size=4)
-    def broken(*args): raise KeyboardInterrupt
-    for edit in (lambda: s.reset(), lambda: s.skip(2), lambda: s.swap(1, 4)):
-        edit()
-        with monkeypatch.context() as patch:
-            patch.setattr(model, 'token_losses', broken)
-            with pytest.raises(KeyboardInterrupt): s.loss()
-        fresh = wd.Surgery(model, WINDOWS, batch_size=4)
-        fresh.order, fresh.modes = list(s.order), dict(s.modes)
-        assert s.loss() == fresh.loss()
+def test_abandoned_work_leaves_no_lie():
+    model, calls = random_model(), []
+    s = Surgery(model, WINDOWS, FIT, batch_size=4)
+    def check():
+        calls.append(1)
+        if len(calls) % 5 == 0: raise wd.Abandoned
+    for plan in (s.plan, s.plan.skip(2), s.plan.swap(1, 4)):
+        s.check = check
+        with pytest.raises(wd.Abandoned):
+            while True: s.losses(plan), s.kept.clear()
+        s.check = lambda: None
+        assert s.loss(plan) == Surgery(model, WINDOWS, FIT, batch_size=4).loss(plan)
 
 
-def test_generate_is_that_of_the_model():
+def test_writing_is_that_of_the_model():
     model = random_model()
-    s, start = wd.Surgery(model, WINDOWS), WINDOWS[:2, :3]
-    own = model.generate(start, 20, temperature=0.8, generator=torch.Generator().manual_seed(0))  # beyond the context too
-    assert torch.equal(s.generate(start, 20), own) and not torch.equal(s.generate(start, 20, seed=1), own)
-    model.blocks[1] = Affine(16)
-    greedy = model.generate(start, 5, temperature=0)
-    assert torch.equal(s.generate(start, 5, temperature=0), greedy) and not torch.equal(s.skip(2).generate(start, 20, temperature=0)[:, :8], greedy)
+    s, start = Surgery(model, WINDOWS), WINDOWS[:1, :3]
+    own = model.generate(start, 20, temperature=0.8, generator=torch.Generator().manual_seed(0))[0, 3:].tolist()  # beyond the context too
+    assert list(write(s, s.plan, start[0].tolist(), 20)) == own != list(write(s, s.plan, start[0].tolist(), 20, seed=1))
+
+
+@pytest.mark.parametrize('edit', [lambda p: p, lambda p: p.skip(1), lambda p: p.skip(3), lambda p: p.swap(1, 3), lambda p: p.set(2, 'linear'), lambda p: p.set(1, 'no attention'),
+                                  lambda p: p.set(3, 'no feed-forward'), lambda p: p.swap(1, 2).skip(1).set(3, 'linear')])
+def test_the_cache_changes_no_text(edit):
+    "A network of the transformers library writes the same with its cache as block by block without it."
+    s, tokens = Surgery(transformers_model(), WINDOWS, FIT), WINDOWS[0, :5].tolist()
+    plan, text = edit(s.plan), WINDOWS[0, :5].tolist()
+    with torch.no_grad():
+        s.model.eval()
+        for _ in range(12): text.append(s.model.logits(surgery.h_after(s, plan, s.model.embed(torch.tensor([text])))[:, -1]).argmax(-1).item())
+    assert list(write(s, plan, tokens, 12, temperature=0)) == text[5:]
 
 
 @pytest.mark.parametrize('attempt, says', [
-    (lambda s: s.skip(5), 'l=5 must be the number of a block, 1 to 4'), (lambda s: s.skip(0), 'l=0'), (lambda s: s.swap(1, 'x'), "j='x'"),
-    (lambda s: s.skip(True), 'l=True'), (lambda s: s.set_mode(1, 'cut'), "mode='cut'"), (lambda s: s.linearise(1), 'fit_windows is None'),
-    (lambda s: s.generate(WINDOWS[:1] + 50), 'tokens holds'), (lambda s: s.generate(torch.zeros(1, 0, dtype=torch.long)), 'tokens is'),
-    (lambda s: wd.Surgery(s.model, WINDOWS.float()), 'windows is'), (lambda s: wd.Surgery(s.model, [[1, 2]]), 'windows is'),
-    (lambda s: wd.Surgery(s.model, WINDOWS - 5), 'windows holds tokens from -'), (lambda s: wd.Surgery(s.model, WINDOWS, WINDOWS), 'share a sequence'),
-    (lambda s: wd.Surgery(nn.Linear(2, 2), WINDOWS), 'Linear cannot be adapted'), (lambda s: wd.surgery_widget(s.model), 'windows is None and tokenizer is None')])
+    (lambda s: s.plan.skip(5), 'l=5 must be the number of a block, 1 to 4'), (lambda s: s.plan.skip(0), 'l=0'), (lambda s: s.plan.swap(1, 'x'), "l='x'"),
+    (lambda s: s.plan.skip(True), 'l=True'), (lambda s: s.plan.set(1, 'cut'), "mode='cut'"), (lambda s: s.loss(s.plan.set(1, 'linear')), 'fit_windows is None'),
+    (lambda s: list(write(s, s.plan, [50])), 'tokens holds'), (lambda s: list(write(s, s.plan, [])), 'tokens is'),
+    (lambda s: Surgery(s.model, WINDOWS.float()), 'windows is'), (lambda s: Surgery(s.model, [[1, 2]]), 'windows is'),
+    (lambda s: Surgery(s.model, WINDOWS - 5), 'windows holds tokens from -'), (lambda s: Surgery(s.model, WINDOWS, WINDOWS), 'share a sequence'),
+    (lambda s: Surgery(nn.Linear(2, 2), WINDOWS), 'Linear cannot be adapted'), (lambda s: wd.surgery_widget(s.model), 'without a tokenizer'),
+    (lambda s: wd.surgery_widget('no such folder'), 'no such folder')])
 def test_bad_input(attempt, says):
-    s = wd.Surgery(random_model(), WINDOWS)
+    s = Surgery(random_model(), WINDOWS)
     with pytest.raises(ValueError, match=re.escape(says)): attempt(s)
-    assert s.plan == [(l, 'keep') for l in (1, 2, 3, 4)], 'a refused edit changed the plan'
-
-
-def test_cost_of_surgery():
-    change, maps = wd.surgery_costs(wd.Surgery(random_model(), WINDOWS, FIT))
-    assert change.tokens == 120 and maps.tokens == 240 and change.seconds > 0 and maps.flops > change.flops
-    c = random_model().config
-    assert abs(change.flops / (120 * flops_per_token(c, 12, training=False)) - 1) < 0.1   # ours counts the gains of norms too
-    assert wd.surgery_costs(wd.Surgery(random_model(), WINDOWS))[1].tokens == 0
 
 
 # --- Panels, by clicks from Python
 
-def test_train_panel(corpus, tmp_path):
+def buttons(control):
+    "All buttons of a panel by their text."
+    if isinstance(control, wd.Panel): control = control.view
+    if type(control).__name__ == 'Button': return {control.description: control}
+    return {text: b for child in getattr(control, 'children', ()) for text, b in buttons(child).items()}
+
+
+def test_train_panel(corpus, tmp_path, monkeypatch):
     panel = wd.train_widget(TINY, tmp_path, corpus)
-    start, pause, stop = panel.buttons
-    assert panel.model is None and panel.log == [] and 'FLOPs' in panel.cost.value and alive() == []
-    for field, wrong, right, says in (('n_layers', 0, 3, 'n_layers=0'), ('n_kv_heads', 3, 1, 'n_kv_heads=3'), ('n_experts', 1, 4, 'n_experts=1'),
-                                      ('context_length', 48, 8, 'tokens_per_step=64'), ('weight_decay', -1.0, 0.5, 'weight_decay=-1.0'),
-                                      ('steps', 0, 10 ** 6, 'steps=0')):
-        panel.fields[field].value = wrong
-        assert says in panel.cost.value and 'role="alert"' in panel.cost.value
-        start.click()
+    press = lambda text: buttons(panel)[text].click()
+    assert panel.model is None and 'parameters' in panel.cost.value
+    for path, wrong, right in (('model.n_layers', '0', '3'), ('model.n_kv_heads', '3', '1'), ('model.n_experts', '1,000,000', '4'), ('model.context_length', '48', '8'),
+                               ('train.weight_decay', 'inf', '0,5'), ('train.steps', '', '1e7')):
+        panel.fields[path].value = wrong
+        assert 'role="alert"' in panel.cost.value and (path.split('.')[1] in panel.cost.value or path == 'model.context_length')
+        press('start')
         assert panel.training is None, 'something started that cannot be'
-        panel.fields[field].value = right
+        panel.fields[path].value = right
         assert 'role="alert"' not in panel.cost.value
-    panel.fields['norm'].value = 'peri_ln'
-    start.click()
-    until(lambda: panel.log)
-    pause.click()
-    assert panel.training.state == 'paused' and pause.description == 'resume'
-    pause.click()
-    assert panel.training.state == 'running' and pause.description == 'pause'
-    first = panel.training
-    assert first.state in panel.picture.value
-    panel.fields['steps'].value = 10
-    start.click()
-    assert not first.is_alive() and alive() in ([panel.training], [])
+    monkeypatch.setattr(wd, 'ASK', 0.)
+    press('start')
+    assert panel.training is None and 'again' in panel.cost.value, 'hours are not asked about'
+    press('start')
+    until(lambda: panel.runs and panel.runs[0].log)
+    press('pause')
+    assert panel.training.state == 'paused' and 'paused' in panel.says.value
+    press('go on')
+    monkeypatch.setattr(wd, 'ASK', 600.)
+    other = wd.train_widget(TINY, tmp_path, corpus)
+    buttons(other)['start'].click()
+    other.training.join()
+    assert panel.training.state == 'stopped' and 'another training' in panel.says.value, 'nobody says who stopped it'
+    panel.fields['train.steps'].value = '10'
+    panel.story.value = 'no decay against decay'
+    press('start')
     panel.training.join()
-    c = panel.model.config
-    assert (c.n_layers, c.n_kv_heads, c.n_experts, c.context_length, c.norm) == (3, 1, 4, 8, 'peri_ln')
-    assert panel.training.config.train.weight_decay == 0.5 and panel.log[-1]['step'] == 10
-    assert 'finished' in panel.picture.value and panel.picture.value.count('<img') == 2
-    assert {path.name for path in tmp_path.iterdir()} == {'run-1', 'run-2'}
-    panel.draw(first)
-    assert 'finished' in panel.picture.value, 'a training that was replaced drew over the new one'
-    score, fit = panel.held_out()
-    assert score.shape[1] == 9 and wd.surgery_widget(panel.model, panel.tokenizer, score, fit).loss > 0
-    stop.click()
-    assert panel.training.state == 'finished'
+    c = panel.runs[-1].config
+    assert (c.model.n_layers, c.model.n_kv_heads, c.model.n_experts, c.model.context_length, c.train.weight_decay) == (3, 1, 4, 8, 1.)
+    assert [r.number for r in panel.runs] == [1, 2, 3] and panel.findings.value.count('Load of the experts</') == 2 and panel.curves.value.count('<img') == 2
+    assert all(bench.conclusion(r).split(':')[1] in panel.findings.value for r in panel.runs[1:])
+    panel.chosen.value = panel.runs[1].name
+    press('export')
+    assert len(list((tmp_path / 'bench').glob('*.json'))) == 1
+    press('drop')
+    assert [r.number for r in panel.runs] == [1, 3] and '2: ' not in panel.table.value
+    press('operate on this one')
+    panel.surgery.wait()
+    assert panel.surgery.surgery.model is panel.model and 'class="loss"' in panel.surgery.says.value
 
 
 def test_surgery_panel():
-    model = random_model()
-    panel = wd.surgery_widget(model, None, WINDOWS, FIT)
-    shown = lambda name: float(re.search(rf'class="{name}">([^<]*)<', panel.picture.value)[1])
-    own = wd.Surgery(model, WINDOWS).loss()
-    assert shown('loss') == shown('own') == round(own, 4) and len(panel.switches) == 4
-    assert panel.surgery.maps is None, 'maps were fitted before they were needed'
-    panel.switches[3].value = 'linear'
-    assert panel.surgery.maps is not None and shown('loss') == round(wd.Surgery(model, WINDOWS, FIT).linearise(3).loss(), 4)
-    panel.switches[2].value = 'skip'
-    panel.pair[0].value, panel.pair[1].value = 2, 4
-    panel.buttons[0].click()
-    expected = wd.Surgery(model, WINDOWS, FIT).linearise(3).skip(2).swap(2, 4).loss()
-    assert shown('loss') == round(expected, 4) and shown('change') == pytest.approx(expected - own, abs=1e-4)
-    assert '<s title="skipped">2</s>' in panel.picture.value and '~3' in panel.picture.value
-    panel.buttons[1].click()
-    assert shown('loss') == round(own, 4) and all(s.value == 'keep' for s in panel.switches.values()) and panel.surgery.order == [1, 2, 3, 4]
-
-
-def test_a_refused_switch_goes_back():
-    model, panel = random_model(), None
-    panel = wd.surgery_widget(model, None, WINDOWS, FIT)
-    panel.surgery.fit_windows = None
-    panel.switches[1].value = 'linear'
-    assert panel.switches[1].value == 'keep' and 'fit_windows is None' in panel.picture.value
-    panel.switches[1].value = 'skip'
-    assert panel.surgery.modes[1] == 'skip' and 'role="alert"' not in panel.picture.value
-
-
-def test_text_and_prompt(corpus):
-    model = Transformer(vary(TINY, {'model.vocab_size': corpus.vocab_size}).model)
-    panel = wd.surgery_widget(model, corpus.tokenizer)               # windows from the standard library
-    assert panel.surgery.windows.shape == (16, 65) and panel.surgery.fit_windows.shape[1] == 65
-    panel.prompt.value = 'import <os>'
-    assert '<pre class="sample" style="white-space:pre-wrap">import &lt;os&gt;' in panel.picture.value
-    panel.prompt.value = ''
-    assert 'prompt=' in panel.picture.value and 'role="alert"' in panel.picture.value
-
-
-def test_snapshot(corpus, tmp_path):
     panel = wd.surgery_widget(random_model(), None, WINDOWS, FIT)
-    panel.switches[2].value = 'skip'
-    still = wd.snapshot(panel)
-    assert '<script' not in still and ' id=' not in still and 'http' not in still
-    assert 'block 4' in still and f'{panel.loss:.4f}' in still and 'measure' in still
-    assert len(re.findall('font-weight:700">(keep|skip|linear)<', still)) == 4
+    panel.wait()
+    shown = lambda name: float(re.search(rf'class="{name}">([^<]*)<', panel.says.value)[1])
+    s = Surgery(random_model(), WINDOWS, FIT)
+    assert shown('loss') == shown('own') == round(s.loss(), 4) and len(panel.strip) == len(panel.costs) == 4
+    assert panel.surgery.maps is None, 'maps were fitted before they were needed'
+    def click(tool, *blocks):
+        panel.tool.value = tool
+        for l in blocks: panel.strip[l - 1].click()
+        panel.wait()
+    click('linear', 3), click('skip', 2), click('swap', 2, 4)
+    expected = s.loss(s.plan.set(3, 'linear').skip(2).swap(2, 4))
+    assert shown('loss') == round(expected, 4) and shown('change') == pytest.approx(expected - s.loss(), abs=1e-4)
+    assert [b.description for b in panel.blocks.children] == ['1', '4', '3 ~', '2 ✕']
+    click('skip', 2)                                             # once more: it is kept again
+    assert panel.plan == s.plan.set(3, 'linear').swap(2, 4)
+    for _ in range(4): buttons(panel)['undo'].click()
+    panel.wait()
+    assert panel.plan == s.plan and panel.loss == panel.own.mean().item(), 'undo does not lead back'
+    click('no attention', 1)
+    buttons(panel)['reset'].click()
+    panel.wait()
+    assert panel.loss == panel.own.mean().item()
+
+
+def test_a_refused_operation_goes_back():
+    panel = wd.surgery_widget(random_model(), None, WINDOWS)
+    panel.tool.value = 'linear'
+    panel.click(1)
+    panel.wait()
+    assert panel.plan == panel.surgery.plan and 'fit_windows is None' in panel.says.value and panel.strip[0].description == '1'
+
+
+def test_the_next_click_abandons_the_work_for_the_last():
+    panel, s = wd.surgery_widget(random_model(L=12), None, WINDOWS), Surgery(random_model(L=12), WINDOWS)
+    for l in (2, 5, 7, 9): panel.click(l)
+    panel.wait()
+    assert panel.loss == s.loss(s.plan.skip(2).skip(5).skip(7).skip(9)) and len(panel.costs) == 12
+
+
+def test_text_prompt_and_another_model(corpus, tmp_path):
+    config = vary(TINY, {'model.vocab_size': corpus.vocab_size}).model
+    panel = wd.surgery_widget(Transformer(config), corpus.tokenizer)               # windows from the standard library
+    assert panel.surgery.windows.shape[1] == 17 and 4 <= len(panel.surgery.windows) <= 16
+    panel.prompt.value = 'import <os>'
+    panel.wait()
+    assert panel.texts.value.count('import &lt;os&gt;') == 2
+    panel.prompt.value = ''
+    panel.wait()
+    assert 'prompt=' in panel.says.value and 'role="alert"' in panel.says.value
+    before = panel.surgery
+    panel.source.value = str(tmp_path / 'nowhere')
+    buttons(panel)['open'].click()
+    assert 'nowhere' in panel.says.value and panel.surgery is before
+    Transformer(config.replace(n_layers=5)).save_pretrained(tmp_path / 'deep' / 'model')
+    (tmp_path / 'deep' / 'tokenizer.json').write_text(corpus.tokenizer.backend.to_str(), encoding='utf-8')
+    panel.source.value = str(tmp_path / 'deep')
+    buttons(panel)['open'].click()
+    panel.wait()
+    assert len(panel.strip) == len(panel.blocks.children) == 5
 
 
 def test_a_panel_is_shown_live_and_as_a_snapshot():
     panel = wd.surgery_widget(random_model(), None, WINDOWS, FIT)
+    panel.wait()
     shown = panel._repr_mimebundle_(include=None, exclude=None)
     assert shown['application/vnd.jupyter.widget-view+json']['model_id'] == panel.view.model_id
-    assert shown['text/html'] == wd.snapshot(panel) and f'{panel.loss:.4f}' in shown['text/html']
-    panel.switches[2].value = 'skip'
-    assert f'{panel.loss:.4f}' in panel._repr_mimebundle_()['text/html'] != shown['text/html']
+    still = shown['text/html']
+    assert still == wd.snapshot(panel) and f'{panel.loss:.4f}' in still and '<script' not in still and ' id=' not in still and 'http' not in still
+    panel.click(2)
+    panel.wait()
+    assert f'{panel.loss:.4f}' in panel._repr_mimebundle_()['text/html'] != still
 
 
 def test_the_chapter_stores_no_widgets(root):
@@ -490,7 +592,7 @@ def test_the_chapter_stores_no_widgets(root):
 
 def test_ipywidgets_is_only_needed_for_panels(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
-    assert wd.Surgery(random_model(), WINDOWS).loss() > 0
+    assert Surgery(random_model(), WINDOWS).loss() > 0
     with pytest.raises(ImportError, match=r'pip install'): wd.train_widget(TINY)
 
 
@@ -498,23 +600,26 @@ def test_ipywidgets_is_only_needed_for_panels(monkeypatch):
 
 CELLS = ['''
 import json, threading, torch
+from sparsecod.bench import BENCH, Training
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus
-from sparsecod.studies import SCALES, vary
-from sparsecod.widgets import Surgery, Training, surgery_widget, train_widget
+from sparsecod.studies import vary
+from sparsecod.widgets import surgery_widget, train_widget
 text = open(json.__file__).read()
 corpus = Corpus.from_texts([text[i:i + 300] for i in range(0, len(text), 300)], vocab_size=300)
-panel = train_widget(vary(SCALES['tiny'], {'model.n_layers': 2, 'train.steps': 10 ** 6}), corpus=corpus)
+tiny = {'model.n_layers': 2, 'model.d_model': 16, 'model.context_length': 16, 'train.tokens_per_step': 64, 'train.steps': 10 ** 7, 'n_eval': 8,
+        'score.n_sequences': 4, 'score.n_fit': 8}
+panel = train_widget(vary(BENCH, tiny), corpus=corpus)
 panel''', '''
 lives = [t for t in threading.enumerate() if isinstance(t, Training)]
-print('LIVES', len(lives), lives == [panel.training], panel.training.folder.name, panel.training.step, panel.training.state, 'END')''', '''
+print('LIVES', len(lives), lives == [panel.training], panel.runs[-1].number, panel.runs[-1].step, panel.training.state, 'END')''', '''
 torch.manual_seed(1)
 model = Transformer(ModelConfig(vocab_size=50, n_layers=4, d_model=16, n_heads=2, context_length=12, init_std=0.2))
 sequences = lambda n, seed: torch.randint(50, (n, 13), generator=torch.Generator().manual_seed(seed))
 before = {name: x.clone() for name, x in model.state_dict().items()}
 knife = surgery_widget(model, None, sequences(10, 0), sequences(20, 1))
 knife''', '''
-print('SAME', all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), knife.surgery.plan, 'END')''']
+print('SAME', all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), knife.plan.places, 'END')''']
 
 
 def notebook_of(cells: list[str]):
@@ -605,8 +710,8 @@ def in_jupyterlab(folder: Path, notebook, *drive):
         browser = driver.chromium.launch(executable_path=binary, args=ARGUMENTS)
         page, outside = browser.new_page(viewport=dict(width=1100, height=2400)), []
         page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1:', 'http://localhost:', 'data:', 'blob:')) else outside.append(r.url))
-        page.set_default_timeout(45_000)
-        expect.set_options(timeout=45_000)
+        page.set_default_timeout(150_000)
+        expect.set_options(timeout=150_000)
         try:
             page.goto(url)
             lab = Lab(page)
@@ -646,67 +751,75 @@ def drive_chapter(lab, expect):
     lab.page.get_by_role('menuitem', name='Run', exact=True).click()
     lab.page.get_by_text('Run All Cells', exact=True).click()
     explorer, panels = lab.page.locator('#sce-variance'), code.filter(has=lab.page.locator('.jupyter-widgets'))
-    explorer.wait_for(timeout=150_000)
-    expect(panels).to_have_count(4)                                          # each of the two as it began, and after the clicks from Python
+    explorer.wait_for(timeout=300_000)
+    expect(panels).to_have_count(2)
     says = explorer.locator('.says')
     before = says.inner_text()
     explorer.locator('[name=p]').press('ArrowLeft')
     expect(says).not_to_have_text(before)
-    panel = panels.nth(0)
+    panel, knife = panels.nth(0), panels.nth(1)
     panel.scroll_into_view_if_needed()
-    expect(panel.locator('.says')).to_contain_text('finished')
-    steps = panel.get_by_label('steps', exact=True)
-    steps.fill('100000')
-    steps.press('Tab')
-    panel.get_by_role('button', name='start', exact=True).click()
-    expect(panel.locator('.says')).to_contain_text('running, step')
+    expect(panel.get_by_text('a table of token pairs').first).to_be_visible()
+    start_long(panel, expect, '1e5')
     panel.get_by_role('button', name='stop', exact=True).click()
-    expect(panel.locator('.says')).to_contain_text('interrupted')
-    knife, loss = panels.nth(2), panels.nth(2).locator('.loss')
+    expect(panel.get_by_text('you stopped it')).to_be_visible()
+    loss = knife.locator('.loss')
     knife.scroll_into_view_if_needed()
     own = loss.inner_text()
-    knife.locator('.widget-toggle-buttons').nth(0).get_by_role('button', name='skip').click()
+    knife.get_by_role('button', name='undo', exact=True).click()
     expect(loss).not_to_have_text(own)
+
+
+def start_long(panel, expect, steps=None):
+    "Start what takes hours, which is asked about."
+    if steps:
+        panel.get_by_label('steps', exact=True).fill(steps)
+        panel.get_by_label('steps', exact=True).press('Tab')
+        expect(panel.get_by_text(re.compile('[1-9] (hours|days)')).first).to_be_visible()
+    panel.get_by_role('button', name='start', exact=True).click()
+    expect(panel.get_by_text('Press start again')).to_be_visible()
+    panel.get_by_role('button', name='start', exact=True).click()
+    expect(panel.get_by_text(re.compile('training .*step')).first).to_be_visible()
 
 
 def drive_training(lab, expect):
     lab.first()
-    lab.cell(0).get_by_text('FLOPs').wait_for()
-    lab.click(0, 'start')
+    lab.cell(0).get_by_text('parameters').wait_for()
+    start_long(lab.cell(0), expect)
     loss = lab.cell(0).locator('.loss')
     loss.wait_for()
     assert 0 < float(loss.inner_text()) < 10
-    lives, same, folder, step, state = lab.printed(1, 'LIVES').split()        # the kernel answers while it trains
-    assert (lives, same, folder, state) == ('1', 'True', 'run-1', 'running')
+    lives, same, number, step, state = lab.printed(1, 'LIVES').split()        # the kernel answers while it trains
+    assert (lives, same, number, state) == ('1', 'True', '1', 'training')
     later = next((n for _ in range(20) if (n := int(lab.printed(1, 'LIVES').split()[3])) > int(step)), None)
     assert later, 'the training stands still'
     lab.click(0, 'pause')
-    lab.cell(0).get_by_role('button', name='resume', exact=True).wait_for()
+    lab.cell(0).get_by_role('button', name='go on', exact=True).wait_for()
     steps = [int(lab.printed(1, 'LIVES').split()[3]) for _ in range(2)]
     assert later <= steps[0] and steps[1] - steps[0] <= 1
-    lab.click(0, 'start')                                                     # again: the paused one must end
-    expect(lab.cell(0).locator('.says').filter(has_text='running, step')).to_be_visible()
-    loss.wait_for()
-    assert lab.printed(1, 'LIVES').split()[:3] == ['1', 'True', 'run-2']
-    lab.click(0, 'stop')
-    expect(lab.cell(0).locator('.says').filter(has_text='interrupted, step')).to_be_visible()
+    start_long(lab.cell(0), expect)                                           # again: the paused one must end
+    expect(lab.cell(0).get_by_text('training 2: ')).to_be_visible()
+    assert lab.printed(1, 'LIVES').split()[:3] == ['1', 'True', '2']
+    lab.page.wait_for_timeout(500)
+    lab.page.get_by_role('button', name='Interrupt the kernel').click()
+    expect(lab.cell(0).get_by_text('the kernel was interrupted')).to_be_visible()
     assert lab.printed(1, 'LIVES').split()[0] == '0'
-    kv_heads = lab.cell(0).get_by_label('K/V heads (n_kv_heads)')
+    kv_heads = lab.cell(0).get_by_label('K/V heads', exact=True)
     kv_heads.fill('5')
     kv_heads.press('Tab')
-    expect(lab.cell(0).get_by_text('n_kv_heads=5 must divide n_heads=2')).to_be_visible()
+    expect(lab.cell(0).get_by_text('n_kv_heads=5 must divide n_heads=4')).to_be_visible()
 
 
 def drive_surgery(lab, expect):
-    model = random_model()
-    own, skipped = (f'{wd.Surgery(model, WINDOWS).set_mode(2, mode).loss():.4f}' for mode in ('keep', 'skip'))
+    s = Surgery(random_model(), WINDOWS)
+    own, skipped = (f'{s.loss(plan):.4f}' for plan in (s.plan, s.plan.skip(2)))
     lab.run(2)
     loss = lab.cell(2).locator('.loss')
     expect(loss).to_have_text(own)
     assert own != skipped
-    lab.cell(2).locator('.widget-toggle-buttons').nth(1).get_by_role('button', name='skip').click()
+    lab.click(2, '2')
     expect(loss).to_have_text(skipped)
-    assert lab.printed(3, 'SAME').startswith("True [(1, 'keep'), (2, 'skip')")
-    lab.click(2, 'reset')
+    assert lab.printed(3, 'SAME').startswith("True ((1, 'keep'), (2, 'skip')")
+    lab.click(2, 'undo')
     expect(loss).to_have_text(own)
     assert 'skip' not in lab.printed(3, 'SAME')

@@ -218,15 +218,14 @@ def readme_example() -> dict:
 
 def widget_training() -> dict:
     "One training through the logic of the widget, in its thread."
-    from sparsecod.widgets import Training, training_cost
+    from sparsecod.bench import Training, run_cost, variants
     config = base_config('tiny')
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(config, folder=folder)
-        cost = training_cost(config)
-        training.start()
-        training.join()
+    training, cost = Training(variants(config, 'one run')), run_cost(config)
+    training.start()
+    training.join()
     if training.error: raise training.error
-    return dict(ok=training.state == 'finished', on=str(next(training.result.model.parameters()).device), told=str(cost), training_seconds=training.result.seconds)
+    run = training.runs[0]
+    return dict(ok=training.state == 'finished', on=str(next(run.model.parameters()).device), told=str(cost), training_seconds=run.seconds)
 
 
 def tests_of_the_suite() -> dict:
