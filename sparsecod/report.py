@@ -604,7 +604,7 @@ def skip_explorer(
 ) -> Explorer | None:           # None where costs are not known
     "What each block costs to leave out, cheapest first."
     cost = by_layer(scores, 'skip_loss_increase')
-    found, (title, _, unit, _) = sides(cost, 0), BARS['skip_loss_increase']
+    found, (_, _, unit, _) = sides(cost, 0), BARS['skip_loss_increase']
     verdict = {l: kind for kind, blocks in zip(VERDICTS, (found.below, found.open, found.above)) for l in blocks}
     rows = sorted((r | dict(verdict=verdict[r['block']]) for r in estimate_rows(cost)), key=lambda r: r['value'])
     if not rows: return None
