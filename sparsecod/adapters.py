@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .core import LOGITS_AT_ONCE, Config, Transformer, check_finite, cross_entropy
+from .configuration import Config
+from .core import LOGITS_AT_ONCE, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
 from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum, read_json, read_object
 

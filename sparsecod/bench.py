@@ -26,7 +26,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from .core import NORMS, ModelConfig, Transformer, feed_forward_params, flops_per_token, param_counts, require
+from .configuration import require
+from .core import NORMS, ModelConfig, Transformer, feed_forward_params, flops_per_token, param_counts
 from .data import Corpus, DataConfig, prepare
 from .figures import span
 from .moe import GATES

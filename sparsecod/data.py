@@ -42,7 +42,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import POSITIVE, SEED, Config, check_fields, require
+from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .integrity import Damaged, check_identity, check_seal, check_stamp, flush, read_json, seal, set_aside, stamp, write_text
 
 # %% ../nbs/build/04_data.ipynb #963b2029

@@ -18,7 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .compilation import kept_speed
-from .core import LOGITS_AT_ONCE, POSITIVE, Config, ModelConfig, Transformer, check_fields, flops_per_token, one_of, param_counts, require
+from .configuration import POSITIVE, Config, check_fields, one_of, require
+from .core import LOGITS_AT_ONCE, ModelConfig, Transformer, flops_per_token, param_counts
 from .scores import ScoreConfig, plan_memory, planned_work
 from .studies import RunConfig, Study, hardware, read_records, scale_config, study_named, training_bytes
 from .train import find_world

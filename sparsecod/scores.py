@@ -48,7 +48,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, find_folder, find_tokenizer, open_model
-from .core import LOGITS_AT_ONCE, POSITIVE, SEED, Config, Transformer, check_fields, check_finite, full_precision, require
+from .configuration import POSITIVE, SEED, Config, check_fields, require
+from .core import LOGITS_AT_ONCE, Transformer, check_finite, full_precision
 from .data import ALIASES, DataConfig, Tokenizer, encode_documents, expand_alias, load_tokenizer
 from .data import matching_files, open_source, row_items, unique_documents
 from .integrity import Damaged, check_identity, check_stamp, content_checksum, draft_name, read_json, set_aside, stamp, write_text

@@ -57,8 +57,10 @@ from tqdm import tqdm
 import sparsecod
 from .adapters import run_label
 from .cloze import measure_cloze
-from .core import POSITIVE, SEED, Config, ModelConfig, Transformer, check_fields, flops_per_token
-from .core import param_counts, preset, require
+from .configuration import POSITIVE, SEED, Config, check_fields
+from .core import ModelConfig, Transformer, flops_per_token
+from .configuration import require
+from .core import param_counts, preset
 from .data import Corpus, DataConfig, prepare
 from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
 from .integrity import read_json, set_aside, stamp, write_text

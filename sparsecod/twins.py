@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .core import ModelConfig, Transformer, require
+from .configuration import require
+from .core import ModelConfig, Transformer
 from .layers import RMSNorm
 from .train import TrainConfig, accumulate_gradients, learning_rate, make_optimizer, sequences_per_step, usual_torch
 

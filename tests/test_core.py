@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import sparsecod.moe as moe
-from sparsecod.core import PRESETS, Config, ModelConfig, Stack, Transformer, flops_per_token, is_kind, next_tokens, param_counts, preset
+from sparsecod.configuration import Config, is_kind
+from sparsecod.core import PRESETS, ModelConfig, Stack, Transformer, flops_per_token, next_tokens, param_counts, preset
 from sparsecod.data import DataConfig
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import SCALES, RunConfig, vary

@@ -17,7 +17,8 @@ import pytest
 from scipy import stats
 
 import sparsecod.studies as module
-from sparsecod.core import Config, ModelConfig, param_counts
+from sparsecod.configuration import Config
+from sparsecod.core import ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
 from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, complete_seeds, correct, correlations, needed_labels, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
 from sparsecod.integrity import check_stamp, read_json
