@@ -19,6 +19,7 @@ from score_model import commit, processor
 import sparsecod.scores as scores
 from sparsecod.core import ModelConfig
 from sparsecod.data import DataConfig, prepare
+from sparsecod.intervals import estimate, jackknife_estimate, leave_one_out, median_estimate, resamples
 from sparsecod.train import TrainConfig, train
 
 SIZES = dict(layers=4, d_model=32, heads=2, context=64, steps=400, pool=2000, draws=1000, bootstrap_draws=300)
@@ -62,21 +63,21 @@ def drawn(m, rows):
 def intervals(m, jacobians, n):
     "As `score_model` makes them."
     N = len(m['loss'])
-    smooth = smooth_scores(m, jacobians, scores.leave_one_out(N), scores.leave_one_out(n))
-    found = {name: scores.jackknife_estimate(x, -float('inf') if name in scores.SIGNED else 0.) for name, x in smooth.items()}
-    found |= {name: scores.estimate(x) for name, x in usefulness(m, scores.resamples(N, scores.ScoreConfig.n_bootstrap)).items()}
-    return found | dict(final_variance_median=scores.median_estimate(m['variance'][-1]))
+    smooth = smooth_scores(m, jacobians, leave_one_out(N), leave_one_out(n))
+    found = {name: jackknife_estimate(x, -float('inf') if name in scores.SIGNED else 0.) for name, x in smooth.items()}
+    found |= {name: estimate(x) for name, x in usefulness(m, resamples(N, scores.ScoreConfig.n_bootstrap)).items()}
+    return found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
 
 def bootstrap_intervals(m, jacobians, n, seed):
     "Percentile bootstrap for everything."
     N, R = len(m['loss']), 500
-    V = scores.resamples(N, R, seed)
+    V = resamples(N, R, seed)
     rows = V[1:].long()
     medians = torch.stack([m['variance'][-1].repeat_interleave(row, 0).median() for row in rows])
-    found = smooth_scores(m, jacobians, V, scores.resamples(n, R, seed)) | usefulness(m, V)
+    found = smooth_scores(m, jacobians, V, resamples(n, R, seed)) | usefulness(m, V)
     found['final_variance_median'] = torch.cat([m['variance'][-1].median()[None], medians])
-    return {name: scores.estimate(x) for name, x in found.items()}
+    return {name: estimate(x) for name, x in found.items()}
 
 
 def covered(a, measured, jacobians, parts):

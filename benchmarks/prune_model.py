@@ -20,7 +20,9 @@ from sparsecod.adapters import find_folder, open_model
 from sparsecod.figures import results_folder
 from sparsecod.integrity import checksum
 from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune
-from sparsecod.scores import ScoreConfig, jackknife_estimate, leave_one_out, score_model, tensor_hash
+from sparsecod.intervals import jackknife_estimate, leave_one_out
+from sparsecod.parts import tensor_hash
+from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import hardware, n_cores, versions, write_record
 
 SPANS = 3     # longest span that is skipped everywhere

@@ -23,7 +23,10 @@ from transformers import AutoModelForCausalLM
 from sparsecod.adapters import adapt, find_folder, open_model
 from sparsecod.figures import results_folder
 from sparsecod.integrity import Damaged, check_identity, check_stamp, checksum, read_json, set_aside, stamp, write_text
-from sparsecod.scores import ScoreConfig, jackknife_ends, leave_one_out, median_estimate, score_model, tensor_hash, text_tokens
+from sparsecod.intervals import jackknife_ends, leave_one_out, median_estimate
+from sparsecod.parts import tensor_hash
+from sparsecod.scores import ScoreConfig, score_model
+from sparsecod.windows import text_tokens
 from sparsecod.studies import code_state, hardware, n_cores, shortened, versions, write_record
 
 LENGTHS = 64, 128, 256, 512, 1024     # T of the sweep; the longest is cut into all others

@@ -321,7 +321,7 @@ def stock_subject(
     "A model from elsewhere, with the text that was asked for."
     from sparsecod.adapters import find_folder
     from sparsecod.data import DataConfig
-    from sparsecod.scores import DEFAULT_LENGTH
+    from sparsecod.windows import DEFAULT_LENGTH
     place, c = find_folder(source, args.trust_remote_code), model.config
     if tokenizer is None: raise ValueError(f'{source} has no tokenizer.json, so no text can be cut into its tokens; save_pretrained of a fast tokenizer writes one')
     data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
@@ -382,10 +382,11 @@ def sequences_of(
     progress: bool,    # show a bar while a corpus is built
 ) -> tuple:            # sequences to score, (N, T + 1), sequences to fit on, (M, T + 1), and what the file says of them
     "Text for a model."
-    from sparsecod.scores import tensor_hash, text_windows
+    from sparsecod.parts import tensor_hash
+    from sparsecod.windows import text_windows
     from sparsecod.studies import score_windows
     if subject.whole:
-        both = text_windows(subject.data.source, subject.tokenizer, T, score, subject.data.text_field)
+        both = text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences, score.n_fit, score.seed, subject.data.text_field)
         return *both, dict(corpus=tensor_hash(zip(('windows', 'fit_windows'), both)), held_out='all of the text')
     corpus = fitting_corpus(subject.data, subject.model, progress)
     return *score_windows(corpus, T, score), dict(corpus=corpus.fingerprint, held_out='the validation split')
@@ -410,7 +411,7 @@ def write_scores(
 ) -> list[str]:     # lines for the terminal
     "Write scores and their page."
     from sparsecod.report import score_table, write_page
-    from sparsecod.scores import write_whole
+    from sparsecod.parts import write_whole
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
     page = target.with_suffix('.html')

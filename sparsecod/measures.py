@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .core import Transformer
 from .layers import SwiGLU
-from .scores import jackknife_estimate, leave_one_out, median_estimate, stream_scores
+from .intervals import jackknife_estimate, leave_one_out, median_estimate
+from .scores import stream_scores
 from .sparsity import attention_maps, effective_density, sublayer_matrices
 from .theory import mask_weight_dependence, measure_averaging, predict_variance, variance_budget
 from .train import channel_variance

@@ -30,7 +30,8 @@ from .core import Transformer
 from .data import Tokenizer
 from .exchange import files_beside, to_hf, to_hf_tokenizer
 from .integrity import atomic_folder, read_object, stamp, write_text
-from .scores import Trace, jackknife_ends, jackknife_estimate, leave_one_out, measured_costs, scoring_model
+from .intervals import jackknife_ends, jackknife_estimate, leave_one_out
+from .scores import Trace, measured_costs, scoring_model
 from .scores import sequence_loss, to_fp64, to_lists, trace, untouched
 
 # %% ../nbs/build/12_pruning.ipynb #e6fee977

@@ -66,7 +66,8 @@ from .integrity import Damaged, check_identity, check_stamp, checksum, draft_nam
 from .integrity import read_json, set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .ngrams import floors, is_trained
-from .scores import ScoreConfig, check_held_out, estimate, resamples, score_model, with_true_names
+from .intervals import estimate, resamples
+from .scores import ScoreConfig, check_held_out, score_model, with_true_names
 from .sparsity import measure_sparsity
 from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, sequences_per_step, train, without_infinities
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .adapters import AdaptedModel, adapt, take_stream
 from .core import next_tokens
 from .pruning import find_sublayers, silenced
-from .scores import check_windows, fit_blocks, jackknife_estimate, leave_one_out, sequence_loss, untouched
+from .intervals import jackknife_estimate, leave_one_out
+from .scores import check_windows, fit_blocks, sequence_loss, untouched
 
 # %% ../nbs/tools/14_surgery.ipynb #625793c6
 MODES = ('keep', 'skip', 'linear', 'no attention', 'no feed-forward')

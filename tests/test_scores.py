@@ -12,21 +12,23 @@ import jsonschema
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import sparsecod.intervals as intervals
+import sparsecod.parts as parts_module
 import sparsecod.scores as scores_module
+import sparsecod.windows as windows_module
 import sparsecod.studies as studies
 from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
 from sparsecod.measures import at_length, compare_with_theory
-from sparsecod.scores import (SCORES_SCHEMA, AffineFit, Parts, ScoreConfig, choose_pairs, fit_blocks, jacobian_deviation,
-                              jacobian_estimate, jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory,
-                              root_of_mean, score_model, scores_frame, skip_effects, swap_losses,
-                              text_config, token_variances, trace, update_sizes)
+from sparsecod.parts import Parts
+from sparsecod.scores import SCORES_SCHEMA, AffineFit, ScoreConfig, choose_pairs, fit_blocks, jacobian_deviation, jacobian_estimate, jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory, root_of_mean, score_model, scores_frame, skip_effects, swap_losses, text_config, token_variances, trace, update_sizes
 from sparsecod.sparsity import measure_sparsity
 
 SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=2, batch_size=4, n_bootstrap=50)
@@ -655,7 +657,7 @@ DAMAGE = dict(
     empty=lambda f: (f / 'batch-1-base.safetensors').write_bytes(b''), no_tensors=lambda f: (f / 'batch-1-base.safetensors').write_bytes(b'not tensors'),
     another_batch=lambda f: (f / 'batch-0-skip-1.safetensors').write_bytes((f / 'batch-1-skip-1.safetensors').read_bytes()),
     another_block=lambda f: (f / 'jacobian-1-0.safetensors').write_bytes((f / 'jacobian-2-0.safetensors').read_bytes()),
-    without_a_name=lambda f: scores_module.save_file(dict(x=torch.zeros(3)), f / 'batch-0-skip-2.safetensors'),
+    without_a_name=lambda f: save_file(dict(x=torch.zeros(3)), f / 'batch-0-skip-2.safetensors'),
     a_folder=lambda f: in_the_way(f / 'batch-0-skip-1.safetensors'), key_empty=lambda f: (f / 'key.json').write_text('', encoding='utf-8'),
     key_a_list=lambda f: (f / 'key.json').write_text('[]', encoding='utf-8'), key_changed=lambda f: rewritten(f / 'key.json', lambda data: data.__setitem__(slice(None), data.replace(b'windows', b'window'))))
 
@@ -744,7 +746,7 @@ def test_a_part_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     parts = Parts(tmp_path, dict(a=1))
     with monkeypatch.context() as patched:
-        patched.setattr(scores_module, 'save_file', half)
+        patched.setattr(parts_module, 'save_file', half)
         with pytest.raises(KeyboardInterrupt): parts.get('x', lambda: dict(x=torch.ones(2)))
     assert not parts.has('x') and [p.name for p in tmp_path.iterdir()] == ['key.json']
     assert torch.equal(parts.get('x', lambda: dict(x=torch.ones(2)))['x'], torch.ones(2)) and parts.has('x')
@@ -858,8 +860,8 @@ def leave_one_out_by_hand(statistic, n):
 
 @pytest.mark.parametrize('n', [2, 5, 32])
 def test_the_interval_of_a_mean_is_that_of_the_textbook(n):
-    data, W = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), scores_module.leave_one_out(n)
-    got = scores_module.jackknife_estimate(W @ data / W.sum(1))
+    data, W = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), intervals.leave_one_out(n)
+    got = intervals.jackknife_estimate(W @ data / W.sum(1))
     want = stats.t.interval(.95, n - 1, loc=data.mean().item(), scale=stats.sem(data.numpy()))
     assert (got['low'], got['high']) == pytest.approx(want, rel=1e-6) and got['value'] == pytest.approx(data.mean().item())
 
@@ -882,13 +884,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(n):
     g = torch.Generator().manual_seed(0)
     x, size = skewed_pool(g)
     statistics = dict(ratio=lambda W, x, size: (W @ x.mean(1)) / (W @ size), norm=lambda W, x, size: ((W @ x) / W.sum(1, keepdim=True)).norm(dim=1))
-    everything, W, hits = torch.ones(1, 2000).double(), scores_module.leave_one_out(n), dict(ratio=0, norm=0, median=0)
+    everything, W, hits = torch.ones(1, 2000).double(), intervals.leave_one_out(n), dict(ratio=0, norm=0, median=0)
     for _ in range(400):
         some = torch.randint(2000, (n,), generator=g)
         for name, f in statistics.items():
-            got, truth = scores_module.jackknife_estimate(f(W, x[some], size[some])), f(everything, x, size).item()
+            got, truth = intervals.jackknife_estimate(f(W, x[some], size[some])), f(everything, x, size).item()
             hits[name] += got['low'] <= truth <= got['high']
-        got = scores_module.median_estimate(x[some])
+        got = intervals.median_estimate(x[some])
         assert got['low'] <= got['value'] == x[some].median() <= got['high']
         hits['median'] += got['low'] <= x.median() <= got['high']
     assert all(360 <= hits[name] <= 395 for name in hits), hits
@@ -898,13 +900,13 @@ def test_a_magnitude_has_an_interval_that_holds_it_and_the_truth():
     "Pairs whose true changes are small beside the noise."
     g = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
-    W, hits, true = scores_module.leave_one_out(24), dict(mean=0, single=0), .15 * normal(15)
+    W, hits, true = intervals.leave_one_out(24), dict(mean=0, single=0), .15 * normal(15)
     for _ in range(100):
         change = (W @ (true + .6 * normal(24, 1) + .8 * normal(24, 15)) / W.sum(1, keepdim=True)).T   # (pairs, N + 1)
-        ends = scores_module.jackknife_estimate(change.abs().mean(0), 0.)
+        ends = intervals.jackknife_estimate(change.abs().mean(0), 0.)
         assert 0 <= ends['low'] <= ends['value'] <= ends['high'] and ends['value'] == change.abs().mean(0)[0]
         hits['mean'] += ends['low'] <= true.abs().mean() <= ends['high']
-        low, high = scores_module.magnitude_ends(change)
+        low, high = intervals.magnitude_ends(change)
         assert (low <= change[:, 0].abs()).all() and (change[:, 0].abs() <= high).all()
         hits['single'] += ((low <= true.abs()) & (true.abs() <= high)).double().mean().item()
     assert 90 <= hits['mean'] and 90 < hits['single'] <= 100
@@ -1056,15 +1058,15 @@ def test_a_folder_and_a_text_are_enough(saved, tmp_path):
 
 def test_windows_of_text_are_the_text(saved):
     _, tokenizer = saved
-    strip, size = scores_module.text_tokens([TEXT, TEXT, 'something else'], tokenizer)
+    strip, size = windows_module.text_tokens([TEXT, TEXT, 'something else'], tokenizer)
     assert tokenizer.decode(strip) == TEXT + tokenizer.eos_token + 'something else' + tokenizer.eos_token and size == len(TEXT) + 14
-    to_score, to_fit = scores_module.text_windows(TEXT, tokenizer, 16, FEW)
+    to_score, to_fit = windows_module.text_windows(TEXT, tokenizer, 16, FEW.n_sequences, FEW.n_fit, FEW.seed)
     assert to_score.shape == (6, 17) and to_fit.shape[1] == 17 and 15 < len(to_fit) <= 20
     whole = TEXT + tokenizer.eos_token
     assert all(tokenizer.decode(w) in whole for w in torch.cat([to_score, to_fit]))
     assert not set(map(tuple, to_score.tolist())) & set(map(tuple, to_fit.tolist()))
-    assert torch.equal(to_score, scores_module.text_windows(TEXT, tokenizer, 16, FEW)[0])
-    assert not torch.equal(to_score, scores_module.text_windows(TEXT, tokenizer, 16, FEW.replace(seed=1))[0])
+    assert torch.equal(to_score, windows_module.text_windows(TEXT, tokenizer, 16, FEW.n_sequences, FEW.n_fit, FEW.seed)[0])
+    assert not torch.equal(to_score, windows_module.text_windows(TEXT, tokenizer, 16, FEW.n_sequences, FEW.n_fit, 1)[0])
 
 
 def test_too_little_text_says_how_much_it_takes(saved):
