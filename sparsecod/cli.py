@@ -802,7 +802,7 @@ def add_plan(
     add_scale(p)
     option(p, '--seeds', type=count, default=1, metavar='N', help='runs of each variant')
     for name, (flags, kind, text) in MACHINE.items():
-        option(p, flags, dest=name, type=kind, metavar=kind.__name__.upper(), help=text, shown=dict(card='this machine', gpus='1', utilisation='0.4').get(name, 'measured'))
+        option(p, flags, dest=name, type=kind, metavar=dict(str='NAME', int='N', float='X')[kind.__name__], help=text, shown=dict(card='this machine', gpus='1', utilisation='0.4').get(name, 'measured'))
     option(p, '--out', default='runs', metavar='DIR', help='where records of earlier runs are, for their speed')
     option(p, '--json', metavar='FILE', help='write the table, sizes in bytes', shown='none')
     option(p, '--csv', metavar='FILE', help='the same as comma-separated values', shown='none')

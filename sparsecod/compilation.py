@@ -82,8 +82,8 @@ class CompiledLoss:
         model: Transformer,  # in one process, on its device
     ):
         self.model, limits = model, torch._dynamo.config
-        limits.recompile_limit, limits.accumulated_recompile_limit = (
-            max(SHAPES, old) for old in (limits.recompile_limit, limits.accumulated_recompile_limit))
+        for name in ('recompile_limit', 'accumulated_recompile_limit'):     # since PyTorch 2.7
+            if hasattr(limits, name): setattr(limits, name, max(SHAPES, getattr(limits, name)))
         self.stream = torch.compile(self.last_stream, dynamic=False)
         self.losses_of = torch.compile(chunk_losses, dynamic=False)
 

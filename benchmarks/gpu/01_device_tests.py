@@ -27,7 +27,7 @@ from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.moe import experts_compiled, experts_loop, route, run_experts
 from sparsecod.scores import ScoreConfig, needed_bytes, score_model
-from sparsecod.train import StreamWatch, TrainConfig, find_world, make_optimizer, start_run, step_windows, train, training_step
+from sparsecod.train import StreamWatch, TrainConfig, decide_execution, find_world, make_optimizer, start_run, step_windows, train, training_step
 
 DEVICE, GPU = torch.device(a.device), a.device == 'cuda'
 KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=2), mixture=dict(n_experts=4), shared_expert=dict(n_experts=4, d_shared_expert=64), peri_ln=dict(norm='peri_ln'),
@@ -37,7 +37,8 @@ SMALL = ModelConfig(vocab_size=512, n_layers=4, d_model=64, n_heads=4, context_l
 
 def largest(found, wanted) -> float:
     "The largest difference, relative to the largest wanted number."
-    return ((found.detach().cpu().double() - wanted.detach().cpu().double()).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
+    found, wanted = (x.detach().cpu().double() for x in (found, wanted))
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
 
 
 def models(**changes):
@@ -182,6 +183,7 @@ def waiting_for_batches() -> dict:
     corpus = prepare(base.data, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         run = start_run(base.model.replace(vocab_size=corpus.vocab_size, n_layers=4), base.train.replace(compile='off'), corpus, Path(folder), find_world())
+        decide_execution(run, trial=False)
         wait = torch.cuda.synchronize if GPU else lambda: None
         took = dict(batch=[], step=[])
         for run.step in range(6):

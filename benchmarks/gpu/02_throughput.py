@@ -51,12 +51,17 @@ def compare(size: str) -> dict:
     dense = ModelConfig(vocab_size=VOCAB[a.scale], **SIZES[a.scale][size])
     mixture, T, tokens = dense.replace(n_experts=8, experts_per_token=2), dense.context_length, TOKENS[a.scale]
     windows = torch.randint(dense.vocab_size, (tokens // T, T + 1), device=a.device)
-    steps, cold, memory = {}, {}, {}
+    steps, cold, memory, failed = {}, {}, {}, {}
     for way, how in WAYS.items():
         start = time.perf_counter()
         if a.device == 'cuda': torch.cuda.reset_peak_memory_stats()
-        steps[way] = make_step(mixture if 'mixture' in way else dense, *how, a.device)
-        for _ in range(3): steps[way](windows)
+        try:
+            step = make_step(mixture if 'mixture' in way else dense, *how, a.device)
+            for _ in range(3): step(windows)
+        except Exception as error:                              # the others can still be measured
+            failed[way] = f'{type(error).__name__}: {error}'[:1000]
+            continue
+        steps[way] = step
         cold[way], memory[way] = time.perf_counter() - start, torch.cuda.max_memory_allocated() if a.device == 'cuda' else None
     seconds = {way: [] for way in steps}
     for _ in range(ROUNDS[a.scale]):
@@ -70,7 +75,7 @@ def compare(size: str) -> dict:
         found[way] = dict(tokens_per_s=speed, step_seconds=statistics.median(s), quartiles=statistics.quantiles(s, n=4), first_steps_seconds=cold[way], peak_memory=memory[way],
                           parameters=param_counts(config)['total'], utilisation=speed * flops_per_token(config) / peak() if peak() else None)
     best = found['dense compiled']
-    return dict(model=dense.to_dict(), tokens=tokens, ways=found, bar=BARS.get(size), utilisation=best['utilisation'],
+    return dict(model=dense.to_dict(), tokens=tokens, ways=found, failed=failed, bar=BARS.get(size), utilisation=best['utilisation'],
                 mixture_times_dense=found['mixture compiled']['step_seconds'] / best['step_seconds'] if 'mixture compiled' in found else None,
                 times_llama=best['tokens_per_s'] / max(v['tokens_per_s'] for way, v in found.items() if 'llama' in way),
                 profile=busiest(steps['dense compiled'], windows), profile_mixture=busiest(steps['mixture compiled'], windows) if 'mixture compiled' in steps else None)

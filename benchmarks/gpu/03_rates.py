@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/03_rates.py [--scale tiny --device cpu] [--out DIR]
 """
-from common import DEPTHS, FACTORS, Results, base_config, begin, run_here
+from common import DEPTHS, FACTORS, Results, base_config, begin, least_time, run_here
 
 a = begin(__doc__)
 
@@ -21,6 +21,6 @@ if __name__ == '__main__':
 
     try:
         for L in DEPTHS[a.scale]:
-            for factor in FACTORS: results.part(f'L={L}, {factor:g}', lambda: try_rate(L, factor * base.train.lr), 40)
+            for factor in FACTORS: results.part(f'L={L}, {factor:g}', lambda: try_rate(L, factor * base.train.lr), least_time(a, L))
     except KeyboardInterrupt: print('stopped; the same command goes on')
     raise SystemExit(results.end())

@@ -4,7 +4,7 @@
 
 All runs at the rate that 03_rates.py found for this depth. Holds whole records, as 04_depth.py does.
 """
-from common import Results, base_config, begin, best_rates, run_here
+from common import Results, base_config, begin, best_rates, least_time, run_here
 
 a = begin(__doc__)
 DEPTH, SEEDS, LENGTHS = dict(gpu=16, tiny=2), dict(gpu=2, tiny=1), dict(gpu=(128, 1024), tiny=(16, 128))
@@ -27,6 +27,6 @@ if __name__ == '__main__':
     base = vary(base_config(a.scale), {'model.n_layers': L, 'train.lr': best_rates(a)[L]})
     try:
         for label, config in Study('sources', 'What do decay, gates and length change?', variants).runs(base, SEEDS[a.scale]):
-            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)), 40)
+            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)), least_time(a, L))
     except KeyboardInterrupt: print('stopped; the same command goes on from the last checkpoint')
     raise SystemExit(results.end())

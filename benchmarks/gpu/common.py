@@ -137,6 +137,11 @@ def best_rates(a) -> dict[int, float]:
     return rates
 
 
+def least_time(a, L: int) -> float:
+    "Seconds that must be left for a run to begin: compiling cannot be interrupted, and takes longer for deep models."
+    return 40 + 4 * L if a.scale == 'gpu' else 1
+
+
 def run_here(a, config) -> dict:
     "One run of a study in this process, where what is compiled serves the next run too; its record."
     from sparsecod import studies
