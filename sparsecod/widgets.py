@@ -86,6 +86,7 @@ def curves(
         for run in runs:
             ax.plot(run.log[-1]['variance_median'], color=colour(run), marker='o', ms=3, label=run.name)
             ax.plot(run.log[-1]['variance_mean'], color=colour(run), ls='--', lw=1)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(fontsize=7)
     return ('<div class="charts">' + picture('Held-out loss in nats (thin: training)', loss, xlabel='step')
             + picture('Variance of the stream: median, dashed mean', variance, xlabel='layer', yscale='log') + '</div>')
@@ -186,7 +187,7 @@ class TrainFields(Panel):
         w, self.fields, groups = controls(), {}, {}
         self.story = w.Dropdown(options=list(STORIES), description='story', layout=dict(width='28em', max_width='100%'))
         for path, f in FIELDS.items():
-            look = dict(description=f.text, style=dict(description_width='8.5em'), layout=dict(width='15.5em'))
+            look = dict(description=f.text, style=dict(description_width='8.5em'), layout=dict(width='16.5em'))
             value = field_value(self.base, path)
             if f.choices: made = w.Dropdown(options=f.choices, value=value, **look)
             else: made = w.Text(value=f'{value:g}' if isinstance(value, float) else str(value), continuous_update=False, **look)

@@ -803,7 +803,7 @@ def drive_training(lab, expect):
     lab.page.wait_for_timeout(500)
     lab.page.get_by_role('button', name='Interrupt the kernel').click()
     expect(lab.cell(0).get_by_text('the kernel was interrupted')).to_be_visible()
-    assert lab.printed(1, 'LIVES').split()[0] == '0'
+    assert any(lab.printed(1, 'LIVES').split()[0] == '0' for _ in range(20)), 'the training goes on'
     kv_heads = lab.cell(0).get_by_label('K/V heads', exact=True)
     kv_heads.fill('5')
     kv_heads.press('Tab')
