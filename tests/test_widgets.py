@@ -681,11 +681,12 @@ class Lab:
 
     def first(self):
         "Run the first cell, as often as it takes: what is sent before the kernel listens is lost."
-        self.page.get_by_text('| Idle').wait_for()
-        for attempt in range(20):
-            self.run(0)
-            self.page.wait_for_timeout(2000)
-            if re.search(r'[\d*]', self.cell(0).locator('.jp-InputPrompt').inner_text()): return
+        idle = self.page.get_by_text('| Idle')
+        idle.wait_for()
+        for attempt in range(60):
+            if attempt == 0 or idle.count(): self.run(0)
+            self.page.wait_for_timeout(4000)
+            if re.search(r'\d', self.cell(0).locator('.jp-InputPrompt').inner_text()): return
 
     def printed(self, n, word):
         "Run a cell and return what it prints, as often as it is run."
