@@ -31,7 +31,7 @@ from .bench import run_cost, run_kind, spell, stop_when_interrupted, timed, vari
 from .core import flops_per_token
 from .data import Corpus
 from .explorers import template_text
-from .figures import OKABE_ITO, STYLE, draw_floors, span
+from .figures import FLOORS, OKABE_ITO, STYLE, draw_floors, span
 from .scores import untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows
 from .surgery import MODES, Plan, Surgery, change, skip_costs, write
@@ -80,12 +80,13 @@ def curves(
             step, train, held_out = zip(*((r['step'], r['loss'], r['val_loss']) for r in run.log))
             ax.plot(step, train, color=colour(run), alpha=.3, lw=.8)
             ax.plot(step, held_out, color=colour(run), label=run.name)
-        draw_floors(ax, {f'table of {name}' if name != 'frequencies' else name: x for name, x in runs[-1].floors.items()})
+        draw_floors(ax, {text: [end(r.floors[name] for r in runs) for end in (min, max)] for name, text in FLOORS.items()})
         ax.legend(fontsize=7)
     def variance(ax):
         for run in runs:
             ax.plot(run.log[-1]['variance_median'], color=colour(run), marker='o', ms=3, label=run.name)
             ax.plot(run.log[-1]['variance_mean'], color=colour(run), ls='--', lw=1)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(fontsize=7)
     return ('<div class="charts">' + picture('Held-out loss in nats (thin: training)', loss, xlabel='step')
             + picture('Variance of the stream: median, dashed mean', variance, xlabel='layer', yscale='log') + '</div>')
@@ -186,14 +187,14 @@ class TrainFields(Panel):
         w, self.fields, groups = controls(), {}, {}
         self.story = w.Dropdown(options=list(STORIES), description='story', layout=dict(width='28em', max_width='100%'))
         for path, f in FIELDS.items():
-            look = dict(description=f.text, style=dict(description_width='7.5em'), layout=dict(width='15em'))
+            look = dict(description=f.text, style=dict(description_width='8.5em'), layout=dict(width='16.5em'))
             value = field_value(self.base, path)
             if f.choices: made = w.Dropdown(options=f.choices, value=value, **look)
             else: made = w.Text(value=f'{value:g}' if isinstance(value, float) else str(value), continuous_update=False, **look)
             self.fields[path] = made
             groups.setdefault(f.group, [w.HTML(f'<b>{f.group}</b>')]).append(made)
         for control in (self.story, *self.fields.values()): control.observe(lambda change: self.price(), 'value')
-        return self.row(*(w.VBox(group) for group in groups.values()))
+        return w.Box([w.VBox(group) for group in groups.values()], layout=dict(flex_flow='row wrap', align_items='flex-start'))
 
     @property
     def config(self) -> RunConfig:

@@ -681,11 +681,12 @@ class Lab:
 
     def first(self):
         "Run the first cell, as often as it takes: what is sent before the kernel listens is lost."
-        self.page.get_by_text('| Idle').wait_for()
-        for attempt in range(20):
-            self.run(0)
-            self.page.wait_for_timeout(2000)
-            if re.search(r'[\d*]', self.cell(0).locator('.jp-InputPrompt').inner_text()): return
+        idle = self.page.get_by_text('| Idle')
+        idle.wait_for()
+        for attempt in range(60):
+            if attempt == 0 or idle.count(): self.run(0)
+            self.page.wait_for_timeout(4000)
+            if re.search(r'\d', self.cell(0).locator('.jp-InputPrompt').inner_text()): return
 
     def printed(self, n, word):
         "Run a cell and return what it prints, as often as it is run."
@@ -803,7 +804,7 @@ def drive_training(lab, expect):
     lab.page.wait_for_timeout(500)
     lab.page.get_by_role('button', name='Interrupt the kernel').click()
     expect(lab.cell(0).get_by_text('the kernel was interrupted')).to_be_visible()
-    assert lab.printed(1, 'LIVES').split()[0] == '0'
+    assert any(lab.printed(1, 'LIVES').split()[0] == '0' for _ in range(20)), 'the training goes on'
     kv_heads = lab.cell(0).get_by_label('K/V heads', exact=True)
     kv_heads.fill('5')
     kv_heads.press('Tab')
