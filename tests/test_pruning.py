@@ -231,6 +231,14 @@ def test_criteria(model):
     assert sets['random'] != list(removals(model, WINDOWS, 'random', seed=1)) and sets['random'] == list(removals(model, WINDOWS, 'random'))
 
 
+def test_the_benchmark_chooses_as_prune_does(model, monkeypatch, root):
+    monkeypatch.syspath_prepend(str(root / 'benchmarks'))
+    from prune_model import choices
+    found = choices(influence_scores(model, WINDOWS, longest=1), 6, 4, 1, 0)
+    for by in ('skip', 'influence', 'angle', 'random'): assert found['random 0' if by == 'random' else by] == list(removals(model, WINDOWS, by))[:4]
+    assert found['last'] == [[5], [4, 5], [3, 4, 5], [2, 3, 4, 5]]
+
+
 def test_a_budget_is_used_up_and_not_exceeded(model):
     with torch.no_grad(): sets = [[], *removals(model, WINDOWS, 'greedy')]
     ratios = [(own(model, s).mean() / own(model, ()).mean()).item() for s in sets]
