@@ -212,7 +212,7 @@ SCALES['desk'] = RunConfig(
 
 SCALES['gpu'] = RunConfig(
     scale='gpu', data=DataConfig('site', vocab_size=16384),
-    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=1024),
+    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=1024, init_std=.04),                # likewise
     train=TrainConfig(steps=2000, tokens_per_step=64 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, compile='on'))
 
 # %% ../nbs/tools/05_studies.ipynb #9f5d9680
