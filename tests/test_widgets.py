@@ -658,7 +658,7 @@ def jupyterlab(folder: Path, notebook):
 
 def address(server, folder: Path) -> str:
     "Where a server listens, once it does."
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end:
         assert server.poll() is None, (folder / 'server.log').read_text(encoding='utf-8')[-3000:]
         for path in (folder / 'runtime').glob('jpserver-*.json'):
