@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, FIGURE = ROOT / 'README.md', ROOT / 'results' / 'laptop' / 'headline.png'
+README, FIGURE = ROOT / 'README.md', ROOT / 'results' / 'desk' / 'headline.png'
 MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end of findings -->'
 
 
@@ -43,7 +43,7 @@ def main():
     from sparsecod.studies import load_results
     before, _, after = parts(README.read_text(encoding='utf-8'))
     README.write_text(before + findings() + after, encoding='utf-8')
-    headline_figure(load_results(ROOT / 'results', 'laptop', 'depth'), FIGURE)
+    headline_figure(load_results(ROOT / 'results', 'desk', 'depth'), FIGURE)
 
 
 if __name__ == '__main__':
