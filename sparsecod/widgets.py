@@ -499,7 +499,7 @@ class SurgeryPanel(SurgeryWork):
         self.tool = w.ToggleButtons(options=(*MODES[1:], 'swap'), value='skip', style=dict(button_width='auto'))
         self.tool.observe(lambda change: setattr(self, 'first', None), 'value')
         self.prompt = w.Text(description='prompt', continuous_update=False, layout=dict(width='30em', max_width='100%'))
-        self.open(source, tokenizer, windows, fit_windows)
+        self.load(source, tokenizer, windows, fit_windows)
         self.prompt.observe(lambda change: self.go(), 'value')
         at_hand = {run.name: run for run in runs if run.status != 'running'} | {name: name for name in models_at_hand()}
         self.source = w.Combobox(options=list(at_hand), placeholder='a run, a folder, a GGUF file, a name on the Hub',
@@ -509,7 +509,7 @@ class SurgeryPanel(SurgeryWork):
                   self.row(self.tool, *buttons), self.blocks, self.says, self.prompt, self.texts)
         self.go()
 
-    def open(self, source, tokenizer=None, windows=None, fit_windows=None):
+    def load(self, source, tokenizer=None, windows=None, fit_windows=None):
         "Lay a model on the table."
         model, found = open_model(source)
         tokenizer = tokenizer or found
@@ -525,7 +525,7 @@ class SurgeryPanel(SurgeryWork):
     def reopen(self, at_hand: dict):
         "Open what the list or the person says."
         asked = at_hand.get(self.source.value, self.source.value)
-        try: self.open(asked.model, asked.corpus.tokenizer, *held_out(asked)) if isinstance(asked, Run) else self.open(asked)
+        try: self.load(asked.model, asked.corpus.tokenizer, *held_out(asked)) if isinstance(asked, Run) else self.load(asked)
         except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error: self.says.value = fault(error)
         else: self.go()
 

@@ -761,14 +761,11 @@ def drive_chapter(lab, expect):
     panel, knife = panels.nth(0), panels.nth(1)
     panel.scroll_into_view_if_needed()
     expect(panel.get_by_text('a table of token pairs').first).to_be_visible()
-    start_long(panel, expect, '1e5')
+    start_long(panel, expect, '1e7')
     panel.get_by_role('button', name='stop', exact=True).click()
     expect(panel.get_by_text('you stopped it')).to_be_visible()
-    loss = knife.locator('.loss')
     knife.scroll_into_view_if_needed()
-    own = loss.inner_text()
-    knife.get_by_role('button', name='undo', exact=True).click()
-    expect(loss).not_to_have_text(own)
+    assert 0 < float(knife.locator('.loss').first.inner_text()) < 10      # what its buttons do is driven in a test of its own
 
 
 def start_long(panel, expect, steps=None):
