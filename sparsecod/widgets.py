@@ -27,11 +27,12 @@ from torch import Tensor
 
 from .adapters import open_model
 from .bench import BENCH, FIELDS, STORIES, Run, Training, compare, conclusion, export_run, field_value, read_config
-from .bench import run_cost, run_kind, spell, stop_when_interrupted, timed, variants
+from .bench import run_cost, run_kind, spell, stop_when_interrupted, variants
 from .core import flops_per_token
 from .data import Corpus
 from .explorers import template_text
 from .figures import FLOORS, OKABE_ITO, STYLE, draw_floors, span
+from .resources import timed
 from .scores import untouched
 from .studies import RunConfig, fit_vocabulary, scale_config, score_windows
 from .surgery import MODES, Plan, Surgery, change, skip_costs, write

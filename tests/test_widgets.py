@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'
-from sparsecod import bench, surgery
+from sparsecod import bench, resources, surgery
 from sparsecod import widgets as wd
 from sparsecod.adapters import open_model
 from sparsecod.bench import BENCH, STORIES, Training, read_config, read_number, run_cost, variants
@@ -111,13 +111,13 @@ def test_twins_are_the_same_run_at_64_times_the_variance(corpus):
 
 def test_a_price_is_near_what_is_paid(corpus):
     config = vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'train.steps': 40, 'model.n_layers': 6, 'n_eval': 16})
-    bench.step_speed.cache_clear()
+    resources.step_speed.cache_clear()
     cost, found = run_cost(config), []
     for _ in range(3):                                # a busy machine gets a few tries
         start, run = time.perf_counter(), done(training(config, corpus)).runs[0]
         found.append((time.perf_counter() - start) / cost.seconds)
         if .5 < found[-1] < 2: break
-        bench.step_speed.cache_clear()
+        resources.step_speed.cache_clear()
         cost = run_cost(config)
     assert .4 < found[-1] < 2.5, found
     assert cost.parameters == sum(p.numel() for p in run.model.parameters()) and cost.tokens == 40 * 512
@@ -134,14 +134,14 @@ def test_memory_is_no_less_than_the_weights():
 
 @pytest.mark.parametrize('path, value', [('model.n_experts', 10 ** 6), ('model.n_layers', 10 ** 7), ('model.d_model', 10 ** 6)])
 def test_what_does_not_fit_is_refused_unbuilt(path, value, monkeypatch):
-    monkeypatch.setattr(bench, 'Transformer', lambda config: pytest.fail('something was built'))
+    monkeypatch.setattr(resources, 'step_speed', lambda *sizes: pytest.fail('a model of that size was built'))
     with pytest.raises(ValueError, match=f'{path}={value:,}'): run_cost(vary(BENCH, {path: value}))
 
 
 def test_a_thousand_blocks_have_a_price(monkeypatch):
     built = []
-    monkeypatch.setattr(bench, 'Transformer', lambda config: built.append(config.n_layers) or Transformer(config))
-    bench.step_speed.cache_clear()
+    monkeypatch.setattr(resources, 'Transformer', lambda config: built.append(config.n_layers) or Transformer(config))
+    resources.step_speed.cache_clear()
     assert run_cost(vary(BENCH, {'model.n_layers': 1000})).seconds > wd.ASK and max(built, default=0) <= 2
 
 
@@ -229,7 +229,7 @@ def test_random_numbers_are_left_alone(corpus):
     expected = torch.rand(3)
     torch.manual_seed(5)
     done(training(TINY, corpus))
-    bench.step_speed.cache_clear()
+    resources.step_speed.cache_clear()
     run_cost(TINY)
     assert torch.equal(torch.rand(3), expected)
 
