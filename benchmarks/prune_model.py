@@ -19,9 +19,9 @@ from tqdm import tqdm
 from sparsecod.adapters import find_folder, open_model
 from sparsecod.figures import results_folder
 from sparsecod.integrity import checksum
-from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune
-from sparsecod.intervals import jackknife_estimate, leave_one_out
+from sparsecod.intervals import mean_estimate
 from sparsecod.parts import tensor_hash
+from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import hardware, n_cores, versions, write_record
 
@@ -33,18 +33,12 @@ def last_but_one(L: int, most: int) -> list[list[int]]:
     return [list(range(L - n, L)) for n in range(1, most + 1)]
 
 
-def estimated(x: torch.Tensor) -> dict:
-    "Mean over sequences with its 95 % interval."
-    W = leave_one_out(len(x))
-    return jackknife_estimate(W @ x / W.sum(1))
-
-
 def increases(model, held_out, choice: list[list[int]], base: torch.Tensor, bar) -> list[dict]:
     "Loss on other sequences without the first n blocks of a choice."
     found = []
     for gone in choice:
         loss = loss_without(model, held_out, gone, len(held_out))
-        found.append(dict(removed=gone, loss=estimated(loss), increase=estimated(loss - base)))
+        found.append(dict(removed=gone, loss=mean_estimate(loss), increase=mean_estimate(loss - base)))
         bar.update()
     return found
 
@@ -72,7 +66,7 @@ def timed(make):
 def one_pass(model, windows: torch.Tensor) -> dict:
     "A pass with its loss, the unit of all times."
     for _ in range(2): loss = loss_without(model, windows, (), len(windows))
-    return dict(passes=2, tokens=windows[:, 1:].numel(), loss=estimated(loss))
+    return dict(passes=2, tokens=windows[:, 1:].numel(), loss=mean_estimate(loss))
 
 
 def written(model, tokenizer, choose_on, held_out, gone: list[int]) -> dict:

@@ -362,7 +362,7 @@ def continue_text(
     tokens = torch.tensor([tokenizer.encode(context) or [tokenizer.eos_id]], device=next(model.parameters()).device)  # (1, T)
     start, text = tokens.shape[1], ''
     for _ in range(options.get('max_gen_toks', 256)):
-        tokens = torch.cat([tokens, next_tokens(model, tokens, temperature)], dim=1)        # (1, T + 1)
+        tokens = torch.cat([tokens, next_tokens(model, tokens, temperature=temperature)], dim=1)        # (1, T + 1)
         if tokens[0, -1] == tokenizer.eos_id: break
         text = tokenizer.decode(tokens[0, start:].cpu())
         if any(stop in text for stop in stops): break

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'PAPER', 'PRESETS', 'LOGITS_AT_ONCE', 'following_fields', 'ModelConfig', 'check_heads_and_experts',
            'feed_forward_params', 'param_counts', 'flops_per_token', 'preset', 'BlockOutput', 'make_feed_forward',
            'Block', 'init_matrices', 'Stack', 'initial_update_variance', 'cross_entropy', 'auxiliary_loss', 'HubModel',
-           'Transformer', 'next_tokens', 'full_precision', 'check_finite']
+           'Transformer', 'draw_tokens', 'next_tokens', 'full_precision', 'check_finite']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 from collections.abc import Callable
@@ -315,29 +315,35 @@ class Transformer(Stack, HubModel):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n_new: int = 50, **options) -> Tensor:
-        "Continue a text, (B, T) to (B, T + n_new); options as in `next_tokens`."
+        "Continue a text, (B, T) to (B, T + n_new); options as in `draw_tokens`."
         for _ in range(n_new):
             tokens = torch.cat([tokens, next_tokens(self, tokens, **options)], dim=1)       # (B, T + 1)
         return tokens
 
 # %% ../nbs/build/03_core.ipynb #d7b4ed2c
-def next_tokens(
-    model: Transformer,         # the model that writes
-    tokens: Tensor,             # text so far, (B, T)
+def draw_tokens(
+    logits: Tensor,             # of the next token, (B, V)
     temperature: float = 1.0,   # 0: always the most likely token
     top_k: int | None = None,   # draw among the k most likely only
-    generator: torch.Generator | None = None,  # for reproducible draws, on the model's device
-) -> Tensor:                    # one more token for each text, (B, 1)
+    generator: torch.Generator | None = None,  # for reproducible draws, on the device of the logits
+) -> Tensor:                    # one token for each text, (B, 1)
     "Draw the next token of each text."
     if temperature < 0 or top_k is not None and top_k < 1:
         raise ValueError(f'temperature={temperature} must not be negative, and top_k={top_k} must be at least 1')
-    window = tokens[:, -model.config.context_length:]                          # (B, up to context_length)
-    logits = model.logits(model.run(model.embed(window))[:, -1])               # (B, V)
     if temperature == 0: return logits.argmax(-1, keepdim=True)                # (B, 1)
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]       # (B, 1)
         logits = logits.masked_fill(logits < least, float('-inf'))             # (B, V)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+
+def next_tokens(
+    model: Transformer,   # the model that writes
+    tokens: Tensor,       # text so far, (B, T)
+    **options,            # as in draw_tokens
+) -> Tensor:              # one more token for each text, (B, 1)
+    "Let a model foretell the next token of each text, and draw it."
+    window = tokens[:, -model.config.context_length:]                                       # (B, up to context_length)
+    return draw_tokens(model.logits(model.run(model.embed(window))[:, -1]), **options)      # (B, 1)
 
 # %% ../nbs/build/03_core.ipynb #8a45b0d9
 @contextmanager

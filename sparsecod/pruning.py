@@ -30,7 +30,7 @@ from .core import Transformer
 from .data import Tokenizer
 from .exchange import files_beside, to_hf, to_hf_tokenizer
 from .integrity import atomic_folder, read_object, stamp, write_text
-from .intervals import jackknife_ends, jackknife_estimate, leave_one_out
+from .intervals import jackknife_ends, jackknife_estimate, leave_one_out, mean_estimate
 from .scores import Trace, measured_costs, scoring_model
 from .scores import sequence_loss, to_fp64, to_lists, trace, untouched
 
@@ -276,10 +276,8 @@ def greedy_order(
             if not order: alone = found - base                                           # (L, N), of single blocks
             order.append(l)
             losses.append(found[l - 1])
-    W = leave_one_out(len(windows))
     gaps = [loss - base - alone[[l - 1 for l in order[:k]]].sum(0) for k, loss in enumerate(losses, 1)]
-    estimates = lambda rows: [jackknife_estimate(W @ x / W.sum(1)) for x in rows]
-    return to_lists(dict(order=order, loss=estimates([base, *losses]), gap=estimates(gaps)))
+    return to_lists(dict(order=order, loss=[mean_estimate(x) for x in (base, *losses)], gap=[mean_estimate(x) for x in gaps]))
 
 # %% ../nbs/build/12_pruning.ipynb #759e4f90
 CRITERIA = 'greedy', 'influence', 'angle', 'skip', 'random'
@@ -476,7 +474,6 @@ def prune(
         before, after, *others = (loss_without(ready, held_out, gone, batch_size) for gone in ([], removed, *sets))   # (N,)
     changed, dtype = dtype is not None, dtype or source_dtype(source)
     W = leave_one_out(len(held_out))
-    estimate = lambda x: jackknife_estimate(W @ x / W.sum(1))
     with atomic_folder(out) as draft:
         write_network(draft, cut_network(model, keep(removed), dtype), source, tokenizer)
         written = adapt(load_network(draft)).to(device)
@@ -487,7 +484,7 @@ def prune(
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, written)]
         record = to_lists(dict(
             architecture=model.config.architecture, n_layers=L, removed=removed, by='spans' if spans else by, budget=budget, parameters=sizes,
-            loss=dict(before=estimate(before), after=estimate(found)), loss_ratio=jackknife_estimate((W @ found) / (W @ before)),
+            loss=dict(before=mean_estimate(before), after=mean_estimate(found)), loss_ratio=jackknife_estimate((W @ found) / (W @ before)),
             random=dict(mean=torch.stack(others).mean().item(), losses=[x.mean().item() for x in others], removed=[sorted(s) for s in sets]) if sets else None,
             text=dict(n_sequences=len(held_out), n_choose=len(choose_on), T=held_out.shape[1] - 1)))
         write_text(draft / 'pruning.json', json.dumps(stamp(record), indent=1))

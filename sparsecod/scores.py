@@ -16,9 +16,9 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ALL_PAIRS_UP_TO', 'PAIRS'
            'to_lists', 'attention_numbers', 'work_bytes', 'sequence_bytes', 'fixed_bytes', 'jacobian_bytes',
            'needed_bytes', 'Plan', 'plan_memory', 'measurement_key', 'planned_work', 'measured_maps',
            'measured_jacobians', 'counted', 'measure', 'measured_costs', 'expected_seconds', 'text_config',
-           'prepare_windows', 'score_model', 'all_estimates', 'with_error', 'summarise', 'check_windows',
-           'check_held_out', 'check_context', 'with_true_names', 'write_schema', 'scores_frame', 'random_signs',
-           'root_of_mean', 'jacobian_estimate']
+           'prepare_windows', 'score_model', 'all_estimates', 'with_error', 'summarise', 'check_sequences',
+           'check_windows', 'check_held_out', 'check_context', 'with_true_names', 'write_schema', 'scores_frame',
+           'random_signs', 'root_of_mean', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -1030,18 +1030,27 @@ def summarise(
                          intervals=layer_intervals(arrays) | (pair_ends if pair_intervals else {}), settings=settings))
 
 # %% ../nbs/build/07_scores.ipynb #e56732d5
+def check_sequences(
+    model,            # that is to read them
+    least: int = 3,   # tokens in a sequence
+    **sequences,      # tensors of tokens by the name to complain of, (N, at least least) each
+):
+    "Raise a ValueError unless these are sequences that the model can read."
+    for name, w in sequences.items():
+        if not isinstance(w, Tensor): raise ValueError(f'{name}={repr(w)[:60]} must be a tensor of tokens')
+        if w.dtype != torch.int64: raise ValueError(f'{name} has dtype={w.dtype}; allowed is torch.int64')
+        if w.dim() != 2 or w.shape[1] < least or not len(w):
+            raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, tokens) with at least {least} tokens')
+        if w.max() >= model.config.vocab_size or w.min() < 0:
+            raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')
+
 def check_windows(
     model: Transformer,   # the model to score
     windows: Tensor,      # sequences to score
     fit_windows: Tensor,  # sequences to fit on
 ):
     "Raise a ValueError unless the sequences fit the model and there are enough for the affine fits."
-    for name, w in dict(windows=windows, fit_windows=fit_windows).items():
-        if w.dtype != torch.int64: raise ValueError(f'{name} has dtype={w.dtype}; allowed is torch.int64')
-        if w.dim() != 2 or w.shape[1] < 3 or not len(w):
-            raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, T + 1) with T of at least 2')
-        if w.max() >= model.config.vocab_size or w.min() < 0:
-            raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')
+    check_sequences(model, windows=windows, fit_windows=fit_windows)
     tokens, D = fit_windows[:, 1:].numel(), model.config.d_model
     if tokens <= D + 1:
         raise ValueError(f'fit_windows holds {tokens} tokens; an affine map of width {D} needs more than {D + 1}')

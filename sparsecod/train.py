@@ -44,12 +44,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config
-from .core import BlockOutput, ModelConfig, Transformer
 from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
 from .compilation import plain_execution, use_compiler_cache
-from .configuration import check_fields, one_of, require
-from .core import auxiliary_loss, full_precision
+from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
+from .core import BlockOutput, ModelConfig, Transformer, auxiliary_loss, full_precision
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load

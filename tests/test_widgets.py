@@ -445,8 +445,8 @@ def test_the_cache_changes_no_text(edit):
 @pytest.mark.parametrize('attempt, says', [
     (lambda s: s.plan.skip(5), 'l=5 must be the number of a block, 1 to 4'), (lambda s: s.plan.skip(0), 'l=0'), (lambda s: s.plan.swap(1, 'x'), "l='x'"),
     (lambda s: s.plan.skip(True), 'l=True'), (lambda s: s.plan.set(1, 'cut'), "mode='cut'"), (lambda s: s.loss(s.plan.set(1, 'linear')), 'fit_windows is None'),
-    (lambda s: list(write(s, s.plan, [50])), 'tokens holds'), (lambda s: list(write(s, s.plan, [])), 'tokens is'),
-    (lambda s: Surgery(s.model, WINDOWS.float()), 'windows is'), (lambda s: Surgery(s.model, [[1, 2]]), 'windows is'),
+    (lambda s: list(write(s, s.plan, [50])), 'tokens holds'), (lambda s: list(write(s, s.plan, [])), 'tokens has shape (1, 0)'),
+    (lambda s: Surgery(s.model, WINDOWS.float()), 'windows has dtype=torch.float32'), (lambda s: Surgery(s.model, [[1, 2]]), 'windows=[[1, 2]]'),
     (lambda s: Surgery(s.model, WINDOWS - 5), 'windows holds tokens from -'), (lambda s: Surgery(s.model, WINDOWS, WINDOWS), 'share a sequence'),
     (lambda s: Surgery(nn.Linear(2, 2), WINDOWS), 'Linear cannot be adapted'), (lambda s: wd.surgery_widget(s.model), 'without a tokenizer'),
     (lambda s: wd.surgery_widget('no such folder'), 'no such folder')])

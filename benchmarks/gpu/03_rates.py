@@ -1,5 +1,8 @@
 """Which learning rate suits which depth? Short runs of every depth at half, once and twice the rate of the scale: rates.json.
 
+Short runs favour a rate that is ahead early: at scale `desk` they chose one that whole runs did worse with. Half an hour has no room for whole ones, so
+what the depth study says of losses is to be read with that in mind.
+
     python benchmarks/gpu/03_rates.py [--scale tiny --device cpu] [--out DIR]
 """
 from common import DEPTHS, FACTORS, Results, base_config, begin, least_time, run_here

@@ -113,7 +113,7 @@ def base_config(scale: str):
     "What the runs of the depth study have in common. As published, D times the variance of the weights at the start is 0.82."
     from sparsecod.studies import SCALES, vary
     if scale == 'tiny': return vary(SCALES['tiny'], {'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': 20, 'n_eval': 8, 'measures': ('null',)})
-    return vary(SCALES['gpu'], {'model.context_length': 256, 'model.init_std': .04, 'data.max_tokens': 2 ** 26, 'new_text': True, 'measures': ('null',),
+    return vary(SCALES['gpu'], {'model.context_length': 256, 'data.max_tokens': 2 ** 26, 'new_text': True, 'measures': ('null',),
                                 'train.steps': 1832, 'train.tokens_per_step': 2 ** 15, 'train.micro_batch_tokens': 2 ** 15, 'train.lr': 2e-3,
                                 'train.precision': 'bf16', 'train.checkpoint_every': 250})
 
