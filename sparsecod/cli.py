@@ -802,7 +802,8 @@ def add_plan(
     add_scale(p)
     option(p, '--seeds', type=count, default=1, metavar='N', help='runs of each variant')
     for name, (flags, kind, text) in MACHINE.items():
-        option(p, flags, dest=name, type=kind, metavar=dict(str='NAME', int='N', float='X')[kind.__name__], help=text, shown=dict(card='this machine', gpus='1', utilisation='0.4').get(name, 'measured'))
+        shown = dict(card='this machine', gpus='1', utilisation='0.4').get(name, 'measured')
+        option(p, flags, dest=name, type=kind, metavar=dict(str='NAME', int='N', float='X')[kind.__name__], help=text, shown=shown)
     option(p, '--out', default='runs', metavar='DIR', help='where records of earlier runs are, for their speed')
     option(p, '--json', metavar='FILE', help='write the table, sizes in bytes', shown='none')
     option(p, '--csv', metavar='FILE', help='the same as comma-separated values', shown='none')
@@ -897,7 +898,9 @@ def show_main(
     else: print(f'\nThere are no recorded runs of scale {scale} to set these beside.')
     if recorded:
         print(f'\nThe recorded ledger in short, of {len(recorded)} runs that are not yours:\n')
-        for row in headlines(rows): print(textwrap.fill(f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}", 110, subsequent_indent=' ' * 14))
+        for row in headlines(rows):
+            line = f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}"
+            print(textwrap.fill(line, 110, subsequent_indent=' ' * 14))
     path = Path(folder) / scale / 'report.html'
     print(f"report: {write_report(label_variants('main', records), path, rows if recorded else None, MAIN.question, 'variant', beside=beside)}")
     return 0

@@ -177,8 +177,9 @@ def compiler_errors_in_short():
     except Exception as error:
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
         first = ' '.join(str(error).split())[:200]
-        raise RuntimeError(f"the training step could not be compiled ({type(error).__name__}: {first}). What was compiled before lies in "
-                           f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')} and may be damaged: move it away and start again, or set compile='off' for a new run") from None
+        place = os.environ.get('TORCHINDUCTOR_CACHE_DIR')
+        raise RuntimeError(f'the training step could not be compiled ({type(error).__name__}: {first}). What was compiled before lies in {place} '
+                           "and may be damaged: move it away and start again, or set compile='off' for a new run") from None
 
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
 def step_seconds(

@@ -491,7 +491,8 @@ def bars(
     bar = here.mark_bar().encode(x, y, alt.Y2('base'),
                                  tooltip=tips(block='block', value=unit, low='95 % low', high='95 % high'),
                                  **dict(color=colour) | beside if kinds else dict(color=HIGHLIGHT))
-    whisker = [here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2).encode(x, alt.Y('low:Q', title=unit), alt.Y2('high:Q'), **beside)] if any(r['low'] is not None for r in rows) else []
+    line = here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2)
+    whisker = [line.encode(x, alt.Y('low:Q', title=unit), alt.Y2('high:Q'), **beside)] if any(r['low'] is not None for r in rows) else []
     rules = [alt.Chart(alt.Data(values=[dict(line=line)])).mark_rule(strokeDash=[5, 3], color='currentColor').encode(alt.Y('line:Q', title=unit)) for line in lines]
     return alt.layer(bar.properties(name=name), *whisker,
                      *rules).properties(width='container', height=190, title=title)
@@ -794,12 +795,14 @@ def mismatches(a: dict, b: dict) -> list[str]:
     text, L = [s.get('corpus') for s in (a, b)], [n_blocks(s) for s in (a, b)]
     lines = []
     if None in text: lines.append('Whether both were scored on the same text is not known.')
-    elif text[0] != text[1]: lines.append('They were scored on different texts, or on one text cut by different tokenizers: a difference is one of model and text together, and a nat a token need not be the same unit.')
+    elif text[0] != text[1]: lines.append('They were scored on different texts, or on one text cut by different tokenizers: a difference is one of model '
+                                         'and text together, and a nat a token need not be the same unit.')
     settings = [(s.get('settings') or {}) | {k: v for k, v in (s.get('config') or {}).items() if k == 'dtype'} for s in (a, b)]
     differ = [f'{k} {plain(settings[0].get(k))} and {plain(settings[1].get(k))}' for k in dict.fromkeys([*settings[0], *settings[1]])
               if k not in ('undetermined_fits', 'pairs', 'batch_size') and settings[0].get(k) != settings[1].get(k)]
     if differ: lines.append(f"They were scored in different ways: {', '.join(differ)}.")
-    if L[0] != L[1]: lines.append(f'A has {L[0]} blocks and B has {L[1]}, so block l of one is not block l of the other: blocks are drawn beside each other, and only numbers of the whole model are subtracted.')
+    if L[0] != L[1]: lines.append(f'A has {L[0]} blocks and B has {L[1]}, so block l of one is not block l of the other: blocks are drawn beside '
+                                   'each other, and only numbers of the whole model are subtracted.')
     return lines
 
 # %% ../nbs/tools/09_report.ipynb #ca1b4bc3
@@ -838,7 +841,8 @@ def read_comparison(a: dict, b: dict) -> list[str]:
         elif not found.above + found.below: lines.append(f'{title}: no difference is shown at any block.')
         else: lines.append(f'{title}: ' + '; '.join(f'{way} in B at {names(blocks)} {basis(True, end)}' for way, blocks, end in
                            (('larger', found.above, 'lower'), ('smaller', found.below, 'upper')) if blocks) + '.')
-    return lines + ['A difference has an interval as if the two had been measured on independent texts; on the same text it is rather too wide. Of twenty intervals, about one is expected to miss the truth.']
+    return lines + ['A difference has an interval as if the two had been measured on independent texts; on the same text it is rather too wide. '
+                    'Of twenty intervals, about one is expected to miss the truth.']
 
 # %% ../nbs/tools/09_report.ipynb #53869aa7
 def comparison_explorer(
@@ -868,7 +872,8 @@ def comparison_explorer(
         maps = [[dict(i=i, j=j, **e._asdict()) for i, row in enumerate(by_pair(s, score), 1) for j, e in enumerate(row, 1) if e.value is not None]
                 for s in both.values()]
         for kind, rows, others in zip('AB', maps, maps[::-1]):
-            if rows: add(heat(f'{score}_{kind}', f'{title}, {kind}', across, down, rows, others), f'{score}_{kind}', f'{title}, {kind}', dict(i=down, j=across, value='value'))
+            view, head = f'{score}_{kind}', f'{title}, {kind}'
+            if rows: add(heat(view, head, across, down, rows, others), view, head, dict(i=down, j=across, value='value'))
     pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
                                bind=dict(block=alt.binding_range(min=0, max=max(L), step=1, name='Highlight a block (0: none)')))
     first = charts[0].layer[0] if isinstance(charts[0], alt.LayerChart) else charts[0]
