@@ -4,7 +4,7 @@
 
 A small model is trained and scored once on a pool of held-out sequences; the scores of the whole pool are the truth. Then as many sequences as a
 measurement has by default are drawn from what was measured, again and again, and each draw gets its scores and intervals. The percentile bootstrap
-gets the first of the draws too, for comparison. A few minutes on one core.
+gets the first of the draws too, for comparison. A quarter of an hour on one core.
 """
 import argparse
 import json
