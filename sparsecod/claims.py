@@ -784,9 +784,9 @@ def floor_note(
 ) -> str:                 # Markdown
     "What a page must say of its runs before it says anything else."
     below = sum(map(passed, records))
-    if below == len(records): return f'All {len(records)} runs of this page are at least 0.1 nats below a table of token pairs that has read the same text.'
+    if below == len(records): return f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has read the same text.'
     few = 'None' if not below else f'Only {below}'
-    return (f'> **Untrained models.** {few} of the {len(records)} runs of this page {"are" if below > 1 else "is"} at least 0.1 nats below [a table of token pairs]'
+    return (f'> **Untrained models.** {few} of the {len(records)} runs below {"are" if below > 1 else "is"} at least 0.1 nats below [a table of token pairs]'
             '(../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it says, on models that have not learnt what such '
             'a table knows. It neither supports nor contradicts what the paper says of trained ones. Where the text says *confirmed*, *contradicted* '
             'or *open*, it says on which side of its bound an interval over seeds lies, and no more.')
