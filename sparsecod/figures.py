@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEASURED', 'NUMBERED', 'STATISTICS', 'UPDATES',
-           'FLOORS', 'JACOBIANS', 'METRICS', 'ENTRY', 'PAIRS', 'SCORES', 'WRITTEN', 'use_style', 'setting_colors',
-           'setting', 'label', 'flat_config', 'differences', 'varied_field', 'by_setting', 'label_variants',
-           'family_colors', 'looks', 'Series', 'combined', 'finished', 'profile', 'layer_series', 'curve',
-           'step_series', 'own_axes', 'add_legend', 'draw_series', 'nothing_here', 'whole_layers', 'plot_variance',
-           'plot_updates', 'draw_diverged', 'plot_curve', 'plot_final_variance', 'floor_losses', 'draw_floors',
-           'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text',
-           'fit_limits', 'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published',
-           'paper_axes', 'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian',
-           'pair_means', 'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance',
-           'distance_series', 'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores',
-           'headline_figure', 'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table',
-           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records', 'interval_note', 'not_run',
-           'learnt_little', 'dagger', 'study_cells', 'study_table', 'published_numbers', 'published_columns',
-           'published_rows', 'beside_table', 'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero',
-           'draw_change', 'fit_width', 'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter',
-           'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths']
+           'FLOORS', 'JACOBIANS', 'METRICS', 'ENTRY', 'PAIRS', 'SCORES', 'use_style', 'setting_colors', 'setting',
+           'label', 'flat_config', 'differences', 'varied_field', 'by_setting', 'label_variants', 'family_colors',
+           'looks', 'Series', 'combined', 'finished', 'profile', 'layer_series', 'curve', 'step_series', 'own_axes',
+           'add_legend', 'draw_series', 'nothing_here', 'whole_layers', 'plot_variance', 'plot_updates',
+           'draw_diverged', 'plot_curve', 'plot_final_variance', 'floor_losses', 'draw_floors', 'plot_loss',
+           'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text', 'fit_limits',
+           'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes',
+           'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means',
+           'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series',
+           'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure',
+           'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table',
+           'verdict_text', 'runs_text', 'results_folder', 'page_records', 'interval_note', 'not_run', 'learnt_little',
+           'dagger', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows',
+           'beside_table', 'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero', 'draw_change',
+           'fit_width', 'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter',
+           'correlation_table', 'length_series', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
@@ -929,7 +929,6 @@ def results_folder(start: str | Path = '.') -> Path:
     if root is None: raise FileNotFoundError(f'{Path(start).absolute()} is not inside a clone of the repository: no settings.ini was found upwards of it')
     return root / 'results'
 
-WRITTEN = ('laptop', [0, 1, 2])   # scale and seeds of the runs that the text of the study pages is about
 
 def page_records(
     studies: str | tuple[str, ...],  # that the page is about
@@ -937,6 +936,7 @@ def page_records(
     seeds: int | Iterable[int],      # how many, or which
     folder: str | Path,              # of the records
     rerun: bool = False,             # run what the folder lacks, unless it is that of the committed records
+    written: str = 'laptop',         # scale of the runs that the text of the page is about
 ) -> tuple[list[dict], bool]:        # records, and whether text and checks of the page are about them
     "What a study page shows."
     seeds, committed = seed_list(seeds), Path(folder).resolve() == results_folder().resolve()
@@ -946,7 +946,7 @@ def page_records(
         for study in studies: run_study(study, scale, seeds, out=folder)
     found = {r['id']: r for study in studies for r in load_results(folder, scale, study) if r['seed'] in seeds}
     if not found: raise ValueError(f'FOLDER={folder} has no runs of scale {scale}, seeds {seeds}; RERUN = True with a folder of its own makes them')
-    recorded = committed and (scale, seeds) == WRITTEN
+    recorded = committed and (scale, seeds) == (written, [0, 1, 2])
     if not recorded: print(f'{len(found)} runs of scale {scale}, seeds {seeds}. The text of this page is about other runs, and checks of what it says are skipped.')
     return list(found.values()), recorded
 
