@@ -9,17 +9,17 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'SETTINGS', 'VARIANT', 'MEA
            'looks', 'Series', 'combined', 'finished', 'profile', 'layer_series', 'curve', 'step_series', 'own_axes',
            'add_legend', 'draw_series', 'nothing_here', 'whole_layers', 'plot_variance', 'plot_updates',
            'draw_diverged', 'plot_curve', 'plot_final_variance', 'floor_losses', 'draw_floors', 'plot_loss',
-           'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text', 'fit_limits',
-           'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published', 'paper_axes',
-           'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian', 'pair_means',
-           'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance', 'distance_series',
-           'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores', 'headline_figure',
-           'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table', 'published_table',
-           'verdict_text', 'runs_text', 'results_folder', 'page_records', 'interval_note', 'not_run', 'learnt_little',
-           'dagger', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows',
-           'beside_table', 'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero', 'draw_change',
-           'fit_width', 'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter', 'plot_scatter',
-           'correlation_table', 'length_series', 'plot_lengths']
+           'plot_jacobian', 'estimates', 'metric_text', 'is_share', 'name_ticks', 'spread', 'seeds_text', 'plain_ticks',
+           'fit_limits', 'cut_share', 'plot_points', 'draw_seeds', 'mark_diverged', 'plot_score', 'published',
+           'paper_axes', 'plot_published', 'plot_published_ends', 'plot_published_peak', 'plot_published_jacobian',
+           'pair_means', 'plot_pairs', 'split_pairs', 'estimates_of', 'pair_parts', 'plot_parts', 'by_distance',
+           'distance_series', 'plot_distance', 'plot_usefulness', 'useful_share', 'plot_thresholds', 'draw_scores',
+           'headline_figure', 'save_figure', 'span', 'markdown_table', 'estimate_text', 'estimates_table',
+           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records', 'interval_note', 'not_run',
+           'learnt_little', 'dagger', 'study_cells', 'study_table', 'published_numbers', 'published_columns',
+           'published_rows', 'beside_table', 'small_axes', 'plot_study', 'seed_changes', 'change_text', 'clears_zero',
+           'draw_change', 'fit_width', 'draw_changes', 'reference', 'plot_changes', 'changes_table', 'draw_scatter',
+           'plot_scatter', 'correlation_table', 'length_series', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 from cycler import cycler
 
@@ -498,10 +499,17 @@ def seeds_text(
     if n == [1]: return '1 seed, interval over sequences'
     return f'{n[0]} to {n[-1]} seeds' if len(n) > 1 else f'{n[0]} seeds'
 
+def plain_ticks(axis):
+    "Numbers as one writes them, and not as powers of ten, on a logarithmic axis."
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
+
 def fit_limits(ax, y: list, low: list, high: list, log: bool):
     "Show all points, and intervals as far as they are not many times longer than the points are apart."
     if log:
         ax.set_yscale('log', nonpositive='clip')
+        if max(y) < 100 * min(y): plain_ticks(ax.yaxis)
         return ax.set_ylim(max(min([*low, *y]), min(y) / 4) / 1.3, min(max([*high, *y]), max(y) * 4) * 1.3)
     room = 1.5 * (max(y) - min(y)) + .1 * (max(map(abs, y)) or .1)
     bottom, top = max(min([*low, *y]), min(y) - room), min(max([*high, *y]), max(y) + room)
