@@ -341,7 +341,8 @@ def library_windows(
     windows = torch.tensor(ids[:(most + M) * (T + 1)]).view(-1, T + 1).to(next(model.parameters()).device)
     with untouched(model):
         one = timed(lambda: model.token_losses(model.run(model.embed(windows[:2, :-1])), windows[:2, 1:]), windows.device) / 2
-    return windows[:max(4, min(most, int(seconds / one)))], windows[most:]
+    n = max(4, min(most, int(seconds / one)))
+    return windows[:n, :1 + min(T, max(16, int(T * seconds / (n * one))))], windows[most:]
 
 def models_at_hand(folder: str | Path = 'runs') -> list[str]:
     "Folders below a folder that hold a model."

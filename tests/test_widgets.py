@@ -530,6 +530,15 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
     assert panel.surgery.table.surgery.model is panel.runs[-1].model and 'class="loss"' in panel.surgery.says.value
 
 
+@pytest.mark.parametrize('seconds, shape', [(.01, (16, 65)), (.25, (8, 65)), (1., (4, 33)), (9., (4, 17))])
+def test_windows_are_fewer_and_shorter_where_the_model_is_slow(corpus, seconds, shape, monkeypatch):
+    "By what a pass over two windows of 64 tokens takes."
+    monkeypatch.setattr(surgery, 'timed', lambda work, device: seconds)
+    model = Transformer(vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'model.context_length': 64}).model)
+    windows, fit_windows = surgery.library_windows(model, corpus.tokenizer)
+    assert windows.shape == shape and fit_windows.shape == (16, 65) and Surgery(model, windows, fit_windows).loss() > 0
+
+
 def test_a_table_click_by_click():
     told, s = [], Surgery(random_model(), WINDOWS, FIT)
     table = surgery.Table(s, tell=lambda: told.append((table.plan, len(table.costs))))
