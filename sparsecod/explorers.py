@@ -97,7 +97,6 @@ def watched() -> bool:
     except ImportError: return False
     return getattr(getattr(get_ipython(), 'kernel', None), '_allow_stdin', False)
 
-# %% ../nbs/tools/08_explorers.ipynb #03138a2c
 def trim(x, digits: int = 5):
     "Shorter numbers."
     if isinstance(x, (list, tuple)): return [trim(v, digits) for v in x]
@@ -118,9 +117,7 @@ def calculated(chart: alt.Chart, steps: dict) -> alt.Chart:
 WIDTH, DEEPEST, SIMULATED_DEPTH = 64, 64, 32
 STEPS = list(range(15))                        # positions of the initial scale
 
-def scale_at(
-    step: int,  # position of the initial scale, 0..14
-) -> float:     # sigma
+def scale_at(step: int) -> float:
     "Standard deviation of the weights, from 0.02 in factors of the fourth root of 2."
     return 0.02 * 2 ** (step / 4)
 
@@ -159,9 +156,7 @@ def simulate_all() -> dict:
     return dict(about=about, points=[simulate_points(p, step, norm) for norm in NORMS for p in DENSITIES
                                      for step in SCALED])
 
-def stored_points(
-    start: str | Path = '.',  # a place inside a clone of the repository
-) -> dict:                    # about and points
+def stored_points(start: str | Path = '.') -> dict:
     "The dots as `simulate_all` made them."
     return json.loads((results_folder(start).parent / 'nbs' / 'tools' / '08_explorers.json').read_text(encoding='utf-8'))
 
@@ -241,7 +236,6 @@ def variance_chart(quantity: str) -> alt.LayerChart:
     data = data.encode(along, alt.Y(f'{field}:Q', title=None)).properties(name=quantity)
     return alt.layer(curves, whisker, dots, data).properties(width='container', height=240, title=title)
 
-# %% ../nbs/tools/08_explorers.ipynb #653e101a
 def variance_explorer(
     simulated: dict | None = None,  # from simulate_all; None: curves without dots
     L: int = 32,                    # where the controls stand at first: depth
@@ -291,9 +285,7 @@ CURVES = {  # name -> title, what is on the x axis, logarithmic
     'train_variance': ('Final-layer variance in training', 'training step', True)}
 AT_COMMON = ('val_loss@common', 'final_variance@common')
 
-def thinned(
-    values: list,  # one a logged step
-) -> list:         # at most 16 of them, first and last included
+def thinned(values: list) -> list:
     "A log that is short enough to be drawn."
     n = min(len(values), 16)
     return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
@@ -420,7 +412,6 @@ RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='re
                   tokens='tokens', steps='steps', lr='learning rate', decay='weight decay',
                   blocks='blocks', commit='commit', machine='machine')
 
-# %% ../nbs/tools/08_explorers.ipynb #923cb3e6
 def paper_chart() -> alt.Chart:
     "The paper's numbers for the chosen metric, on their own scale."
     log = 'metrics[metric].published[study]'
@@ -608,7 +599,6 @@ def pair_map(score: str, mode: str, title: str, touched: str) -> alt.LayerChart:
                  alt.Tooltip('score:Q', format='.3~g', title='relative change')])
     return cells.properties(name=score, width=260, height=260, title=title)
 
-# %% ../nbs/tools/08_explorers.ipynb #94e3737e
 def surgery_explorer(
     records: list[dict],            # of finished runs; for each depth the one with the lowest seed is shown
     study: str | None = 'depth',    # whose runs; None: take the records as they are

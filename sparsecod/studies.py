@@ -41,6 +41,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import lru_cache
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, UTC
@@ -123,10 +124,11 @@ def check_change(
     part, _, name = path.rpartition('.')
     place = values.get(part) if part else values
     if not isinstance(place, dict) or name not in place or name in PARTS:
-        known = ', '.join(values if part not in PARTS else (f'{part}.{n}' for n in values[part]))
-        meant = ' or '.join(f'{p}.{name}' for p in PARTS if name in values[p] and p != part)
-        advice = f'did you mean {meant}?' if meant else f'there are {known}'
-        raise ValueError(f'there is no field {path}={new!r}; {advice}')
+        every = {n: n for n in values if n not in PARTS} | {f'{p}.{n}': n for p in PARTS for n in values[p]}   # path: name
+        like = lambda names: ' or '.join(p for p, n in every.items() if n in names)
+        meant = like([name]) or like([n for n in every.values() if len(name) > 2 and name in n]) or like(get_close_matches(name, every.values(), 2, .7))
+        known = ', '.join(p for p in every if not part or p.startswith(f'{part}.')) or ', '.join(every)
+        raise ValueError(f'there is no field {path}={new!r}; ' + (f'did you mean {meant}?' if meant else f'there are {known}'))
     if path == 'train.seed': raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
     old = place[name]
     if isinstance(old, (int, float)) and (isinstance(new, (str, list)) or isinstance(old, bool) != isinstance(new, bool)):
