@@ -147,7 +147,7 @@ def measure(options) -> dict:
             work = dict(sink=('variance', lambda: sink(model, long[0])), sweep=('variance', lambda: sweep(model, long, bar)), null=('variance', lambda: statistics(variances(null, long[:, :256]), len(long))),
                         scores=('scores', lambda: scored(model, config, 'parts')), null_scores=('null', lambda: scored(null, half, 'null.parts')))
             for part, (kind, make) in work.items():
-                if options.only in (None, 'scores' if kind == 'null' else kind) and (part != 'null_scores' or name == options.texts[0]): parts[f'{name} {part}'] = keep[kind].get(part, make)
+                if options.only in (None, 'scores' if kind == 'null' else kind) and (part != 'null_scores' or name == options.texts[-1]): parts[f'{name} {part}'] = keep[kind].get(part, make)
     found = dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source), texts=texts, seed=options.seed,
                  lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=n_cores(),
                  hardware=hardware(torch.device('cpu')), versions=versions() | package_versions(), made={k: [p['commit'], p['dirty'], p['seconds']] for k, p in parts.items()})

@@ -279,9 +279,9 @@ def read_parts(scores: dict) -> list[str]:
     "Which sublayers can be skipped, and which spans turn the stream least."
     lines = []
     for part in ('attention', 'feed_forward'):
-        found, said = sides(by_layer(scores, f'{part}_loss_increase'), 0), part.replace('_', '-')
+        found, said = sides(by_layer(scores, f'{part}_loss_increase'), 0), dict(feed_forward='feed-forward layer').get(part, part)
         free = sorted(found.below + found.open)
-        if found.sure: lines.append(f'Without its {said} alone, no cost is shown at {names(free)}.' if free else f'Leaving out the {said} alone costs something at every block.')
+        if found.sure: lines.append(f'Without the {said} alone, no cost is shown at {names(free)}.' if free else f'Leaving out the {said} alone costs something at every block.')
     angles = {n: [e.value for e in row if e.value is not None] for n, row in enumerate(by_pair(scores, 'angular_distance'), 1)}
     spans = {n: (min(row), row.index(min(row)) + 1) for n, row in angles.items() if n in (2, 4, 8) and n < len(angles) and row}
     said = [f'{n} blocks from block {l} ({few(x)})' for n, (x, l) in spans.items()]
