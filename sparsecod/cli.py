@@ -376,6 +376,7 @@ def sparsity_within(model, tokens, memory: int) -> tuple:   # tokens (N, T), byt
 def tell_work(subject: Subject, to_score, to_fit, score, memory: int, args):
     "Say how many pairs are swapped, and how long all will take."
     from sparsecod.bench import spell
+    from sparsecod.pruning import step_seconds
     from sparsecod.scores import choose_pairs, expected_seconds
     L = len(subject.model.blocks)
     swapped, every = choose_pairs(L, args.pairs, score.seed).sum().item(), L * (L - 1) // 2
@@ -383,6 +384,7 @@ def tell_work(subject: Subject, to_score, to_fit, score, memory: int, args):
     if swapped < every: print(f'{swapped} of {every} pairs of blocks are swapped, neighbours and others drawn at random; '
                               f'--pairs 0 swaps all', file=sys.stderr)
     seconds = expected_seconds(subject.model, to_score, to_fit, score, memory, args.as_published, args.pairs)
+    seconds += 3 * step_seconds(subject.model, to_score)    # each block once more, its attention, its feed-forward layer
     print(f'time for all that is to be measured: {spell(seconds)}', file=sys.stderr)
 
 def do_score(args) -> int:
@@ -393,7 +395,7 @@ def do_score(args) -> int:
     if args.dtype: subject.model.to(getattr(torch, args.dtype))
     if not args.json: check_target(subject.folder / 'scores.json', '--json')
     from sparsecod.pruning import add_influence, loss_frame
-    from sparsecod.scores import FORMAT, SCORES_SCHEMA, score_model, scores_frame
+    from sparsecod.scores import FORMAT, SCORES_SCHEMA, plan_memory, score_model, scores_frame
     score, T = score_settings(subject, args)
     to_score, to_fit, text = sequences_of(subject, score, T, not args.quiet)
     target, memory = Path(args.json or subject.folder / 'scores.json'), memory_bound(subject, score, T, args)
@@ -401,7 +403,8 @@ def do_score(args) -> int:
     if args.force: shutil.rmtree(parts, ignore_errors=True)
     tell_work(subject, to_score, to_fit, score, memory, args)
     scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts, args.as_published, pair_intervals=True, pairs=args.pairs)
-    scores = add_influence(scores, subject.model, to_score)
+    B = plan_memory(subject.model, len(to_score), T, score, memory, args.as_published).sequences
+    scores = add_influence(scores, subject.model, to_score, batch_size=B, resume=parts / 'influence', progress=not args.quiet)
     about = {'$schema': SCORES_SCHEMA['$id'], 'format': FORMAT} | subject.about | text | dict(memory=memory)
     about |= {'config': subject.about.get('config', {}) | {'score': score.to_dict()} | ({'dtype': args.dtype} if args.dtype else {})}
     write_scores(target, about | scores | dict(sparsity=None), subject)
