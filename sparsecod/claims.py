@@ -13,8 +13,8 @@ __all__ = ['REGISTERED', 'PUBLISHED', 'CLAIMS', 'EFFECTS', 'SOURCE_METRICS', 'DE
            'check_wasted_layers', 'check_moe_gain', 'check_percent', 'check_same_model', 'check_largest_group',
            'check_recipe_size', 'check_dilution', 'halved', 'check_proportional', 'check_proportional_blocks',
            'check_growth', 'correct', 'ledger', 'beside_record', 'number', 'ours_text', 'statistic_text',
-           'ledger_cells', 'ledger_table', 'verdict_counts', 'standing', 'floor_note', 'ledger_markdown', 'headlines',
-           'short_markdown']
+           'ledger_cells', 'ledger_table', 'verdict_counts', 'standing', 'floor_note', 'ledger_markdown',
+           'standing_ledger', 'headlines', 'short_markdown']
 
 # %% ../nbs/tools/06_claims.ipynb #17854e0a
 import math
@@ -23,13 +23,14 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import SIZES, RunConfig, Study, by_variant, logarithmic, passed, read_metric, scale_config, study_named
+from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed, read_metric, scale_config, study_named
 from .studies import summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 
@@ -800,8 +801,15 @@ def ledger_markdown(
     return '\n'.join('| ' + ' | '.join(text.replace('|', r'\|') for text in cells) + ' |' for cells in table)
 
 # %% ../nbs/tools/06_claims.ipynb #6d1f3220
-HEADLINES = ('training-growth-longer', 'training-causal-longer', 'training-linear-loss-increase-longer', 'training-val-loss-longer',
-             'depth-growth', 'decay-growth-all', 'context-growth', 'gqa-growth', 'moe-growth', 'sources-density-growth',
+def standing_ledger(
+    folder: str | Path,  # with a folder of records for each scale
+) -> list[dict]:         # a row a claim, with the scale of its runs
+    "All rows: of scale `desk` where enough seeds have judged them there, and of `laptop` elsewhere."
+    small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))] for scale in ('laptop', 'desk'))
+    judged = {row['id']: row for row in large if row['study'] and row['statistic']['n'] >= LEAST_SEEDS}
+    return [judged.get(row['id'], row) for row in small]
+
+HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth', 'gqa-growth', 'moe-growth', 'sources-density-growth',
              'theory-proportional', 'theory-relative-growth')
 
 def headlines(
@@ -815,6 +823,7 @@ def short_markdown(
     rows: list[dict],  # from ledger or headlines
 ) -> str:              # Markdown
     "Verdict, claim and statistic, without the published numbers and ours by variant."
-    statistic = lambda row: f"{row['rule'].split('; confirmed')[0]}: {statistic_text(row)}" if row['study'] else f"{ours_text(row)} (arithmetic)"
+    scale = lambda row: f"; scale {row['scale']}" if 'scale' in row else ''
+    statistic = lambda row: f"{row['rule'].split('; confirmed')[0]}: {statistic_text(row)}{scale(row)}" if row['study'] else f"{ours_text(row)} (arithmetic)"
     cells = [(row['verdict'], ('control: ' if row['control'] else '') + row['statement'], statistic(row)) for row in rows]
     return '\n'.join('| ' + ' | '.join(text.replace('|', r'\|') for text in line) + ' |' for line in [('verdict', 'claim', 'statistic, 95 % interval over seeds'), ('---',) * 3, *cells])
