@@ -152,6 +152,7 @@ class Claim:
     bound: float = 0.0 # what the statistic is compared with
     span: Callable[[dict], list[float]] | None = None  # shown in the place of the metric: the first and the last of these numbers
     needs: tuple[int | str, ...] | None = None  # the variants that the statistic gets, by index or label ({short} and {long}: least and largest T); None: all; (): those that finished
+    ratio: bool = False    # its statistic has no units, whatever its metric has
     primary: bool = False  # the endpoint of its study, written down before the runs of scale REGISTERED
 
 # %% ../nbs/tools/06_claims.ipynb #22c39647
@@ -220,7 +221,7 @@ def claim_row(
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     runs = [run for seed in complete.values() for run in seed]
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
-    verdict = 'untrained' if floor['passed'] < floor['of'] else 'units' if claim.metric.partition('@')[0] in SIZES and values else found['verdict']
+    verdict = 'untrained' if floor['passed'] < floor['of'] else 'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values else found['verdict']
     return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control',
                 published=claim.published, study=claim.study, metric=claim.metric, ours=ours, spans=spans,
                 left_out=left_out(claim, groups, labels), statistic=found, direction=found['verdict'], verdict=verdict,
@@ -269,12 +270,12 @@ CLAIMS = [
     rising_variance('final_variance_without_first', "that variance without position 0", 'control'),
     Claim('depth-variance-decay', "The last layer's variance peaks during training and ends more than 10 % below its peak.",
           'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth', 'final_variance',
-          fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9), span=peak_and_end),
+          fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9), span=peak_and_end, ratio=True),
     Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.', 'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth',
-          'final_variance', time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2),
+          'final_variance', time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2, ratio=True),
     Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1', '', 'depth',
           'final_variance', along_blocks(relative_update), -1,
-          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=relative_update),
+          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=relative_update, ratio=True),
 ]
 
 # %% ../nbs/tools/06_claims.ipynb #772dd815

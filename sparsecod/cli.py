@@ -11,7 +11,7 @@ __all__ = ['SCALE_NAMES', 'SHORT', 'SHORT_NAMES', 'DEFAULT_GIGABYTES', 'DTYPES',
            'page_facts', 'memory_bound', 'sparsity_within', 'duration', 'tell_work', 'do_score', 'add_compare',
            'do_compare', 'add_prune', 'prune_lines', 'do_prune', 'task_names', 'add_eval', 'result_lines', 'do_eval',
            'add_export', 'do_export', 'add_study', 'add_reproduce', 'summary_lines', 'run_studies', 'do_study',
-           'do_reproduce', 'add_plan', 'do_plan', 'add_report', 'do_report', 'show_results', 'show_main',
+           'say_needs', 'do_reproduce', 'add_plan', 'do_plan', 'add_report', 'do_report', 'show_results', 'show_main',
            'write_reports', 'one_line_warning', 'failure', 'refuse_launcher', 'parser', 'main']
 
 # %% ../nbs/tools/11_cli.ipynb #21c0a55b
@@ -778,12 +778,23 @@ def do_study(
     if problem: raise problem
     return 0
 
+def say_needs(
+    names: list[str],  # of studies
+    args,              # of the command
+):
+    "Say what the runs that are not recorded yet need: at the larger scales it is hours."
+    from sparsecod.resources import Machine, needs_lines, study_needs
+    for name in names:
+        needs = study_needs(name, args.scale, args.seeds, Machine(), args.out)
+        print('\n'.join([*needs_lines(name, args.scale, needs, Machine()), 'Runs that are recorded already are not made again.', '']), flush=True)
+
 def do_reproduce(
     args,    # of the command
 ) -> int:    # exit code
     "Run a study, print the ledger, write the report."
     from sparsecod.studies import STUDIES, study_named
     names = list(STUDIES) if args.study == 'all' else [study_named(args.study).name]
+    if args.scale not in ('tiny', 'laptop') and not args.quiet: say_needs(names, args)
     problem = run_studies(names, args)
     code = show_main(args.out, args.scale) if args.study == 'main' else show_results(args.out, args.scale, None if args.study == 'all' else args.study, None, False)
     if problem: raise problem

@@ -13,14 +13,14 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'ALWAYS
            'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold', 'forget', 'label_folder',
            'read_run', 'note_training', 'training_note', 'as_trained', 'complete', 'stored', 'one_process',
            'check_outputs', 'check_training', 'check_run', 'run', 'Study', 'seed_list', 'depth_variants',
-           'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay', 'study_lengths',
-           'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants',
-           'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants', 'study_named',
-           'stop_with_parent', 'worker', 'Job', 'start_worker', 'progress_of', 'complaint', 'Bars', 'Lines', 'Silence',
-           'own_gpus', 'Supervisor', 'ClusterRun', 'Followed', 'hand_over', 'plan', 'RunsFailed', 'run_study',
-           'variant_key', 'key_in_record', 'variant_keys', 'by_variant', 'one_corpus', 'read_records', 'load_results',
-           'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'passed', 'results_table', 't_interval',
-           'logarithmic', 'over_seeds', 'summarise']
+           'depth_setting', 'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay',
+           'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
+           'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants',
+           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'progress_of', 'complaint', 'Bars',
+           'Lines', 'Silence', 'own_gpus', 'Supervisor', 'ClusterRun', 'Followed', 'hand_over', 'plan', 'RunsFailed',
+           'run_study', 'variant_key', 'key_in_record', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
+           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'passed',
+           'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import hashlib
@@ -194,9 +194,10 @@ SCALES['desk'] = RunConfig(
     train=TrainConfig(steps=1000, lr=5e-3, checkpoint_every=100, precision='bf16', compile='on'))
 
 SCALES['gpu'] = RunConfig(
-    scale='gpu', data=DataConfig('site', vocab_size=16384),
-    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=1024, init_std=.04),                # likewise
-    train=TrainConfig(steps=2000, tokens_per_step=64 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, compile='on'))
+    scale='gpu', data=DataConfig('site', vocab_size=16384, max_tokens=2 ** 26), new_text=True,
+    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=256, init_std=.04),                 # likewise
+    train=TrainConfig(steps=1832, tokens_per_step=2 ** 15, micro_batch_tokens=2 ** 15, lr=2e-3, checkpoint_every=250,
+                      precision='bf16', compile='on'))
 
 # %% ../nbs/tools/05_studies.ipynb #9f5d9680
 SCALES['paper'] = RunConfig(
@@ -710,13 +711,17 @@ def seed_list(seeds: int | Iterable[int]) -> list[int]:
 
 # %% ../nbs/tools/05_studies.ipynb #cace5546
 STUDIES: dict[str, Study] = {}
-DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(12, 16, 24, 32), paper=(12, 16, 24, 32))
+DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32), paper=(12, 16, 24, 32))
 
 def depth_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "The depths of a scale; those of `laptop` for a scale of your own."
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
-STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants)
+def depth_setting(base: RunConfig) -> dict:    # changes by path
+    "From scale `desk` on, the scores of an untrained model of every depth too."
+    return {'measures': ('null',)} if base.scale in ('desk', 'gpu') else {}
+
+STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants, depth_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #be4fdde1
 def pilot_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
@@ -746,7 +751,8 @@ STUDIES['training'] = Study('training', 'Is what depth does a matter of the lear
 
 # %% ../nbs/tools/05_studies.ipynb #62e72e59
 def main_variants(base: RunConfig) -> dict[str, dict]:    # label -> changes
-    "The shallow and the deeper model of the training study, trained longer."
+    "The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the training study that are trained longer."
+    if base.scale not in ('tiny', 'laptop'): return depth_variants(base)
     return {label: changes for label, changes in training_variants(base).items() if label.endswith('tokens')}
 
 MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', main_variants)
@@ -758,14 +764,14 @@ def equivalent_decay(train: TrainConfig, published: float) -> float:
     "Translate a published weight decay."
     return float(f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
 
-LENGTHS = dict(desk=(64, 128, 512), gpu=(256, 1024, 4096), paper=(256, 512, 1024, 2048, 4096, 8192))
+LENGTHS = dict(desk=(64, 128, 512), gpu=(128, 256, 1024), paper=(256, 512, 1024, 2048, 4096, 8192))
 
 def study_lengths(base: RunConfig) -> tuple[int, ...]:
     "Context lengths of a scale; a quarter of its own, its own, and four times that where none are set."
     T = base.model.context_length
     return LENGTHS.get(base.scale, (T // 4, T, 4 * T))
 
-BUDGETS = dict(tiny={'model.n_layers': 2}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
+BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
 
 def source_setting(base: RunConfig) -> dict:  # changes by path
     "What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published weight decay of 0.1."
@@ -777,8 +783,8 @@ def source_setting(base: RunConfig) -> dict:  # changes by path
 DECAYS = (0, 0.01, 0.1, 1, 3)  # published
 
 def decay_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes; labels name the published lambda
-    "No decay, then the published ones on matrices, then on all parameters; at `desk`, no decay and 0.1 on three groups of parameters."
-    if base.scale == 'desk':
+    "No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on three groups of parameters."
+    if base.scale in ('desk', 'gpu'):
         on = lambda groups: {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': groups}
         return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on('matrices'), 'λ=0.1, all': on('all'), 'λ=0.1, all but gains': on('all_but_gains')}
     changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p), 'train.decay_groups': 'matrices'} for p in DECAYS}
@@ -801,7 +807,7 @@ def context_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     ends = [lengths[0], lengths[-1]]
     fixed = {f'T={own}': {}} | {f'T={T}': length_changes(base, T) for T in [*ends, *lengths[1:-1]]}
     published = {}
-    for T in [*lengths[1:-1], *ends] if base.scale != 'desk' else ():
+    for T in [*lengths[1:-1], *ends] if base.scale not in ('desk', 'gpu') else ():
         per_step = t.tokens_per_step // own * T
         budget = {'train.tokens_per_step': per_step, 'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
         published[f'T={T}, sequences fixed'] = fixed[f'T={T}'] | budget
