@@ -709,7 +709,7 @@ def test_a_gpu_gets_the_first_way_that_fits(monkeypatch):
 def test_a_tracker_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
     seen = []
     class Fake:
-        def __init__(self, name, **options): seen.append(name)
+        def __init__(self, project, **options): seen.append(project)
         def log(self, values, step): seen.append((step, values))
         def finish(self): seen.append('finished')
     monkeypatch.setattr('sparsecod.train.find_spec', lambda name: True)
