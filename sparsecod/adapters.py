@@ -34,16 +34,12 @@ from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stam
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
 
-def can_be_scored(
-    model,    # anything
-) -> bool:    # whether it offers all that the scores ask for
+def can_be_scored(model) -> bool:  # whether it offers all that the scores ask for
     "Whether a model can be entered at any block, watched after every block, and read out."
     return all(hasattr(model, name) for name in OFFERS)
 
 # %% ../nbs/build/06_adapters.ipynb #561d3172
-def unwrap(
-    model,  # anything
-):          # what torch.compile, DataParallel and DistributedDataParallel were put around
+def unwrap(model):  # what torch.compile, DataParallel and DistributedDataParallel were put around
     "The model inside wrappers that compute the same."
     several = nn.DataParallel, nn.parallel.DistributedDataParallel
     while True:
@@ -61,6 +57,7 @@ LAYOUTS = (Layout('layers', 'norm'),              # Llama and the many that foll
            Layout('layers', 'final_layer_norm'),  # GPT-NeoX, OPT
            Layout('layers', 'final_layernorm'),   # Phi
            Layout('layers', 'layer_norm'),        # XGLM, BioGPT
+           Layout('layers', 'embedding_norm'),    # LFM2
            Layout('h', 'ln_f'),                   # GPT-2, BLOOM
            Layout('blocks', 'norm_f'))            # MPT
 
@@ -72,9 +69,7 @@ def find_decoder(
     # Llama 4 returns itself
     return decoder if decoder is not network else getattr(network, 'model', network)
 
-def find_layout(
-    decoder: nn.Module,  # embedding, blocks and final norm
-) -> Layout | None:      # None if its parts are somewhere else
+def find_layout(decoder: nn.Module) -> Layout | None:  # None if its parts are somewhere else
     "The first layout whose parts the decoder has."
     for layout in LAYOUTS:
         blocks, norm = (getattr(decoder, name, ()) for name in layout)
@@ -85,20 +80,16 @@ def find_layout(
 class Reached(Exception):
     "Carries the stream out of a forward pass that has got to the first block."
 
-def take_stream(
-    args: tuple,   # positional arguments of a block
-    kwargs: dict,  # keyword arguments of the block
-) -> tuple:        # the stream, and both without it
+def take_stream(args: tuple, kwargs: dict) -> tuple:  # the stream, and both without it
     "Tell the stream from what else a block is called with."
     if args: return args[0], args[1:], kwargs
     rest = {name: value for name, value in kwargs.items() if name != 'hidden_states'}
     return kwargs['hidden_states'], (), rest
 
 def first_stream(
-    decoder: nn.Module,     # embedding, blocks and final norm
-    blocks: nn.ModuleList,  # its blocks
-    tokens: Tensor,         # (B, T)
-) -> Tensor:                # h_0, (B, T, D)
+    decoder: nn.Module, blocks: nn.ModuleList,
+    tokens: Tensor,  # (B, T)
+) -> Tensor:         # h_0, (B, T, D)
     "What the first block receives."
     def stop(block, args, kwargs): raise Reached(take_stream(args, kwargs)[0])
     with blocks[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True):
@@ -107,10 +98,9 @@ def first_stream(
 
 # %% ../nbs/build/06_adapters.ipynb #ed2c0088
 def block_arguments(
-    decoder: nn.Module,     # embedding, blocks and final norm
-    blocks: nn.ModuleList,  # its blocks
-    tokens: Tensor,         # any of the right number, (B, T)
-) -> list[tuple]:           # for each block: positional arguments after the stream, keyword arguments
+    decoder: nn.Module, blocks: nn.ModuleList,
+    tokens: Tensor,  # any of the right number, (B, T)
+) -> list[tuple]:    # for each block: positional arguments after the stream, keyword arguments
     "What the network passes to each of its blocks for sequences of this length."
     calls = []
     def note(block, args, kwargs): calls.append((block, *take_stream(args, kwargs)[1:]))
@@ -160,10 +150,7 @@ class AdaptedConfig(Config):
     context_length: int | None  # T, positions the model was made for
     quantised: str | None = None  # types in which its weights were stored, if they were rounded to a few bits
 
-def read_config(
-    network: nn.Module,  # of the transformers library
-    L: int,              # its blocks
-) -> AdaptedConfig:      # its sizes
+def read_config(network: nn.Module, L: int) -> AdaptedConfig:  # its sizes
     "Sizes of a network."
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     H = getattr(config, 'num_attention_heads', None)
@@ -258,9 +245,8 @@ def all_streams(
     return streams
 
 def block_that_remembers(
-    model,                  # ours or an adapted one, in evaluation mode
-    streams: list[Tensor],  # of a batch before the last one, h_0 .. h_L
-) -> int | None:            # its number, 1..L; None if there is none
+    model, streams: list[Tensor],
+) -> int | None:  # its number, 1..L; None if there is none
     "A block that does not do again what it did before other tokens were run."
     for l in range(len(model.blocks), 0, -1):
         before, after = streams[l - 1].clone(), streams[l]                               # (B, T, D)
@@ -308,9 +294,7 @@ def why_not_blockwise(
                 'more than its stream, as where blocks share values or keys, and no score of one block would be right')
 
 @torch.no_grad()
-def check_logits(
-    model,  # an AdaptedModel, left as it was
-):
+def check_logits(model):
     "Raise a ValueError unless running block by block gives the network's own logits, whatever was run before."
     device, modes = next(model.parameters()).device, {part: part.training for part in model.modules()}
     V = model.config.vocab_size
@@ -350,9 +334,7 @@ def why_not_weights(
             return (f'its weights are not plain floating-point numbers ({name}: {kind}); hand in the model as it was '
                     'before it was quantised or sharded, or what its dequantize() returns')
 
-def why_not(
-    network: nn.Module,  # a model of the transformers library
-) -> str | None:         # what is missing; None if all parts are there
+def why_not(network: nn.Module) -> str | None:  # what is missing; None if all parts are there
     "Why a network cannot be adapted."
     if network.config.is_encoder_decoder: return ENCODER_DECODER
     if reason := why_not_weights(network): return reason
@@ -364,9 +346,7 @@ def why_not(
                 f'for a list of blocks and a final norm named {pairs}')
 
 # %% ../nbs/build/06_adapters.ipynb #2dfae74f
-def why_no_network(
-    model,  # anything that is no model of the transformers library
-) -> str:
+def why_no_network(model) -> str:
     "What to hand in instead."
     if hasattr(model, 'merge_and_unload'): return 'it holds adapters of PEFT; hand in what its merge_and_unload() returns'
     parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, '__dict__', {}).items()
@@ -396,9 +376,7 @@ def is_gguf(place: Path) -> bool:
     "Whether this is a file that holds a whole model."
     return place.suffix == '.gguf' and place.is_file()
 
-def check_owner(
-    folder: Path,  # with a model in the folder model; perhaps a training of ours
-):
+def check_owner(folder: Path):
     "Raise `Damaged` if the model is sealed as that of another run than the folder's config.json says."
     if not ((folder / 'config.json').is_file() and (folder / 'model' / MANIFEST).is_file()): return
     label, sealed = read_object(folder / 'config.json'), read_json(folder / 'model' / MANIFEST)
@@ -411,9 +389,8 @@ def check_owner(
     check_identity(folder / 'model', found, dict(corpus=label['corpus']))
 
 def find_folder(
-    source: str | Path,               # a folder, a GGUF file, or a name on the Hub, perhaps with @ and a revision
-    trust_remote_code: bool = False,  # fetch programs as well
-) -> Path:                            # the folder of the model, or the GGUF file
+    source: str | Path, trust_remote_code: bool = False,
+) -> Path:  # the folder of the model, or the GGUF file
     "Where the files of a model are, on this machine."
     folder = Path(source).expanduser()
     if is_gguf(folder): return folder
@@ -431,9 +408,7 @@ def find_folder(
     raise ValueError(f'{source} holds no model; looked for config.json in it and in its folder model')
 
 # %% ../nbs/build/06_adapters.ipynb #2fe8518b
-def check_weights(
-    folder: Path,  # of a model
-):
+def check_weights(folder: Path):
     "Raise a ValueError unless the folder has weights in safetensors files that are complete, and as they were sealed."
     for file in sorted(folder.glob('*.safetensors')):
         try:
@@ -449,9 +424,7 @@ def check_weights(
         'convert it with save_pretrained on a machine where you trust it'))
 
 # %% ../nbs/build/06_adapters.ipynb #b7d9e214
-def gguf_types(
-    file: Path,     # a GGUF file
-) -> str | None:    # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
+def gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
     "Types in which a GGUF file holds its weights, with their shares, if they were quantised."
     try: from gguf import GGUFReader
     except ImportError as error: raise ImportError(f"gguf is needed to open {file}: pip install 'sparsecod[gguf]'") from error
@@ -464,19 +437,14 @@ def gguf_types(
     shares = {name: 100 * n / sizes.total() for name, n in sizes.most_common()}
     return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
 
-def gguf_options(
-    file: Path,  # a GGUF file
-) -> dict:       # for from_pretrained
+def gguf_options(file: Path) -> dict:  # for from_pretrained
     "What makes the transformers library expand a GGUF file, in versions that could leave it packed as well."
     import transformers
     expand = getattr(transformers, 'GgufConfig', None)
     return dict(gguf_file=file.name) | (dict(quantization_config=expand(dequantize=True)) if expand else {})
 
 # %% ../nbs/build/06_adapters.ipynb #a56c4505
-def load_network(
-    folder: Path,                     # of a causal language model, with safetensors, or a GGUF file
-    trust_remote_code: bool = False,  # run programs that come with the model
-) -> nn.Module:                       # in fp32 and evaluation mode
+def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  # in fp32 and evaluation mode
     "Load a checkpoint of the transformers library."
     place, gguf = folder.parent if is_gguf(folder) else folder, gguf_options(folder) if is_gguf(folder) else {}
     try: from transformers import AutoModelForCausalLM
@@ -496,9 +464,8 @@ def load_network(
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
 def load_model(
-    folder: str | Path,               # of a model, ours or the transformers library's, or a GGUF file
-    trust_remote_code: bool = False,  # run programs that come with the model
-) -> nn.Module:                       # in fp32 and evaluation mode
+    folder: str | Path, trust_remote_code: bool = False,
+) -> nn.Module:  # in fp32 and evaluation mode
     "Load a saved model."
     folder = Path(folder)
     if is_gguf(folder):
@@ -514,9 +481,7 @@ def load_model(
     except Exception as error: raise ValueError(f'{folder} holds no readable model ({error})') from error
 
 # %% ../nbs/build/06_adapters.ipynb #e1ca0119
-def run_label(
-    folder: Path,  # of a training, labelled
-) -> dict:         # what its run.json holds
+def run_label(folder: Path) -> dict:  # what its run.json holds
     "The label of a training; `Damaged` if it was changed, or the tokenizer beside it."
     path, tokenizer = folder / 'run.json', folder / 'tokenizer.json'
     label = check_stamp(read_json(path), path)
@@ -524,9 +489,7 @@ def run_label(
         raise Damaged(f'{tokenizer} is not the tokenizer that {path} names')
     return label
 
-def find_tokenizer(
-    folder: Path,        # of a model, or a GGUF file, which holds its own
-) -> Tokenizer | None:   # None if there is no tokenizer.json
+def find_tokenizer(folder: Path) -> Tokenizer | None:  # None if there is no tokenizer.json
     "The tokenizer that lies beside a model, or beside the training that it came from."
     if is_gguf(folder): return load_tokenizer(str(folder))
     if (folder / 'tokenizer.json').is_file(): return load_tokenizer(str(folder))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'BENCH', 'STORIES', 'Field', 'read_number', 'field_value', 'read_config', 'Variant', 'variants', 'Cost',
-           'spell', 'run_kind', 'run_cost', 'look', 'Run', 'train_run', 'score_run', 'Training', 'stop_at_exit',
-           'stop_when_interrupted', 'useful_blocks', 'conclusion', 'compare', 'export_run']
+           'spell', 'run_kind', 'run_cost', 'look', 'sentence', 'Run', 'train_run', 'score_run', 'Training',
+           'stop_at_exit', 'stop_when_interrupted', 'useful_blocks', 'conclusion', 'compare', 'export_run']
 
 # %% ../nbs/tools/13_bench.ipynb #16881a0e
 import asyncio
@@ -60,10 +60,7 @@ FIELDS = {
     'seed': Field('seed', 'Training', 'seed')}
 
 # %% ../nbs/tools/13_bench.ipynb #b205b674
-def read_number(
-    text: str,           # as typed
-    whole: bool = False, # only whole numbers are allowed
-) -> float:
+def read_number(text: str, whole: bool = False) -> float:
     "The number that somebody typed."
     plain = re.sub(r'[\s_]', '', text).replace('−', '-')
     if re.fullmatch(r'[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?', plain): plain = plain.replace(',', '')
@@ -113,10 +110,7 @@ class Variant(NamedTuple):
     config: RunConfig
     stream: float = 1.  # how many times the usual size the stream has
 
-def variants(
-    config: RunConfig,  # from the fields
-    story: str,         # one of STORIES
-) -> list[Variant]:
+def variants(config: RunConfig, story: str) -> list[Variant]:
     "The runs of a story."
     found = []
     for changes in STORIES[story]:
@@ -187,6 +181,18 @@ def look(
     return dict(val_loss=model.token_losses(h, held_out[:, 1:]).mean().item(),
                 variance_mean=[v.mean().item() for v in variance], variance_median=[v.median().item() for v in variance])
 
+@torch.no_grad()
+def sentence(
+    model: Transformer,
+    corpus: Corpus,
+    held_out: Tensor,    # windows, (N, T + 1)
+    n_new: int = 24,     # tokens to write
+) -> str:
+    "How a model goes on with a held-out text, after three dots."
+    start, generator = held_out[:1, :8], torch.Generator(held_out.device).manual_seed(0)
+    text = model.generate(start, n_new, temperature=.8, generator=generator)[0].tolist()
+    return f'{corpus.tokenizer.decode(text[:8])} … {corpus.tokenizer.decode(text[8:])}'
+
 @dataclass
 class Run:
     "A run at the bench."
@@ -197,6 +203,7 @@ class Run:
     model: Transformer | None = None
     log: list = field(default_factory=list)
     floors: dict = field(default_factory=dict)   # losses of simpler models
+    text: str = ''               # that the model writes
     step: int = 0
     seconds: float = 0.          # of training
     status: str = 'running'      # then 'finished', 'interrupted' or 'diverged'
@@ -205,22 +212,21 @@ class Run:
     @property
     def name(self) -> str: return f'{self.number}: {self.variant.label}'
 
-# %% ../nbs/tools/13_bench.ipynb #1c3e0889
-def train_run(
-    run: Run,
-    go_on: Callable[[], bool],   # asked after every step
-):
+def train_run(run: Run, go_on: Callable[[], bool]):
     "Train a run to its end, or as long as it may go on."
     c, T, device = run.config, run.config.model.context_length, find_world().device
     held_out = run.corpus.sample_windows('val', min(c.n_eval, run.corpus.n_windows('val', T)), T, c.text_seed)
     run.floors = floors(run.corpus, c.train.steps, sequences_per_step(c.train, T), T, c.seed, held_out)
     held_out, steps = held_out.to(device), train_scaled(c.model, c.train, run.corpus, twin(run.variant.stream), device)
-    start = time.perf_counter()
+    start, write_at = time.perf_counter(), 0.
     for loss, run.model in steps:
         run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - start
         if not math.isfinite(loss): run.status = 'diverged'
         elif logs_at(run.step, c.train): run.log.append(dict(step=run.step, loss=loss) | look(run.model, held_out))
-        if run.status == 'diverged' or not go_on(): break
+        if run.status == 'diverged': break
+        if time.monotonic() >= write_at or run.step == c.train.steps:
+            run.text, write_at = sentence(run.model, run.corpus, held_out), time.monotonic() + 3
+        if not go_on(): break
         start = time.perf_counter()
     if run.status == 'running' and run.step < c.train.steps: run.status = 'interrupted'
     steps.close()
@@ -301,7 +307,6 @@ class Training(threading.Thread):
         self.change('scoring')
         score_run(run)
 
-# %% ../nbs/tools/13_bench.ipynb #011bd917
 @atexit.register
 def stop_at_exit():
     "Stop what is alive before Python ends, and wait a while for it."
@@ -340,9 +345,7 @@ def conclusion(run: Run) -> str:
             + ('.' if is_trained(loss['value'], run.floors) else ': too little for its blocks to say much.'))
 
 # %% ../nbs/tools/13_bench.ipynb #e3791b99
-def compare(
-    runs: list[Run],
-):                   # a pandas DataFrame, a row a run
+def compare(runs: list[Run]):
     "What differs between runs, and what came of it."
     from pandas import DataFrame
     rows = {r.name: {f.symbol: field_value(r.config, path) for path, f in FIELDS.items()} | {'stream': r.variant.stream} for r in runs}
@@ -356,10 +359,7 @@ def compare(
     return differ.join(DataFrame.from_dict({r.name: outcome(r) for r in runs}, orient='index')).fillna('')
 
 # %% ../nbs/tools/13_bench.ipynb #418f6dad
-def export_run(
-    run: Run,
-    out: str | Path,   # the record goes to out/bench, the model to out/models
-) -> Path:             # the record
+def export_run(run: Run, out: str | Path) -> Path:
     "Write the record and the model of a finished run."
     if run.record is None: raise ValueError(f'{run.name} is {run.status}; only a finished run has a record')
     if run.variant.stream != 1: raise ValueError(f'stream={run.variant.stream:g} is no field of a record, so a twin cannot be exported')

@@ -118,6 +118,7 @@ class Claim:
     # the variants that the statistic gets, by index or label ({short} and {long}: least and largest T);
     # None: all; (): those that finished
     needs: tuple[int | str, ...] | None = None
+    ratio: bool = False    # its statistic has no units, whatever its metric has
     primary: bool = False  # the endpoint of its study, written down before the runs of scale REGISTERED
 
 # %% ../nbs/tools/06_claims.ipynb #22c39647
@@ -163,7 +164,7 @@ def _claim_row(claim: Claim, records: list[dict], base: RunConfig | None = None)
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
     verdict = ('untrained' if floor['passed'] < floor['of'] else
-               'units' if claim.metric.partition('@')[0] in SIZES and values else found['verdict'])
+               'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values else found['verdict'])
     return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control',
                 published=claim.published, study=claim.study, metric=claim.metric,
                 ours={label: row[claim.metric] for label, row in summary.items() if claim.metric in row},
@@ -220,15 +221,15 @@ CLAIMS = [
           'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth',
           'final_variance',
           _fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9),
-          span=_peak_and_end),
+          span=_peak_and_end, ratio=True),
     Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.',
           'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth',
           'final_variance', _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model',
-          bound=.2),
+          bound=.2, ratio=True),
     Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1',
           '', 'depth',
           'final_variance', _along_blocks(_relative_update), -1,
-          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=_relative_update),
+          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=_relative_update, ratio=True),
 ]
 
 # %% ../nbs/tools/06_claims.ipynb #772dd815

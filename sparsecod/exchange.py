@@ -6,19 +6,19 @@
 __all__ = ['OUTER', 'ATTENTION', 'GAINS', 'DENSE', 'EXPERTS', 'RENAMED', 'CLASSES', 'REASONS', 'CHAT', 'GENERATION', 'MORE_CHATS',
            'SCORE_WORDS', 'NEVER_MEASURED', 'FORMATS', 'need_transformers', 'interleave', 'half_split', 'fold',
            'expert_factors', 'stock_family', 'stock_config', 'stock_experts', 'stock_block', 'within', 'stock_weights',
-           'check_vocabulary', 'to_hf', 'check_family', 'allowed_settings', 'check_settings', 'own_config',
-           'own_experts', 'split_projections', 'own_block', 'drop_silent_experts', 'own_weights', 'open_stock',
-           'own_tokenizer', 'files_beside', 'check_class', 'from_hf', 'to_hf_tokenizer', 'read_json', 'record_facts',
-           'refuse_other_record', 'run_facts', 'public_name', 'table', 'use_text', 'code_of', 'training_rows',
-           'training_text', 'measured', 'answers_text', 'not_measured', 'scores_text', 'card_data', 'model_card',
-           'find_record', 'is_as_trained', 'known_facts', 'generate_model_card', 'check_target', 'write_tokenizer',
-           'export_model', 'open_training', 'open_saved', 'export_folder', 'push_folder']
+           'check_vocabulary', 'to_hf', 'check_family', 'check_settings', 'own_config', 'own_experts',
+           'split_projections', 'own_block', 'drop_silent_experts', 'own_weights', 'open_stock', 'own_tokenizer',
+           'files_beside', 'check_class', 'from_hf', 'to_hf_tokenizer', 'read_json', 'record_facts',
+           'refuse_other_record', 'run_facts', 'public_name', 'training_rows', 'measured', 'model_card', 'find_record',
+           'known_facts', 'generate_model_card', 'check_target', 'export_model', 'open_training', 'open_saved',
+           'export_folder', 'push_folder']
 
 # %% ../nbs/tools/10_exchange.ipynb #d561fa48
 import json
 import os
 import warnings
 from contextlib import redirect_stdout
+from importlib import resources
 from io import StringIO
 from pathlib import Path
 
@@ -68,10 +68,7 @@ def half_split(
     return weight.unflatten(0, (-1, D_h // 2, 2)).transpose(1, 2).flatten(0, 2)  # (heads * D_h, D)
 
 # %% ../nbs/tools/10_exchange.ipynb #04fa749a
-def fold(
-    weight: Tensor,  # any weight
-    factor: float,   # what its layer's output is multiplied by
-) -> Tensor:         # same shape and dtype
+def fold(weight: Tensor, factor: float) -> Tensor:  # same shape and dtype
     "Multiply a weight by a constant, in fp32."
     return weight if factor == 1 else (weight.float() * factor).to(weight.dtype)
 
@@ -88,9 +85,7 @@ def expert_factors(
 CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi3ForCausalLM', mixtral='MixtralForCausalLM',
                qwen2_moe='Qwen2MoeForCausalLM', glm4='Glm4ForCausalLM')  # model_type: class
 
-def stock_family(
-    config: ModelConfig,  # of a Transformer
-) -> str:                 # a key of CLASSES
+def stock_family(config: ModelConfig) -> str:  # a key of CLASSES
     "The stock class that computes the same function, by its model_type."
     E = config.n_experts
     if config.norm == 'peri_ln':
@@ -101,10 +96,7 @@ def stock_family(
     return 'qwen2_moe' if config.d_shared_expert or config.gates == 'published' else 'mixtral'
 
 # %% ../nbs/tools/10_exchange.ipynb #b77c5afc
-def stock_config(
-    config: ModelConfig,         # of a Transformer
-    eos_id: int | None = None,   # the token that ends a text, if known
-):                               # a transformers configuration
+def stock_config(config: ModelConfig, eos_id: int | None = None):  # a transformers configuration
     "Our configuration in the words of the stock class."
     c, family = config, stock_family(config)
     rope = dict(rope_type='default', rope_theta=float(c.rope_theta))
@@ -125,9 +117,8 @@ def stock_config(
 
 # %% ../nbs/tools/10_exchange.ipynb #6236ea81
 def stock_experts(
-    block: dict[str, Tensor],  # our weights of one block, names without blocks.l.
-    config: ModelConfig,       # of a mixture of experts
-) -> dict[str, Tensor]:        # the weights that are not merely renamed
+    block: dict[str, Tensor], config: ModelConfig,
+) -> dict[str, Tensor]:  # the weights that are not merely renamed
     "Routed experts, and the shared expert, as the stock classes hold them."
     routed, shared = expert_factors(config)
     gate, up, down = (block[f'feed_forward.{name}'].transpose(1, 2) for name in ('gate', 'up', 'down'))  # (E, F, D) twice, (E, D, F)
@@ -140,10 +131,8 @@ def stock_experts(
 
 # %% ../nbs/tools/10_exchange.ipynb #66ee1394
 def stock_block(
-    block: dict[str, Tensor],  # our weights of one block, names without blocks.l.
-    config: ModelConfig,       # of the model
-    l: int,                    # the block's number, 1..L
-) -> dict[str, Tensor]:        # names without model.layers.{l-1}.
+    block: dict[str, Tensor], config: ModelConfig, l: int,
+) -> dict[str, Tensor]:  # names without model.layers.{l-1}.
     "The weights of one block as the stock class holds them."
     made = {RENAMED[name]: weight for name, weight in block.items() if name in RENAMED}
     if config.norm == 'layernorm_scaling':
@@ -156,16 +145,11 @@ def stock_block(
     return made
 
 # %% ../nbs/tools/10_exchange.ipynb #b24c4a29
-def within(
-    weights: dict[str, Tensor],  # of a whole model
-    prefix: str,                 # such as 'blocks.0.'
-) -> dict[str, Tensor]:          # names without the prefix
+def within(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:  # names without the prefix
     "The weights whose names begin with a prefix."
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
-def stock_weights(
-    model: Transformer,      # any model that stock_family allows
-) -> dict[str, Tensor]:      # state dictionary of the stock model
+def stock_weights(model: Transformer) -> dict[str, Tensor]:  # state dictionary of the stock model
     "All weights as the stock class holds them."
     state = {name: weight.detach() for name, weight in model.state_dict().items()}
     made = {theirs: state[ours] for ours, theirs in OUTER.items()}
@@ -175,10 +159,7 @@ def stock_weights(
     return made
 
 # %% ../nbs/tools/10_exchange.ipynb #12606ead
-def check_vocabulary(
-    tokenizer: Tokenizer,  # of the model
-    config: ModelConfig,   # of the model
-):
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig):
     "Raise a ValueError if the tokenizer has tokens that the model does not know."
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; '
@@ -203,9 +184,7 @@ REASONS |= dict(qwen2='it has biases on queries, keys and values', olmo2='it nor
                 gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding',
                 gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')  # model_type: why not
 
-def check_family(
-    config,  # a transformers configuration
-):
+def check_family(config):
     "Raise a ValueError unless `from_hf` knows this kind of model."
     family = getattr(config, 'model_type', None)
     if family in CLASSES and getattr(config, 'quantization_config', None) is None: return
@@ -213,36 +192,22 @@ def check_family(
     raise ValueError(f'model_type={family!r} cannot become a Transformer: {reason}; allowed are {", ".join(CLASSES)}, not quantised')
 
 # %% ../nbs/tools/10_exchange.ipynb #929afe6c
-def allowed_settings(
-    config,      # a transformers configuration
-) -> dict:       # name: (value, allowed values)
-    "The switches of a stock configuration that decide whether its function can be ours."
+def check_settings(config):
+    "Raise a ValueError that names the first switch of a stock configuration that makes it another function than ours."
     c, rope = config, dict(config.rope_parameters or {})
-    T, D_h = c.max_position_embeddings, c.hidden_size // c.num_attention_heads
+    T, D_h, window = c.max_position_embeddings, c.hidden_size // c.num_attention_heads, getattr(c, 'sliding_window', None)
     checks = dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), qkv_bias=(False,), head_dim=(None, D_h),
                   decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
-    found = {name: (getattr(c, name), allowed) for name, allowed in checks.items() if hasattr(c, name)}
-    window = getattr(c, 'sliding_window', None)
-    if window and window < T: found['sliding_window'] = window, (None, f'{T} or more')
-    for kind in getattr(c, 'layer_types', None) or []:
-        if kind != 'full_attention': found['layer_types'] = kind, ('full_attention',)
-    found['rope_parameters.rope_type'] = rope.get('rope_type', 'default'), ('default',)
-    found['rope_parameters.partial_rotary_factor'] = rope.get('partial_rotary_factor', 1.0), (1.0,)
-    return found
-
-def check_settings(
-    config,  # a transformers configuration of a known family
-):
-    "Raise a ValueError that names the first setting that makes it another function."
-    for name, (value, allowed) in allowed_settings(config).items():
+    found = [(name, getattr(c, name), allowed) for name, allowed in checks.items() if hasattr(c, name)]
+    if window and window < T: found.append(('sliding_window', window, (None, f'{T} or more')))
+    found += [('layer_types', kind, ('full_attention',)) for kind in getattr(c, 'layer_types', None) or []]
+    found += [(f'rope_parameters.{name}', rope.get(name, usual), (usual,)) for name, usual in (('rope_type', 'default'), ('partial_rotary_factor', 1.))]
+    for name, value, allowed in found:
         if value not in allowed:
-            raise ValueError(f'{config.model_type}: {name}={value!r} cannot be expressed in a Transformer; '
-                             f'allowed is {" or ".join(map(repr, allowed))}')
+            raise ValueError(f'{c.model_type}: {name}={value!r} cannot be expressed in a Transformer; allowed is {" or ".join(map(repr, allowed))}')
 
 # %% ../nbs/tools/10_exchange.ipynb #90a36386
-def own_config(
-    config,          # a transformers configuration
-) -> ModelConfig:    # of the Transformer with the same function
+def own_config(config) -> ModelConfig:  # of the Transformer with the same function
     "A stock configuration in our words; a ValueError if it is another function."
     check_family(config), check_settings(config)
     c, family = config, config.model_type
@@ -259,9 +224,8 @@ def own_config(
 
 # %% ../nbs/tools/10_exchange.ipynb #f81279d0
 def own_experts(
-    block: dict[str, Tensor],  # stock weights of one block; those used are taken out
-    config: ModelConfig,       # of our model
-) -> dict[str, Tensor]:        # our names without blocks.l.
+    block: dict[str, Tensor], config: ModelConfig,
+) -> dict[str, Tensor]:  # our names without blocks.l.
     "Routed and shared experts as our layer holds them."
     routed, shared = expert_factors(config)
     gate, up = block.pop('mlp.experts.gate_up_proj').transpose(1, 2).chunk(2, -1)                # two of (E, D, F)
@@ -276,10 +240,7 @@ def own_experts(
     return made | {'feed_forward.shared.down.weight': down}
 
 # %% ../nbs/tools/10_exchange.ipynb #752b89f3
-def split_projections(
-    block: dict[str, Tensor],  # stock weights of one block; stacked ones are replaced by their parts
-    config: ModelConfig,       # of our model
-):
+def split_projections(block: dict[str, Tensor], config: ModelConfig):
     "Take apart the matrices that some classes store as one."
     D_h = config.d_model // config.n_heads
     rows = dict(q=config.n_heads * D_h, k=config.n_kv_heads * D_h, v=config.n_kv_heads * D_h, gate=config.d_ff, up=config.d_ff)
@@ -290,9 +251,8 @@ def split_projections(
 
 # %% ../nbs/tools/10_exchange.ipynb #400174b0
 def own_block(
-    block: dict[str, Tensor],  # stock weights of one block; those used are taken out
-    config: ModelConfig,       # of our model
-) -> dict[str, Tensor]:        # our names without blocks.l.
+    block: dict[str, Tensor], config: ModelConfig,
+) -> dict[str, Tensor]:  # our names without blocks.l.
     "The weights of one block as our block holds them."
     split_projections(block, config)
     if config.norm == 'peri_ln':
@@ -303,9 +263,8 @@ def own_block(
 
 # %% ../nbs/tools/10_exchange.ipynb #5fe7c15c
 def drop_silent_experts(
-    config: ModelConfig,         # of our model
-    weights: dict[str, Tensor],  # stock weights; those of shared experts that add nothing are taken out
-) -> ModelConfig:                # without a shared expert if there was none that did anything
+    config: ModelConfig, weights: dict[str, Tensor],
+) -> ModelConfig:  # without a shared expert if there was none that did anything
     "Leave out shared experts that add nothing."
     parts = [name for name in weights if '.mlp.shared_expert.' in name]
     if any(weights[name].any() for name in parts if name.endswith('down_proj.weight')): return config
@@ -313,9 +272,8 @@ def drop_silent_experts(
     return config.replace(d_shared_expert=0)
 
 def own_weights(
-    config: ModelConfig,         # of our model
-    weights: dict[str, Tensor],  # stock weights; the dictionary is used up
-) -> dict[str, Tensor]:          # state dictionary of our model
+    config: ModelConfig, weights: dict[str, Tensor],
+) -> dict[str, Tensor]:  # state dictionary of our model
     "All weights as our model holds them; a ValueError for those without a place."
     outer = {ours: weights.pop(theirs) for ours, theirs in OUTER.items() if theirs in weights}
     if config.tie_embeddings: outer['head.weight'] = outer['embedding.weight']
@@ -328,10 +286,7 @@ def own_weights(
     return outer
 
 # %% ../nbs/tools/10_exchange.ipynb #999c10bb
-def open_stock(
-    folder: Path,         # of a checkpoint
-    dtype: torch.dtype,   # of the weights
-):                        # a transformers model
+def open_stock(folder: Path, dtype: torch.dtype):  # a transformers model
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = need_transformers()
     if is_gguf(folder): raise ValueError(f'{folder} is a GGUF file and becomes no Transformer; open_model opens it, to be scored')
@@ -350,9 +305,8 @@ def open_stock(
 
 # %% ../nbs/tools/10_exchange.ipynb #572532c8
 def own_tokenizer(
-    folder: Path,         # of a model
-    config: ModelConfig,  # of the model
-) -> Tokenizer | None:    # None if there is none; None with a warning if there is one that cannot be used
+    folder: Path, config: ModelConfig,
+) -> Tokenizer | None:  # None if there is none; None with a warning if there is one that cannot be used
     "The tokenizer that lies beside a model."
     if not (folder / 'tokenizer.json').exists(): return None
     try:
@@ -364,9 +318,7 @@ def own_tokenizer(
 # %% ../nbs/tools/10_exchange.ipynb #ec34bdf8
 CHAT, GENERATION, MORE_CHATS = 'chat_template.jinja', 'generation_config.json', 'additional_chat_templates'
 
-def files_beside(
-    folder: Path,        # of a model
-) -> dict[str, bytes]:   # name: content
+def files_beside(folder: Path) -> dict[str, bytes]:  # name: content
     "Chat templates and generation settings, under the names that they have in newer checkpoints."
     told = (read_json(folder / 'tokenizer_config.json') or {}).get('chat_template') or []
     if isinstance(told, str): told = [dict(name='default', template=told)]
@@ -376,9 +328,7 @@ def files_beside(
     return found | {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 # %% ../nbs/tools/10_exchange.ipynb #41c9d46a
-def check_class(
-    model,  # a live model
-):          # the same
+def check_class(model):  # the same
     "Raise a ValueError unless a live model is of a class that `from_hf` knows, with weights in memory."
     model = unwrap(model)
     check_family(getattr(model, 'config', None))
@@ -404,10 +354,7 @@ def from_hf(
     return model.eval(), None if folder is None else own_tokenizer(folder, config)
 
 # %% ../nbs/tools/10_exchange.ipynb #d3f54e40
-def to_hf_tokenizer(
-    tokenizer: Tokenizer,                # left as it was
-    context_length: int | None = None,   # T, positions the model is trained on, if known
-):                                       # a transformers fast tokenizer
+def to_hf_tokenizer(tokenizer: Tokenizer, context_length: int | None = None):  # a transformers fast tokenizer
     "A stock tokenizer that gives the same ids."
     from tokenizers import Tokenizer as Backend
     backend = Backend.from_str(tokenizer.backend.to_str())
@@ -417,15 +364,11 @@ def to_hf_tokenizer(
     return made(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True, clean_up_tokenization_spaces=False, **length)
 
 # %% ../nbs/tools/10_exchange.ipynb #380fa69b
-def read_json(
-    path: Path,     # a file
-) -> dict | None:   # None if there is no such file
+def read_json(path: Path) -> dict | None:  # None if there is no such file
     "A dictionary from a JSON file; a ValueError if it is something else."
     return read_object(path) if path.exists() else None
 
-def record_facts(
-    record: dict,  # of a run, or scores by themselves
-) -> dict:         # keys as in run_facts
+def record_facts(record: dict) -> dict:  # keys as in run_facts
     "What a record or a file of scores says about a model."
     config, provenance = record.get('config') or {}, record.get('provenance') or {}
     scores = record.get('scores', record)  # a whole record, or scores by themselves
@@ -439,10 +382,7 @@ def record_facts(
     return {name: value for name, value in facts.items() if value is not None}
 
 # %% ../nbs/tools/10_exchange.ipynb #e55eae36
-def refuse_other_record(
-    known: dict,   # facts from the training folder
-    told: dict,    # facts from a record
-):
+def refuse_other_record(known: dict, told: dict):
     "Raise a ValueError if the record is of another run."
     if 'corpus' in known and 'corpus' in told and known['corpus'] != told['corpus']:
         raise ValueError(f"the record is of another run: corpus={told['corpus']!r} there, {known['corpus']!r} in the folder")
@@ -454,8 +394,7 @@ def refuse_other_record(
 
 # %% ../nbs/tools/10_exchange.ipynb #0435d278
 def run_facts(
-    folder: str | Path | None = None,  # of a training
-    record: dict | None = None,        # of the run, or scores by themselves
+    folder: str | Path | None = None, record: dict | None = None,
 ) -> dict:  # model, train, data, corpus, status, step, tokens, final, scores, score, scored_on, tasks, provenance: those known
     "All that is known about a model, for its card."
     known = {}
@@ -470,9 +409,7 @@ def run_facts(
     return told | known
 
 # %% ../nbs/tools/10_exchange.ipynb #0e620840
-def public_name(
-    name: str,  # source or tokenizer of a run's data
-) -> str:       # the same, unless it is a place on this machine
+def public_name(name: str) -> str:  # the same, unless it is a place on this machine
     "Name a source without telling where it lies on a disk."
     if name in ('stdlib', 'site', 'texts', 'bpe', *ALIASES): return name
     place = name.removeprefix('hf:')
@@ -480,58 +417,24 @@ def public_name(
     plain = place.count('/') <= 1 and not any(c in place for c in '*?\\:') and not place.endswith(('.json', '.txt', '.jsonl', '.parquet'))
     return name if on_hub and plain else 'a local file or folder'
 
-def table(
-    head: tuple[str, ...],  # titles of the columns
-    rows,                   # tuples of texts
-) -> str:
-    "A table in Markdown."
-    lines = [head, ('---',) * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
-
-# %% ../nbs/tools/10_exchange.ipynb #9be161c4
-def use_text(
-    library: str,  # 'transformers' or 'sparsecod'
-) -> str:
-    "How to open the folder that the card lies in."
-    if library == 'transformers':
-        lines = ['from transformers import AutoModelForCausalLM, AutoTokenizer  # transformers 5 or later', "model = AutoModelForCausalLM.from_pretrained('FOLDER')",
-                 "tokenizer = AutoTokenizer.from_pretrained('FOLDER')  # if the folder holds a tokenizer.json"]
-    else:
-        lines = ['from sparsecod.core import Transformer', 'from sparsecod.data import load_tokenizer', "model = Transformer.from_pretrained('FOLDER')",
-                 "tokenizer = load_tokenizer('FOLDER')  # if the folder holds a tokenizer.json"]
-    return '\n'.join(['```python', *lines, '```'])
-
-# %% ../nbs/tools/10_exchange.ipynb #2703d830
-def code_of(
-    provenance: dict,  # of a record, may be empty
-) -> str | None:       # None if it is not recorded
-    "The commit that a model was trained at, and whether the code differed from it."
-    when = 'trained_' if provenance.get('trained_commit') else ''
-    commit, dirty = provenance.get(f'{when}commit'), provenance.get(f'{when}dirty')
-    return f'{commit}, with changes that were not committed' if commit and dirty else commit
-
-def training_rows(
-    facts: dict,   # from run_facts
-) -> list[tuple]:  # what, and its value; None where it is not recorded
+# %% ../nbs/tools/10_exchange.ipynb #7656ed89
+def training_rows(facts: dict) -> list[tuple]:  # what, and its value; empty if nothing is recorded
     "All that is known about how a model was trained."
+    if not facts.get('train') and not facts.get('tokens'): return []
     data, train, provenance = (facts.get(name) or {} for name in ('data', 'train', 'provenance'))
     stats, versions = provenance.get('corpus_stats') or {}, provenance.get('versions') or {}
     hidden = {name: public_name(str(data[name])) for name in ('source', 'tokenizer') if data.get(name)}
-    return [('status', facts.get('status')), ('steps done', facts.get('step')), ('training tokens', facts.get('tokens')),
+    when = 'trained_' if provenance.get('trained_commit') else ''
+    code = provenance.get(f'{when}commit')
+    if code and provenance.get(f'{when}dirty'): code += ', with changes that were not committed'
+    rows = [('status', facts.get('status')), ('steps done', facts.get('step')), ('training tokens', facts.get('tokens')),
             ('corpus fingerprint', facts.get('corpus')), ('tokens in the training split', stats.get('train_tokens')),
             *((f'data.{name}', value) for name, value in (data | hidden).items() if value is not None),
             *((f'train.{name}', value) for name, value in train.items() if value is not None),
-            ('commit of the code', code_of(provenance)), ('hardware', provenance.get('hardware')),
+            ('commit of the code', code), ('hardware', provenance.get('hardware')),
             ('versions', ', '.join(f'{name} {v}' for name, v in versions.items()) or None)]
-
-# %% ../nbs/tools/10_exchange.ipynb #80c4a203
-def training_text(
-    facts: dict,  # from run_facts
-) -> str:
-    "How the model was trained, as far as that is known."
-    if not facts.get('train') and not facts.get('tokens'): return 'How these weights were trained is not recorded here.'
     shown = lambda name, value: f'{value:,}' if isinstance(value, int) and 'tokens' in name.split() else value
-    return table(('', ''), [(name, 'not recorded' if value is None else shown(name, value)) for name, value in training_rows(facts)])
+    return [(name, 'not recorded' if value is None else shown(name, value)) for name, value in rows]
 
 # %% ../nbs/tools/10_exchange.ipynb #c70aefca
 SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token', final_variance='variance of the last stream',
@@ -540,85 +443,42 @@ SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token', final_varianc
                    skip_loss_increase='loss added by skipping a block, nats')
 NEVER_MEASURED = ('bias, toxicity or safety of what the model writes', 'loss on text unlike that of its corpus')
 
-def measured(
-    facts: dict,  # from run_facts
-) -> dict:        # name: value, low, high
+def measured(facts: dict) -> dict:  # name: value, low, high
     "The scores, with the final loss among them; without those that have no value."
     final = facts.get('final') or {}
     found = ({'val_loss': final['val_loss']} if final.get('val_loss') else {}) | (facts.get('scores') or {})
     return {name: s for name, s in found.items() if isinstance(s, dict) and s.get('value') is not None}
 
-# %% ../nbs/tools/10_exchange.ipynb #ff652641
-def answers_text(
-    facts: dict,  # from run_facts
-) -> list[str]:   # none if no questions were asked
-    "How many questions were answered rightly."
-    number = lambda x: '-' if x is None else f'{x:.4g}'
-    between = lambda r: '-' if r.get('low') is None else f"{r['low']:.4g} to {r['high']:.4g}"
-    rows = [(r['task'], r['metric'].replace('_', ' '), number(r['value']), between(r), number(r.get('chance')), r.get('n') or '-') for r in facts.get('tasks') or ()]
-    return ['## Questions', table(('task', 'metric', 'value', '95 % interval', 'by guessing', 'questions'), rows)] if rows else []
-
-# %% ../nbs/tools/10_exchange.ipynb #7bcf102a
-def not_measured(
-    facts: dict,  # from run_facts
-) -> list[str]:
-    "What a reader might look for on the card and must not take for granted."
-    found, asked = measured(facts), {r['task'] for r in facts.get('tasks') or ()}
-    missing = [words for name, words in SCORE_WORDS.items() if name not in found]
-    if 'cloze' not in asked: missing.append('accuracy on cloze questions from held-out text')
-    missing.append('accuracy on public benchmarks' + (' other than those above' if asked - {'cloze'} else ''))
-    return missing + list(NEVER_MEASURED)
-
-# %% ../nbs/tools/10_exchange.ipynb #8660e4ea
-def scores_text(
-    facts: dict,  # from run_facts
-) -> str:
-    "What was measured, and what was not."
-    number, words = lambda x: '-' if x is None else f'{x:.4g}', SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token')
-    rows = [(words.get(name, name.replace('_', ' ')), number(s['value']), f"{number(s.get('low'))} to {number(s.get('high'))}") for name, s in measured(facts).items()]
-    n, corpus = (facts.get('score') or {}).get('n_sequences'), facts.get('scored_on')
-    where = f"Measured on held-out text of the corpus with fingerprint {corpus}{f', the scores on {n} sequences' if n else ''}." if corpus else 'What these were measured on is not recorded.'
-    scores = [where, table(('score', 'value', '95 % interval'), rows)] if rows else ['No scores were handed to this card.']
-    return '\n\n'.join(['## Scores', *scores, *answers_text(facts), '## Not measured', '\n'.join(f'- {words}' for words in not_measured(facts))])
-
-# %% ../nbs/tools/10_exchange.ipynb #88e6a521
-def card_data(
-    name: str,             # of the model
-    library: str,          # 'transformers' or 'sparsecod'
-    facts: dict,           # from run_facts
-    license: str | None,   # such as 'apache-2.0'; None: not stated
-):                         # a huggingface_hub.ModelCardData
-    "The head of the card."
-    from huggingface_hub import EvalResult, ModelCardData
-    loss = measured(facts).get('val_loss')
-    source = public_name((facts.get('data') or {}).get('source') or 'not recorded')
-    results = [EvalResult(task_type='text-generation', dataset_type=source, dataset_name=f"{source}, held-out split, corpus {facts.get('corpus')}",
-                          metric_type='loss', metric_name='nats a token', metric_value=loss['value'])] if loss else None
-    return ModelCardData(library_name=library, pipeline_tag='text-generation', tags=['sparsecod'], license=license, model_name=name, eval_results=results)
-
 # %% ../nbs/tools/10_exchange.ipynb #b8b72fcb
 def model_card(
-    config: ModelConfig,            # of the model
-    facts: dict | None = None,      # from run_facts; None: nothing is known
-    library: str = 'sparsecod',     # what opens the folder: 'transformers' or 'sparsecod'
-    name: str = 'A sparsecod model',# title
-    license: str | None = None,     # such as 'apache-2.0'; None: not stated
-):                                  # a huggingface_hub.ModelCard
+    config: ModelConfig,
+    facts: dict | None = None,   # from run_facts; None: nothing is known
+    library: str = 'sparsecod', name: str = 'A sparsecod model',
+    license: str | None = None,  # such as 'apache-2.0'; None: not stated
+):                               # a huggingface_hub.ModelCard
     "A card that says what the model is, how it was trained, what was measured and what was not."
-    from huggingface_hub import ModelCard
-    facts, counts = facts or {}, param_counts(config)
-    stored = f" It is stored as a `{CLASSES[stock_family(config)]}`, which computes the same function." if library == 'transformers' else ''
-    about = (f"A decoder-only language model with {counts['total']:,} parameters, of which a token uses {counts['active']:,}. "
-             f"It reads up to {config.context_length:,} tokens of a vocabulary of {config.vocab_size:,}.{stored}")
-    parts = [f'# {name}', about, '## Use', use_text(library), '## Architecture', 'The configuration in sparsecod:', table(('field', 'value'), config.to_dict().items()),
-             '## Training', training_text(facts), scores_text(facts)]
-    licence = [] if license else ['## Licence', 'None is stated.']
-    return ModelCard(f"---\n{card_data(name, library, facts, license).to_yaml()}\n---\n\n" + '\n\n'.join([*parts, *licence]) + '\n')
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    facts, scores = facts or {}, measured(facts or {})
+    number = lambda x: '-' if x is None else f'{x:.4g}'
+    ends = lambda s: '-' if s.get('low') is None else f"{number(s['low'])} to {number(s['high'])}"
+    words, asked = SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token'), {r['task'] for r in facts.get('tasks') or ()}
+    missing = [said for of, said in SCORE_WORDS.items() if of not in scores]
+    if 'cloze' not in asked: missing.append('accuracy on cloze questions from held-out text')
+    missing.append('accuracy on public benchmarks' + (' other than those above' if asked - {'cloze'} else ''))
+    source = public_name((facts.get('data') or {}).get('source') or 'not recorded')
+    results = [EvalResult(task_type='text-generation', dataset_type=source, dataset_name=f"{source}, held-out split, corpus {facts.get('corpus')}",
+                          metric_type='loss', metric_name='nats a token', metric_value=scores['val_loss']['value'])] if 'val_loss' in scores else None
+    data = ModelCardData(library_name=library, pipeline_tag='text-generation', tags=['sparsecod'], license=license, model_name=name, eval_results=results)
+    return ModelCard.from_template(
+        data, template_str=resources.files('sparsecod').joinpath('templates/card.md').read_text(encoding='utf-8'), name=name, license=license,
+        counts=param_counts(config), config=config.to_dict(), stored=CLASSES[stock_family(config)] if library == 'transformers' else None,
+        training=training_rows(facts), scored_on=facts.get('scored_on'), n=(facts.get('score') or {}).get('n_sequences'),
+        scores=[(words.get(of, of.replace('_', ' ')), number(s['value']), ends(s)) for of, s in scores.items()],
+        tasks=[(r['task'], r['metric'].replace('_', ' '), number(r['value']), ends(r), number(r.get('chance')), r.get('n') or '-') for r in facts.get('tasks') or ()],
+        missing=[*missing, *NEVER_MEASURED])
 
 # %% ../nbs/tools/10_exchange.ipynb #87b4ee4d
-def find_record(
-    folder: Path,   # of a training
-) -> dict | None:
+def find_record(folder: Path) -> dict | None:
     "The record of a run of a study, or the scores in its folder, if they are where they usually are."
     scale = (read_json(folder / 'run.json') or {}).get('scale')
     out = folder.absolute().parent.parent  # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
@@ -626,21 +486,12 @@ def find_record(
         if record := read_json(path): return record
 
 # %% ../nbs/tools/10_exchange.ipynb #6ede2deb
-def is_as_trained(
-    model: Transformer,  # perhaps edited since
-    folder: Path,        # of its training
-) -> bool:
-    "Whether a model has the weights that its training left."
-    path, state = folder / 'model' / 'model.safetensors', model.state_dict()
-    if not path.exists(): return False
-    return all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype)) for name, w in load_file(path).items())
-
-def known_facts(
-    model: Transformer,  # any
-) -> dict:               # keys as in run_facts; empty if nothing is known
+def known_facts(model: Transformer) -> dict:  # keys as in run_facts; empty if nothing is known
     "What the folder of a model's training says, while the weights are those in it."
-    folder = getattr(model, 'trained_in', None)
-    return run_facts(folder, find_record(folder)) if folder is not None and is_as_trained(model, folder) else {}
+    folder, state = getattr(model, 'trained_in', None), model.state_dict()
+    if folder is None or not (path := folder / 'model' / 'model.safetensors').exists(): return {}
+    same = all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype)) for name, w in load_file(path).items())
+    return run_facts(folder, find_record(folder)) if same else {}
 
 # %% ../nbs/tools/10_exchange.ipynb #7fbc7936
 def generate_model_card(
@@ -663,12 +514,7 @@ HubModel.generate_model_card, HubModel._from_pretrained = generate_model_card, c
 # %% ../nbs/tools/10_exchange.ipynb #101464cf
 FORMATS = ('hf', 'sparsecod')  # for transformers, or for this package
 
-def check_target(
-    out: Path,          # where an export is to go
-    format: str,        # one of FORMATS
-    overwrite: bool,    # whether a model there may be replaced
-    source: Path | None = None,  # the folder that is exported, if there is one
-):
+def check_target(out: Path, format: str, overwrite: bool, source: Path | None = None):
     "Raise an error unless an export may be written there."
     if format not in FORMATS: raise ValueError(f'format={format!r} must be one of {", ".join(FORMATS)}')
     here = out.resolve()
@@ -682,15 +528,6 @@ def check_target(
     if not overwrite: raise FileExistsError(f'out={str(out)!r} is not empty; choose another folder, or overwrite=True to replace the model in it')
     if not all((out / name).exists() for name in ('config.json', 'README.md')) or (out / 'checkpoints').exists():
         raise FileExistsError(f'out={str(out)!r} holds something else than an exported model and is not overwritten; choose another folder')
-
-# %% ../nbs/tools/10_exchange.ipynb #c5dcc31e
-def write_tokenizer(
-    tokenizer: Tokenizer,  # of the model
-    folder: Path,          # where load_tokenizer shall find it
-):
-    "Write `tokenizer.json`, and the token that ends a text."
-    (folder / 'tokenizer.json').write_text(tokenizer.backend.to_str(), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)), encoding='utf-8')
 
 # %% ../nbs/tools/10_exchange.ipynb #c3ce30ee
 def export_model(
@@ -713,7 +550,9 @@ def export_model(
     with atomic_folder(out) as draft:
         (stock or model).save_pretrained(draft)
         if tokenizer is not None and stock: to_hf_tokenizer(tokenizer, model.config.context_length).save_pretrained(draft)
-        elif tokenizer is not None: write_tokenizer(tokenizer, draft)
+        elif tokenizer is not None:                                  # and the token that ends a text, for load_tokenizer
+            (draft / 'tokenizer.json').write_text(tokenizer.backend.to_str(), encoding='utf-8')
+            (draft / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)), encoding='utf-8')
         if GENERATION in beside: (draft / GENERATION).write_bytes(beside.pop(GENERATION))
         (draft / 'README.md').unlink(missing_ok=True)                # ours writes one
         seal(draft, dict(kind='export', format=format, model=model.config.to_dict()))
@@ -725,9 +564,7 @@ def export_model(
     return out
 
 # %% ../nbs/tools/10_exchange.ipynb #e3f4a399
-def open_training(
-    folder: Path,                 # of a training
-) -> tuple[Transformer, Tokenizer | None]:
+def open_training(folder: Path) -> tuple[Transformer, Tokenizer | None]:
     "The trained model, and its tokenizer if it was kept."
     result = load_result(folder)
     if result is None: raise ValueError(f'{folder} holds a training that has not ended; there is no model to export yet')
@@ -738,10 +575,7 @@ def open_training(
     return result.model, None
 
 # %% ../nbs/tools/10_exchange.ipynb #7e6b3481
-def open_saved(
-    folder: Path,    # of a training, of a saved Transformer, or of a transformers checkpoint
-    format: str,     # what it is to become, one of FORMATS
-) -> tuple[Transformer, Tokenizer | None]:
+def open_saved(folder: Path, format: str) -> tuple[Transformer, Tokenizer | None]:
     "The model in a folder, and its tokenizer."
     label = read_json(folder / 'config.json')
     if label is None: raise FileNotFoundError(f'folder={str(folder)!r} holds no model: there is no config.json; allowed are the folder of a training, of a saved Transformer, or of a transformers checkpoint')

@@ -9,10 +9,10 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'VARIANT', 'SETTINGS', 'STA
            'draw_floors', 'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'plot_score', 'plot_published',
            'plot_published_peak', 'plot_published_jacobian', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance',
            'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'markdown_table', 'estimate_text',
-           'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder', 'learnt_little',
-           'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows', 'beside_table',
-           'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table',
-           'plot_lengths']
+           'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records',
+           'learnt_little', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows',
+           'beside_table', 'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter',
+           'correlation_table', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
@@ -27,9 +27,11 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .claims import CLAIMS, PUBLISHED, number
-from .studies import RunConfig, Study, by_variant, logarithmic, over_seeds, passed, read_metric, scale_config, study_named, t_interval
+from .studies import RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed, read_metric, run_study
+from .studies import scale_config, seed_list, study_named, t_interval
 from .train import FREE_FIELDS
 
 # %% ../nbs/tools/07_figures.ipynb #258976eb
@@ -371,6 +373,10 @@ def _fit_limits(ax, y: list, low: list, high: list, log: bool):
     "Show all points, and intervals as far as they are not many times longer than the points are apart."
     if log:
         ax.set_yscale('log', nonpositive='clip')
+        if max(y) < 100 * min(y):                               # numbers as one writes them, and not powers of ten
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter('{x:g}')
+            ax.yaxis.set_minor_formatter(NullFormatter())
         return ax.set_ylim(max(min([*low, *y]), min(y) / 4) / 1.3, min(max([*high, *y]), max(y) * 4) * 1.3)
     room = 1.5 * (max(y) - min(y)) + .1 * (max(map(abs, y)) or .1)
     bottom, top = max(min([*low, *y]), min(y) - room), min(max([*high, *y]), max(y) + room)
@@ -657,6 +663,27 @@ def results_folder(start: str | Path = '.') -> Path:
     root = next((p for p in places if (p / 'settings.ini').exists() and (p / 'nbs').is_dir()), None)
     if root is None: raise FileNotFoundError(f'{Path(start).absolute()} is not inside a clone of the repository: no settings.ini was found upwards of it')
     return root / 'results'
+
+
+def page_records(
+    studies: str | tuple[str, ...],  # that the page is about
+    scale: str,                      # a key of SCALES
+    seeds: int | Iterable[int],      # how many, or which
+    folder: str | Path,              # of the records
+    rerun: bool = False,             # run what the folder lacks, unless it is that of the committed records
+    written: str = 'laptop',         # scale of the runs that the text of the page is about
+) -> tuple[list[dict], bool]:        # records, and whether text and checks of the page are about them
+    "What a study page shows."
+    seeds, committed = seed_list(seeds), Path(folder).resolve() == results_folder().resolve()
+    studies = [studies] if isinstance(studies, str) else studies
+    if rerun and committed: raise ValueError(f"FOLDER={folder} holds the committed records; a rerun needs a folder of its own, such as '../../runs'")
+    if rerun:
+        for study in studies: run_study(study, scale, seeds, out=folder)
+    found = {r['id']: r for study in studies for r in load_results(folder, scale, study) if r['seed'] in seeds}
+    if not found: raise ValueError(f'FOLDER={folder} has no runs of scale {scale}, seeds {seeds}; RERUN = True with a folder of its own makes them')
+    recorded = committed and (scale, seeds) == (written, [0, 1, 2])
+    if not recorded: print(f'{len(found)} runs of scale {scale}, seeds {seeds}. The text of this page is about other runs, and checks of what it says are skipped.')
+    return list(found.values()), recorded
 
 # %% ../nbs/tools/07_figures.ipynb #1b548764
 def learnt_little(record: dict) -> bool:

@@ -21,9 +21,7 @@ from torch import Tensor
 from .integrity import Damaged, check_identity, check_stamp, content_checksum, draft_name, read_json, set_aside, stamp, write_text
 
 # %% ../nbs/tools/15_parts.ipynb #92fcc6c4
-def tensor_hash(
-    tensors,  # pairs of a name and a tensor
-) -> str:     # 16 hexadecimal digits
+def tensor_hash(tensors) -> str:  # 16 hexadecimal digits
     "Fingerprint of names, types, shapes and contents."
     digest = hashlib.sha256()
     for name, x in tensors:
@@ -31,10 +29,7 @@ def tensor_hash(
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-def write_whole(
-    path: Path,                     # the file to create or replace
-    write: Callable[[Path], None],  # writes a file
-):
+def write_whole(path: Path, write: Callable[[Path], None]):
     "Write a file completely or not at all; an error names it."
     draft = draft_name(path)
     try:
@@ -43,29 +38,19 @@ def write_whole(
     except (OSError, SafetensorError) as error: raise OSError(f'{path} could not be written: {error}') from error
     finally: draft.unlink(missing_ok=True)
 
-def put_aside(
-    path: Path,        # what is damaged
-    error: Exception,  # why
-):
+def put_aside(path: Path, error: Exception):
     "Set a damaged file aside and say so; another process may have done it already."
     try: moved = set_aside(path)
     except FileNotFoundError: return
     warnings.warn(f'{error}; it is now called {moved.name} and not used', stacklevel=2)
 
 # %% ../nbs/tools/15_parts.ipynb #7e993102
-def write_part(
-    path: Path,                 # the file
-    found: dict[str, Tensor],   # what was measured
-    identity: dict,             # name of the part, and checksum of the key
-):
+def write_part(path: Path, found: dict[str, Tensor], identity: dict):
     "Write a part with its identity and checksum."
     about = stamp(identity | dict(tensors=tensor_hash(sorted(found.items()))))
     write_whole(path, lambda draft: save_file(found, draft, metadata=dict(about=json.dumps(about))))
 
-def read_part(
-    path: Path,       # the file
-    identity: dict,   # as in write_part
-) -> dict[str, Tensor]:
+def read_part(path: Path, identity: dict) -> dict[str, Tensor]:
     "The tensors of a part; `Damaged` if they are not what was written, or of something else."
     try:
         with safe_open(path, 'pt') as file:
@@ -76,10 +61,7 @@ def read_part(
     if about.get('tensors') != tensor_hash(sorted(found.items())): raise Damaged(f'{path} does not match its checksum')
     return found
 
-def claim_folder(
-    folder: Path,  # for parts
-    key: dict,     # what they belong to, for JSON
-):
+def claim_folder(folder: Path, key: dict):
     "Create the folder with its key, or raise a ValueError if it has another one."
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise OSError(f'resume={str(folder)!r} cannot be made a folder: {error.strerror}') from error
@@ -94,10 +76,7 @@ def claim_folder(
 # %% ../nbs/tools/15_parts.ipynb #dada5658
 class Parts:
     "Measurements on disk, one file for each piece of work; or nothing at all if there is no folder."
-    def __init__(self,
-        folder: str | Path | None = None,  # None: keep nothing
-        key: dict = {},                    # what the parts belong to, for JSON
-    ):
+    def __init__(self, folder: str | Path | None = None, key: dict = {}):
         self.folder, self.key = None if folder is None else Path(folder), key
         if self.folder: claim_folder(self.folder, key)
 

@@ -7,11 +7,11 @@ __all__ = ['SMALL_SWAP', 'NEAR_IDENTITY', 'COLUMNS', 'BARS', 'STREAMS', 'HEATS',
            'VERDICTS', 'MEANING', 'SPARSE', 'FACTS', 'WORDS', 'RUN_HEADS', 'Estimate', 'clean', 'checked', 'scalar',
            'by_layer', 'by_pair', 'n_blocks', 'Sides', 'sides', 'names', 'basis', 'any_of', 'few', 'interval_text',
            'number_of', 'undetermined', 'read_replacements', 'threshold_of', 'read_costs', 'read_uselessness', 'layers',
-           'pairs', 'made_up', 'pairs_text', 'read_neighbours', 'read_swaps', 'read_skips', 'read_causal',
+           'pairs', 'made_up', 'pairs_text', 'read_neighbours', 'read_swaps', 'read_skips', 'read_parts', 'read_causal',
            'first_share', 'read_variance', 'relative_deviation', 'read_jacobian', 'read_loss', 'cautions',
-           'plain_reading', 'layer_rows', 'score_table', 'few_large', 'tips', 'estimate_rows', 'bars', 'stream_lines',
-           'heat', 'score_explorer', 'skip_explorer', 'table_rows', 'facts_of', 'score_page', 'write_page',
-           'record_page', 'record_explorer', 'difference', 'read_scores', 'file_names', 'mismatches',
+           'plain_reading', 'layer_rows', 'score_table', 'few_large', 'tips', 'estimate_rows', 'pair_rows', 'linked',
+           'bars', 'stream_lines', 'heat', 'score_explorer', 'skip_explorer', 'table_rows', 'facts_of', 'score_page',
+           'write_page', 'record_page', 'record_explorer', 'difference', 'read_scores', 'file_names', 'mismatches',
            'layer_differences', 'comparison_frame', 'read_comparison', 'comparison_explorer', 'comparison_table',
            'comparison_page', 'report_setting', 'plain', 'summary_lines', 'run_row', 'provenance_rows', 'write_report']
 
@@ -53,18 +53,14 @@ def checked(scores: dict, name: str, value, low, high) -> Estimate:
     return Estimate(value, low, high) if bounded else Estimate(value)
 
 # %% ../nbs/tools/09_report.ipynb #115eb5f1
-def scalar(
-    scores: dict,  # from sparsecod.scores.score_model
-    name: str,     # such as 'loss'
-) -> Estimate:
+def scalar(scores: dict, name: str) -> Estimate:
     "One scalar score."
     found = scores['scalars'].get(name) or {}
     return checked(scores, name, found.get('value'), found.get('low'), found.get('high'))
 
 def by_layer(
-    scores: dict,      # from sparsecod.scores.score_model
-    name: str,         # such as 'skip_loss_increase'
-) -> list[Estimate]:   # one for each block, or for each stream; empty if the score is not there
+    scores: dict, name: str,
+) -> list[Estimate]:  # one for each block, or for each stream; empty if the score is not there
     "A score by layer."
     values = scores['arrays'].get(name) or []
     ends = (scores.get('intervals') or {}).get(name) or {}
@@ -72,10 +68,7 @@ def by_layer(
     return [checked(scores, name, *three) for three in zip(values, low, high)]
 
 # %% ../nbs/tools/09_report.ipynb #407dd5e9
-def by_pair(
-    scores: dict,      # from sparsecod.scores.score_model
-    name: str,         # 'causal' or 'permutation'
-) -> list[list[Estimate]]:   # (L, L); empty if the score is not there
+def by_pair(scores: dict, name: str) -> list[list[Estimate]]:  # (L, L); empty if the score is not there
     "A score of pairs."
     values, ends = scores['arrays'].get(name) or [], (scores.get('intervals') or {}).get(name) or {}
     blank = [[None] * len(row) for row in values]
@@ -110,10 +103,7 @@ def sides(estimates: list[Estimate], line: float) -> Sides:
     return Sides(below, above, [l for l in known if l not in below and l not in above], sure)
 
 # %% ../nbs/tools/09_report.ipynb #c9398b02
-def names(
-    blocks: list[int],    # in rising order
-    noun: str = 'block',  # what they are
-) -> str:                 # such as "blocks 1, 3 and 5 to 9"
+def names(blocks: list[int], noun: str = 'block') -> str:  # such as "blocks 1, 3 and 5 to 9"
     "A list of blocks in words; three or more in a row become a range."
     runs = []
     for l in blocks:
@@ -128,9 +118,7 @@ def basis(sure: bool, end: str = 'upper') -> str:
     "What a statement rests on, in brackets."
     return f'({end} ends of the 95 % intervals)' if sure else '(by the values alone)'
 
-def any_of(
-    blocks: list[int],
-) -> str:              # such as "block 3", or "any one of blocks 1 and 2"
+def any_of(blocks: list[int]) -> str:  # such as "block 3", or "any one of blocks 1 and 2"
     "Blocks that are changed one at a time."
     return ('any one of ' if len(blocks) > 1 else '') + names(blocks)
 
@@ -140,9 +128,7 @@ def few(x: float | None, digits: int = 3) -> str:
     text = '–' if clean(x) is None else f'{x:.{digits}g}'
     return f'{float(text):g}' if 'e+' in text and abs(x) < 1e6 else text
 
-def interval_text(
-    e: Estimate,
-) -> str:             # such as "4.1 (95 % interval 3.8 to 4.4)"
+def interval_text(e: Estimate) -> str:  # such as "4.1 (95 % interval 3.8 to 4.4)"
     "An estimate in words."
     return few(e.value) + (f' (95 % interval {few(e.low)} to {few(e.high)})' if e.low is not None else '')
 
@@ -210,11 +196,10 @@ def pairs(
 
 # %% ../nbs/tools/09_report.ipynb #500ba8a9
 def made_up(
-    n_sequences: int = 32,   # N
-    loss: float = 2.,        # nats a token
-    T: int = 128,            # tokens a sequence
-    **by_layer,              # scores by layer or pair, from layers or pairs, or plain lists (no intervals)
-) -> dict:                   # as from sparsecod.scores.score_model
+    n_sequences: int = 32,
+    loss: float = 2.,  # nats a token
+    T: int = 128, **by_layer,
+) -> dict:             # as from sparsecod.scores.score_model
     "Made-up scores, to try a reading on."
     arrays = {name: v[0] if isinstance(v, tuple) else v for name, v in by_layer.items()}
     return dict(scalars=dict(loss=dict(value=loss, low=.95 * loss, high=1.05 * loss)), arrays=arrays,
@@ -226,9 +211,7 @@ def made_up(
 # share of the loss; a pair whose swap changes the loss by less is called interchangeable
 SMALL_SWAP = 0.01
 
-def pairs_text(
-    starts: list[int],  # the first block of each pair of neighbours, in rising order
-) -> str:               # such as "1–2 and 4–5", or "each pair from 2–3 to 9–10"
+def pairs_text(starts: list[int]) -> str:  # such as "1–2 and 4–5", or "each pair from 2–3 to 9–10"
     "Pairs of neighbours in words."
     runs = []
     for i in starts:
@@ -288,9 +271,21 @@ def read_skips(scores: dict) -> list[str]:
     if low == high: return lines
     said = lambda l: f'block {l}, at {interval_text(cost[l - 1])} nats a token'
     lines.append(f'By the values, the costliest to skip is {said(high)}, and the cheapest is {said(low)}.')
-    rank = scalar(scores, 'influence_rank_agreement').value
-    if rank is not None: lines.append(f'Block influence, which takes a single pass, ranks the blocks like these costs with a rank correlation of {few(rank, 2)}.')
-    return lines
+    rank = scalar(scores, 'influence_rank_agreement')
+    if rank.value is not None: lines.append(f'Block influence, which takes a single pass, ranks the blocks like these costs with a rank correlation of {interval_text(rank)}.')
+    return lines + read_parts(scores)
+
+def read_parts(scores: dict) -> list[str]:
+    "Which sublayers can be skipped, and which spans turn the stream least."
+    lines = []
+    for part in ('attention', 'feed_forward'):
+        found, said = sides(by_layer(scores, f'{part}_loss_increase'), 0), dict(feed_forward='feed-forward layer').get(part, part)
+        free = sorted(found.below + found.open)
+        if found.sure: lines.append(f'Without the {said} alone, no cost is shown at {names(free)}.' if free else f'Leaving out the {said} alone costs something at every block.')
+    angles = {n: [e.value for e in row if e.value is not None] for n, row in enumerate(by_pair(scores, 'angular_distance'), 1)}
+    spans = {n: (min(row), row.index(min(row)) + 1) for n, row in angles.items() if n in (2, 4, 8) and n < len(angles) and row}
+    said = [f'{n} blocks from block {l} ({few(x)})' for n, (x, l) in spans.items()]
+    return lines + [f'The spans that turn the stream least, in half turns at the last token: {"; ".join(said)}. A small angle is no promise of a small cost.'] * bool(said)
 
 # %% ../nbs/tools/09_report.ipynb #8b1a9466
 def read_causal(scores: dict) -> list[str]:
@@ -398,6 +393,7 @@ def plain_reading(scores: dict, about: dict | None = None) -> list[str]:
 # %% ../nbs/tools/09_report.ipynb #5bfcd229
 COLUMNS = dict(usefulness_ratio='affine ratio', skip_loss_increase='skip nats', jacobian_per_token='Jacobian',
                variance_mean='variance', block_influence='influence',
+               attention_loss_increase='no attn nats', feed_forward_loss_increase='no ffn nats',
                linear_loss_increase='affine nats', variance_median='median var')   # in order of importance
 
 def layer_rows(scores: dict, columns: list[str]) -> list[str]:
@@ -431,21 +427,24 @@ def score_table(
 
 # %% ../nbs/tools/09_report.ipynb #f852b4d8
 BARS = dict(   # score -> title, what it says, unit, where bars start
-    skip_loss_increase=('Skipped blocks',
-                        'Rise of the loss when the block is left out. Below 0 the model is better without it.', 'nats a token', 0.),
-    usefulness_ratio=('Affine replacement',
-                      'Loss with the block replaced by the affine map fitted to it, divided by the loss. Bars start at 1, no cost.', 'loss ratio', 1.),
-    jacobian_per_token=('Jacobian deviation',
-                        'How far the block’s Jacobian is from the identity: the Frobenius norm of J − I over the width, averaged over tokens.', 'deviation', 0.),
-    block_influence=('Block influence',
-                     'One minus the cosine of the stream before and after the block, averaged over tokens.', 'influence', 0.))
-STREAMS = {'mean': 'variance_mean', 'median': 'variance_median',
-           'mean without position 0': 'variance_without_first'}
+    skip_loss_increase=('Skipped blocks', 'Rise of the loss when the block is left out. Below 0 the model is better without it.',
+                        'nats a token', 0.),
+    block_influence=('Block influence', 'One minus the cosine of the stream before and after the block, averaged over tokens.',
+                     'influence', 0.),
+    attention_loss_increase=('Attention left out', 'Rise of the loss without the attention of the block.', 'nats a token', 0.),
+    feed_forward_loss_increase=('Feed-forward left out', 'Rise of the loss without the feed-forward layer of the block.',
+                                'nats a token', 0.),
+    usefulness_ratio=('Affine replacement', 'Loss with the block replaced by the affine map fitted to it, divided by the loss. '
+                      'Bars start at 1, no cost.', 'loss ratio', 1.),
+    jacobian_per_token=('Jacobian deviation', 'How far the block’s Jacobian is from the identity: the Frobenius norm of J − I '
+                        'over the width, averaged over tokens.', 'deviation', 0.))
+STREAMS = {'mean': 'variance_mean', 'median': 'variance_median', 'mean without position 0': 'variance_without_first'}
 HEATS = dict(  # score -> title, what it says, vertical and horizontal axis
-    causal=('Causal score of pairs',
-            'How much the update of block l changes, relative to its size, when the earlier block s is skipped.', 'skipped block s', 'changed block l'),
-    permutation=('Swaps of pairs', 'Change of the loss, as a share of it, when blocks i and j change places.',
-                 'block i', 'block j'))
+    angular_distance=('Angles of spans', 'Angle at the last token between the streams before and after n blocks in a row, '
+                      'in half turns. It takes one pass, and is no cost.', 'blocks n', 'first block'),
+    causal=('Causal score of pairs', 'How much the update of block l changes, relative to its size, when the earlier block s is '
+            'skipped.', 'skipped block s', 'changed block l'),
+    permutation=('Swaps of pairs', 'Change of the loss, as a share of it, when blocks i and j change places.', 'block i', 'block j'))
 FORMAT = '.4~g'
 
 def few_large(values: list) -> float | None:
@@ -467,14 +466,21 @@ def estimate_rows(estimates: list[Estimate], first: int = 1, **more) -> list[dic
     return [dict(block=l, **e._asdict(), **more) for l, e in enumerate(estimates, first)
             if e.value is not None]
 
-def bars(
-    name: str,         # of the view
-    title: str,
-    unit: str,
-    rows: list[dict],  # block, value, low, high, and perhaps kind
-    base: float = 0.,  # where bars start
-    lines: tuple = (), # thresholds and floors
-) -> alt.LayerChart:
+def pair_rows(pairs: list[list[Estimate]]) -> list[dict]:
+    "Rows for a heat map; a pair without a value is left out."
+    return [dict(i=i, j=j, **e._asdict()) for i, row in enumerate(pairs, 1) for j, e in enumerate(row, 1) if e.value is not None]
+
+def linked(charts: list, L: int) -> alt.ConcatChart:
+    "Charts side by side, with a control that highlights a block in all of them."
+    pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
+                               bind=dict(block=alt.binding_range(min=0, max=L, step=1, name='Highlight a block (0: none)')))
+    layers = charts[0].layer if isinstance(charts[0], alt.LayerChart) else charts
+    first = next(layer for layer in layers if isinstance(layer.name, str))                # what is clicked
+    first.params = first.add_params(pick).params
+    return alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent', xOffset='independent')
+
+def bars(name: str, title: str, unit: str, rows: list[dict], base: float = 0.,
+        lines: tuple = ()) -> alt.LayerChart:
     "Bars by block, with intervals where they are known."
     middle = few_large([r['value'] - base for r in rows])
     far = base and max(r['value'] for r in rows) > 5 * base and min(r['value'] for r in rows) > 0
@@ -497,12 +503,8 @@ def bars(
     return alt.layer(bar.properties(name=name), *whisker,
                      *rules).properties(width='container', height=190, title=title)
 
-def stream_lines(
-    rows: list[dict],         # block (of a stream: l of h_l), value, low, high, kind
-    name: str = 'streams',    # of the view
-    title: str = 'Variance by layer',
-    colours: tuple = (BLUE, ORANGE, GREY),  # of kinds
-) -> alt.LayerChart:
+def stream_lines(rows: list[dict], name: str = 'streams', title: str = 'Variance by layer',
+        colours: tuple = (BLUE, ORANGE, GREY)) -> alt.LayerChart:
     "Variance of the streams: a line for each kind."
     here = alt.Chart(alt.Data(values=[r for r in rows if r['value'] > 0]))
     x = alt.X('block:Q', title='stream (0: embedding, l: after block l)', scale=alt.Scale(nice=False),
@@ -518,21 +520,16 @@ def stream_lines(
     return alt.layer(line, whisker,
                      point.properties(name=name)).properties(width='container', height=190, title=title)
 
-def heat(
-    name: str,         # of the view
-    title: str,
-    across: str,       # what j is
-    down: str,         # what i is
-    rows: list[dict],  # i, j, value, low, high
-    others: list[dict] = [],  # of a map to be drawn with the same colours
-) -> alt.Chart:
+def heat(name: str, title: str, across: str, down: str, rows: list[dict],
+        others: list[dict] = []) -> alt.Chart:
     "A heat map of pairs of blocks; what is not defined stays empty."
     sizes = [r['value'] for r in [*rows, *others] if r['value'] > 0]
     log = sizes and few_large(sizes) and min(sizes) < max(sizes)
     top = dict(domainMax=max(sizes)) if sizes and others else {}
     scale = alt.Scale(scheme='viridis', type='log', domain=[max(min(sizes), max(sizes) / 1e4), max(sizes)],
                       clamp=True) if log else alt.Scale(scheme='viridis', domainMin=0, **top)
-    touched = 'datum.i == pick.block[0] || datum.j == pick.block[0]'
+    spans = 'datum.j <= pick.block[0] && pick.block[0] < datum.j + datum.i'              # those with the block in them
+    touched = spans if name.startswith('angular') else 'datum.i == pick.block[0] || datum.j == pick.block[0]'
     return alt.Chart(alt.Data(values=rows)).mark_rect(strokeWidth=2).encode(
         alt.X('j:O', title=across, axis=LAYERS), alt.Y('i:O', title=down, axis=LAYERS),
         alt.Color('value:Q', title=None, scale=scale, legend=alt.Legend(format='.2~g', gradientLength=200)),
@@ -542,67 +539,51 @@ def heat(
 
 # %% ../nbs/tools/09_report.ipynb #2e54de47
 def score_explorer(
-    scores: dict,                  # from sparsecod.scores.score_model
-    sparsity: dict | None = None,  # from sparsecod.sparsity.measure_sparsity
-    floors: tuple = (),            # costs of a skip below which nothing is shown, in nats a token, as dashed lines
-    name: str = 'sce-scores',      # the HTML id
-    made: dict | None = None,      # how to make it again
-) -> Explorer | None:              # None where there is nothing to draw
-    "Linked charts of the scores of a model."
+    scores: dict, sparsity: dict | None = None,
+    floors: tuple = (),  # costs of a skip below which nothing is shown, in nats a token, as dashed lines
+    name: str = 'sce-scores', made: dict | None = None,
+) -> Explorer | None:    # None where there is nothing to draw
+    "Linked charts of the scores of a model: what can go, then how the layers differ."
     L, charts, tables, texts = n_blocks(scores), [], [], []
-    ends = dict(low='95 % low', high='95 % high')
-    def add(chart, view, title, text, columns):
+    def add(chart, view, title, text, **columns):
         charts.append(chart)
-        tables.append(dict(title=title, view=view, columns=columns))
+        tables.append(dict(title=title, view=view, columns=columns | dict(low='95 % low', high='95 % high')))
         texts.append(f'{title}: {text}')
-    for score, (title, text, unit, base) in BARS.items():
-        if not (found := estimate_rows(by_layer(scores, score))): continue
-        lines = (threshold_of(scores),
-                 ) if score == 'usefulness_ratio' else floors if score == 'skip_loss_increase' else ()
-        add(bars(score, title, unit, found, base, lines), score, title,
-            text + (f' Dashed: {", ".join(map(few, lines))}.' if lines else ''),
-            dict(block='block', value=unit) | ends)
-    found = [r for label, score in STREAMS.items() if len(es := by_layer(scores, score)) == L + 1
-             for r in estimate_rows(es, 0, kind=label)]
-    if any(r['value'] > 0 for r in found): add(stream_lines(found), 'streams', 'Variance by layer',
-                                               'variance over channels of the stream, before the final norm.',
-                                               dict(kind='statistic', block='stream', value='variance')
-                                               | ends)
-    arrays = (sparsity or {}).get('arrays', {})
-    found = [r for label, key in (('attention', 'density_attention'),
-                                  ('feed-forward', 'density_feed_forward'))
-                                  for r in estimate_rows([Estimate(clean(x)) for x in arrays.get(key) or []],
-                                                         kind=label)]
-    if found and max(r['block'] for r in found) == L: add(bars('density', 'Effective density', 'density',
-                                                               found), 'density', 'Effective density',
-                                                               'share of active connections of both sublayers.', dict(kind='sublayer', block='block', value='density'))
-    for score, (title, text, down, across) in HEATS.items():
-        pairs = by_pair(scores, score)
-        found = [dict(i=i, j=j, **e._asdict()) for i, row in enumerate(pairs, 1)
-                 for j, e in enumerate(row, 1) if e.value is not None]
-        if L > 1 and len(pairs) == L and found: add(heat(score, title, across, down, found), score, title,
-                                                    text, dict(i=down, j=across, value='value') | ends)
+    def add_bars(score):
+        title, text, unit, base = BARS[score]
+        lines = dict(usefulness_ratio=(threshold_of(scores),), skip_loss_increase=floors).get(score, ())
+        if not (found := estimate_rows(by_layer(scores, score))): return
+        dashed = f' Dashed: {", ".join(map(few, lines))}.' if lines else ''
+        add(bars(score, title, unit, found, base, lines), score, title, text + dashed, block='block', value=unit)
+    def add_heat(score):
+        title, text, down, across = HEATS[score]
+        if L > 1 and len(pairs := by_pair(scores, score)) == L and (found := pair_rows(pairs)):
+            add(heat(score, title, across, down, found), score, title, text, i=down, j=across, value='value')
+    for score in list(BARS)[:4]: add_bars(score)
+    add_heat('angular_distance')
+    for score in list(BARS)[4:]: add_bars(score)
+    found = [r for kind, score in STREAMS.items() if len(es := by_layer(scores, score)) == L + 1 for r in estimate_rows(es, 0, kind=kind)]
+    if any(r['value'] > 0 for r in found):
+        add(stream_lines(found), 'streams', 'Variance by layer', 'variance over channels of the stream, before the final norm.',
+            kind='statistic', block='stream', value='variance')
+    densities = {kind.replace('_', '-'): (sparsity or {}).get('arrays', {}).get(f'density_{kind}') or [] for kind in ('attention', 'feed_forward')}
+    found = [r for kind, values in densities.items() for r in estimate_rows([Estimate(clean(x)) for x in values], kind=kind)]
+    if found and max(r['block'] for r in found) == L:
+        add(bars('density', 'Effective density', 'density', found), 'density', 'Effective density',
+            'share of active connections of both sublayers.', kind='sublayer', block='block', value='density')
+    for score in list(HEATS)[1:]: add_heat(score)
     if not charts: return None
-    pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
-                               bind=dict(block=alt.binding_range(min=0, max=L, step=1, name='Highlight a block (0: none)')))
     views = [t['view'] for t in tables if t['view'] in BARS or t['view'] == 'streams']
-    holder = charts[0].layer if isinstance(charts[0], alt.LayerChart) else charts
-    k = next((k for k, layer in enumerate(holder) if layer.name == tables[0]['view']), 0)
-    holder[k] = holder[k].add_params(pick)
-    return Explorer(name, 'Scores by block',
-                    alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent', xOffset='independent'), tables,
-                    f'Charts of the scores of a model of {L} blocks: '
-                    + ', '.join(t['title'] for t in tables) + '.',
+    return Explorer(name, 'Scores by block', linked(charts, L), tables,
+                    f'Charts of the scores of a model of {L} blocks: {", ".join(t["title"] for t in tables)}.',
                     ' '.join(texts) + ' Whiskers: 95 % intervals.', {}, made or {}, dict(pick=views))
 
 # %% ../nbs/tools/09_report.ipynb #d08cb761
 VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
 
 def skip_explorer(
-    scores: dict,               # from sparsecod.scores.score_model
-    floors: tuple = (),         # see score_explorer
-    name: str = 'sce-skips',    # the HTML id
-) -> Explorer | None:           # None where costs are not known
+    scores: dict, floors: tuple = (), name: str = 'sce-skips',
+) -> Explorer | None:  # None where costs are not known
     "What each block costs to leave out, cheapest first."
     cost = by_layer(scores, 'skip_loss_increase')
     found, (_, _, unit, _) = sides(cost, 0), BARS['skip_loss_increase']
@@ -674,10 +655,7 @@ SPARSE = dict(
     density_feed_forward=('Density of feed-forward', 'The same for the feed-forward sublayers.'))
 
 # %% ../nbs/tools/09_report.ipynb #62731849
-def table_rows(
-    numbers: dict,   # name -> estimate
-    about: dict,     # name -> title and explanation; a name without them is shown all the same
-) -> list[dict]:
+def table_rows(numbers: dict, about: dict) -> list[dict]:
     "Rows of a table of scalars."
     shown = lambda x: few(x, 6)
     return [dict(zip(('title', 'text'), about.get(name, (name.replace('_', ' '), ''))), value=shown(e.value),
@@ -687,10 +665,7 @@ def table_rows(
 # %% ../nbs/tools/09_report.ipynb #9066aa2d
 FACTS = dict(d_model='width D', n_parameters='parameters', vocab_size='vocabulary', width='width D')
 
-def facts_of(
-    scores: dict,                # from sparsecod.scores.score_model
-    about: dict | None = None,   # fact -> value
-) -> dict:                       # fact -> text
+def facts_of(scores: dict, about: dict | None = None) -> dict:  # fact -> text
     "What is known about the model, and about how it was scored."
     s, about = scores.get('settings') or {}, {k: v for k, v in (about or {}).items()
                                               if k not in ('name', 'blocks')}
@@ -755,10 +730,7 @@ def record_explorer(records: list[dict]) -> Explorer:
                           made=dict(function='record_explorer', runs=[record['name']]))
 
 # %% ../nbs/tools/09_report.ipynb #27a95479
-def difference(
-    a: Estimate,
-    b: Estimate,
-) -> Estimate:   # of B minus A
+def difference(a: Estimate, b: Estimate) -> Estimate:  # of B minus A
     "A difference, with an interval as if A and B had been measured on independent texts."
     if None in (a.value, b.value): return Estimate(None)
     d = b.value - a.value
@@ -766,9 +738,7 @@ def difference(
     return Estimate(d, d - math.hypot(b.value - b.low, a.high - a.value), d + math.hypot(b.high - b.value, a.value - a.low))
 
 # %% ../nbs/tools/09_report.ipynb #a1de6ae3
-def read_scores(
-    path: str | Path,  # from sparsecod score, or the record of a run
-) -> dict:             # scores, and what the file says about them
+def read_scores(path: str | Path) -> dict:  # scores, and what the file says about them
     "Scores from a file."
     found = read_object(Path(path))
     if isinstance(found.get('scores'), dict):
@@ -783,9 +753,7 @@ def read_scores(
         raise Damaged(f'{path} holds no scores as sparsecod score writes them ({type(error).__name__}: {error})') from error
     return found
 
-def file_names(
-    paths: list[str | Path],  # of scores
-) -> list[str]:               # one for each, all different
+def file_names(paths: list[str | Path]) -> list[str]:  # one for each, all different
     "Short names of files."
     short = [path.parent.resolve().name if path.stem == 'scores' else path.stem for path in map(Path, paths)]
     return short if len({*short}) == len(short) else [str(path) for path in paths]
@@ -807,10 +775,8 @@ def mismatches(a: dict, b: dict) -> list[str]:
 
 # %% ../nbs/tools/09_report.ipynb #ca1b4bc3
 def layer_differences(
-    a: dict,     # scores
-    b: dict,     # scores
-    name: str,   # such as 'skip_loss_increase'
-) -> list[Estimate]:   # empty unless both have the score and as many blocks
+    a: dict, b: dict, name: str,
+) -> list[Estimate]:  # empty unless both have the score and as many blocks
     "A score by layer, B minus A."
     if n_blocks(a) != n_blocks(b): return []
     return [difference(*pair) for pair in zip(by_layer(a, name), by_layer(b, name))]
@@ -845,44 +811,33 @@ def read_comparison(a: dict, b: dict) -> list[str]:
                     'Of twenty intervals, about one is expected to miss the truth.']
 
 # %% ../nbs/tools/09_report.ipynb #53869aa7
-def comparison_explorer(
-    a: dict,            # scores
-    b: dict,            # scores
-    called: list[str],  # names of the models
-    name: str = 'sce-comparison',  # the HTML id
-) -> Explorer:
+def comparison_explorer(a: dict, b: dict, called: list[str], name: str = 'sce-comparison') -> Explorer:
     "Charts of the scores of two models."
-    L, both = [n_blocks(s) for s in (a, b)], dict(zip((f'A: {called[0]}', f'B: {called[1]}'), (a, b)))
-    charts, tables, ends = [], [], dict(low='95 % low', high='95 % high')
-    def add(chart, view, title, columns):
+    both, charts, tables = dict(zip((f'A: {called[0]}', f'B: {called[1]}'), (a, b))), [], []
+    def add(chart, view, title, **columns):
         charts.append(chart)
-        tables.append(dict(title=title, view=view, columns=columns | ends))
+        tables.append(dict(title=title, view=view, columns=columns | dict(low='95 % low', high='95 % high')))
+    of_both = lambda score, first=1: [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), first, kind=kind)]
     for score, (title, _, unit, base) in BARS.items():
-        rows = [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), kind=kind)]
-        if not rows: continue
-        add(bars(score, title, unit, rows, base), score, title, dict(kind='model', block='block', value=unit))
+        if not (rows := of_both(score)): continue
+        add(bars(score, title, unit, rows, base), score, title, kind='model', block='block', value=unit)
         if found := estimate_rows(layer_differences(a, b, score)):
-            view = f'{score}_difference'
-            add(bars(view, f'{title}, B minus A', unit, found), view, f'{title}, B minus A', dict(block='block', value=unit))
+            view, head = f'{score}_difference', f'{title}, B minus A'
+            add(bars(view, head, unit, found), view, head, block='block', value=unit)
     for what, score in list(STREAMS.items())[:2]:
-        rows = [r for kind, s in both.items() for r in estimate_rows(by_layer(s, score), 0, kind=kind)]
+        rows, head = of_both(score, 0), f'Variance, {what}'
         if any(r['value'] > 0 for r in rows):
-            add(stream_lines(rows, score, f'Variance, {what}', (BLUE, GREY)), score, f'Variance, {what}', dict(kind='model', block='stream', value='variance'))
+            add(stream_lines(rows, score, head, (BLUE, GREY)), score, head, kind='model', block='stream', value='variance')
     for score, (title, _, down, across) in HEATS.items():
-        maps = [[dict(i=i, j=j, **e._asdict()) for i, row in enumerate(by_pair(s, score), 1) for j, e in enumerate(row, 1) if e.value is not None]
-                for s in both.values()]
+        maps = [pair_rows(by_pair(s, score)) for s in (a, b)]
         for kind, rows, others in zip('AB', maps, maps[::-1]):
             view, head = f'{score}_{kind}', f'{title}, {kind}'
-            if rows: add(heat(view, head, across, down, rows, others), view, head, dict(i=down, j=across, value='value'))
-    pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
-                               bind=dict(block=alt.binding_range(min=0, max=max(L), step=1, name='Highlight a block (0: none)')))
-    first = charts[0].layer[0] if isinstance(charts[0], alt.LayerChart) else charts[0]
-    first.params = first.add_params(pick).params
-    return Explorer(name, 'Both models by block',
-                    alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent', xOffset='independent'), tables,
+            if rows: add(heat(view, head, across, down, rows, others), view, head, i=down, j=across, value='value')
+    said = [f'{title}: {text}' for score, (title, text, *_) in (BARS | HEATS).items() if any(s['arrays'].get(score) for s in (a, b))]
+    return Explorer(name, 'Both models by block', linked(charts, max(map(n_blocks, (a, b)))), tables,
                     f'Charts of the scores of two models: {", ".join(t["title"] for t in tables)}.',
-                    ' '.join(f'{title}: {text}' for score, (title, text, *_) in (BARS | HEATS).items() if any(s['arrays'].get(score) for s in (a, b)))
-                    + ' Whiskers: 95 % intervals.', {}, {}, dict(pick=[t['view'] for t in tables if not t['view'].endswith(('_A', '_B'))]))
+                    ' '.join(said) + ' Whiskers: 95 % intervals.', {}, {},
+                    dict(pick=[t['view'] for t in tables if not t['view'].endswith(('_A', '_B'))]))
 
 def comparison_table(a: dict, b: dict) -> list[dict]:
     "One row for each score of the whole model that both have."
@@ -895,11 +850,7 @@ def comparison_table(a: dict, b: dict) -> list[dict]:
                          interval=f'{few(d.low, 4)} to {few(d.high, 4)}' if d.low is not None else '–'))
     return rows
 
-def comparison_page(
-    a: dict,                     # scores
-    b: dict,                     # scores
-    called: tuple = ('A', 'B'),  # names of the models
-) -> str:                        # HTML that needs nothing else
+def comparison_page(a: dict, b: dict, called: tuple = ('A', 'B')) -> str:  # HTML that needs nothing else
     "One page for two models, or for two checkpoints of one."
     facts = [facts_of(s, {k: s.get(k) for k in ('architecture', 'quantised', 'corpus')}) for s in (a, b)]
     return TEMPLATES.get_template('comparison.html').render(
@@ -909,10 +860,9 @@ def comparison_page(
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
 def report_setting(
-    records: list[dict],             # of the report
-    rows: list[dict] | None = None,  # of its ledger
+    records: list[dict], rows: list[dict] | None = None,
     study: str | Study | None = None,  # None: the one that the ledger is about
-) -> tuple[list[dict], str, str]:    # records, labelled if there are variants; what they differ in; title
+) -> tuple[list[dict], str, str]:      # records, labelled if there are variants; what they differ in; title
     "What a report is about."
     named = {row['study'] for row in rows or [] if row['study']}
     guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None

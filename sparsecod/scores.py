@@ -68,9 +68,7 @@ class ScoreConfig(Config):
         require(self.n_jacobian <= self.n_sequences, self, 'n_jacobian', f'must be at most n_sequences={self.n_sequences}')
 
 # %% ../nbs/build/07_scores.ipynb #096114ca
-def to_fp64(
-    x: Tensor,  # of any floating type
-) -> Tensor:    # where x is, or on the CPU if the device of x has no fp64
+def to_fp64(x: Tensor) -> Tensor:  # where x is, or on the CPU if the device of x has no fp64
     "A tensor in 64 bits, whatever its device can hold."
     try: return x.double()
     except TypeError: return x.cpu().double()
@@ -106,9 +104,7 @@ def trace(
     return Trace(streams, updates, windows[:, 1:], sequence_loss(model, last, windows[:, 1:]))
 
 # %% ../nbs/build/07_scores.ipynb #95375ffa
-def token_variances(
-    t: Trace,       # from trace
-) -> Tensor:        # fp64, (L + 1, B, T); index l is the stream h_l
+def token_variances(t: Trace) -> Tensor:  # fp64, (L + 1, B, T); index l is the stream h_l
     "Unbiased variance over channels of every token's stream, from h_0 to h_L (before the final norm)."
     return torch.stack([to_fp64(h).var(-1) for h in t.streams])
 
@@ -157,10 +153,8 @@ def jacobian_deviation(
 # %% ../nbs/build/07_scores.ipynb #655beb60
 @torch.no_grad()
 def skip_run(
-    model: Transformer,        # the model of the trace
-    t: Trace,                  # from trace
-    s: int,                    # the block to skip, 1..L
-    until: int | None = None,  # skip at positions before this one only; None: at all positions
+    model: Transformer, t: Trace, s: int,
+    until: int | None = None,      # skip at positions before this one only; None: at all positions
 ) -> tuple[list[Tensor], Tensor]:  # ||change of u_l|| of each token for l = s+1 .. L, each (B, T); the last stream (B, T, D)
     "Skip a block; measure the change of all later updates."
     h, change = t.streams[s].clone(), []                                             # (B, T, D)
@@ -183,9 +177,8 @@ def skip_effect(
     return change, sequence_loss(model, h, t.targets).cpu()
 
 def skip_effects(
-    model: Transformer,        # the model of the trace
-    t: Trace,                  # from trace
-) -> tuple[Tensor, Tensor]:    # as skip_effect, (L, L, B) at [s-1, l-1] and (L, B)
+    model: Transformer, t: Trace,
+) -> tuple[Tensor, Tensor]:  # as skip_effect, (L, L, B) at [s-1, l-1] and (L, B)
     "Skip every block in turn."
     change, loss = zip(*(skip_effect(model, t, s) for s in range(1, len(t.updates) + 1)))
     return torch.stack(change), torch.stack(loss)
@@ -212,11 +205,7 @@ def causal_ratio(
     return torch.where(later, relative(change, size), float('nan'))
 
 # %% ../nbs/build/07_scores.ipynb #291661a6
-def future_effect(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-    s: int,              # the block to skip, 1..L
-) -> Tensor:             # (L, B) at l-1; NaN unless s < l
+def future_effect(model: Transformer, t: Trace, s: int) -> Tensor:  # (L, B) at l-1; NaN unless s < l
     "Largest relative change of u_l at later tokens when block s is skipped at the first half of the positions."
     L, (B, T) = len(t.updates), t.targets.shape
     effect, middle = torch.full((L, B), float('nan')), T // 2
@@ -225,21 +214,17 @@ def future_effect(
         effect[l - 1] = relative(c, size)[:, middle:].amax(-1)               # (B,)
     return effect
 
-def future_effects(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-) -> Tensor:             # (L, L, B) at [s-1, l-1]; NaN unless s < l
+def future_effects(model: Transformer, t: Trace) -> Tensor:  # (L, L, B) at [s-1, l-1]; NaN unless s < l
     "The same for every block."
     return torch.stack([future_effect(model, t, s) for s in range(1, len(t.updates) + 1)])
 
 # %% ../nbs/build/07_scores.ipynb #2e950ba8
 @torch.no_grad()
 def swapped_run(
-    model: Transformer,  # the model
-    h: Tensor,           # the stream h_{i-1}, (B, T, D)
-    i: int,              # the earlier block, 1..L
-    j: int,              # the later block, i < j <= L
-) -> Tensor:             # the last stream, (B, T, D)
+    model: Transformer,
+    h: Tensor,  # the stream h_{i-1}, (B, T, D)
+    i: int, j: int,
+) -> Tensor:    # the last stream, (B, T, D)
     "Run blocks i..L with blocks i and j in each other's place."
     h = model.run(h, start=j - 1, stop=j)                # block j first
     h = model.run(h, start=i, stop=j - 1)                # blocks i+1 .. j-1 as before
@@ -249,11 +234,9 @@ def swapped_run(
 # %% ../nbs/build/07_scores.ipynb #c2973093
 @torch.no_grad()
 def swap_row(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-    i: int,              # the earlier block, 1..L
+    model: Transformer, t: Trace, i: int,
     later: list[int] | None = None,  # the later blocks, j; None: all
-) -> Tensor:             # loss of each sequence with i and j swapped, fp64, (L, B) at j-1; NaN where none was
+) -> Tensor:                         # loss of each sequence with i and j swapped, fp64, (L, B) at j-1; NaN where none was
     "Loss after swapping one block with later ones."
     L = len(t.updates)
     loss = torch.full((L, len(t.targets)), float('nan'), dtype=torch.float64)        # (L, B)
@@ -266,9 +249,8 @@ def both_ways(upper: Tensor) -> Tensor:
     return torch.where(upper.isnan(), upper.transpose(0, 1), upper)
 
 def swap_losses(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-) -> Tensor:             # loss of each sequence with i and j swapped, (L, L, B); NaN on the diagonal
+    model: Transformer, t: Trace,
+) -> Tensor:  # loss of each sequence with i and j swapped, (L, L, B); NaN on the diagonal
     "Loss after swapping each pair of blocks."
     return both_ways(torch.stack([swap_row(model, t, i) for i in range(1, len(t.updates) + 1)]))
 
@@ -386,12 +368,8 @@ def fit_blocks(
 # %% ../nbs/build/07_scores.ipynb #00fce027
 @torch.no_grad()
 def linear_loss(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-    l: int,              # the block to replace, 1..L
-    fitted: tuple,       # its affine map, from fit_blocks
-    transposed: bool = False,  # apply the fitted matrix transposed, as the official code does
-) -> Tensor:             # loss of each sequence, (B,)
+    model: Transformer, t: Trace, l: int, fitted: tuple, transposed: bool = False,
+) -> Tensor:  # loss of each sequence, (B,)
     "Loss after replacing one block by its affine map."
     h, (A, b, _) = t.streams[l - 1], fitted                  # (B, T, D)
     A = (A.T if transposed else A).to(h.device)              # (D, D)
@@ -399,20 +377,16 @@ def linear_loss(
     return sequence_loss(model, model.run(h, start=l), t.targets).cpu()
 
 def linear_losses(
-    model: Transformer,  # the model of the trace
-    t: Trace,            # from trace
-    maps: list,          # from fit_blocks
-    transposed: bool = False,  # see linear_loss
-) -> Tensor:             # loss of each sequence with block l replaced, (L, B)
+    model: Transformer, t: Trace, maps: list, transposed: bool = False,
+) -> Tensor:  # loss of each sequence with block l replaced, (L, B)
     "Loss after replacing each block by its affine map."
     return torch.stack([linear_loss(model, t, l, one, transposed) for l, one in enumerate(maps, 1)])
 
 # %% ../nbs/build/07_scores.ipynb #73502e52
 def batch_pieces(
-    model: Transformer,  # in eval mode, fp32
-    maps: list,          # from fit_blocks
+    model: Transformer, maps: list,
     published_maps: list | None = None,  # maps for usefulness as published; None: leave it out
-    swapped: Tensor | None = None,       # pairs to swap, from choose_pairs, (L, L); None: all
+    swapped: Tensor | None = None,  # pairs to swap, from choose_pairs, (L, L); None: all
 ) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:  # name of a piece -> what measures it on a trace
     "The pieces of work on a batch."
     base = lambda t: dict(loss=t.loss, variance=token_variances(t), size=update_sizes(t).double().sum(-1))  # (B,), (L + 1, B, T), (L, B)
@@ -454,11 +428,9 @@ class Costs(NamedTuple):
     backward: float = 2  # one backward pass through a block
 
 def batch_costs(
-    L: int,               # blocks
-    c: Costs = Costs(),   # without more, what is counted is runs through a block
-    as_published: bool = False,  # with usefulness as published
+    L: int, c: Costs = Costs(), as_published: bool = False,
     swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
-) -> dict[str, float]:    # name of a piece, as in batch_pieces -> its cost for one sequence
+) -> dict[str, float]:              # name of a piece, as in batch_pieces -> its cost for one sequence
     "What the pieces of work on a batch cost."
     costs = dict(base=L + c.loss)
     for l in range(1, L + 1):
@@ -471,21 +443,16 @@ def block_runs(L: int) -> int:
     return sum(batch_costs(L).values())
 
 # %% ../nbs/build/07_scores.ipynb #79fe7b7b
-def n_probes(
-    config: ScoreConfig,  # how to score
-    D: int,               # width of the model
-) -> int:                 # 0: exact
+def n_probes(config: ScoreConfig, D: int) -> int:  # 0: exact
     "How many probes a Jacobian gets."
     if config.jacobian_probes is not None: return config.jacobian_probes
     return 0 if D <= JACOBIAN_EXACT_WIDTH else JACOBIAN_PROBES
 
 def measure_jacobian(
-    model: Transformer,  # in eval mode, fp32
-    l: int,              # the block, 1..L
+    model: Transformer, l: int,
     h: Tensor,           # the stream it reads, one sequence, (T, D)
     probes: int = 0,     # 0: exact
-    rows_at_once: int = 32,  # copies of the sequence that are run together
-    seed: int = 0,       # of the probes
+    rows_at_once: int = 32, seed: int = 0,
 ) -> dict[str, Tensor]:  # as jacobian_rows, rows (R, D) and squares (R, T); exact: R = D, and squares summed over rows, (1, T)
     "What is kept of the Jacobian of a block on a sequence."
     D = h.shape[1]
@@ -509,10 +476,9 @@ def pair_mean(scores: Tensor) -> Tensor:
     return scores[rows, columns].mean(0)
 
 def pair_row(
-    m: dict[str, Tensor],  # measurements on N sequences
-    s: int,                # the earlier block, 1..L
+    m: dict[str, Tensor], s: int,
     average: Callable[[Tensor], Tensor],  # (..., N) -> (..., N + 1)
-) -> dict[str, Tensor]:    # scores of the pairs of block s with all later ones, (L - s, N + 1); that of swaps with its sign
+) -> dict[str, Tensor]:                   # scores of the pairs of block s with all later ones, (L - s, N + 1); that of swaps with its sign
     "Causal and permutation scores of one row of pairs."
     loss, row = average(m['loss']), lambda name: average(m[name][s - 1, s:])
     return dict(causal=relative(row('change'), average(m['size'][s:])), causal_max=row('future'), permutation=(row('swap_loss') - loss) / loss)
@@ -603,16 +569,13 @@ def root_of_terms(
     without = ((total - squares).clamp(min=0) / (m - 1)).sqrt()                          # (probes, ...)
     return m * (total / m).clamp(min=0).sqrt() - (m - 1) * without.mean(0), without
 
-def jackknife_error(
-    without: Tensor,  # a statistic with one probe left out, (probes, ...)
-) -> Tensor:          # (...)
+def jackknife_error(without: Tensor) -> Tensor:  # (...)
     "Standard error of the statistic with all probes."
     return ((len(without) - 1) / len(without) * (without - without.mean(0)).square().sum(0)).sqrt()
 
 def block_jacobian(
-    found: dict[str, Tensor],  # from join_jacobians
-    W: Tensor,                 # weights, (rows, n)
-) -> dict[str, Tensor]:        # scores of the block, each (rows,); with probes, the standard errors of the first row, (1,)
+    found: dict[str, Tensor], W: Tensor,
+) -> dict[str, Tensor]:  # scores of the block, each (rows,); with probes, the standard errors of the first row, (1,)
     "Jacobian deviation of a block: published, per sequence and per token."
     W = W / W.sum(1, keepdim=True)
     alone = lambda x: torch.einsum('wn,pn->pw', W, x)                                    # an average of what sequences say
@@ -625,9 +588,8 @@ def block_jacobian(
     return scores | {f'jacobian_{name}_error': jackknife_error(without[:, :1]) for name, (_, without) in kinds.items()}
 
 def jacobian_scores(
-    blocks: list[dict],        # from join_jacobians, one a block
-    W: Tensor,                 # weights, (rows, n)
-) -> tuple[dict, dict]:        # scalars, each (rows,); arrays, each (L, rows), standard errors (L, 1)
+    blocks: list[dict], W: Tensor,
+) -> tuple[dict, dict]:  # scalars, each (rows,); arrays, each (L, rows), standard errors (L, 1)
     "Jacobian deviation by layer, and its means over layers."
     found = [block_jacobian(one, W) for one in blocks]
     arrays = {name: torch.stack([one[name] for one in found]) for name in found[0]}
@@ -643,17 +605,13 @@ def layer_intervals(
     return {name: dict(low=low if name in SIGNED else low.clamp(min=0), high=high) for name, (low, high) in ends.items()}
 
 # %% ../nbs/build/07_scores.ipynb #6f4cafd8
-def scoring_model(
-    model: Transformer,  # any state
-) -> Transformer:        # fp32, for reading only
+def scoring_model(model: Transformer) -> Transformer:  # fp32, for reading only
     "The model itself if it is in fp32 and can have gradients, else a copy in fp32."
     if all(p.dtype == torch.float32 and not p.is_inference() for p in model.parameters()): return model
     return copy.deepcopy(model).float()
 
 @contextmanager
-def untouched(
-    model: Transformer,  # ours or an adapted one, any state
-):
+def untouched(model: Transformer):
     "Within, the model is in eval mode and no parameter wants a gradient; afterwards, all is as it was."
     modes, wanted = {part: part.training for part in model.modules()}, {p: p.requires_grad for p in model.parameters()}
     try:
@@ -675,60 +633,41 @@ def to_lists(x):
 
 # %% ../nbs/build/07_scores.ipynb #ad96bacf
 def attention_numbers(
-    model: Transformer,  # ours or an adapted one
-    T: int,              # positions of a sequence
-) -> int:                # weights of attention that a block writes out for a sequence, all versions; 0 with fused attention
+    model: Transformer, T: int,
+) -> int:  # weights of attention that a block writes out for a sequence, all versions; 0 with fused attention
     "Numbers of size T x T that a block makes."
     if not isinstance(model, AdaptedModel) or model.decoder.config._attn_implementation != 'eager': return 0
     return 5 * (model.config.n_heads or 1) * T * T
 
-def work_bytes(
-    model: Transformer,  # in fp32
-    T: int,              # positions of a sequence
-) -> int:                # bytes
+def work_bytes(model: Transformer, T: int) -> int:  # bytes
     "What one sequence needs while it goes through a block, with or without a graph for gradients."
     D, P = model.config.d_model, max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     return 4 * (T * (20 * D + 3 * P // D) + attention_numbers(model, T))
 
-def sequence_bytes(
-    model: Transformer,  # in fp32
-    T: int,              # positions of a sequence
-) -> int:                # bytes
+def sequence_bytes(model: Transformer, T: int) -> int:  # bytes
     "What one sequence of a batch needs: its trace, and work on it."
     return 4 * T * (2 * len(model.blocks) + 1) * model.config.d_model + work_bytes(model, T)
 
 # %% ../nbs/build/07_scores.ipynb #a3e34b9a
-def fixed_bytes(
-    model: Transformer,  # in fp32
-    N: int,              # sequences to score
-    T: int,              # positions of a sequence
-    as_published: bool = False,  # with maps for usefulness as published
-) -> int:                # bytes
+def fixed_bytes(model: Transformer, N: int, T: int, as_published: bool = False) -> int:  # bytes
     "What scoring needs whatever the number of sequences in memory."
     L, D = len(model.blocks), model.config.d_model
     maps, masks = (1 + as_published) * 4 * L * D * (D + 1), 16 * T * T * isinstance(model, AdaptedModel)
     return 8 * (2 * L + 8) * D * (D + 1) + maps + masks + 16 * N * ((L + 1) * T + 4 * L * L)
 
 def jacobian_bytes(
-    model: Transformer,  # in fp32
-    T: int,              # positions of a sequence
-    n: int,              # sequences to take Jacobians on
-    probes: int,         # 0: exact
-) -> int:                # bytes
+    model: Transformer, T: int, n: int,
+    probes: int,  # 0: exact
+) -> int:         # bytes
     "What the streams before a block and the rows of its Jacobians need."
     D, R = model.config.d_model, probes or model.config.d_model
     return n * (8 * T * D + 4 * R * D + (8 * R * T if probes else 0)) + 24 * R * D + (16 * n * R * D if not probes else 0)
 
 def needed_bytes(
-    model: Transformer,  # in fp32
-    B: int,              # sequences in memory at once
-    N: int,              # sequences to score
-    T: int,              # positions of a sequence
-    as_published: bool = False,  # with maps for usefulness as published
-    n_bootstrap: int = ScoreConfig.n_bootstrap,  # R, resamples
-    n_jacobian: int = ScoreConfig.n_jacobian,    # sequences to take Jacobians on
-    probes: int | None = None,   # for a Jacobian; 0: exact; None: by the width
-) -> int:                # bytes
+    model: Transformer, B: int, N: int, T: int, as_published: bool = False,
+    n_bootstrap: int = ScoreConfig.n_bootstrap, n_jacobian: int = ScoreConfig.n_jacobian,
+    probes: int | None = None,  # for a Jacobian; 0: exact; None: by the width
+) -> int:                       # bytes
     "A bound on the memory that scoring takes beyond the model."
     L, logits = len(model.blocks), 12 * min(B * T * model.config.vocab_size, LOGITS_AT_ONCE + model.config.vocab_size)
     summary = 8 * (N + 1) * (5 * N + 25 * L + 50) + 8 * (n_bootstrap + 1) * (5 * N + 5 * L) + 48 * N * T + 400 * L * L
@@ -743,12 +682,9 @@ class Plan(NamedTuple):
     copies: int     # of a sequence, for Jacobians
 
 def plan_memory(
-    model: Transformer,   # in fp32
-    N: int,               # sequences to score
-    T: int,               # positions of a sequence
-    config: ScoreConfig,  # how to score
-    memory: int | None = None,   # bytes beyond the model; None: as config.batch_size says
-    as_published: bool = False,  # with maps for usefulness as published
+    model: Transformer, N: int, T: int, config: ScoreConfig,
+    memory: int | None = None,  # bytes beyond the model; None: as config.batch_size says
+    as_published: bool = False,
 ) -> Plan:
     "The most that fits, up to `config.batch_size` sequences and 32 copies."
     most = max(1, min(32, 4096 // T))
@@ -763,14 +699,10 @@ def plan_memory(
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
 def measurement_key(
-    model: Transformer,   # as it was handed in
-    windows: Tensor,      # sequences to score
-    fit_windows: Tensor,  # sequences to fit on
-    config: ScoreConfig,  # how to score
-    plan: Plan,           # how the work is cut up
-    as_published: bool,   # with usefulness as published
-    swapped: Tensor,      # pairs to swap, (L, L)
-) -> dict:                # for JSON
+    model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
+    as_published: bool,
+    swapped: Tensor,  # pairs to swap, (L, L)
+) -> dict:            # for JSON
     "What a measurement depends on."
     settings = {name: value for name, value in config.to_dict().items() if name not in ('threshold', 'n_bootstrap', 'batch_size')}
     network = getattr(model, 'network', model)                    # of an adapted model, the network inside
@@ -782,15 +714,13 @@ def measurement_key(
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
 def planned_work(
-    model: Transformer,   # in eval mode, fp32
-    windows: Tensor,      # sequences to score, (N, T + 1)
-    fit_windows: Tensor,  # sequences to fit on, (M, T + 1)
-    config: ScoreConfig,  # how to score
-    plan: Plan,           # how many at once
-    as_published: bool = False,  # with usefulness as published
+    model: Transformer,
+    windows: Tensor,                # sequences to score, (N, T + 1)
+    fit_windows: Tensor,            # sequences to fit on, (M, T + 1)
+    config: ScoreConfig, plan: Plan, as_published: bool = False,
     swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
-    c: Costs | None = None,      # None: from the sizes of the model
-) -> dict[str, float]:    # name of a part -> its cost
+    c: Costs | None = None,         # None: from the sizes of the model
+) -> dict[str, float]:              # name of a part -> its cost
     "All parts of a measurement, in order."
     L, D = len(model.blocks), model.config.d_model
     c = c or Costs(loss=model.config.vocab_size / (12 * D), fit=1 / 3)
@@ -805,12 +735,10 @@ def planned_work(
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]   # gets a part by its name, or makes it
 
 def measured_maps(
-    model: Transformer,  # in eval mode, fp32
-    windows: Tensor,     # sequences to fit on, (M, T + 1)
-    plan: Plan,          # how many at once
-    keep: Keep,          # where measurements are kept
-    name: str,           # of the part
-) -> list:               # as fit_blocks
+    model: Transformer,
+    windows: Tensor,  # sequences to fit on, (M, T + 1)
+    plan: Plan, keep: Keep, name: str,
+) -> list:            # as fit_blocks
     "Affine maps of all blocks, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
@@ -820,12 +748,10 @@ def measured_maps(
 
 # %% ../nbs/build/07_scores.ipynb #92689d27
 def measured_jacobians(
-    model: Transformer,   # in eval mode, fp32
-    windows: Tensor,      # a few sequences, (n, T + 1)
-    config: ScoreConfig,  # how to score
-    plan: Plan,           # how many copies at once
-    keep: Keep,           # where measurements are kept
-) -> list[dict]:          # from join_jacobians, one a block
+    model: Transformer,
+    windows: Tensor,  # a few sequences, (n, T + 1)
+    config: ScoreConfig, plan: Plan, keep: Keep,
+) -> list[dict]:      # from join_jacobians, one a block
     "Jacobian deviations of all blocks, from disk where they are there."
     L, probes, held, joined = len(model.blocks), n_probes(config, model.config.d_model), [], []
     def streams(l):                                                                      # h_l of every sequence, each (1, T, D)
@@ -840,10 +766,8 @@ def measured_jacobians(
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 @contextmanager
 def counted(
-    work: dict[str, float],  # cost of each part, from planned_work
-    parts: Parts,            # what has been measured before
-    progress: bool,          # show a progress bar
-):                           # a context whose value gets a part by its name, or makes it
+    work: dict[str, float], parts: Parts, progress: bool,
+):  # a context whose value gets a part by its name, or makes it
     "Parts, with a progress bar that moves when one has been made."
     done = sum(cost for name, cost in work.items() if parts.has(name))
     with tqdm(total=sum(work.values()), initial=done, desc='score', unit=' block runs', unit_scale=True, disable=not progress, leave=False) as bar:
@@ -856,14 +780,12 @@ def counted(
 
 # %% ../nbs/build/07_scores.ipynb #b4fda2e7
 def measure(
-    model: Transformer,   # in eval mode, fp32
-    windows: Tensor,      # sequences to score, (N, T + 1)
+    model: Transformer,
+    windows: Tensor,  # sequences to score, (N, T + 1)
     fit_windows: Tensor,  # other sequences, to fit the affine maps on, (M, T + 1)
-    config: ScoreConfig,  # how to score
-    progress: bool = False,  # show a progress bar
+    config: ScoreConfig, progress: bool = False,
     plan: Plan | None = None,  # how many sequences at once; None: as config.batch_size says
-    parts: Parts = Parts(),  # where measurements are kept
-    as_published: bool = False,  # with usefulness as published
+    parts: Parts = Parts(), as_published: bool = False,
     swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
 ) -> tuple[dict[str, Tensor], list[dict], Tensor]:  # from measure_batch, joined; from measured_jacobians; ranks of the fits (L,)
     "All measurements on all sequences."
@@ -919,21 +841,17 @@ def expected_seconds(
     return one * sum(planned_work(model, windows, fit_windows, config, plan, as_published, swapped, costs).values())
 
 # %% ../nbs/build/07_scores.ipynb #4db58beb
-def text_config(
-    D: int,  # width of the model
-    T: int,  # positions of a sequence
-) -> ScoreConfig:
+def text_config(D: int, T: int) -> ScoreConfig:
     "Settings for sequences that are cut from text: wide models get more of them to fit on, four tokens a channel."
     return ScoreConfig(n_fit=max(ScoreConfig.n_fit, -(-4 * D // T)))
 
 # %% ../nbs/build/07_scores.ipynb #6598ec9a
 def prepare_windows(
-    model,        # that can be scored
-    data,         # ready sequences, (N, T + 1) or (N + M, T + 1), or text
-    fit_windows: Tensor | None,   # ready sequences to fit on; None: from data
-    config: ScoreConfig | None,   # how to score; None: defaults
-    length: int | None = None,    # T of sequences that are cut from text
-    tokenizer=None,               # a Tokenizer, or what to call for one
+    model,
+    data,                        # ready sequences, (N, T + 1) or (N + M, T + 1), or text
+    fit_windows: Tensor | None,  # ready sequences to fit on; None: from data
+    config: ScoreConfig | None,  # how to score; None: defaults
+    length: int | None = None, tokenizer=None,
 ) -> tuple[Tensor, Tensor, ScoreConfig]:
     "Sequences to score, sequences to fit on, and settings."
     if not isinstance(data, Tensor):
@@ -1002,16 +920,14 @@ def with_error(
     return dict(value=found['value'], low=max(0., found['value'] - low), high=found['value'] + high, error=error)
 
 def summarise(
-    m: dict[str, Tensor],  # from measure_batch, joined
-    j: list[dict],         # from measured_jacobians
-    ranks: Tensor,         # of the affine fits, (L,)
-    config: ScoreConfig,   # how the model was scored
-    windows: Tensor,       # sequences scored, (N, T + 1)
-    fit_windows: Tensor,   # sequences fitted on, (M, T + 1)
-    D: int,                # width of the model
-    pair_intervals: bool = False,  # also intervals of each pair of blocks
+    m: dict[str, Tensor], j: list[dict],
+    ranks: Tensor,                  # of the affine fits, (L,)
+    config: ScoreConfig,
+    windows: Tensor,                # sequences scored, (N, T + 1)
+    fit_windows: Tensor,            # sequences fitted on, (M, T + 1)
+    D: int, pair_intervals: bool = False,
     swapped: Tensor | None = None,  # pairs that were swapped, (L, L); None: all
-) -> dict:                 # as score_model
+) -> dict:                          # as score_model
     "From measurements to scores with intervals."
     if swapped is None: swapped = choose_pairs(len(m['size']), 0)
     n = min(config.n_jacobian, len(windows))
@@ -1031,9 +947,8 @@ def summarise(
 
 # %% ../nbs/build/07_scores.ipynb #e56732d5
 def check_sequences(
-    model,            # that is to read them
-    least: int = 3,   # tokens in a sequence
-    **sequences,      # tensors of tokens by the name to complain of, (N, at least least) each
+    model, least: int = 3,
+    **sequences,  # tensors of tokens by the name to complain of, (N, at least least) each
 ):
     "Raise a ValueError unless these are sequences that the model can read."
     for name, w in sequences.items():
@@ -1044,11 +959,7 @@ def check_sequences(
         if w.max() >= model.config.vocab_size or w.min() < 0:
             raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')
 
-def check_windows(
-    model: Transformer,   # the model to score
-    windows: Tensor,      # sequences to score
-    fit_windows: Tensor,  # sequences to fit on
-):
+def check_windows(model: Transformer, windows: Tensor, fit_windows: Tensor):
     "Raise a ValueError unless the sequences fit the model and there are enough for the affine fits."
     check_sequences(model, windows=windows, fit_windows=fit_windows)
     tokens, D = fit_windows[:, 1:].numel(), model.config.d_model
@@ -1058,11 +969,7 @@ def check_windows(
         raise ValueError('windows and fit_windows share a sequence; fit and evaluate on different ones')
 
 # %% ../nbs/build/07_scores.ipynb #90967f32
-def check_held_out(
-    have: int,            # windows of T + 1 tokens in the held-out text
-    T: int,               # tokens of a sequence
-    config: ScoreConfig,  # how many are wanted
-):
+def check_held_out(have: int, T: int, config: ScoreConfig):
     "Raise a ValueError unless a held-out text is long enough, before any work is done."
     N, M = config.n_sequences, config.n_fit
     if have >= N + M: return
@@ -1071,11 +978,7 @@ def check_held_out(
                      f'tokens, and the text holds out {have} sequences. Give more text, hold out more of it, or ask for fewer or shorter sequences')
 
 # %% ../nbs/build/07_scores.ipynb #058d8b27
-def check_context(
-    model: Transformer,   # the model to score
-    windows: Tensor,      # sequences to score
-    fit_windows: Tensor,  # sequences to fit on
-):
+def check_context(model: Transformer, windows: Tensor, fit_windows: Tensor):
     "Raise a ValueError if sequences are longer than the model was made for: some models fail there, others give scores of nothing."
     limit = model.config.context_length
     for name, w in dict(windows=windows, fit_windows=fit_windows).items():
@@ -1109,6 +1012,9 @@ SCHEMA_OPTIONAL = dict(
     jacobian_published_error=_by_layer('standard error of jacobian_published, from the choice of probes'),
     jacobian_per_sequence_error=_by_layer('standard error of jacobian_per_sequence, from the choice of probes'),
     block_influence=_by_layer('one minus the cosine of the stream before and after the block, mean over tokens'),
+    angular_distance=_pairs('at [n - 1][l - 1], in half turns: angle at the last token between the streams before block l and after block l + n - 1; null beyond the last block'),
+    attention_loss_increase=_by_layer('loss without the attention of the block, minus the loss, in nats a token'),
+    feed_forward_loss_increase=_by_layer('loss without the feed-forward layer of the block, minus the loss, in nats a token'),
     jacobian_per_token_error=_by_layer('standard error of jacobian_per_token, from the choice of probes'))
 
 SCHEMA_SCALARS = dict(
@@ -1151,9 +1057,7 @@ SCHEMA_FILE = dict(
 TRUE_NAMES = dict(jacobian_published='jacobian_per_sequence', jacobian_published_error='jacobian_per_sequence_error',
                   jacobian_deviation_published='jacobian_per_sequence')
 
-def with_true_names(
-    record: dict,   # with scores or without
-) -> dict:          # what was scored before version 2 renamed, all else as it is
+def with_true_names(record: dict) -> dict:  # what was scored before version 2 renamed, all else as it is
     "A record in which the Jacobian deviation per sequence is called that."
     scores = record.get('scores')
     if not isinstance(scores, dict) or 'jacobian_per_sequence' in scores.get('arrays', {}): return record
@@ -1170,20 +1074,18 @@ SCORES_SCHEMA = {
                      additionalProperties=_ESTIMATE),
         arrays=dict(type='object', required=list(SCHEMA_ARRAYS), properties=SCHEMA_ARRAYS | SCHEMA_OPTIONAL),
         intervals=dict(type='object', description='95 % intervals over sequences of arrays, by the name of the array; those of pairs only if asked for',
-                       properties=dict.fromkeys(PAIRS, _PAIR_ENDS), additionalProperties=_ENDS),
+                       properties=dict.fromkeys((*PAIRS, 'angular_distance'), _PAIR_ENDS), additionalProperties=_ENDS),
         settings=dict(type='object', required=list(SCHEMA_SETTINGS), properties=SCHEMA_SETTINGS | dict(
             pairs=dict(type='integer', minimum=0, description='pairs of blocks that were swapped'))))}
 
-def write_schema(
-    path: str | Path,  # the file, in this project sparsecod/scores.schema.json
-):
+def write_schema(path: str | Path):
     "Write the schema as a file."
     Path(path).write_text(json.dumps(SCORES_SCHEMA, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/build/07_scores.ipynb #bb9a6acb
 def scores_frame(
     scores: dict,  # from score_model, or a file of scores
-):                 # a pandas DataFrame: score, block (of a stream: l of h_l), later block of a pair, value, low, high, error
+):                 # a pandas DataFrame: score, block (of a stream: l of h_l), later block of a pair or last of a span, value, low, high, error
     "A table of all numbers."
     from pandas import DataFrame
     rows, nothing = [dict(score=name) | found for name, found in scores['scalars'].items()], dict(low={}, high={})
@@ -1197,14 +1099,13 @@ def scores_frame(
         first = 0 if name.startswith('variance_') else 1
         add(name, values, (scores.get('intervals') or {}).get(name, nothing), first)
     table = DataFrame(rows, columns=['score', 'block', 'other', 'value', 'low', 'high', 'error'])
+    spans = table['score'].isin(['angular_distance', 'span_loss_increase'])                      # at [n - 1][l - 1]
+    n, l = table.loc[spans, 'block'], table.loc[spans, 'other']
+    table.loc[spans, 'block'], table.loc[spans, 'other'] = l, l + n - 1                          # first and last block
     return table.astype({'block': 'Int64', 'other': 'Int64'}).dropna(subset='value').reset_index(drop=True)
 
 # %% ../nbs/build/07_scores.ipynb #4b64a330
-def random_signs(
-    probes: int,
-    D: int,
-    seed: int = 0,
-) -> Tensor:   # 1 or -1, (probes, D)
+def random_signs(probes: int, D: int, seed: int = 0) -> Tensor:  # 1 or -1, (probes, D)
     "Random vectors to ask with."
     return torch.randint(2, (probes, D), generator=torch.Generator().manual_seed(seed)) * 2. - 1
 
@@ -1218,10 +1119,8 @@ def root_of_mean(
 # %% ../nbs/build/07_scores.ipynb #05baac4c
 def jacobian_estimate(
     block: Callable[[Tensor], Tensor],  # maps a stream (B, T, D) to a stream (B, T, D)
-    h: Tensor,              # the stream it reads, one sequence, (T, D)
-    probes: int = JACOBIAN_PROBES,  # random sign vectors
-    rows_at_once: int = 32, # copies of the sequence that are run together
-    seed: int = 0,          # of the vectors
+    h: Tensor,  # the stream it reads, one sequence, (T, D)
+    probes: int = JACOBIAN_PROBES, rows_at_once: int = 32, seed: int = 0,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # deviation averaged over tokens, and per token; each the value and its standard error
     "Deviation of a block's Jacobian from the identity, from a few backward passes with random signs."
     rows, squares = jacobian_rows(block, h, random_signs(probes, h.shape[1], seed).to(h), rows_at_once)

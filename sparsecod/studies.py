@@ -13,14 +13,15 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'ALWAYS
            'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold', 'forget', 'label_folder',
            'read_run', 'note_training', 'training_note', 'as_trained', 'complete', 'stored', 'one_process',
            'check_outputs', 'check_training', 'check_run', 'run', 'Study', 'seed_list', 'depth_variants',
-           'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay', 'study_lengths',
-           'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants',
-           'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants', 'study_named',
-           'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of', 'complaint', 'Bars',
-           'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan', 'RunsFailed',
-           'default_jobs', 'choose_display', 'run_study', 'variant_key', 'key_in_record', 'variant_keys', 'by_variant',
-           'one_corpus', 'read_records', 'load_results', 'source_variants', 'at_some_length', 'metric_place',
-           'read_metric', 'passed', 'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
+           'depth_setting', 'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay',
+           'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
+           'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants',
+           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
+           'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
+           'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key', 'key_in_record', 'variant_keys',
+           'by_variant', 'one_corpus', 'read_records', 'load_results', 'source_variants', 'at_some_length',
+           'metric_place', 'read_metric', 'passed', 'results_table', 't_interval', 'logarithmic', 'over_seeds',
+           'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import hashlib
@@ -40,6 +41,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import lru_cache
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, UTC
@@ -122,10 +124,11 @@ def check_change(
     part, _, name = path.rpartition('.')
     place = values.get(part) if part else values
     if not isinstance(place, dict) or name not in place or name in PARTS:
-        known = ', '.join(values if part not in PARTS else (f'{part}.{n}' for n in values[part]))
-        meant = ' or '.join(f'{p}.{name}' for p in PARTS if name in values[p] and p != part)
-        advice = f'did you mean {meant}?' if meant else f'there are {known}'
-        raise ValueError(f'there is no field {path}={new!r}; {advice}')
+        every = {n: n for n in values if n not in PARTS} | {f'{p}.{n}': n for p in PARTS for n in values[p]}   # path: name
+        like = lambda names: ' or '.join(p for p, n in every.items() if n in names)
+        meant = like([name]) or like([n for n in every.values() if len(name) > 2 and name in n]) or like(get_close_matches(name, every.values(), 2, .7))
+        known = ', '.join(p for p in every if not part or p.startswith(f'{part}.')) or ', '.join(every)
+        raise ValueError(f'there is no field {path}={new!r}; ' + (f'did you mean {meant}?' if meant else f'there are {known}'))
     if path == 'train.seed': raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
     old = place[name]
     if isinstance(old, (int, float)) and (isinstance(new, (str, list)) or isinstance(old, bool) != isinstance(new, bool)):
@@ -211,9 +214,10 @@ SCALES['desk'] = RunConfig(
     train=TrainConfig(steps=1000, lr=5e-3, checkpoint_every=100, precision='bf16', compile='on'))
 
 SCALES['gpu'] = RunConfig(
-    scale='gpu', data=DataConfig('site', vocab_size=16384),
-    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=1024, init_std=.04),                # likewise
-    train=TrainConfig(steps=2000, tokens_per_step=64 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, compile='on'))
+    scale='gpu', data=DataConfig('site', vocab_size=16384, max_tokens=2 ** 26), new_text=True,
+    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=256, init_std=.04),                 # likewise
+    train=TrainConfig(steps=1832, tokens_per_step=2 ** 15, micro_batch_tokens=2 ** 15, lr=2e-3, checkpoint_every=250,
+                      precision='bf16', compile='on'))
 
 # %% ../nbs/tools/05_studies.ipynb #9f5d9680
 SCALES['paper'] = RunConfig(
@@ -808,7 +812,7 @@ def seed_list(
 
 # %% ../nbs/tools/05_studies.ipynb #cace5546
 STUDIES: dict[str, Study] = {}
-DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(12, 16, 24, 32), paper=(12, 16, 24, 32))
+DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32), paper=(12, 16, 24, 32))
 
 def depth_variants(
     base: RunConfig,     # the scale's configuration
@@ -816,7 +820,11 @@ def depth_variants(
     "The depths of a scale; those of `laptop` for a scale of your own."
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
-STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants)
+def depth_setting(base: RunConfig) -> dict:    # changes by path
+    "From scale `desk` on, the scores of an untrained model of every depth too."
+    return {'measures': ('null',)} if base.scale in ('desk', 'gpu') else {}
+
+STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants, depth_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #be4fdde1
 def pilot_variants(
@@ -852,7 +860,8 @@ STUDIES['training'] = Study('training', 'Is what depth does a matter of the lear
 
 # %% ../nbs/tools/05_studies.ipynb #62e72e59
 def main_variants(base: RunConfig) -> dict[str, dict]:    # label -> changes
-    "The shallow and the deeper model of the training study, trained longer."
+    "The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the training study that are trained longer."
+    if base.scale not in ('tiny', 'laptop'): return depth_variants(base)
     return {label: changes for label, changes in training_variants(base).items() if label.endswith('tokens')}
 
 MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', main_variants)
@@ -867,7 +876,7 @@ def equivalent_decay(
     "Translate a published weight decay."
     return float(f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
 
-LENGTHS = dict(desk=(64, 128, 512), gpu=(256, 1024, 4096), paper=(256, 512, 1024, 2048, 4096, 8192))
+LENGTHS = dict(desk=(64, 128, 512), gpu=(128, 256, 1024), paper=(256, 512, 1024, 2048, 4096, 8192))
 
 def study_lengths(
     base: RunConfig,  # the scale's configuration
@@ -876,7 +885,7 @@ def study_lengths(
     T = base.model.context_length
     return LENGTHS.get(base.scale, (T // 4, T, 4 * T))
 
-BUDGETS = dict(tiny={'model.n_layers': 2}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
+BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
 
 def source_setting(
     base: RunConfig,  # the scale's configuration
@@ -892,8 +901,8 @@ DECAYS = (0, 0.01, 0.1, 1, 3)  # published
 def decay_variants(
     base: RunConfig,     # the study's configuration
 ) -> dict[str, dict]:    # label -> changes; labels name the published lambda
-    "No decay, then the published ones on matrices, then on all parameters; at `desk`, no decay and 0.1 on three groups of parameters."
-    if base.scale == 'desk':
+    "No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on three groups of parameters."
+    if base.scale in ('desk', 'gpu'):
         on = lambda groups: {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': groups}
         return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on('matrices'), 'λ=0.1, all': on('all'), 'λ=0.1, all but gains': on('all_but_gains')}
     changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p), 'train.decay_groups': 'matrices'} for p in DECAYS}
@@ -921,7 +930,7 @@ def context_variants(
     ends = [lengths[0], lengths[-1]]
     fixed = {f'T={own}': {}} | {f'T={T}': length_changes(base, T) for T in [*ends, *lengths[1:-1]]}
     published = {}
-    for T in [*lengths[1:-1], *ends] if base.scale != 'desk' else ():
+    for T in [*lengths[1:-1], *ends] if base.scale not in ('desk', 'gpu') else ():
         per_step = t.tokens_per_step // own * T
         budget = {'train.tokens_per_step': per_step, 'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
         published[f'T={T}, sequences fixed'] = fixed[f'T={T}'] | budget

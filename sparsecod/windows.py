@@ -30,12 +30,8 @@ def names_source(data) -> bool:
     path = os.path.expanduser(data)
     return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(matching_files(path))
 
-def text_tokens(
-    data: str | Path | Iterable[str],  # a source, a text, or texts
-    tokenizer: Tokenizer,              # of the model
-    text_field: str = 'text',          # field that holds the text, in rows
-    stats: Counter | None = None,      # what was left out is counted here, by reason
-) -> tuple[Tensor, int]:               # ids of all documents, (n,); bytes of text they were made of
+def text_tokens(data: str | Path | Iterable[str], tokenizer: Tokenizer, text_field: str = 'text',
+        stats: Counter | None = None) -> tuple[Tensor, int]:  # ids of all documents, (n,); bytes of text they were made of
     "One strip of tokens from text."
     config = expand_alias(DataConfig(str(data) if names_source(data) else 'texts', text_field=text_field))
     texts = [data] if isinstance(data, str) else data
@@ -49,15 +45,8 @@ def text_tokens(
     return torch.from_numpy(np.concatenate(strip or [np.zeros(0, np.int64)])), size
 
 # %% ../nbs/tools/16_windows.ipynb #1801fd9b
-def text_windows(
-    data: str | Path | Iterable[str],  # see text_tokens
-    tokenizer: Tokenizer,  # of the model
-    T: int,                # positions of a sequence
-    N: int,                # sequences to score
-    M: int,                # sequences to fit on
-    seed: int = 0,         # of the choice
-    text_field: str = 'text',  # field that holds the text, in rows
-) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
+def text_windows(data: str | Path | Iterable[str], tokenizer: Tokenizer, T: int, N: int, M: int,
+        seed: int = 0, text_field: str = 'text') -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
     "Cut text into sequences to score and others to fit affine maps on."
     stats = Counter()
     strip, size = text_tokens(data, tokenizer, text_field, stats)
@@ -88,11 +77,7 @@ def without_repetitions(
 # %% ../nbs/tools/16_windows.ipynb #70d222ea
 DEFAULT_LENGTH = 256    # T of sequences that are cut from text, if the model has room for them
 
-def tokenizer_of(
-    model,                 # that can be scored
-    found: Tokenizer | None,    # what lies beside it
-    given: Tokenizer | str | Path | None = None,  # what the caller says: a tokenizer, or where one is
-) -> Tokenizer:
+def tokenizer_of(model, found: Tokenizer | None, given: Tokenizer | str | Path | None = None) -> Tokenizer:
     "The tokenizer to cut text with."
     if isinstance(given, (str, Path)): return load_tokenizer(str(given))
     origin = getattr(getattr(model, 'network', None), 'name_or_path', '')

@@ -827,7 +827,7 @@ def explorer_faults(
     except (AttributeError, KeyError, TypeError, ValueError): return ['it has not the present form']
     records = {r['name']: r for scale in SCALES if (folder / scale).is_dir() for r in load_results(folder, scale)} if names else {}
     if lacking := [name for name in names or [] if name not in records]: return [f'it shows runs that are not in results/: {lacking}']
-    now = make([records[name] for name in names] if names else explorers.stored_points(site.root), **call)
+    now = make([records[name] for name in names] if names else dict(variance_explorer=explorers.stored_points, twins_explorer=explorers.stored_twins)[stored['made']['function']](site.root), **call)
     data = json.loads(json.dumps(now.data))
     faults = [f'its {part} are not what Python makes of the records' for part in data if part != 'spec' and stored.get(part) != data[part]]
     faults += [f'its {part} are not what Python makes of the records' for part in data['spec'] if not agrees(stored['spec'].get(part), data['spec'][part])]

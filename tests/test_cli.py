@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import sparsecod
-from sparsecod.cli import SCALE_NAMES, SHORT, main, parser, setting
+from sparsecod import cli
+from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, STUDY_LINES, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
-from sparsecod.studies import SCALES, STUDIES, RunConfig, read_run
+from sparsecod.studies import MAIN, PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
-COMMANDS = ('train', 'score', 'compare', 'prune', 'eval', 'export', 'study', 'plan', 'reproduce', 'report')
+COMMANDS = ('train', 'score', 'compare', 'prune', 'eval', 'export', 'study', 'plan', 'reproduce', 'report', 'lab')
 
 
 @pytest.fixture
@@ -60,9 +61,49 @@ def test_help_names_what_there_is(type_in):
     code, text, _ = type_in('--help')
     assert code == 0 and all(command in text for command in COMMANDS)
     config = SCALES['laptop'].to_dict()
-    for path, _, _ in SHORT.values():
+    for path, _, _ in OPTIONS.values():
         part, _, name = path.rpartition('.')
         assert name in (config[part] if part else config)
+
+
+def test_help_says_what_studies_ask_and_how_long_they_take(type_in):
+    studies = STUDIES | dict(main=MAIN, pilots=PILOTS)
+    assert {name: question for name, (question, _) in STUDY_LINES.items()} == {name: study.question for name, study in studies.items()}
+    records = load_results(ROOT / 'results', 'laptop')
+    for name, (_, minutes) in STUDY_LINES.items():
+        groups = by_variant(studies[name], records).values()
+        if name != 'pilots': assert .6 < sum(sum(sum(r['seconds'].values()) for r in g) / len(g) for g in groups) / 60 / minutes < 1.6, name
+    for command in ('study', 'reproduce', 'plan'): assert all(f'{name} ' in type_in(f'{command} --help')[1] for name in STUDY_LINES)
+
+
+def test_every_source_of_sparsity_has_options(type_in, tmp_path):
+    options = '--weight-decay 0.5 --decays all --context 64 --kv-heads 2 --experts 8 --experts-per-token 2 --gates renormalised'
+    config = RunConfig.from_json(type_in(f'train {tmp_path} --scale laptop {options} --show')[1])
+    m, t = config.model, config.train
+    assert (t.weight_decay, t.decay_groups, m.context_length, m.n_kv_heads, m.n_experts, m.experts_per_token, m.gates) == (.5, 'all', 64, 2, 8, 2, 'renormalised')
+    assert len(SOURCES) == len(options.split()) / 2
+    for option, value in (('--experts-per-token', '9'), ('--gates', 'open'), ('--kv-heads', '3'), ('--decays', 'some')):
+        code, text, errors = type_in(f'train {tmp_path} --scale laptop --experts 8 {option} {value} --show')
+        assert code == 2 and text == '' and f'{option}: ' in errors, errors
+
+
+def test_lab(type_in, monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(os, 'execv', lambda program, arguments: begun.append(arguments))
+    monkeypatch.chdir(ROOT / 'nbs')
+    type_in('lab -- --no-browser --port 9000')
+    type_in('lab --page nbs/reproduce/02_weight_decay.ipynb')
+    assert [a[1:3] for a in begun] == [['-m', 'jupyterlab']] * 2 and begun[0][-3:] == ['--no-browser', '--port', '9000']
+    assert all(f'--ServerApp.root_dir={ROOT}' in a for a in begun) and begun[1][-1].endswith('/lab/tree/nbs/reproduce/02_weight_decay.ipynb')
+    assert all((ROOT / a[4].split('/lab/tree/')[1]).is_file() for a in begun)
+    code, _, errors = type_in('lab --page nowhere.ipynb')
+    assert code == 2 and '--page nowhere.ipynb' in errors and errors.count('\n') == 1
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = type_in('lab')
+    assert code == 2 and 'clone' in errors and errors.count('\n') == 1
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    code, _, errors = type_in('lab')
+    assert code == 2 and 'pip install' in errors and errors.count('\n') == 1 and len(begun) == 2
 
 
 def test_nothing_heavy_is_imported_for_help():
@@ -82,7 +123,8 @@ def test_version(type_in): assert type_in('--version')[:2] == (0, f'sparsecod {s
     ('train DIR --set train.lr', 'must have the form FIELD=VALUE'), ('train DIR --set train.rate=1', 'there is no field train.rate=1'),
     ('train DIR --layers 0', 'n_layers=0 must be positive'), ('train DIR --lr fast', "invalid float value: 'fast'"),
     ('train DIR --heads 5', 'n_heads=5 must divide d_model=64'), ('train DIR --data /no/such/file', "source='/no/such/file' is not a file"),
-    ('train DIR --set n_kv_heads=1', 'did you mean model.n_kv_heads'), ('train DIR --set lr=1', 'did you mean train.lr'),
+    ('train DIR --set n_kv_heads=1', 'did you mean model.n_kv_heads'), ('train DIR --set model.layers=3', 'model.n_layers'), ('train DIR --set data.vocab=9', 'data.vocab_size'),
+    ('train DIR --set train.weightdecay=1', 'train.weight_decay'), ('train DIR --set nlayers=1', 'model.n_layers'), ('train DIR --set train.whatever=1', 'train.lr'), ('train DIR --set lr=1', 'did you mean train.lr'),
     ('train DIR --heads 5', '--heads: '), ('train DIR --layers 0', '--layers: '), ('train DIR --width 65 --heads 4', '--heads: '),
     ('train DIR --set model.n_layers=many', '--set model.n_layers: '), ('train DIR --set data.val_share=2', '--set data.val_share: '),
     ('train DIR --set train.lr=null', '--set train.lr: '), ('train DIR --set seed=[1]', '--set seed: '),

@@ -26,10 +26,10 @@ TOKENS = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))  #
 DENSE = dict(mha={}, gqa=dict(n_kv_heads=2), mqa=dict(n_kv_heads=1), tied=dict(tie_embeddings=True), scaled=dict(norm='layernorm_scaling'),
              peri=dict(norm='peri_ln', n_kv_heads=2), peri_tied=dict(norm='peri_ln', tie_embeddings=True), theta=dict(rope_theta=50.0),
              eps=dict(norm_eps=0.3), narrow=dict(n_heads=8), one_block=dict(n_layers=1))
+MIXTURES = [(gates, shared, 3, 5, 'layernorm_scaling') for gates in GATES for shared in (0, 40)] + [('published', 0, 1, 4, 'pre_ln'), ('scale_matched', 40, 2, 2, 'pre_ln')]
 EXPERTS = {f'{gates}_{shared}_{k}_of_{E}': dict(gates=gates, d_shared_expert=shared, experts_per_token=k, n_experts=E, d_expert=24, norm=norm)
-           for gates in GATES for shared in (0, 40) for k, E, norm in ((1, 4, 'pre_ln'), (3, 5, 'layernorm_scaling'), (2, 2, 'pre_ln'))}
+           for gates, shared, k, E, norm in MIXTURES}
 ALL = DENSE | EXPERTS
-every = pytest.mark.parametrize('kind', ALL)
 
 
 def random_model(seed=0, **changes) -> Transformer:
@@ -74,14 +74,19 @@ def unchanged(model, before):
 
 # Out
 
-@every
-def test_to_hf_is_the_same_function(kind):
+@pytest.mark.parametrize('kind', ALL)
+def test_out_and_in_again_it_is_the_same_function(kind):
     model = random_model(**ALL[kind])
     before, state = digest(model), torch.get_rng_state()
     stock = to_hf(model)
     assert type(stock).__module__.startswith('transformers.models') and not stock.training
     assert same(model, stock)
     assert unchanged(model, before) and torch.get_rng_state().equal(state)
+    back, tokenizer = from_hf(stock)
+    assert same(model, back) and tokenizer is None
+    a, b = model.config, back.config
+    assert (a.n_layers, a.n_experts, a.d_shared_expert, a.n_kv_heads, a.tie_embeddings) == (b.n_layers, b.n_experts, b.d_shared_expert, b.n_kv_heads, b.tie_embeddings)
+    assert (back.head.weight is back.embedding.weight) == a.tie_embeddings
 
 
 def test_the_comparison_sees_each_step(monkeypatch):
@@ -114,10 +119,9 @@ def test_weights_are_copies_and_sizes_carry_over():
     assert c.bos_token_id is c.eos_token_id is c.pad_token_id is None
 
 
-@pytest.mark.parametrize('norm', ['layernorm_scaling', 'peri_ln'])
-def test_long_texts(norm):
-    model = random_model(norm=norm, n_heads=2, context_length=1024, rope_theta=1e4)
-    tokens = torch.randint(V, (1, 1024), generator=torch.Generator().manual_seed(0))
+def test_long_texts():
+    model = random_model(norm='peri_ln', n_heads=2, context_length=512, rope_theta=1e4)
+    tokens = torch.randint(V, (1, 512), generator=torch.Generator().manual_seed(0))
     assert same(model, to_hf(model), tokens)
 
 
@@ -147,16 +151,6 @@ def test_missing_or_old_transformers(found, message, bpe, tmp_path, monkeypatch)
 
 
 # In
-
-@every
-def test_out_and_in_again(kind):
-    model = random_model(**ALL[kind])
-    back, tokenizer = from_hf(to_hf(model))
-    assert same(model, back) and tokenizer is None
-    a, b = model.config, back.config
-    assert (a.n_layers, a.n_experts, a.d_shared_expert, a.n_kv_heads, a.tie_embeddings) == (b.n_layers, b.n_experts, b.d_shared_expert, b.n_kv_heads, b.tie_embeddings)
-    assert (back.head.weight is back.embedding.weight) == a.tie_embeddings
-
 
 STOCK = dict(llama=('Llama', {}), llama_tied=('Llama', dict(tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=77.))),
              mistral=('Mistral', dict(sliding_window=None)), mistral_wide=('Mistral', dict(sliding_window=24)),
@@ -247,7 +241,7 @@ def bpe() -> Tokenizer:
     return train_bpe(['the cat sat on the mat. the dog ran, and ran.\n' * 30, 'Größe 😀 x = [1, 2]\n' * 5], 300)
 
 
-@pytest.mark.parametrize('kind', ['gqa', 'tied', 'scaled', 'peri_tied', 'renormalised_0_3_of_5', 'published_0_3_of_5', 'scale_matched_40_3_of_5'])
+@pytest.mark.parametrize('kind', ['gqa', 'peri_tied', 'published_0_3_of_5', 'scale_matched_40_3_of_5'])
 def test_saved_folder_opens_with_transformers(kind, tmp_path, bpe):
     model = random_model(vocab_size=bpe.vocab_size, **ALL[kind])
     place = export_model(model, tmp_path / 'deep' / 'out', bpe)
@@ -623,8 +617,7 @@ def test_the_verbs_of_a_transformer_write_the_card(tmp_path, hub):
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} ☃\n{% endfor %}"
 TOOLS = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-WHERE = dict(file=CHAT, inside=CHAT, several=[dict(name='default', template=CHAT), dict(name='tool_use', template=TOOLS)],
-             hostile=[dict(name='default', template=CHAT), dict(name='../../tool_use', template=TOOLS)])
+WHERE = dict(file=CHAT, inside=CHAT, several=[dict(name='default', template=CHAT), dict(name='../../tool_use', template=TOOLS)])
 
 
 def checkpoint(folder, bpe, where='file'):
@@ -656,7 +649,7 @@ def test_chat_templates_and_generation_settings_survive(where, tmp_path, bpe):
     places.append(export_model(model, tmp_path / 'live', tokenizer))
     for place in places:
         assert said(place) == said(tmp_path / 'stock') == '<user> the cat ☃\n<assistant> ran ☃\n'
-        if where in ('several', 'hostile'): assert said(place, chat_template='tool_use') == '[the cat][ran]'
+        if where == 'several': assert said(place, chat_template='tool_use') == '[the cat][ran]'
         settings = transformers.GenerationConfig.from_pretrained(place)
         assert (settings.temperature, settings.top_k, settings.do_sample) == (0.7, 11, True)
         assert same(transformers.AutoModelForCausalLM.from_pretrained(place), stock)
@@ -676,8 +669,7 @@ def flip(path, at=-3):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize('format', ['hf', 'sparsecod'])
-@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'tokenizer.json'])
+@pytest.mark.parametrize('name, format', [('model.safetensors', 'hf'), ('config.json', 'hf'), ('tokenizer.json', 'sparsecod')])
 def test_a_damaged_export_is_neither_shared_nor_opened(name, format, tmp_path, bpe, hub):
     place = export_model(random_model(vocab_size=bpe.vocab_size), tmp_path / 'out', bpe, format=format)
     flip(place / name) if name != 'config.json' else (place / name).write_text((place / name).read_text(encoding='utf-8').replace('24', '23'), encoding='utf-8')

@@ -84,7 +84,7 @@ def test_tables_hold_the_scores(scores, text):
             ends = scores['intervals'][name]
             for l, (row, *three) in enumerate(zip(tables[title], arrays[name], ends['low'], ends['high'], strict=True), 1):
                 assert int(row[0]) == l and all(map(close, row[1:], three))
-        for name, (title, *_) in pages.HEATS.items():
+        for name, (title, *_) in ((name, x) for name, x in pages.HEATS.items() if name in arrays):
             cells = {(int(i), int(j)): v for i, j, v, *_ in tables[title]}
             assert cells.keys() == {(i, j) for i in range(1, 9) for j in range(1, 9) if arrays[name][i - 1][j - 1] is not None}
             assert all(close(v, arrays[name][i - 1][j - 1]) for (i, j), v in cells.items())
@@ -463,6 +463,18 @@ def test_the_page_begins_with_what_can_go():
     sure['scalars']['influence_rank_agreement'] = dict(value=.8, low=None, high=None)
     [line] = said(sure, None, 'influence', '0.8')
     assert line in unescape(score_page(sure)) and not said(bare, None, 'influence')
+
+
+def test_sublayers_and_spans_are_read_and_drawn():
+    angles = [[.3, .1, .2], [.35, .25, None], [.4, None, None]]
+    scores = made_up(variance_mean=[1.] * 4, skip_loss_increase=layers([.5, .4, .3], .1), angular_distance=pairs(angles, .01),
+                     attention_loss_increase=layers([.5, .05, -.3], .1), feed_forward_loss_increase=layers([.5, .4, .3], .1))
+    [line], [dear], [spans] = (said(scores, None, *parts) for parts in (('attention alone', 'no cost'), ('feed-forward layer', 'every block'), ('spans',)))
+    assert 'blocks 2 and 3' in line and '2 blocks from block 2 (0.25)' in spans and dear
+    tables = {t['title']: t['view'] for t in score_explorer(scores).data['tables']}
+    assert list(tables.values())[:4] == ['skip_loss_increase', 'attention_loss_increase', 'feed_forward_loss_increase', 'angular_distance']
+    bare = made_up(variance_mean=[1.] * 4, skip_loss_increase=[.5, .4, .3], attention_loss_increase=[.5, .05, -.3])
+    assert not said(bare, None, 'attention alone') and not said(bare, None, 'spans')       # nothing is sure without intervals
 
 
 # Two models on one page

@@ -48,11 +48,14 @@ def windows(n, seed=0, T=10, V=61):
     return torch.randint(V, (n, T + 1), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def model():
+def make_model():
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=61, n_layers=4, d_model=16, n_heads=2, n_kv_heads=1, context_length=10, init_std=.3)
     return Transformer(config).eval()
+
+
+@pytest.fixture
+def model(): return make_model()
 
 
 def score(model, seed=1, **changes):
@@ -349,30 +352,27 @@ def real_block(model, l):
 
 def test_probes_agree_with_the_exact_jacobian_and_state_their_error(model):
     "Over many seeds: no bias, and as much scatter as the standard error says."
-    for l in (1, 3):
-        block, h, exact = real_block(model, l)
-        for which in (0, 1):
-            found = torch.tensor([jacobian_estimate(block, h, 24, seed=seed)[which] for seed in range(300)])
-            z = (found[:, 0] - exact[which]) / found[:, 1]
-            assert abs(found[:, 0].mean() - exact[which]) < 4 * found[:, 0].std() / 300 ** .5
-            assert .8 < found[:, 1].square().mean().sqrt() / found[:, 0].std() < 1.25
-            assert (z.abs() < 2).float().mean() > .88 and .02 < found[:, 0].std() / exact[which]
+    block, h, exact = real_block(model, 3)
+    estimates = torch.tensor([jacobian_estimate(block, h, 24, seed=seed) for seed in range(300)])       # (300, 2, 2)
+    for found, true in zip(estimates.unbind(1), exact):
+        z = (found[:, 0] - true) / found[:, 1]
+        assert abs(found[:, 0].mean() - true) < 4 * found[:, 0].std() / 300 ** .5
+        assert .8 < found[:, 1].square().mean().sqrt() / found[:, 0].std() < 1.25
+        assert (z.abs() < 2).float().mean() > .88 and .02 < found[:, 0].std() / true
 
 
 def test_the_root_of_few_noisy_squares_is_corrected():
     "Squares of normal numbers have mean 1; the root of the mean of 8 of them is 3 % too small on average."
-    squares = torch.randn(6000, 8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square()
-    found = torch.tensor([root_of_mean(one)[0] for one in squares])
-    assert squares.mean(1).sqrt().mean() < .98
-    assert found.mean() == pytest.approx(1, abs=.012)
+    squares = torch.randn(8, 6000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square()
+    assert squares.mean(0).sqrt().mean() < .98
+    assert root_of_mean(squares)[0] == pytest.approx(1, abs=.012)
     assert root_of_mean(torch.full((8, 3), 4.)) == (2, 0)
 
 
 def test_more_probes_err_less(model):
     block, h, exact = real_block(model, 2)
-    for which in (0, 1):
-        few, many = (torch.tensor([jacobian_estimate(block, h, probes, seed=seed)[which][0] for seed in range(60)]) for probes in (4, 64))
-        assert (many - exact[which]).square().mean() < (few - exact[which]).square().mean() / 6
+    few, many = (torch.tensor([jacobian_estimate(block, h, probes, seed=seed) for seed in range(60)])[..., 0] for probes in (4, 64))
+    for which in (0, 1): assert (many[:, which] - exact[which]).square().mean() < (few[:, which] - exact[which]).square().mean() / 6
 
 
 def test_probes_of_blocks_with_known_answers():
@@ -415,7 +415,7 @@ def test_wide_models_get_probes(model, monkeypatch):
     assert one['jacobian_per_token'] == pytest.approx(two['jacobian_per_token'], rel=1e-5)
 
 
-@pytest.mark.parametrize('n', [1, 2, 5])
+@pytest.mark.parametrize('n', [1, 5])
 def test_the_published_jacobian_averages_over_all_tokens_of_all_sequences(model, n):
     "From whole Jacobians of PyTorch; per sequence, the norm is taken before the average over sequences."
     w, found = windows(6, 1), score(model, n_jacobian=n)['arrays']
@@ -432,9 +432,9 @@ def test_the_published_jacobian_averages_over_all_tokens_of_all_sequences(model,
 
 
 def test_the_interval_of_the_published_jacobian_leaves_out_one_sequence_in_turn(model):
-    s = score(model, n_jacobian=5)
+    s = score(model, n_jacobian=3)
     alone = lambda some: score_model(model, windows(6, 1)[some], windows(40, 2), SETTINGS.replace(n_sequences=len(some), n_jacobian=len(some)), progress=False)
-    low, high = leave_one_out_by_hand(lambda some: alone(some)['scalars']['jacobian_deviation_published']['value'], 5)
+    low, high = leave_one_out_by_hand(lambda some: alone(some)['scalars']['jacobian_deviation_published']['value'], 3)
     got = s['scalars']['jacobian_deviation_published']
     assert (got['low'], got['high']) == pytest.approx((max(low, 0), high), rel=1e-3)
 
@@ -455,92 +455,12 @@ def tiny(family):
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{family}Config')(**sizes)).eval()
 
 
-@pytest.fixture(params=['Llama', 'GPT2'])
-def network(request):
-    return tiny(request.param)
-
-
 def block_list(network):
     return network.model.layers if hasattr(network, 'model') else network.transformer.h
 
 
-class Update(nn.Module):
-    "A block of the transformers library with an update that is written down."
-    def __init__(self, update):
-        super().__init__()
-        self.update = update
-
-    def forward(self, h, *args, **kwargs):
-        return h + self.update(h)
-
-
-@torch.no_grad()
-def full_forward(network, w, changes={}):
-    "Streams h_0 .. h_L and loss of a full forward pass with some blocks (1-based) replaced in the network itself."
-    blocks, streams = block_list(network), []
-    own = list(blocks)
-    for l, block in changes.items(): blocks[l - 1] = block
-    def keep(block, args, kwargs, out):
-        if not streams: streams.append(args[0] if args else kwargs['hidden_states'])
-        streams.append(out[0] if isinstance(out, tuple) else out)
-    hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
-    logits = network(input_ids=w[:, :-1], use_cache=False).logits
-    for hook in hooks: hook.remove()
-    for l, block in enumerate(own): blocks[l] = block
-    return streams, nn.functional.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten()).item()
-
-
-def steps(streams):
-    return [after - before for before, after in zip(streams, streams[1:])]
-
-
-def test_adapted_skips_equal_full_forwards(network):
-    w, got = windows(6, 1), score(network)['arrays']
-    streams, loss = full_forward(network, w)
-    base = steps(streams)
-    assert got['variance_mean'] == pytest.approx([h.var(-1).mean().item() for h in streams], rel=1e-4)
-    for s in range(1, 5):
-        skipped, without = full_forward(network, w, {s: Update(torch.zeros_like)})
-        assert got['skip_loss_increase'][s - 1] == pytest.approx(without - loss, abs=1e-5)
-        for l in range(1, 5):
-            want = ((steps(skipped)[l - 1] - base[l - 1]).norm(dim=-1).mean() / base[l - 1].norm(dim=-1).mean()).item() if l > s else None
-            assert got['causal'][s - 1][l - 1] == (None if want is None else pytest.approx(want, rel=1e-3))
-
-
-def test_adapted_swaps_equal_full_forwards(network):
-    w, got, blocks = windows(6, 1), score(network)['arrays']['permutation'], block_list(network)
-    loss, seen = full_forward(network, w)[1], []
-    for i, j in itertools.combinations(range(1, 5), 2):
-        swapped = full_forward(network, w, {i: blocks[j - 1], j: blocks[i - 1]})[1]
-        seen.append(abs(swapped - loss) / loss)
-        assert got[i - 1][j - 1] == got[j - 1][i - 1] == pytest.approx(seen[-1], rel=1e-3, abs=1e-6)
-    assert max(seen) > 1e-3
-
-
-def test_adapted_usefulness_equals_least_squares_on_stored_states(network):
-    w, fit, got = windows(6, 1), windows(40, 2), score(network)['arrays']['usefulness_ratio']
-    loss = full_forward(network, w)[1]
-    stored = [h.double().flatten(0, 1) for h in full_forward(network, fit)[0]]
-    for l in range(1, 5):
-        X = torch.cat([stored[l - 1], torch.ones(len(stored[0]), 1)], 1)
-        S = torch.linalg.lstsq(X, stored[l] - stored[l - 1]).solution.float()
-        want = full_forward(network, w, {l: Update(lambda h: h @ S[:-1] + S[-1])})[1] / loss
-        assert got[l - 1] == pytest.approx(want, rel=1e-3) and abs(want - 1) > 1e-4
-
-
-def test_adapted_known_answers(network):
-    "An identity block has causal score 0 on all after it, and an affine block ratio 1."
-    A = torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) / 2
-    block_list(network)[0] = Update(lambda h: h @ A.T + 1)
-    block_list(network)[1] = Update(torch.zeros_like)
-    got = score(network)['arrays']
-    assert got['usefulness_ratio'][:2] == pytest.approx([1, 1], abs=1e-4) and abs(got['usefulness_ratio'][2] - 1) > 1e-4
-    assert got['causal'][1][2:] == [0, 0] and min(got['causal'][0][2:]) > 0
-    assert got['jacobian_per_token'][:2] == pytest.approx([A.norm().item() / 16, 0], rel=1e-4)
-
-
-def test_adapting_first_makes_no_difference(network):
-    assert score(network) == score(adapt(network))
+def test_adapting_first_makes_no_difference():
+    assert score(tiny('GPT2')) == score(adapt(tiny('GPT2')))
 
 
 # --- leaving a model alone
@@ -574,8 +494,7 @@ def interrupting(block, calls, error=KeyboardInterrupt):
     return block.register_forward_pre_hook(stop)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('family', ['ours', 'Llama', 'GPT2'])
+@pytest.mark.parametrize('family, dtype', [('ours', torch.bfloat16), ('Llama', torch.float32), ('GPT2', torch.bfloat16)])
 def test_everything_is_left_as_it_was(model, family, dtype):
     network = unusual((model if family == 'ours' else tiny(family)).to(dtype))
     before = state(network)
@@ -593,7 +512,7 @@ def test_everything_is_left_as_it_was(model, family, dtype):
 
 # --- stopping and going on
 
-@pytest.mark.parametrize('calls, parts', [(2, 0), (8, 7), (12, 11), (20, 24), ('last', 2 + 2 * 13 + 2 * 2)])
+@pytest.mark.parametrize('calls, parts', [(2, 0), (20, 24), ('last', 2 + 2 * 13 + 2 * 2)])
 def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, calls, parts):
     "The parts: two sets of maps, for each of two batches a base and three pieces a block, and a Jacobian of each block on each of two sequences."
     config = SETTINGS.replace(batch_size=4, jacobian_probes=4)
@@ -612,11 +531,27 @@ def test_interrupted_scoring_goes_on_with_the_same_numbers(model, tmp_path, call
     assert not list(tmp_path.glob('*.new'))
 
 
-def test_finished_measurements_are_only_read(model, tmp_path):
-    want, calls = score_model(model, windows(6, 1), windows(40, 2), SETTINGS, progress=False, resume=tmp_path), []
+OPTIONS = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A finished measurement of the model: its folder, and the scores."
+    folder = tmp_path_factory.mktemp('finished')
+    return folder, score_model(make_model(), resume=folder, **OPTIONS)
+
+
+@pytest.fixture
+def kept(finished, tmp_path):
+    "A copy of it."
+    return shutil.copytree(finished[0], tmp_path / 'kept'), finished[1]
+
+
+def test_finished_measurements_are_only_read(model, kept):
+    (folder, want), calls = kept, []
     hook = model.blocks[3].register_forward_hook(lambda *_: calls.append(1))
     other = SETTINGS.replace(threshold=1.01, n_bootstrap=60)                       # what is made of measurements may change
-    again = score_model(model, windows(6, 1), windows(40, 2), other, progress=False, resume=tmp_path)
+    again = score_model(model, **OPTIONS | dict(config=other), resume=folder)
     hook.remove()
     assert calls == []
     assert again['arrays'] == want['arrays'] and again['settings']['threshold'] == 1.01
@@ -625,14 +560,13 @@ def test_finished_measurements_are_only_read(model, tmp_path):
 @pytest.mark.parametrize('change, named', [(dict(weights=1), 'weights'), (dict(windows=windows(6, 7)), 'windows'), (dict(fit_windows=windows(40, 7)), 'fit_windows'),
                                            (dict(config=SETTINGS.replace(seed=5)), 'settings'), (dict(config=SETTINGS.replace(batch_size=3)), 'plan'),
                                            (dict(as_published=True), 'as_published')])
-def test_parts_of_another_measurement_are_refused(model, tmp_path, change, named):
-    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
-    score_model(model, **options)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+def test_parts_of_another_measurement_are_refused(model, kept, change, named):
+    folder, change = kept[0], dict(change)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     if change.pop('weights', None):
         with torch.no_grad(): model.blocks[2].feed_forward.down.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=f'with other {named};'): score_model(model, **{**options, **change})
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match=f'with other {named};'): score_model(model, **OPTIONS | change, resume=folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def rewritten(path, change):
@@ -663,39 +597,34 @@ DAMAGE = dict(
 
 
 @pytest.mark.parametrize('harm', DAMAGE)
-def test_damaged_parts_are_named_set_aside_and_measured_again(model, tmp_path, harm):
-    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
-    want = score_model(model, **options)
-    before = {path.name for path in tmp_path.iterdir()}
-    DAMAGE[harm](tmp_path)
+def test_damaged_parts_are_named_set_aside_and_measured_again(model, kept, harm):
+    folder, want = kept
+    options, before = OPTIONS | dict(resume=folder), {path.name for path in folder.iterdir()}
+    DAMAGE[harm](folder)
     with pytest.warns(UserWarning) as said: assert score_model(model, **options) == want
-    aside, = {path.name for path in tmp_path.iterdir()} - before
+    aside, = {path.name for path in folder.iterdir()} - before
     assert aside.removesuffix('.damaged') in before and len(said) == 1 and aside.removesuffix('.damaged') in str(said[0].message) and aside in str(said[0].message)
     assert score_model(model, **options) == want                                   # and now all is well: a warning would be an error
 
 
-def test_a_part_of_another_measurement_is_not_used(model, tmp_path):
+def test_a_part_of_another_measurement_is_not_used(model, kept, tmp_path):
     "Both have the same name and shape; only their keys tell them apart."
-    options, other = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False), tmp_path / 'other'
-    want = score_model(model, **options, resume=tmp_path / 'one')
-    score_model(model, **options | dict(windows=windows(6, 9)), resume=other)
-    (tmp_path / 'one' / 'batch-0-base.safetensors').write_bytes((other / 'batch-0-base.safetensors').read_bytes())
-    with pytest.warns(UserWarning, match='batch-0-base'): assert score_model(model, **options, resume=tmp_path / 'one') == want
+    folder, want = kept
+    score_model(model, **OPTIONS | dict(windows=windows(6, 9)), resume=tmp_path / 'other')
+    (folder / 'batch-0-base.safetensors').write_bytes((tmp_path / 'other' / 'batch-0-base.safetensors').read_bytes())
+    with pytest.warns(UserWarning, match='batch-0-base'): assert score_model(model, **OPTIONS, resume=folder) == want
 
 
-def test_a_missing_key_is_written_again(model, tmp_path):
-    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False, resume=tmp_path)
-    want = score_model(model, **options)
-    (tmp_path / 'key.json').unlink()
-    assert score_model(model, **options) == want and (tmp_path / 'key.json').is_file()
+def test_a_missing_key_is_written_again(model, kept):
+    folder, want = kept
+    (folder / 'key.json').unlink()
+    assert score_model(model, **OPTIONS, resume=folder) == want and (folder / 'key.json').is_file()
 
 
-@pytest.mark.parametrize('calls', [1, 9, 30])
-def test_a_measurement_outlives_the_removal_of_its_folder(model, tmp_path, calls):
+@pytest.mark.parametrize('calls', [1, 30])
+def test_a_measurement_outlives_the_removal_of_its_folder(model, finished, tmp_path, calls):
     "As when another process that measured the same thing is done and tidies up."
-    folder, left = tmp_path / 'parts', [calls]
-    options = dict(windows=windows(6, 1), fit_windows=windows(40, 2), config=SETTINGS, progress=False)
-    want = score_model(model, **options)
+    folder, left, want, options = tmp_path / 'parts', [calls], finished[1], OPTIONS
     def remove(*_):
         left[0] -= 1
         if left[0] == 0: shutil.rmtree(folder)
@@ -787,14 +716,14 @@ def test_live_counts_what_is_alive():
         assert live.now == 0
 
 
-KINDS = dict(dense={}, experts=dict(n_experts=4), wide_vocabulary=dict(vocab_size=3001))
+KINDS = dict(experts=dict(n_experts=4), wide_vocabulary=dict(vocab_size=3001))
 
 
-@pytest.mark.parametrize('kind', [*KINDS, 'Llama', 'GPT2'])
+@pytest.mark.parametrize('kind', [*KINDS, 'GPT2'])
 def test_memory_stays_within_its_bound(kind):
     torch.manual_seed(0)
     base = dict(vocab_size=61, n_layers=3, d_model=16, n_heads=2, context_length=32)
-    m = adapt(tiny(kind)) if kind in ('Llama', 'GPT2') else Transformer(ModelConfig(**{**base, **KINDS.get(kind, {})})).eval()
+    m = adapt(tiny(kind)) if kind == 'GPT2' else Transformer(ModelConfig(**{**base, **KINDS.get(kind, {})})).eval()
     w, fit, T = windows(12, 1, T=32), windows(12, 2, T=32), 32
     config, used = SETTINGS.replace(n_sequences=12, batch_size=12, n_bootstrap=10), []
     plain = score_model(m, w, fit, config, progress=False)['scalars']
@@ -814,11 +743,11 @@ def test_memory_stays_within_its_bound(kind):
     with pytest.raises(ValueError, match='needs at least'): score_model(m, w, fit, config, progress=False, memory=needed_bytes(m, 1, 12, T, n_bootstrap=10, n_jacobian=2) - 1)
 
 
-@pytest.mark.parametrize('family, T', [('Llama', 192), ('Gemma2', 192), ('GPT2', 192)])
+@pytest.mark.parametrize('family, T', [('Llama', 192), ('Gemma2', 192)])
 def test_attention_that_is_written_out_is_counted(family, T):
     "Eager attention, the default of Gemma 2, holds H x T x T weights in several versions; they are most of what scoring takes here."
     sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    if family != 'GPT2': sizes |= dict(intermediate_size=32, num_key_value_heads=2, head_dim=4)
+    sizes |= dict(intermediate_size=32, num_key_value_heads=2, head_dim=4)
     if family == 'Gemma2': sizes |= dict(sliding_window=50)
     network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{family}Config')(**sizes)).eval()
     fused = needed_bytes(adapt(network), 1, 2, T) if family != 'Gemma2' else 0
@@ -842,8 +771,9 @@ def test_the_intervals_are_within_the_bound():
     m = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, context_length=T)).eval()
     w, fit, config = windows(N, 1, T=T), windows(6, 2, T=T), SETTINGS.replace(n_sequences=N, n_jacobian=1, jacobian_probes=2, n_bootstrap=1000)
     memory = needed_bytes(m, 1, N, T, n_jacobian=1, probes=2)
-    with scores_module.untouched(m): found = scores_module.measure(m, w, fit, config, plan=plan_memory(m, N, T, config, memory))
-    with Live() as live: scores_module.summarise(*found, config, w, fit, 16, pair_intervals=True)
+    with scores_module.untouched(m): measured, *rest = scores_module.measure(m, w[:2], fit, config, swapped=choose_pairs(L))
+    many = {name: torch.cat(N // 2 * [x], 1 if name == 'variance' else -1) for name, x in measured.items()}   # as of N sequences
+    with Live() as live: scores_module.summarise(many, *rest, config, w, fit, 16, pair_intervals=True)
     print(f'{live.most} of {memory} bytes')
     assert live.most <= memory < 8 * 1001 * 5 * L * L
 
@@ -912,7 +842,7 @@ def test_a_magnitude_has_an_interval_that_holds_it_and_the_truth():
     assert 90 <= hits['mean'] and 90 < hits['single'] <= 100
 
 
-@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('seed', range(2))
 def test_permutation_scores_lie_in_their_own_intervals(seed):
     "Random blocks: swaps hardly matter, so that all changes are within the noise."
     torch.manual_seed(seed)
@@ -980,8 +910,7 @@ def test_undetermined_maps_are_reported(model):
     assert s['arrays']['fit_rank'] == [3, 3, 16, 16] and s['settings']['undetermined_fits'] == [1, 2]
 
 
-@pytest.mark.parametrize('scale', [1e-5, 1e4, 1e7])
-@pytest.mark.parametrize('offset', [0., 300.])
+@pytest.mark.parametrize('scale, offset', [(1e-5, 0.), (1e7, 300.)])
 def test_one_channel_on_another_scale_leaves_the_maps_determined(model, scale, offset):
     "An exactly affine block stays one, whatever the scale of a channel, and far from 0."
     generator = torch.Generator().manual_seed(3)
@@ -1004,7 +933,7 @@ def test_the_schema_lies_in_the_package():
     assert all(isinstance(entry, dict) for entry in described.values()) and SCORES_SCHEMA['$id'].endswith('/sparsecod/scores.schema.json')
 
 
-@pytest.mark.parametrize('options', [{}, dict(as_published=True), dict(probes=4), dict(layers=1), dict(pair_intervals=True), dict(layers=1, pair_intervals=True)])
+@pytest.mark.parametrize('options', [{}, dict(as_published=True, probes=4, pair_intervals=True), dict(layers=1, pair_intervals=True)])
 def test_results_satisfy_the_schema(model, options):
     if options.get('layers'): model.blocks = model.blocks[:1]
     config, more = SETTINGS.replace(jacobian_probes=options.get('probes')), {k: v for k, v in options.items() if k in ('as_published', 'pair_intervals')}
@@ -1103,7 +1032,7 @@ def test_sequences_of_another_dtype_are_refused(model, name, dtype):
     with pytest.raises(ValueError, match=f'^{name} .*{dtype}.*allowed.*int64'): score_model(model, config=SETTINGS, progress=False, **given)
 
 
-@pytest.mark.parametrize('kind', ['ours', 'Llama', 'GPT2'])
+@pytest.mark.parametrize('kind', ['ours', 'GPT2'])
 def test_sequences_longer_than_the_context_are_refused(model, kind):
     m, limit = (model, 10) if kind == 'ours' else (tiny(kind), 32)
     with pytest.raises(ValueError, match=f'windows holds sequences of T={limit + 1} tokens; this model was made for at most {limit}'):
@@ -1111,8 +1040,7 @@ def test_sequences_longer_than_the_context_are_refused(model, kind):
     assert score_model(m, windows(6, 1, T=limit), windows(40, 2, T=limit), SETTINGS, progress=False)['settings']['T'] == limit
 
 
-@pytest.mark.parametrize('kind', ['ours', 'Llama'])
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('kind, value', [('ours', math.nan), ('Llama', -math.inf)])
 def test_a_model_that_is_not_finite_is_refused_by_the_name_of_its_weights(model, kind, value, tmp_path):
     network = model if kind == 'ours' else tiny(kind)
     name, weights = list(network.named_parameters())[-3]
@@ -1177,7 +1105,7 @@ def on_a_device_without_fp64(network):
     return moved
 
 
-@pytest.mark.parametrize('options', [{}, dict(jacobian_probes=4), dict(experts=True)])
+@pytest.mark.parametrize('options', [{}, dict(jacobian_probes=4, experts=True)])
 def test_a_device_without_fp64_gives_the_same_scores(model, options):
     if options.pop('experts', False): model = Transformer(model.config.replace(n_experts=4)).eval()
     want = score(model, **options)
@@ -1226,9 +1154,9 @@ def test_sampled_pairs_have_no_bias_and_state_their_error():
     costs = torch.rand(20, 20, generator=torch.Generator().manual_seed(0)).double().triu(1).square()
     costs[0] *= 20
     costs[7, 15] = 9
+    draws = [choose_pairs(20, 50, seed) for seed in range(1500)]
     for part in (0, 1):                                                        # all pairs; those without block 1
         true = pair_mean(costs[part:, part:])
-        draws = [choose_pairs(20, 50, seed) for seed in range(1500)]
         found = torch.stack([(pair_weights(c) * costs)[part:].sum() / (190, 171)[part] for c in draws])
         errors = torch.stack([pair_errors(costs, c)[part] for c in draws])
         assert abs(found.mean() - true) < 4 * found.std() / 1500 ** .5 and found.std() > .02 * true

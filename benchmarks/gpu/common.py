@@ -105,24 +105,22 @@ class Deadline:
     def __exit__(self, *error): self.timer.cancel()
 
 
-DEPTHS = dict(gpu=(4, 8, 16, 32), tiny=(1, 2))
+DEPTHS = dict(gpu=(4, 8, 16, 32), tiny=(1, 2))    # as in sparsecod.studies, which is not imported yet
 FACTORS = (.5, 1, 2)  # of the scale's learning rate, in the sweep
 
 
 def base_config(scale: str):
-    "What the runs of the depth study have in common. As published, D times the variance of the weights at the start is 0.82."
+    "The scale's configuration, which `make reproduce SCALE=gpu` trains too; at `tiny`, less of everything."
     from sparsecod.studies import SCALES, vary
-    if scale == 'tiny': return vary(SCALES['tiny'], {'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': 20, 'n_eval': 8, 'measures': ('null',)})
-    return vary(SCALES['gpu'], {'model.context_length': 256, 'data.max_tokens': 2 ** 26, 'new_text': True, 'measures': ('null',),
-                                'train.steps': 1832, 'train.tokens_per_step': 2 ** 15, 'train.micro_batch_tokens': 2 ** 15, 'train.lr': 2e-3,
-                                'train.precision': 'bf16', 'train.checkpoint_every': 250})
+    few = {'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': 20, 'n_eval': 8, 'measures': ('null',)}
+    return vary(SCALES[scale], few if scale == 'tiny' else {})
 
 
 def depth_study(scale: str, rates: dict):
     "The depth study, each depth at its own learning rate."
-    from sparsecod.studies import Study
+    from sparsecod.studies import STUDIES, Study
     variants = lambda base: {f'L={L}': {'model.n_layers': L, 'train.lr': rates[L]} for L in DEPTHS[scale]}
-    return Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', variants)
+    return Study('depth', STUDIES['depth'].question, variants, STUDIES['depth'].setting)
 
 
 def best_rates(a) -> dict[int, float]:
