@@ -88,7 +88,7 @@ def contrast(color) -> float:
 
 def test_setting_colors_are_visible_and_ordered():
     for n in range(1, 9):
-        contrasts = [contrast(c) for c in figures.setting_colors(list(range(n))).values()]
+        contrasts = [contrast(look['color']) for look in figures.looks(list(range(n))).values()]
         assert contrasts == sorted(contrasts) and contrasts[0] > 2.4, contrasts
 
 
@@ -100,15 +100,20 @@ def test_a_setting_keeps_its_color_when_a_run_diverges():
     assert set(b) == {'L = 2', 'L = 8'} and all(a[name] == b[name] for name in b)
 
 
+def by_layer(records: list, name: str) -> dict:
+    "Series over the layers, by depth."
+    return figures._series(records, lambda r: figures._profile(r, name))
+
+
 def test_layers_are_numbered_from_the_embedding_and_blocks_from_one(records):
-    for L, s in figures.layer_series(records, 'variance_mean').items(): assert s.x == list(range(L + 1))
-    for L, s in figures.layer_series(records, 'causal_max').items(): assert s.x == list(range(1, L + 1))
+    for L, s in by_layer(records, 'variance_mean').items(): assert s.x == list(range(L + 1))
+    for L, s in by_layer(records, 'causal_max').items(): assert s.x == list(range(1, L + 1))
     ax = figures.plot_pairs([record(16)], 'permutation')
     assert min(ax.get_xticks()) == 1 and max(ax.get_xticks()) == 16 and ax.yaxis_inverted()
 
 
 def test_series_are_mean_and_range(records):
-    s = figures.layer_series(records, 'jacobian_per_token')[4]
+    s = by_layer(records, 'jacobian_per_token')[4]
     lines = np.array([r['scores']['arrays']['jacobian_per_token'] for r in records if r['config']['model']['n_layers'] == 4])
     assert s.seeds == 3 and np.allclose(s.mean, lines.mean(0)) and np.allclose(s.low, lines.min(0)) and np.allclose(s.high, lines.max(0))
 
@@ -116,12 +121,12 @@ def test_series_are_mean_and_range(records):
 def test_curves_skip_what_was_not_measured():
     r = record(2, diverged=True)
     assert r['curve']['variance_mean'][-1] is None
-    assert list(figures.curve(r, 'variance_mean')) == r['curve']['step'][:-1]
+    assert list(figures._curve(r, 'variance_mean')) == r['curve']['step'][:-1]
 
 
 def test_pairs_are_averaged_over_seeds():
     group = [record(4, seed) for seed in range(2)]
-    mean, (a, b) = figures.pair_means(group, 'causal'), [r['scores']['arrays']['causal'] for r in group]
+    mean, (a, b) = figures._pair_means(group, 'causal'), [r['scores']['arrays']['causal'] for r in group]
     assert np.isclose(mean[0, 3], (a[0][3] + b[0][3]) / 2) and np.isnan(mean[3, 0]) and np.isnan(mean[1, 1])
 
 
@@ -131,8 +136,8 @@ def test_block_one_is_in_two_of_L_pairs():
         scores = np.where(np.triu(np.ones((L, L)), 1), 0., np.nan)
         scores[0, 1:] = 1
         assert np.isclose(np.nanmean(scores), 2 / L)
-        assert figures.split_pairs(scores) == {'with block 1': 1, 'without block 1': 0}
-    two = figures.split_pairs(np.array([[np.nan, .5], [np.nan, np.nan]]))
+        assert figures._split_pairs(scores) == {'with block 1': 1, 'without block 1': 0}
+    two = figures._split_pairs(np.array([[np.nan, .5], [np.nan, np.nan]]))
     assert two['with block 1'] == .5 and np.isnan(two['without block 1'])
     assert list(figures.pair_parts([record(2), record(4)], 'causal')['without block 1']) == [4]
 
@@ -179,20 +184,13 @@ def test_other_intervals_are_left_alone():
         assert np.allclose(spans, [(e['low'], e['high']) for e in found.values()]) and 'cut' not in ax.get_ylabel()
 
 
-@pytest.mark.parametrize('name', figures.METRICS)
-def test_shares_are_known_by_their_axis(name):
-    shares = {'usefulness', 'accuracy', 'accuracy_plain', 'density', 'density_attention', 'density_feed_forward', 'keys_for_90_percent', 'attention_entropy', 'mass_on_first',
-              'weights_below_0_01', 'weights_below_0_1_rms', 'participation', 'expert_density'}
-    assert figures.is_share(name) == figures.is_share(f'{name}@common') == (name in shares)
-
-
 def test_a_measure_of_ones_own_can_be_averaged_by_ratio(records):
     last = lambda r: r['scores']['scalars']['final_variance']['value']
-    for L, e in figures.estimates_of(records, last, log=True).items():
+    for L, e in figures.estimates(records, last, log=True).items():
         values = [last(r) for r in records if r['config']['model']['n_layers'] == L]
         assert e['value'] == pytest.approx(np.exp(np.mean(np.log(values)))) and 0 < e['low'] < e['value'] < e['high']
         assert e == figures.estimates(records, 'final_variance')[L]
-    assert figures.estimates_of(records, last)[4]['value'] == pytest.approx(np.mean([last(r) for r in records if r['config']['model']['n_layers'] == 4]))
+    assert figures.estimates(records, last)[4]['value'] == pytest.approx(np.mean([last(r) for r in records if r['config']['model']['n_layers'] == 4]))
 
 
 # ---- what is refused
@@ -214,7 +212,7 @@ def test_no_records(call):
 
 @pytest.mark.parametrize('claim', [c for c in CLAIMS if c.published and c.study == 'depth'], ids=lambda c: c.id)
 def test_published_numbers_are_read_from_the_ledger(claim):
-    found = figures.published(claim.id)
+    found = figures._published(claim.id)
     assert len(found) == claim.published.count('=') and all(1 <= len(ys) <= 2 for ys in found.values())
     assert {f'paper-L{x:g}' for x in found} <= set(PRESETS)
 
@@ -248,8 +246,8 @@ def test_a_verdict_without_a_statistic_says_why():
 
 def test_usefulness_at_the_published_threshold_is_the_score(records):
     for r in records:
-        share = figures.useful_share(r['scores']['arrays']['usefulness_ratio'], np.array([1.10]))
-        assert np.isclose(share[0], r['scores']['scalars']['usefulness']['value'])
+        share = next(y for x, y in figures._useful_shares(r).items() if np.isclose(x, .1))
+        assert np.isclose(share, r['scores']['scalars']['usefulness']['value'])
 
 
 def test_results_folder(root, tmp_path):
@@ -374,8 +372,8 @@ def test_diverged_runs_leave_their_seed_out_and_are_counted():
     runs = figures.label_variants('gqa', variants(diverged=[('G=1', 1), ('G=2', 0), *(('G=4', s) for s in (0, 1, 2))], missing=['G=4, matched']))
     changed = figures.seed_changes(runs, 'val_loss', 'G=1')
     assert list(changed['G=2']['by_seed']) == [2] and changed['G=2']['n'] == 1 and np.isnan(changed['G=2']['low'])
-    assert list(changed['G=2, matched']['by_seed']) == [0, 2] and figures.change_text(changed['G=2, matched']) == ''
-    assert figures.change_text(changed['G=4']) == 'diverged' and figures.change_text(changed['G=2']) == '1 of 3 diverged'
+    assert list(changed['G=2, matched']['by_seed']) == [0, 2] and figures._change_text(changed['G=2, matched']) == ''
+    assert figures._change_text(changed['G=4']) == 'diverged' and figures._change_text(changed['G=2']) == '1 of 3 diverged'
     assert 'G=4, matched' not in changed
 
 
@@ -509,7 +507,7 @@ def test_scatter_has_a_point_a_run(gqa):
 def test_lengths_are_drawn_with_a_ring_at_the_own_one():
     records = variants('context')
     runs = figures.label_variants('context', records)
-    series = figures.length_series(runs, 'val_loss')
+    series = figures._series(runs, lambda r: figures._at_lengths(r, 'val_loss'), 'variant')
     for name, group in figures.by_setting(runs, 'variant').items():
         T = group[0]['config']['model']['context_length']
         assert series[name].x == [T // 2, T, 2 * T]
@@ -545,7 +543,7 @@ def test_floors_that_differ_between_runs_are_bands(records):
 def test_floors_belong_to_losses_only(records):
     ends = lambda ax: (len(ax.get_lines()), ax.get_ylim())
     assert ends(figures.plot_score(with_floors(records, [4.29]), 'causal')) == ends(figures.plot_score(records, 'causal'))
-    assert 'table of token triples' not in figures.floor_losses(with_floors(records, [4.29]), ('pairs',))
+    assert 'table of token triples' not in figures._floor_losses(with_floors(records, [4.29]), ('pairs',))
 
 
 def test_a_notebook_goes_on_showing_figures():

@@ -20,7 +20,7 @@ import sparsecod.studies as module
 from sparsecod.configuration import Config
 from sparsecod.core import ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
-from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, complete_seeds, correct, correlations, needed_labels, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, statistic_text, verdict_counts
+from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, _complete_seeds, _correct, correlations, _needed, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, _statistic_text, verdict_counts
 from sparsecod.integrity import check_stamp, read_json
 from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, results_table, run, run_name, run_study, source_setting,
@@ -696,11 +696,11 @@ def test_runs_above_their_floor_judge_nothing(pairs, judged):
 def test_a_primary_endpoint_must_pass_the_correction(monkeypatch):
     "Benjamini and Hochberg by hand: the k-th smallest of m needs p <= k / m * 0.05, or a larger one that passes."
     row = lambda name, p, primary=True, n=3: dict(id=name, verdict='confirmed', registered='0' * 40 if primary else None, statistic=dict(p=p, n=n))
-    verdicts = lambda ps: [r['verdict'] for r in correct([row(str(i), p) for i, p in enumerate(ps)])]
+    verdicts = lambda ps: [r['verdict'] for r in _correct([row(str(i), p) for i, p in enumerate(ps)])]
     assert verdicts([.03]) == ['confirmed'] and verdicts([.03, .6]) == ['open', 'open']
     assert verdicts([.01, .04, .045]) == ['confirmed'] * 3 and verdicts([.001, .04, .2]) == ['confirmed', 'open', 'open']
-    assert [r['verdict'] for r in correct([row('a', .04, False), row('b', .6)])] == ['confirmed', 'open']      # exploratory rows are not in it
-    assert correct([]) == [] and correct([row('a', .001, n=2)])[0]['verdict'] == 'open'                          # too few seeds
+    assert [r['verdict'] for r in _correct([row('a', .04, False), row('b', .6)])] == ['confirmed', 'open']      # exploratory rows are not in it
+    assert _correct([]) == [] and _correct([row('a', .001, n=2)])[0]['verdict'] == 'open'                          # too few seeds
 
 
 def test_registered_endpoints_stay_as_they_were(root):
@@ -755,9 +755,9 @@ def test_a_run_refuses_to_be_launched_several_times_over(tmp_path, monkeypatch):
 
 def test_seeds_that_are_not_complete_do_not_count():
     records = [curse(L, seed, 1) for L in (2, 4, 8, 16) for seed in range(3)]
-    assert set(complete_seeds('depth', records)) == {0, 1, 2}
-    assert set(complete_seeds('depth', records[:-1])) == {0, 1}
-    assert set(complete_seeds('depth', [*records[:-1], ends_early(records[-1])])) == {0, 1}
+    assert set(_complete_seeds('depth', records)) == {0, 1, 2}
+    assert set(_complete_seeds('depth', records[:-1])) == {0, 1}
+    assert set(_complete_seeds('depth', [*records[:-1], ends_early(records[-1])])) == {0, 1}
     one_seed = ledger([r for r in records if r['seed'] == 0])
     assert {r['direction'] for r in one_seed if r['study']} == {'open'} and {r['verdict'] for r in one_seed if r['study']} == {'open', 'units'}
     other = [r | dict(config=vary(RunConfig.from_dict(r['config']), {'train.weight_decay': .5}).to_dict()) for r in records]
@@ -786,8 +786,8 @@ def test_a_metric_that_is_the_same_everywhere_is_said_to_be_so():
     runs = [made_up(8, seed, val_loss=4.) | {'config': vary(scale_config('laptop'), changes | {'seed': seed}).to_dict()}
             for seed in range(3) for changes in STUDIES['sources'].changes(scale_config('laptop')).values()]
     rows = {r['id']: r for r in ledger(runs, 'sources')}
-    assert 'the same in all runs' in statistic_text(rows['sources-final-variance-usefulness'])
-    assert 'no complete seed' in statistic_text(ledger([], 'sources')[0])
+    assert 'the same in all runs' in _statistic_text(rows['sources-final-variance-usefulness'])
+    assert 'no complete seed' in _statistic_text(ledger([], 'sources')[0])
 
 
 def test_the_ledger_as_text():
@@ -839,7 +839,7 @@ def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
 
 def test_claims_compare_the_variants_that_they_speak_of():
     labels = {name: list(study.changes(scale_config('laptop'))) for name, study in STUDIES.items()}
-    pairs = {c.id: needed_labels(labels[c.study], c.needs) for c in CLAIMS if c.needs}
+    pairs = {c.id: _needed(labels[c.study], c.needs) for c in CLAIMS if c.needs}
     assert pairs['decay-final-variance'] == ['λ=0', 'λ=0.1'] and pairs['decay-final-variance-all'] == ['λ=0', 'λ=0.1, all']
     assert pairs['decay-val-loss-overshoot'] == ['λ=0.1', 'λ=1'] and pairs['decay-val-loss-collapse-all'] == ['λ=1, all', 'λ=3, all']
     assert pairs['context-final-variance'] == ['T=32, sequences fixed', 'T=512, sequences fixed']
@@ -852,10 +852,10 @@ def test_claims_compare_the_variants_that_they_speak_of():
     assert pairs['ladder-accuracy-decay-overshoot'] == ['+ λ=0.3', '(+ λ=0.6)'] and pairs['ladder-accuracy-gqa'] == ['+ λ=0.3', '+ G=2']
     paper = list(STUDIES['context'].changes(scale_config('paper')))
     needs = {c.id: c.needs for c in CLAIMS}
-    assert needed_labels(paper, needs['context-growth']) == ['T=256, sequences fixed', 'T=8192, sequences fixed']
-    assert needed_labels(paper, needs['context-growth-tokens-fixed']) == ['T=256', 'T=8192']
+    assert _needed(paper, needs['context-growth']) == ['T=256, sequences fixed', 'T=8192, sequences fixed']
+    assert _needed(paper, needs['context-growth-tokens-fixed']) == ['T=256', 'T=8192']
     desk = list(STUDIES['context'].changes(scale_config('desk')))
-    assert needed_labels(desk, needs['context-growth']) is None and needed_labels(desk, needs['context-growth-tokens-fixed']) == ['T=64', 'T=512']
+    assert _needed(desk, needs['context-growth']) is None and _needed(desk, needs['context-growth-tokens-fixed']) == ['T=64', 'T=512']
 
 
 def test_a_diverged_variant_takes_its_seed_only_from_claims_that_need_it():
@@ -870,7 +870,7 @@ def test_a_diverged_variant_takes_its_seed_only_from_claims_that_need_it():
     assert rows['decay-val-loss']['statistic']['n'] == 3 and not rows['decay-val-loss']['left_out']
     assert rows['decay-val-loss-collapse']['statistic']['n'] == 2
     assert rows['decay-val-loss-collapse']['left_out'] == ['λ=3, seed 1 (diverged)']
-    assert 'without λ=3, seed 1 (diverged)' in statistic_text(rows['decay-val-loss-collapse'])
+    assert 'without λ=3, seed 1 (diverged)' in _statistic_text(rows['decay-val-loss-collapse'])
 
 
 def test_correlations_across_variants():
