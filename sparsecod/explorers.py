@@ -679,7 +679,8 @@ def twins_explorer(
     lines = calculated(rows('layers').transform_filter('datum.k == 0'), dict(y='datum.v * pow(4, k)', kind="'calculated'", says=says))
     rings = calculated(rows('layers').transform_filter('datum.k == k'), dict(y='datum.v', kind="'measured'"))
     tip = [alt.Tooltip('l:Q', title='layer'), alt.Tooltip('y:Q', format='.3~g', title='variance')]
-    stream = alt.layer(lines.mark_line(strokeWidth=2.2, point=dict(size=20)).encode(x, y, kind, tooltip=tip).properties(name='stream'),
+    stream = alt.layer(lines.mark_line(strokeWidth=2.2, point=dict(size=20)).encode(x, y, kind, tooltip=tip),
+                       lines.mark_point(opacity=0, size=0, aria=False).encode(x, y).properties(name='stream'),
                        rings.mark_point(size=110, strokeWidth=2).encode(x, y, kind, tooltip=tip))
     order = alt.Y('score:N', title=None, sort=list(COSTS.values()), axis=alt.Axis(labelLimit=200))
     value = alt.X('value:Q', title='value', axis=alt.Axis(tickCount=5))
