@@ -14,7 +14,7 @@ STATUSES = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Produ
 minimum = tuple(map(int, cfg['min_python'].split('.')))
 readme = ROOT / 'README.md'
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('eval', 'gguf', 'hf', 'widgets')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('cluster', 'eval', 'gguf', 'hf', 'widgets')}
 
 setup(
     name=cfg['lib_name'],

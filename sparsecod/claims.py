@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REGISTERED', 'PUBLISHED', 'CLAIMS', 'LINKS', 'CHECKS', 'QUANTITIES', 'HEADS', 'HEADLINES', 'judge', 'slope', 'trend',
            'rank_correlation', 'Claim', 'contrast', 'correlations', 'ledger', 'beside_record', 'number', 'ledger_cells',
-           'ledger_table', 'verdict_counts', 'floor_note', 'ledger_markdown', 'headlines', 'short_markdown']
+           'ledger_table', 'verdict_counts', 'floor_note', 'ledger_markdown', 'standing_ledger', 'headlines',
+           'short_markdown']
 
 # %% ../nbs/tools/06_claims.ipynb #17854e0a
 import math
@@ -14,14 +15,15 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import SIZES, RunConfig, Study, by_variant, logarithmic, passed, read_metric, scale_config, study_named
-from .studies import summarise, t_interval, variant_keys
+from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed, read_metric
+from .studies import scale_config, study_named, summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 
 # %% ../nbs/tools/06_claims.ipynb #725d783c
@@ -627,6 +629,8 @@ _sum('theory-relative-growth', "A lower density slows the growth of the stream's
      control=True)(lambda: _growth(True))
 
 # %% ../nbs/tools/06_claims.ipynb #87dea778
+_LEAST_SEEDS = 3   # for a verdict on a primary endpoint
+
 def _correct(rows: list[dict]) -> list[dict]:
     "Benjamini and Hochberg's correction over the primary endpoints that were judged, at a rate of 0.05; one that does not pass, or has fewer than three seeds, is open."
     primary = [row for row in rows if row['registered'] and row['verdict'] in ('confirmed', 'contradicted', 'open')
@@ -634,7 +638,7 @@ def _correct(rows: list[dict]) -> list[dict]:
     if not primary: return rows
     for row, q in zip(primary, false_discovery_control([row['statistic']['p'] for row in primary])):
         row['statistic']['q'] = float(q)
-        if q > .05 or row['statistic']['n'] < 3: row['verdict'] = 'open'
+        if q > .05 or row['statistic']['n'] < _LEAST_SEEDS: row['verdict'] = 'open'
     return rows
 
 def ledger(records: list[dict], study: str | None = None, base: RunConfig | None = None) -> list[dict]:
@@ -744,10 +748,14 @@ def ledger_markdown(rows: list[dict]) -> str:
     return _markdown([(*HEADS, 'rule'), *((*ledger_cells(row), f"{standing(row)}{row['rule']}") for row in rows)])
 
 # %% ../nbs/tools/06_claims.ipynb #6d1f3220
-HEADLINES = ('training-growth-longer', 'training-causal-longer', 'training-linear-loss-increase-longer',
-             'training-val-loss-longer',
-             'depth-growth', 'decay-growth-all', 'context-growth', 'gqa-growth', 'moe-growth',
-             'sources-density-growth',
+def standing_ledger(folder: str | Path) -> list[dict]:
+    "All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged them, else `laptop`."
+    small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))] for scale in ('laptop', 'desk'))
+    judged = {row['id']: row for row in large if row['study'] and row['statistic']['n'] >= _LEAST_SEEDS}
+    return [judged.get(row['id'], row) for row in small]
+
+HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth',
+             'gqa-growth', 'moe-growth', 'sources-density-growth',
              'theory-proportional', 'theory-relative-growth')
 
 def headlines(rows: list[dict]) -> list[dict]:
@@ -757,7 +765,9 @@ def headlines(rows: list[dict]) -> list[dict]:
 
 def short_markdown(rows: list[dict]) -> str:
     "Verdict, claim and statistic, without the published numbers and ours by variant, as Markdown."
-    statistic = lambda row: f"{row['rule'].split('; confirmed')[0]}: {_statistic_text(row)}" if row['study'] else f"{_ours_text(row)} (arithmetic)"
+    scale = lambda row: f"; scale {row['scale']}" if 'scale' in row else ''
+    rule = lambda row: f"{row['rule'].split('; confirmed')[0]}: {_statistic_text(row)}{scale(row)}"
+    statistic = lambda row: rule(row) if row['study'] else f"{_ours_text(row)} (arithmetic)"
     claim = lambda row: ('control: ' if row['control'] else '') + row['statement']
     return _markdown([('verdict', 'claim', 'statistic, 95 % interval over seeds'),
                       *((row['verdict'], claim(row), statistic(row)) for row in rows)])

@@ -91,7 +91,8 @@ def add_running(parser):
     add_scale(parser)
     option(parser, '--seeds', type=count, default=1, metavar='N', help='number of seeds: N runs of every variant, with seeds 0 to N - 1')
     option(parser, '--out', default='runs', metavar='DIR', help='where records go: DIR/<scale>/<run>.json')
-    option(parser, '--jobs', type=count, metavar='N', help='runs at a time', shown='one a core on a CPU, one on a GPU')
+    option(parser, '--jobs', type=count, metavar='N', help='runs at a time', shown='one a GPU, or one a core where there is none')
+    option(parser, '--on', metavar='CLUSTER', help="a cluster to hand the runs to, such as slurm or 'slurm gpus_per_node=1 timeout_min=720'", shown='this machine')
     option(parser, '--work', metavar='DIR', help='where checkpoints and models go', shown='OUT/.work; for a folder called results, runs/.work beside it')
     flag(parser, '--force', 'delete what was run before and run everything again')
 
@@ -120,6 +121,7 @@ def add_train(commands):
     add_scale(p)
     option(p, '--set', type=setting, action='append', default=[], metavar='FIELD=VALUE', shown='none',
            help='any other field by its path, such as train.warmup_steps=50; may be given more than once; --show lists all')
+    option(p, '--tracker', metavar='NAME', help='where the log is shown as well: tensorboard or wandb', shown='nowhere')
     flag(p, '--show', 'print the configuration with all its fields and stop')
     flag(p, '--restart', 'erase what is in the folder and start afresh')
     for title, options in {'model and training': SHORT, 'the four sources of sparsity': SOURCES}.items():
@@ -159,7 +161,7 @@ def do_train(args) -> int:
     config = fit_vocabulary(config, corpus)
     check_training(config, corpus, Path(args.folder))
     with redirect_stdout(StringIO()):  # a finished model is loaded, and that prints
-        result = train(config.model, config.train, corpus, args.folder, resume=not args.restart, progress=not args.quiet)
+        result = train(config.model, config.train, corpus, args.folder, resume=not args.restart, progress=not args.quiet, tracker=args.tracker)
     if main:
         label_folder(args.folder, config, corpus)
         print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, {result.seconds:.0f} s")
@@ -627,7 +629,7 @@ def run_studies(names: list[str], args):
     from sparsecod.studies import RunsFailed, run_study
     problem = None
     for name in names:
-        try: run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force, not args.quiet)
+        try: run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force, not args.quiet, args.on)
         except RunsFailed as error: problem = problem or error
     return problem
 

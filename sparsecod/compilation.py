@@ -78,9 +78,7 @@ SHAPES = 500  # that one process may compile; PyTorch stops at 8 graphs and goes
 
 class CompiledLoss:
     "The training loss of a model, compiled: called like the model itself."
-    def __init__(self,
-        model: Transformer,  # in one process, on its device
-    ):
+    def __init__(self, model: Transformer):
         self.model, limits = model, torch._dynamo.config
         for name in ('recompile_limit', 'accumulated_recompile_limit'):     # since PyTorch 2.7
             if hasattr(limits, name): setattr(limits, name, max(SHAPES, getattr(limits, name)))
@@ -144,12 +142,7 @@ def processor(device: torch.device) -> str:
     except OSError: return f'{platform.machine()} {platform.processor()}'
 
 
-def trial_file(
-    model_config: ModelConfig,  # the model
-    tokens: int,                # targets a forward pass
-    device: torch.device,       # where it runs
-    allowed: tuple,             # pairs of precision and whether to compile
-) -> Path:                      # where the result of the trial is kept
+def trial_file(model_config: ModelConfig, tokens: int, device: torch.device, allowed: tuple) -> Path:
     "A file in the cache, named by everything that the result of a trial depends on."
     key = [model_config.to_dict(), tokens, device.type, processor(device), torch.get_num_threads(), torch.__version__, allowed]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

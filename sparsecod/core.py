@@ -196,6 +196,8 @@ def init_matrices(
 # %% ../nbs/build/03_core.ipynb #b4927f34
 class Stack(nn.Module):
     "Embedding and L blocks, with access to the stream between any two blocks."
+    checkpointing = False  # True: blocks keep their input only, and are computed again in the backward pass
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.embedding = config, nn.Embedding(config.vocab_size, config.d_model)
@@ -216,7 +218,9 @@ class Stack(nn.Module):
         if not 0 <= start <= len(self.blocks): raise ValueError(f'start={start} must index a stream, 0 to {len(self.blocks)}')
         rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, h.device)  # (T, D_h/2)
         for l, block in enumerate(self.blocks[start:stop], start + 1):
-            h = (out := block(h, rope)).stream                                          # (B, T, D)
+            again = self.checkpointing and torch.is_grad_enabled()
+            out = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False) if again else block(h, rope)
+            h = out.stream                                                              # (B, T, D)
             if watch is not None: watch(l, out)
         return h
 

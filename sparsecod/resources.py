@@ -28,9 +28,7 @@ from .studies import RunConfig, Study, hardware, read_records, scale_config, stu
 from .train import TrainConfig, find_world, make_optimizer, sequences_per_step
 
 # %% ../nbs/tools/03_resources.ipynb #c212d21b
-def training_flops(
-    config: RunConfig,
-) -> float:          # operations
+def training_flops(config: RunConfig) -> float:  # operations
     "Operations of a training."
     return float(config.train.steps * config.train.tokens_per_step * flops_per_token(config.model))
 
@@ -42,9 +40,7 @@ def scoring_passes(m: ModelConfig, score: ScoreConfig) -> float:
     windows, fit = (torch.empty(n, m.context_length + 1) for n in (score.n_sequences, score.n_fit))
     return sum(planned_work(model, windows, fit, score, plan_memory(model, len(windows), m.context_length, score)).values())
 
-def scoring_flops(
-    config: RunConfig,
-) -> float:          # operations
+def scoring_flops(config: RunConfig) -> float:  # operations
     "Operations of the final loss and the scores; further measurements of a study are not counted."
     m, T = config.model, config.model.context_length
     forward = flops_per_token(m, training=False)
@@ -77,26 +73,29 @@ def activation_bytes(
     config: RunConfig,
     gpus: int = 1,      # among which the sequences of a step are divided
     bf16: bool = True,  # whether matrix products run in bf16
+    again: bool = False, # whether blocks are computed again in the backward pass
 ) -> int:               # bytes, on each
     "What a forward pass keeps, and the largest piece of logits with its gradients."
     m, t = config.model, config.train
     B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
     count = bf16 or m.n_experts > 0                                                      # fake experts run in bf16 only
     one, two = (saved_bytes(m.replace(n_layers=L), B, count) for L in (1, 2))
-    kept = one + (m.n_layers - 1) * (two - one)
-    return kept * (1 if count == bf16 else 2) + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
+    factor = 1 if count == bf16 else 2
+    kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again else factor * (two - one))
+    return kept + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
 
 # %% ../nbs/tools/03_resources.ipynb #e63cae1e
 def memory_bytes(
     config: RunConfig,
     gpus: int = 1,      # that share a training
     bf16: bool = True,  # whether matrix products run in bf16
+    again: bool = False, # whether blocks are computed again in the backward pass
 ) -> dict[str, int]:    # 'single', 'ddp' and 'fsdp': bytes on each card
     "The most that a training step needs, compiled or not."
     P, m = param_counts(config.model), config.model
     largest = max(P['blocks'] // m.n_layers, P['embedding'])                             # fetched as one piece
-    shared = activation_bytes(config, gpus, bf16)
-    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16), ddp=20 * P['total'] + shared,
+    shared = activation_bytes(config, gpus, bf16, again)
+    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16, again), ddp=20 * P['total'] + shared,
                 fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
 
 # %% ../nbs/tools/03_resources.ipynb #7f77cdd7
@@ -126,10 +125,7 @@ class Machine(Config):
         require(self.tokens_per_second is None or self.card is None, self, 'tokens_per_second', 'is a speed already; leave the card out')
 
 # %% ../nbs/tools/03_resources.ipynb #436c496c
-def timed(
-    work: Callable[[], object],
-    device: torch.device,        # where it is done
-) -> float:                      # seconds
+def timed(work: Callable[[], object], device: torch.device) -> float:  # seconds
     "Seconds that some work takes, done once before and then once by the clock."
     for _ in range(2):
         start = time.perf_counter()
@@ -184,9 +180,7 @@ def shape(config: RunConfig) -> tuple:
     "What the speed of a run depends on."
     return config.model, config.train.micro_batch_tokens, config.train.precision
 
-def recorded_speeds(
-    records: list[dict],     # of finished runs on one machine
-) -> dict[tuple, Speed]:     # by shape
+def recorded_speeds(records: list[dict]) -> dict[tuple, Speed]:
     "Speeds of recorded runs, all runs of a shape together."
     sums = {}
     for r in records:
@@ -195,12 +189,7 @@ def recorded_speeds(
         sums[shape(config)] = [a + b for a, b in zip(sums.get(shape(config), [0] * 4), new)]
     return {key: Speed(train / max(t, 1e-3), score / max(s, 1e-3), 'recorded runs') for key, (train, t, score, s) in sums.items()}
 
-def speed_of(
-    config: RunConfig,
-    base: RunConfig,       # the scale's configuration
-    machine: Machine,
-    known: dict[tuple, Speed],  # from recorded_speeds
-) -> Speed:
+def speed_of(config: RunConfig, base: RunConfig, machine: Machine, known: dict[tuple, Speed]) -> Speed:
     "How fast a run goes on a machine."
     if machine.card:
         card, share = CARDS[machine.card], machine.gpus * machine.utilisation
@@ -250,12 +239,7 @@ def spell_number(x: float) -> str:
         if x >= size: return f'{x / size:.3g}{letter}'
     return f'{x:.3g}'
 
-def needs_lines(
-    study: str,
-    scale: str,
-    needs: pd.DataFrame,  # from study_needs
-    machine: Machine,
-) -> list[str]:
+def needs_lines(study: str, scale: str, needs: pd.DataFrame, machine: Machine) -> list[str]:
     "What a study needs, for a terminal."
     runs, total = needs.runs.sum(), lambda column: (needs[column] * needs.runs).sum()
     disk = needs.disk.max() + total('disk_kept')

@@ -16,12 +16,11 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'ALWAYS
            'depth_setting', 'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay',
            'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
            'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants',
-           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'last_record', 'progress_of',
-           'complaint', 'Bars', 'Lines', 'Silence', 'Supervisor', 'result_line', 'collect', 'show', 'supervise', 'plan',
-           'RunsFailed', 'default_jobs', 'choose_display', 'run_study', 'variant_key', 'key_in_record', 'variant_keys',
-           'by_variant', 'one_corpus', 'read_records', 'load_results', 'source_variants', 'at_some_length',
-           'metric_place', 'read_metric', 'passed', 'results_table', 't_interval', 'logarithmic', 'over_seeds',
-           'summarise']
+           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'progress_of', 'complaint', 'Bars',
+           'Lines', 'Silence', 'own_gpus', 'Supervisor', 'ClusterRun', 'Followed', 'hand_over', 'plan', 'RunsFailed',
+           'run_study', 'variant_key', 'key_in_record', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
+           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'passed',
+           'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import hashlib
@@ -45,6 +44,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, UTC
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ from .ngrams import floors, is_trained
 from .intervals import estimate, resamples
 from .scores import ScoreConfig, check_held_out, score_model, with_true_names
 from .sparsity import measure_sparsity
-from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, load_result, read_label, sequences_per_step, train, without_infinities
+from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set, load_result, read_label, sequences_per_step, train, without_infinities
 
 # %% ../nbs/tools/05_studies.ipynb #0732ccc0
 PARTS = dict(model=ModelConfig, data=DataConfig, train=TrainConfig, score=ScoreConfig)
@@ -107,19 +107,12 @@ class RunConfig(Config):
         return self.score.seed + (self.seed if self.new_text else 0)
 
 # %% ../nbs/tools/05_studies.ipynb #eb3dfe26
-def whole(
-    old,   # the present value of a field
-    new,   # the value it shall have
-):         # the new value; 1e3 becomes 1000 where the field holds whole numbers
+def whole(old, new):
     "Take over a number in the field's own kind."
     integral = isinstance(old, int) and not isinstance(old, bool) and isinstance(new, float) and new.is_integer()
     return int(new) if integral else new
 
-def check_change(
-    path: str,     # such as 'model.n_layers'
-    values: dict,  # the whole configuration as a dictionary
-    new,           # the value the field shall have
-) -> tuple[dict, str]:  # the dictionary that holds the field, and its name in there
+def check_change(path: str, values: dict, new) -> tuple[dict, str]:
     "Find a field by its path; a wrong path or a value of the wrong kind is an error."
     part, _, name = path.rpartition('.')
     place = values.get(part) if part else values
@@ -153,35 +146,24 @@ def vary(
         raise ValueError(f'{asked}: {error}') from error
 
 # %% ../nbs/tools/05_studies.ipynb #194f72c9
-def changed_fields(
-    config: Config,          # any configuration
-    without: tuple = (),     # fields to leave out
-) -> dict:                   # name to value
+def changed_fields(config: Config, without: tuple = ()) -> dict:
     "The fields of a configuration that differ from their defaults."
     values = config.to_dict()
     return {f.name: values[f.name] for f in fields(config)
             if f.name not in without and (f.default is MISSING or getattr(config, f.name) != f.default)}
 
-def short_hash(
-    value,    # anything that JSON can hold
-) -> str:     # 8 hexadecimal digits
+def short_hash(value) -> str:
     "A name for a value: equal values share it."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
-def identity(
-    config: RunConfig,  # with the vocabulary of its corpus
-    fingerprint: str,   # of the corpus
-) -> str:               # 8 hexadecimal digits
+def identity(config: RunConfig, fingerprint: str) -> str:
     "What makes two runs the same: all that decides the outcome."
     return short_hash(dict(model=changed_fields(config.model), train=changed_fields(config.train, ('seed', *FREE_FIELDS)),
                            score=changed_fields(config.score), seed=config.seed, n_eval=config.n_eval, corpus=fingerprint,
                            **(dict(new_text=True) if config.new_text else {})))
 
 # %% ../nbs/tools/05_studies.ipynb #f2ff6e06
-def run_name(
-    config: RunConfig,  # with the vocabulary of its corpus
-    fingerprint: str,   # of the corpus
-) -> str:               # such as L16_D64_T128_seed0-1a2b3c4d
+def run_name(config: RunConfig, fingerprint: str) -> str:
     "A readable name that no other run has."
     m, t = config.model, config.train
     parts = [f'L{m.n_layers}', f'D{m.d_model}', f'T{m.context_length}']
@@ -235,9 +217,7 @@ def scale_config(
     return SCALES[scale]
 
 # %% ../nbs/tools/05_studies.ipynb #58db64be
-def hardware(
-    device: torch.device,  # where the model ran
-) -> str:                  # name of the GPU or of the CPU
+def hardware(device: torch.device) -> str:
     "What the run was computed on."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
@@ -250,9 +230,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/tools/05_studies.ipynb #e295b955
-def git(
-    *arguments: str,  # of the git command
-) -> str | None:      # its output; None if it fails or git is not there
+def git(*arguments: str) -> str | None:
     "Ask git about the folder of the package."
     command = ['git', '-C', str(Path(sparsecod.__file__).parent), *arguments]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8')
@@ -275,10 +253,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: pass
     return found
 
-def provenance(
-    corpus: Corpus,        # what the model was trained on
-    device: torch.device,  # where it ran
-) -> dict:
+def provenance(corpus: Corpus, device: torch.device) -> dict:
     "Where and with what a result was made."
     return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(), device=str(device),
                 platform=platform.platform(), python=platform.python_version(), torch=torch.__version__,
@@ -293,17 +268,13 @@ CURVE = dict(step='step', loss='loss', lr='lr', grad_norm='grad_norm', variance_
              variance_median='variance_median', variance_without_first='variance_without_first',
              attention_update='attention_variance', feed_forward_update='feed_forward_variance')  # name in a record: in the log
 
-def shortened(
-    value,   # number, or lists and dictionaries of them
-):           # the same with 6 significant digits
+def shortened(value):
     "Round all numbers with a fraction."
     if isinstance(value, dict): return {k: shortened(v) for k, v in value.items()}
     if isinstance(value, list): return [shortened(v) for v in value]
     return float(f'{value:.6g}') if isinstance(value, float) and math.isfinite(value) else value
 
-def curves(
-    log: list[dict],  # from train
-) -> dict[str, list]: # a list for each quantity, one entry a logged step
+def curves(log: list[dict]) -> dict[str, list]:
     "The training log by quantity."
     return shortened({name: [r.get(key) for r in log] for name, key in CURVE.items()})
 
@@ -342,10 +313,7 @@ def final_loss(
     return dict(val_loss=loss, perplexity=float(np.exp(loss['value'])))
 
 # %% ../nbs/tools/05_studies.ipynb #160cd6d5
-def check_text(
-    config: RunConfig,  # with the vocabulary of its corpus
-    corpus: Corpus,     # what the model is to be trained on
-):
+def check_text(config: RunConfig, corpus: Corpus):
     "Raise a ValueError unless there is text enough for the training, the scores and all further measurements."
     T, D, s = config.model.context_length, config.model.d_model, config.score
     have, n = {split: len(corpus.tokens(split)) for split in ('train', 'val')}, s.n_sequences + s.n_fit
@@ -369,9 +337,7 @@ def check_text(
                          'give more text or smaller documents')
 
 # %% ../nbs/tools/05_studies.ipynb #54083013
-def training_bytes(
-    config: RunConfig,  # of a run
-) -> int:               # bytes
+def training_bytes(config: RunConfig) -> int:  # bytes
     "The most that a training has on the disk at a time: checkpoints, one more in the making, and the model."
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
 
@@ -397,9 +363,7 @@ def check_folder(
         raise OSError(errno.ENOSPC, f'{folder} has {free / 2**30:.3g} GB free and {need / 2**30:.3g} GB are needed; '
                                     'make room or choose another folder')
 
-def check_file(
-    path: str | Path,  # that is to be written
-):
+def check_file(path: str | Path):
     "Raise an error unless a file of this name can be written."
     if os.path.isdir(path): raise IsADirectoryError(errno.EISDIR, f'{path} is a folder; name a file')
     check_folder(Path(path).absolute().parent)
@@ -444,10 +408,7 @@ ALWAYS = dict(floors=floors_of)           # in every record, whatever it asks fo
 MEASURES |= dict(null=null_of, lengths=lengths_of, cloze=cloze_of, theory=theory_of, sample=sample_of)
 
 # %% ../nbs/tools/05_studies.ipynb #c8c6cd6f
-def missing_measures(
-    record: dict,       # of a run
-    config: RunConfig,  # the run as it is wanted
-) -> list[str]:         # keys of MEASURES
+def missing_measures(record: dict, config: RunConfig) -> list[str]:  # keys of MEASURES
     "Measurements that a run asks for and its record lacks, or has of other lengths or another number of questions."
     if record['status'] != 'finished': return []
     there = record['config']
@@ -455,12 +416,7 @@ def missing_measures(
                  cloze=config.n_questions != there.get('n_questions', config.n_questions))
     return [name for name in (*ALWAYS, *config.measures) if name not in record or other.get(name)]
 
-def add_measures(
-    record: dict,        # of a finished run
-    model: Transformer,  # the run's, in fp32
-    config: RunConfig,   # the run as it is wanted, with the vocabulary of its corpus
-    corpus: Corpus,      # what it was trained on
-) -> dict:               # the record with all that its run asks for
+def add_measures(record: dict, model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Make the measurements that a record lacks; the rest of it stays as it is."
     wanted = missing_measures(record, config)
     if not wanted: return record
@@ -471,12 +427,7 @@ def add_measures(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
 # %% ../nbs/tools/05_studies.ipynb #719f71bf
-def make_record(
-    config: RunConfig,    # with the vocabulary of its corpus
-    corpus: Corpus,       # what the model was trained on
-    result: TrainResult,  # finished or diverged
-    progress: bool,       # show a bar while scoring
-) -> dict:
+def make_record(config: RunConfig, corpus: Corpus, result: TrainResult, progress: bool) -> dict:
     "Evaluate and score a trained model and put together its record."
     start, device = time.perf_counter(), next(result.model.parameters()).device
     final, scores, sparsity = dict(val_loss=None, perplexity=None), None, None
@@ -496,19 +447,13 @@ def make_record(
     return add_measures(record | dict(config=record['config'] | dict(measures=[])), result.model, config, corpus)
 
 # %% ../nbs/tools/05_studies.ipynb #0cb342a4
-def work_folder(
-    out: str | Path,                 # where records go
-    work: str | Path | None = None,  # None: decide by out
-) -> Path:
+def work_folder(out: str | Path, work: str | Path | None = None) -> Path:  # work: None: decide by out
     "Where checkpoints and trained models are kept."
     out = Path(out)
     if work is not None: return Path(work)
     return out.absolute().parent / 'runs' / '.work' if out.absolute().name == 'results' else out / '.work'
 
-def write_record(
-    path: Path,    # the file to create or replace
-    record: dict,  # what to store
-):
+def write_record(path: Path, record: dict):
     "Store a record at once, one line for each of its top-level fields, the last of them a checksum."
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in stamp(record).items())
@@ -518,9 +463,7 @@ def write_record(
 NEEDED = dict(name=str, id=str, scale=str, config=dict, seed=int, status=str, step=int, tokens=int,
               seconds=dict, final=dict, curve=dict, provenance=dict)   # field of every record: its type
 
-def odd_parts(
-    record: dict,  # with all fields of NEEDED
-) -> list[str]:    # names of fields
+def odd_parts(record: dict) -> list[str]:
     "Parts of a record that are not what they should be."
     finished, final, curve = record['status'] == 'finished', record['final'], record['curve']
     scores, sparsity, made = record.get('scores'), record.get('sparsity', dict(scalars={})), record['provenance']
@@ -542,10 +485,7 @@ def odd_parts(
     return [name for name, ok in good.items() if not ok]
 
 # %% ../nbs/tools/05_studies.ipynb #6a1d3c13
-def check_record(
-    record,      # what the file holds
-    path: Path,  # the file, in a folder with the name of the scale
-) -> dict:       # the record, without its checksum
+def check_record(record, path: Path) -> dict:
     "Raise a ValueError unless this is a whole record, and the one that its file's name says."
     if isinstance(record, dict) and record.get('schema', SCHEMA) != SCHEMA:
         raise Damaged(f"its schema={record['schema']!r} is not the one that this version reads, {SCHEMA}")
@@ -564,9 +504,7 @@ def check_record(
         raise Damaged(f'it is the run {config.scale}/{name}, under another name')
     return record
 
-def read_record(
-    path: Path,     # a record's file
-) -> dict | None:   # None, with a warning that names file and reason, if it cannot be used
+def read_record(path: Path) -> dict | None:
     "Read a record and check it."
     try: return with_true_names(check_record(read_json(path), path.absolute()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -575,10 +513,7 @@ def read_record(
     return None
 
 # %% ../nbs/tools/05_studies.ipynb #2cf80afd
-def fit_vocabulary(
-    config: RunConfig,  # any run
-    corpus: Corpus,     # prepared from its data configuration
-) -> RunConfig:         # the same with the vocabulary of the corpus
+def fit_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     "Give the model the vocabulary of the corpus."
     return vary(config, {'model.vocab_size': corpus.vocab_size})
 
@@ -604,10 +539,7 @@ def locate(
 
 # %% ../nbs/tools/05_studies.ipynb #3fc6203a
 @contextmanager
-def hold(
-    place: Place,      # of the run
-    wait: bool = True, # for other processes; otherwise they are an error
-):                     # gives True if another process was at work
+def hold(place: Place, wait: bool = True):  # gives True if another process was at work
     "Keep a run for this process."
     place.work.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.work.with_name(f'{place.work.name}.lock'))
@@ -620,9 +552,7 @@ def hold(
     try: yield waited
     finally: lock.release()
 
-def forget(
-    place: Place,  # of the run
-):
+def forget(place: Place):
     "Delete the record of a run and all work on it, unless another process is at work there."
     with hold(place, wait=False):
         place.work.mkdir(exist_ok=True)
@@ -633,11 +563,7 @@ def forget(
         shutil.rmtree(place.work, ignore_errors=True)
 
 # %% ../nbs/tools/05_studies.ipynb #8113e87a
-def label_folder(
-    folder: str | Path,  # of a training
-    config: RunConfig,   # with the vocabulary of its corpus
-    corpus: Corpus,      # whose tokenizer to keep
-):
+def label_folder(folder: str | Path, config: RunConfig, corpus: Corpus):
     "Write `tokenizer.json`, and `run.json` with its checksum."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -657,9 +583,7 @@ def read_run(
     if model: check_identity(path, config.model.to_dict(), model.to_dict())
     return config
 
-def note_training(
-    place: Place,  # of a run whose training begins or goes on
-):
+def note_training(place: Place):
     "Write `training.json` when a training begins: at which commit and when."
     path = place.work / 'training.json'
     try: return training_note(place)
@@ -671,27 +595,20 @@ def note_training(
     note = dict(run=place.work.name) | {f'trained_{key}': value for key, value in state.items()}
     write_text(path, json.dumps(stamp(note)))
 
-def training_note(
-    place: Place,  # of a run
-) -> dict:         # trained_commit, trained_dirty, trained_date
+def training_note(place: Place) -> dict:
     "What `note_training` wrote."
     path = place.work / 'training.json'
     note = check_stamp(read_json(path), path)
     check_identity(path, note, dict(run=place.work.name))
     return {key: value for key, value in note.items() if key.startswith('trained_')}
 
-def as_trained(
-    place: Place,    # of a run
-) -> RunConfig:      # the configuration as asked for, or, if the training has ended, as it was trained
+def as_trained(place: Place) -> RunConfig:
     "How a model was trained; micro-batches and the like may differ from what is asked for now."
     label = read_label(place.work) if (place.work / 'result.json').exists() else None
     return place.config.replace(train=TrainConfig.from_dict(label['train'])) if label else place.config
 
 # %% ../nbs/tools/05_studies.ipynb #261c96af
-def complete(
-    place: Place,   # of the run
-    record: dict,   # what is there
-) -> dict | None:   # the record with all that its run asks for; None if the model is needed for that and gone
+def complete(place: Place, record: dict) -> dict | None:
     "Add to a record what it lacks, with the model that was kept."
     if not missing_measures(record, place.config): return record
     with warnings.catch_warnings():
@@ -704,9 +621,7 @@ def complete(
     return record
 
 # %% ../nbs/tools/05_studies.ipynb #6e5419d3
-def stored(
-    place: Place,   # of a run
-) -> dict | None:
+def stored(place: Place) -> dict | None:
     "The record of a run, if there is one that can be used."
     return read_record(place.record) if place.record.exists() else None
 
@@ -718,29 +633,19 @@ def one_process():
                          'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a time; '
                          'to train one model on several processes use sparsecod train')
 
-def check_outputs(
-    scale: str,              # name of the scale
-    out: str | Path,         # where records go
-    work: str | Path | None, # see work_folder
-):
+def check_outputs(scale: str, out: str | Path, work: str | Path | None):  # work: see work_folder
     "Raise an error if records or work cannot be stored; where there are records, they may be all."
     if any((Path(out) / scale).glob('*.json')): return
     for folder in (Path(out) / scale, work_folder(out, work)): check_folder(folder)
 
-def check_training(
-    config: RunConfig,  # with the vocabulary of its corpus
-    corpus: Corpus,     # what the model is to be trained on
-    folder: Path,       # where the training goes
-):
+def check_training(config: RunConfig, corpus: Corpus, folder: Path):
     "Raise an error for all that would end a training or its scoring, as far as it can be known before."
     check_text(config, corpus)
     sequences_per_step(config.train, config.model.context_length)
     there = sum(p.stat().st_size for p in folder.glob('checkpoints/*/*'))
     check_folder(folder, 0 if (folder / 'result.json').exists() else training_bytes(config) - there)
 
-def check_run(
-    place: Place,   # of a run that is to be done
-):
+def check_run(place: Place):
     "Raise an error for all that would end a run."
     check_folder(place.record.parent)
     check_training(place.config, place.corpus, place.work)
@@ -785,9 +690,7 @@ class Study:
     variants: Callable[[RunConfig], dict[str, dict]]  # from the study's configuration to label -> changes by path
     setting: Callable[[RunConfig], dict] = lambda base: {}  # from the scale's configuration to changes that all variants share
 
-    def changes(self,
-        base: RunConfig,     # the scale's configuration
-    ) -> dict[str, dict]:    # label -> all changes by path
+    def changes(self, base: RunConfig) -> dict[str, dict]:  # label -> all changes by path
         "What each variant changes in the scale's configuration."
         shared = self.setting(base)
         return {label: shared | changes for label, changes in self.variants(vary(base, shared)).items()}
@@ -802,9 +705,7 @@ class Study:
                 for seed in seed_list(seeds) for label, changes in self.changes(base).items()]
 
 # %% ../nbs/tools/05_studies.ipynb #2daec9c4
-def seed_list(
-    seeds: int | Iterable[int],  # 3 means seeds 0, 1 and 2
-) -> list[int]:
+def seed_list(seeds: int | Iterable[int]) -> list[int]:
     "Seeds by number or by name."
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if not chosen or min(chosen) < 0: raise ValueError(f'seeds={seeds!r} must be a positive whole number or a list of seeds')
@@ -814,9 +715,7 @@ def seed_list(
 STUDIES: dict[str, Study] = {}
 DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32), paper=(12, 16, 24, 32))
 
-def depth_variants(
-    base: RunConfig,     # the scale's configuration
-) -> dict[str, dict]:    # label -> changes
+def depth_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "The depths of a scale; those of `laptop` for a scale of your own."
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
@@ -827,16 +726,12 @@ def depth_setting(base: RunConfig) -> dict:    # changes by path
 STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants, depth_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #be4fdde1
-def pilot_variants(
-    base: RunConfig,     # the scale's configuration
-) -> dict[str, dict]:    # label -> changes
+def pilot_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "Every depth at half, once and twice the learning rate."
     return {f'L={L}, η={factor * base.train.lr:g}': {'model.n_layers': L, 'train.lr': factor * base.train.lr}
             for L in DEPTHS.get(base.scale, DEPTHS['laptop']) for factor in (.5, 1, 2)}
 
-def pilot_setting(
-    base: RunConfig,  # the scale's configuration
-) -> dict:            # changes by path
+def pilot_setting(base: RunConfig) -> dict:  # changes by path
     "Short runs, hardly scored: only their losses are of interest."
     few = {f'score.{name}': n for name, n in dict(n_sequences=4, n_fit=8, n_jacobian=1).items()}
     return few | {'train.steps': max(1, 2 * base.train.steps // 5)}
@@ -844,9 +739,7 @@ def pilot_setting(
 PILOTS = Study('pilots', 'Which learning rate suits which depth?', pilot_variants, pilot_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #b62548f4
-def training_variants(
-    base: RunConfig,     # the scale's configuration
-) -> dict[str, dict]:    # label -> changes
+def training_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "The shallowest model and one at most four times as deep: as in the depth study, at a third of the learning rate, and trained longer."
     depths = DEPTHS.get(base.scale, DEPTHS['laptop'])
     shallow, deep = depths[0], max(L for L in depths if L <= 4 * depths[0])
@@ -869,27 +762,20 @@ MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it i
 # %% ../nbs/tools/05_studies.ipynb #cf225a68
 PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)   # of the published weight-decay study
 
-def equivalent_decay(
-    train: TrainConfig,  # a training
-    published: float,    # lambda of the published weight-decay study
-) -> float:              # lambda that gives this training the same decay_product
+def equivalent_decay(train: TrainConfig, published: float) -> float:
     "Translate a published weight decay."
     return float(f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
 
 LENGTHS = dict(desk=(64, 128, 512), gpu=(128, 256, 1024), paper=(256, 512, 1024, 2048, 4096, 8192))
 
-def study_lengths(
-    base: RunConfig,  # the scale's configuration
-) -> tuple[int, ...]:
+def study_lengths(base: RunConfig) -> tuple[int, ...]:
     "Context lengths of a scale; a quarter of its own, its own, and four times that where none are set."
     T = base.model.context_length
     return LENGTHS.get(base.scale, (T // 4, T, 4 * T))
 
 BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
 
-def source_setting(
-    base: RunConfig,  # the scale's configuration
-) -> dict:            # changes by path
+def source_setting(base: RunConfig) -> dict:  # changes by path
     "What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published weight decay of 0.1."
     measures = tuple(name for name in MEASURES if base.scale != 'laptop' or name != 'null')   # which came after those runs
     budget = BUDGETS.get(base.scale, {}) | {'measures': measures, 'lengths': study_lengths(base)}
@@ -898,9 +784,7 @@ def source_setting(
 # %% ../nbs/tools/05_studies.ipynb #bcb70c43
 DECAYS = (0, 0.01, 0.1, 1, 3)  # published
 
-def decay_variants(
-    base: RunConfig,     # the study's configuration
-) -> dict[str, dict]:    # label -> changes; labels name the published lambda
+def decay_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes; labels name the published lambda
     "No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on three groups of parameters."
     if base.scale in ('desk', 'gpu'):
         on = lambda groups: {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': groups}
@@ -911,19 +795,14 @@ def decay_variants(
 STUDIES['decay'] = Study('decay', 'What does weight decay change, and does it matter which weights decay?', decay_variants, source_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #7f2116a1
-def length_changes(
-    base: RunConfig,     # any configuration
-    T: int,              # another context length
-) -> dict:               # changes by path
+def length_changes(base: RunConfig, T: int) -> dict:  # changes by path
     "Train, evaluate and score at another length, on as many tokens."
     same = lambda n: max(1, n * base.model.context_length // T)
     score = {f'score.{name}': same(getattr(base.score, name)) for name in ('n_sequences', 'n_fit', 'batch_size')}
     return {'model.context_length': T, 'n_eval': same(base.n_eval)} | score
 
 # %% ../nbs/tools/05_studies.ipynb #62fd8168
-def context_variants(
-    base: RunConfig,     # the study's configuration
-) -> dict[str, dict]:    # label -> changes
+def context_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "Tokens of a step fixed: own length, shortest, longest, others. Sequences fixed: others, shortest, longest."
     t, own = base.train, base.model.context_length
     lengths = [T for T in study_lengths(base) if T != own]
@@ -939,9 +818,7 @@ def context_variants(
 STUDIES['context'] = Study('context', 'What does a longer context change, and is it the length or the schedule?', context_variants, source_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #9442f213
-def gqa_variants(
-    base: RunConfig,     # the scale's configuration, with a key/value head for every query head
-) -> dict[str, dict]:    # label -> changes
+def gqa_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "Query heads per key/value head: 1, 2, 4 and all, plain and with the saved parameters given back."
     D, H, F = base.model.d_model, base.model.n_heads, base.model.d_ff
     groups = [G for G in dict.fromkeys((2, 4, H)) if 1 < G <= H and H % G == 0]
@@ -955,9 +832,7 @@ def gqa_variants(
 STUDIES['gqa'] = Study('gqa', 'What does it change if query heads share keys and values?', gqa_variants, source_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #b2a5137f
-def moe_variants(
-    base: RunConfig,     # the scale's configuration, dense
-) -> dict[str, dict]:    # label -> changes
+def moe_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "Dense, and 2 of 8 experts of equal active width with each kind of gates."
     experts = {'model.n_experts': 8, 'model.experts_per_token': 2}
     return {'dense': {}, 'gates as published': experts, 'gates renormalised': experts | {'model.gates': 'renormalised'},
@@ -968,9 +843,7 @@ STUDIES['moe'] = Study('moe', 'What does a mixture of experts change, and is it 
 # %% ../nbs/tools/05_studies.ipynb #b0a17212
 REMEDIES = {'pre-LN': 'pre_ln', 'LayerNorm Scaling': 'layernorm_scaling', 'Peri-LN': 'peri_ln'}
 
-def remedy_variants(
-    base: RunConfig,     # the study's configuration
-) -> dict[str, dict]:    # label -> changes
+def remedy_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "Three placements of norms, without and with sparsity."
     sparse = {'train.weight_decay': equivalent_decay(base.train, .3), 'model.n_kv_heads': base.model.n_heads // 2}
     plain = {label: {} if norm == base.model.norm else {'model.norm': norm} for label, norm in REMEDIES.items()}
@@ -992,25 +865,19 @@ def ladder_variants(
             '+ λ=0.3': decayed, '(+ λ=0.6)': longer | decay(.6), '(+ λ=1)': longer | decay(1),
             '+ G=2': shared, '+ MoE': shared | {'model.n_experts': 8, 'model.experts_per_token': 2}}
 
-def ladder_setting(
-    base: RunConfig,  # the scale's configuration
-) -> dict:            # changes by path
+def ladder_setting(base: RunConfig) -> dict:  # changes by path
     "As for the single sources, at the published depth of 32 where the scale allows it."
     return source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper') else {})
 
 STUDIES['ladder'] = Study('ladder', 'Do the sources of sparsity add up?', ladder_variants, ladder_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #89b62ff8
-def budget_setting(
-    base: RunConfig,  # the scale's configuration
-) -> dict:            # changes by path
+def budget_setting(base: RunConfig) -> dict:  # changes by path
     "As for the single sources, with the scale's own budget of tokens."
     shared = source_setting(base) | {f'train.{name}': getattr(base.train, name) for name in ('steps', 'tokens_per_step')}
     return shared | {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
 
-def budget_variants(
-    base: RunConfig,     # the study's configuration
-) -> dict[str, dict]:    # label -> changes
+def budget_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "No decay, decay on matrices and on everything, and a mixture of experts with two kinds of gates."
     experts = moe_variants(base)
     return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'},
@@ -1019,9 +886,7 @@ def budget_variants(
 STUDIES['budget'] = Study('budget', 'Do the findings about the sources outlive three times the training?', budget_variants, budget_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #bb3d1e03
-def study_named(
-    study: str | Study,  # a key of STUDIES, main or pilots, or a study
-) -> Study:
+def study_named(study: str | Study) -> Study:  # study: a key of STUDIES, main or pilots, or a study
     "A study by name."
     if isinstance(study, Study): return study
     named = STUDIES | {s.name: s for s in (MAIN, PILOTS)}
@@ -1056,58 +921,39 @@ class Job(NamedTuple):
     place: Place       # where its files are
     cost: float        # operations of its training, for the order and for the progress bar
 
-# %% ../nbs/tools/05_studies.ipynb #3e6aad9e
-def start_worker(
-    job: Job,            # what to do
-    out: str | Path,     # where records go
-    work: Path,          # where work goes
-    threads: int | None, # of the process; None: as many as PyTorch likes
-) -> subprocess.Popen:
+    def orders(self, out: Path, work: Path, threads: int | None = None) -> dict:
+        "What a worker has to know."
+        return dict(config=self.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()), threads=threads)
+
+def start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.Popen:
     "Start a process for one run; its complaints go to `stderr.txt` in its work folder."
-    job.place.work.mkdir(parents=True, exist_ok=True)
-    package = str(Path(sparsecod.__file__).absolute().parents[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    package, threads = str(Path(sparsecod.__file__).absolute().parents[1]), orders['threads']
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])))
-    env |= dict(PYTHONIOENCODING='utf-8')
-    windows = os.name == 'nt'
-    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if windows else dict(start_new_session=True)
+    env |= dict(PYTHONIOENCODING='utf-8') | environment
     if threads: env |= dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads)) | dict(TOKENIZERS_PARALLELISM='false')
-    with open(job.place.work / 'stderr.txt', 'w', encoding='utf-8') as errors:
+    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name == 'nt' else dict(start_new_session=True)
+    with open(folder / 'stderr.txt', 'w', encoding='utf-8') as errors:
         process = subprocess.Popen([sys.executable, '-c', 'from sparsecod.studies import worker; worker()'], env=env, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
-                                   encoding='utf-8', **apart)
-    orders = dict(config=job.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()), threads=threads)
-    try:
+                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, encoding='utf-8', **apart)
+    with suppress(OSError):  # it died at once; its exit status will say so
         process.stdin.write(json.dumps(orders) + '\n')
         process.stdin.flush()
-    except OSError: pass  # it died at once; its exit status will say so
     return process
 
 # %% ../nbs/tools/05_studies.ipynb #60230343
-def last_record(
-    folder: Path,  # of a run
-) -> dict:         # empty if nothing has been logged
-    "The newest record of a log, read from the end of the file."
-    try:
-        with open(folder / 'log.jsonl', 'rb') as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2 ** 16))
-            lines = file.read().split(b'\n')[:-1]
-        return json.loads(lines[-1])
-    except (OSError, ValueError, IndexError): return {}
-
-def progress_of(
-    job: Job,            # a run at work
-) -> tuple[int, str]:    # steps done, and what it is doing
-    "How far a run has come, from its files."
+def progress_of(job: Job) -> tuple[int, str]:
+    "Steps that a run has done and what it is doing, from its files."
     if (job.place.work / 'result.json').exists(): return job.config.train.steps, 'scoring'
-    newest = last_record(job.place.work)
-    if not newest: return 0, 'starting'
+    try:
+        with open(job.place.work / 'log.jsonl', 'rb') as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2 ** 16))
+            newest = json.loads(file.read().split(b'\n')[-2])  # the last whole line
+    except (OSError, ValueError, IndexError): return 0, 'starting'
     return newest['step'], '' if newest['loss'] is None else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s"
 
 # %% ../nbs/tools/05_studies.ipynb #8ba6d670
-def complaint(
-    job: Job,        # a run that has ended
-    code: int,       # exit status of its process
-) -> str:            # one line
+def complaint(job: Job, code: int) -> str:  # code: exit status of its process
     "Why a run failed: the last line of what it said, or the signal that ended it."
     names = {s.value: s.name for s in signal.Signals}
     if code < 0: return f'ended by signal {-code} ({names.get(-code, "unknown")}); out of memory?'
@@ -1163,6 +1009,11 @@ class Silence(Lines):
     def say(self, text): pass
 
 # %% ../nbs/tools/05_studies.ipynb #8ee2ef0b
+def own_gpus() -> list[str]:
+    "The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
+    if is_set('ACCELERATE_USE_CPU') or not torch.cuda.is_available(): return []
+    return (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+
 @dataclass
 class Supervisor:
     "Runs jobs in a number of processes at a time."
@@ -1170,18 +1021,24 @@ class Supervisor:
     out: Path            # where records go
     work: Path           # where work goes
     slots: int           # processes at a time
-    threads: int | None  # of each
+    threads: int | None  # of each; None: as many as PyTorch likes
     title: str           # of the progress bar
 
     def __post_init__(self):
         self.active, self.failed, self.finished = {}, {}, []       # slot -> (job, process, start); name -> complaint; jobs
+        self.gpus, self.parting = own_gpus(), 'stopping; every run at work saves a checkpoint'
+
+    def start(self, job: Job, slot: int) -> subprocess.Popen:
+        "Start a process for a job."
+        gpu = dict(CUDA_VISIBLE_DEVICES=self.gpus[slot % len(self.gpus)]) if self.gpus else {}
+        return start_worker(job.orders(self.out, self.work, self.threads), job.place.work, **gpu)
 
     def fill(self):
         "Start a job in every free slot."
         for slot in range(self.slots):
             if self.waiting and slot not in self.active:
                 job = self.waiting.pop(0)
-                self.active[slot] = job, start_worker(job, self.out, self.work, self.threads), time.perf_counter()
+                self.active[slot] = job, self.start(job, slot), time.perf_counter()
 
     def stop(self):
         "Ask all workers to stop and wait until they have saved; a second interrupt kills them."
@@ -1193,73 +1050,108 @@ class Supervisor:
         finally:
             for p in processes: p.kill()
 
-# %% ../nbs/tools/05_studies.ipynb #14c98230
-def result_line(
-    job: Job,        # a run that has ended well
-    seconds: float,  # that its process took
-) -> str:
-    "One line about a run that has ended."
-    record = read_record(job.place.record)
-    if record is None: return f'{job.name}: no record'
-    loss = record['final']['val_loss']
-    outcome = f"diverged at step {record['step']}" if loss is None else f"held-out loss {loss['value']:.3f}"
-    return f'{job.name}: {outcome}, {seconds:.0f} s'
+    def collect(self, display):
+        "Take in the workers that have ended."
+        for slot, (job, process, start) in list(self.active.items()):
+            if (code := process.poll()) is None: continue
+            process.stdin.close()
+            del self.active[slot]
+            text = (job.place.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
+            for line in text.splitlines():
+                if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
+            record = read_record(job.place.record) if code == 0 else None
+            if code == 0: self.finished.append(job)
+            else: self.failed[job.name] = complaint(job, code)
+            if code: said = f'failed: {self.failed[job.name]}'
+            elif record is None: said = 'no record'
+            else:
+                loss = record['final']['val_loss']
+                said = f"diverged at step {record['step']}" if loss is None else f"held-out loss {loss['value']:.3f}"
+                said += f', {time.perf_counter() - start:.0f} s'
+            display.say(f"{job.name}{' ' if code else ': '}{said}")
 
-# %% ../nbs/tools/05_studies.ipynb #2d0556ae
-def collect(
-    s: Supervisor,    # its workers are looked at
-    display,          # Bars, Lines or Silence
-):
-    "Take in the workers that have ended."
-    for slot, (job, process, start) in list(s.active.items()):
-        code = process.poll()
-        if code is None: continue
-        process.stdin.close()
-        del s.active[slot]
-        text = (job.place.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
-        for line in text.splitlines():
-            if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
-        if code == 0: s.finished.append(job)
-        else: s.failed[job.name] = complaint(job, code)
-        display.say(result_line(job, time.perf_counter() - start) if code == 0 else f'{job.name} failed: {s.failed[job.name]}')
+    def show(self, display, done: float, n_done: int):
+        "Show how far everything is; `done` operations of `n_done` runs were done before."
+        states, cost = {}, done + sum(job.cost for job in self.finished)
+        for slot, (job, _, _) in self.active.items():
+            step, remark = progress_of(job)
+            states[slot] = job.name, step, job.config.train.steps, remark
+            cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
+        n_done += len(self.finished)
+        total = n_done + len(self.failed) + len(self.active) + len(self.waiting)
+        display.update(cost, states, f'{self.title}, {n_done} of {total} runs done')
 
-# %% ../nbs/tools/05_studies.ipynb #5e325172
-def show(
-    s: Supervisor,  # at work
-    display,        # Bars, Lines or Silence
-    done: float,    # operations of runs that were done before
-    n_done: int,    # runs that were done before
-):
-    "Show how far everything is."
-    states, cost = {}, done + sum(job.cost for job in s.finished)
-    for slot, (job, _, _) in s.active.items():
-        step, remark = progress_of(job)
-        states[slot] = job.name, step, job.config.train.steps, remark
-        cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
-    total = n_done + len(s.finished) + len(s.failed) + len(s.active) + len(s.waiting)
-    display.update(cost, states, f'{s.title}, {n_done + len(s.finished)} of {total} runs done')
+    def supervise(self, display, done: float, n_done: int):
+        "Run all jobs; Ctrl-C stops them with their checkpoints saved."
+        try:
+            while self.waiting or self.active:
+                self.fill()
+                self.show(display, done, n_done)
+                time.sleep(0.5)
+                self.collect(display)
+            self.show(display, done, n_done)
+        except KeyboardInterrupt:
+            display.say(self.parting)
+            raise
+        finally:
+            self.stop()
+            display.close()
 
-# %% ../nbs/tools/05_studies.ipynb #91ac0b5f
-def supervise(
-    s: Supervisor,  # with all jobs waiting
-    display,        # Bars, Lines or Silence
-    done: float,    # operations of runs that were done before
-    n_done: int,    # runs that were done before
-):
-    "Run all jobs; Ctrl-C stops them with their checkpoints saved."
+# %% ../nbs/tools/05_studies.ipynb #7c10a0e2
+class ClusterRun:
+    "A run as a job of a cluster."
+    def __call__(self, orders: dict, folder: str) -> int:  # exit status of the worker
+        self.process = start_worker(orders, Path(folder))
+        while self.process.poll() is None: time.sleep(.5)
+        return self.process.returncode
+
+    def checkpoint(self, *arguments):
+        "Called when the job has to leave: the worker saves, and the job goes back into the queue."
+        from submitit.helpers import DelayedSubmission
+        self.process.stdin.close()
+        end = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < end: time.sleep(.1)
+        return DelayedSubmission(ClusterRun(), *arguments)
+
+class Followed:
+    "A job of a cluster, looked at as if it were a process of ours; to stop looking leaves it alone."
+    def __init__(self, job, folder: Path): self.job, self.folder, self.stdin = job, folder, StringIO()
+    def wait(self): pass
+    kill = wait
+
+    def poll(self) -> int | None:
+        "Exit status of the worker; None while the job waits or works."
+        if not self.job.done(): return None
+        try: return self.job.result()
+        except Exception as error: write_text(self.folder / 'stderr.txt', f'{error}')  # it never came to its end
+        return 1
+
+def hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | None) -> dict[str, Followed]:
+    "Hand runs to a cluster; those that an earlier call has handed over and that wait or work there are only followed."
+    try: import submitit
+    except ImportError: raise ImportError(f"on={on!r} needs submitit: pip install 'sparsecod[cluster]'") from None
+    cluster, *settings = on.split()
+    pairs = dict(text.partition('=')[::2] for text in settings)
     try:
-        while s.waiting or s.active:
-            s.fill()
-            show(s, display, done, n_done)
-            time.sleep(0.5)
-            collect(s, display)
-        show(s, display, done, n_done)
-    except KeyboardInterrupt:
-        display.say('stopping; every run at work saves a checkpoint')
-        raise
-    finally:
-        s.stop()
-        display.close()
+        executor = submitit.AutoExecutor(work / 'jobs', cluster=cluster)
+        limit = dict(slurm_array_parallelism=at_once) if at_once and cluster == 'slurm' else {}
+        executor.update_parameters(name='sparsecod', **dict(timeout_min=1440) | limit
+                                   | {name: int(value) if value.isdigit() else value for name, value in pairs.items()})
+    except (ValueError, RuntimeError, NameError) as error: raise ValueError(f'on={on!r} cannot be used: {error}') from error
+    found, note = {}, 'job.json'
+    for job in jobs:
+        try: earlier = check_stamp(read_json(job.place.work / note), job.place.work / note)
+        except Damaged: continue
+        there = executor._executor.job_class(work / 'jobs', earlier['job'])
+        if earlier['cluster'] == cluster and not there.done(force_check=True): found[job.name] = Followed(there, job.place.work)
+    new = [job for job in jobs if job.name not in found]
+    folders = [str(job.place.work.absolute()) for job in new]
+    handed = executor.map_array(ClusterRun(), [job.orders(out, work) for job in new], folders) if new else []
+    for job, given in zip(new, handed):
+        job.place.work.mkdir(parents=True, exist_ok=True)
+        write_text(job.place.work / note, json.dumps(stamp(dict(cluster=cluster, job=given.job_id))))
+        found[job.name] = Followed(given, job.place.work)
+    return found
 
 # %% ../nbs/tools/05_studies.ipynb #1219b0ad
 def plan(
@@ -1291,30 +1183,17 @@ class RunsFailed(RuntimeError):
         super().__init__(f'{len(failed)} run(s) failed: ' + '; '.join(f'{name}: {why}' for name, why in failed.items()))
         self.failed = failed
 
-# %% ../nbs/tools/05_studies.ipynb #f0303f50
-def default_jobs(
-    n: int,      # runs to do
-) -> int:        # runs at a time
-    "One run a core on a CPU; one run at a time on a GPU."
-    on_gpu = torch.cuda.is_available() and os.environ.get('ACCELERATE_USE_CPU', '').lower() not in ('1', 'true', 'yes')
-    return 1 if on_gpu else max(1, min(n, n_cores()))
-
-def choose_display(
-    progress: bool,  # whether to show anything
-):
-    "Bars in a terminal, lines elsewhere."
-    return Silence if not progress else Bars if sys.stderr.isatty() else Lines
-
 # %% ../nbs/tools/05_studies.ipynb #6e1ef391
 def run_study(
     study: str | Study,              # a key of STUDIES, or a study
     scale: str | RunConfig = 'laptop', # a key of SCALES, or a configuration
     seeds: int | Iterable[int] = 1,  # how many, or which
     out: str | Path = 'runs',        # records go to out/<scale>/
-    jobs: int | None = None,         # runs at a time; None: one a core on a CPU, one on a GPU
+    jobs: int | None = None,         # runs at a time; None: one a GPU, or one a core where there is none
     work: str | Path | None = None,  # checkpoints and models; see work_folder
     force: bool = False,             # run again what has been run
     progress: bool = True,           # show progress
+    on: str | None = None,           # a cluster, such as 'slurm'; see hand_over. None: this machine
 ) -> list[dict]:                     # the records of all runs
     "Run what is missing of a study, several runs at a time; raises `RunsFailed` if some could not be done."
     study, base, work = study_named(study), scale_config(scale), work_folder(out, work)
@@ -1324,38 +1203,34 @@ def run_study(
     every, waiting = plan(study, base, seeds, out, work, force, progress)
     if waiting:
         total, missing = (sum(job.cost for job in jobs) for jobs in (every, waiting))
-        slots = min(len(waiting), jobs or default_jobs(len(waiting)))
-        threads = max(1, n_cores() // slots) if slots > 1 else None
+        slots = len(waiting) if on else min(len(waiting), jobs or len(own_gpus()) or n_cores())
         models = sum(4 * param_counts(job.place.config.model)['total'] for job in waiting)   # kept, in fp32
         check_folder(work, models + sum(sorted(training_bytes(job.place.config) for job in waiting)[-slots:]))
-        s = Supervisor(waiting, Path(out), work, slots, threads, f'{study.name} at {base.scale}')
-        supervise(s, choose_display(progress)(s.title, total, total - missing), total - missing, len(every) - len(waiting))
+        s = Supervisor(waiting, Path(out), work, slots, max(1, n_cores() // slots) if slots > 1 else None, f'{study.name} at {base.scale}')
+        if on:
+            handed, s.parting = hand_over(waiting, Path(out), work, on, jobs), f'the jobs on {on.split()[0]} go on; the same command follows them'
+            s.start = lambda job, slot: handed[job.name]
+        display = Silence if not progress else Bars if sys.stderr.isatty() else Lines
+        s.supervise(display(s.title, total, total - missing), total - missing, len(every) - len(waiting))
         done = {job.place.work.name for job in every if job.place.record.exists()}    # by another process, perhaps
         failed = {name: why for name, why in s.failed.items() if name not in done}
         if failed: raise RunsFailed(failed)
     return [read_record(job.place.record) for job in every]
 
 # %% ../nbs/tools/05_studies.ipynb #6e347c96
-def variant_key(
-    config: RunConfig,  # a run
-) -> str:
+def variant_key(config: RunConfig) -> str:
     "What the seeds of a variant have in common: all of the identity but seed and corpus."
     return short_hash(dict(model=changed_fields(config.model, ('vocab_size',)), n_eval=config.n_eval,
                            train=changed_fields(config.train, ('seed', *FREE_FIELDS)), score=changed_fields(config.score),
                            **(dict(new_text=True) if config.new_text else {})))
 
 @lru_cache(maxsize=2 ** 14)
-def key_in_record(
-    config: str,  # a record's configuration, as JSON
-) -> str:
+def key_in_record(config: str) -> str:
     "The variant key of a record."
     return variant_key(RunConfig.from_dict(json.loads(config)))
 
 @lru_cache(maxsize=2 ** 8)
-def variant_keys(
-    study: Study,     # which study
-    base: RunConfig,  # the scale's configuration
-) -> dict[str, str]:  # label -> key
+def variant_keys(study: Study, base: RunConfig) -> dict[str, str]:  # label -> key
     "The keys of all variants."
     return {label: variant_key(vary(base, changes)) for label, changes in study.changes(base).items()}
 
@@ -1375,9 +1250,7 @@ def by_variant(
     return found
 
 # %% ../nbs/tools/05_studies.ipynb #eeca17d6
-def one_corpus(
-    records: list[dict],  # of one scale
-) -> list[dict]:          # those of one corpus
+def one_corpus(records: list[dict]) -> list[dict]:
     "Records that may be compared: the ones on the corpus of the newest run."
     if not records: return []
     newest = max(records, key=lambda r: r['provenance']['date'])['provenance']['corpus_fingerprint']
@@ -1386,9 +1259,7 @@ def one_corpus(
         warnings.warn(f'{len(records) - len(kept)} of {len(records)} records are on another corpus than {newest} and left out', stacklevel=3)
     return kept
 
-def read_records(
-    folder: str | Path,  # of a scale
-) -> tuple[list[dict], list[Path]]:  # records, and files that are left out
+def read_records(folder: str | Path) -> tuple[list[dict], list[Path]]:
     "Read all records of a folder; each file that cannot be used is reported by name, with the reason."
     paths = sorted(Path(folder).glob('*.json'))
     records = [read_record(path) for path in paths]
@@ -1406,9 +1277,7 @@ def load_results(
 # %% ../nbs/tools/05_studies.ipynb #ff87e7fb
 SOURCES = ('decay', 'context', 'gqa', 'moe')
 
-def source_variants(
-    base: RunConfig,     # the studies' configuration
-) -> dict[str, dict]:    # label -> changes
+def source_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     "All variants of the four sources, each once."
     every = {f'{name}: {label}': changes for name in SOURCES for label, changes in STUDIES[name].variants(base).items()}
     once = {variant_key(vary(base, changes)): label for label, changes in reversed(every.items())}
@@ -1431,10 +1300,7 @@ def at_some_length(
 GROWTHS = dict(growth='variance_median', growth_mean='variance_mean', growth_without_first='variance_without_first')  # metric: array of h_0 .. h_L
 CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy', accuracy_normalised='accuracy_normalised')  # metric: name in a record
 
-def metric_place(
-    record: dict,    # of a run
-    name: str,       # see read_metric
-):                   # a number, a dictionary with its interval, or None
+def metric_place(record: dict, name: str):  # name: see read_metric
     "Look a metric up in a record."
     if name == 'val_loss': return record['final'].get(name)
     if name in CLOZE: return (record.get('cloze') or {}).get(CLOZE[name])
@@ -1447,10 +1313,7 @@ def metric_place(
     return record.get('scores', {}).get('scalars', {}).get(name, sparsity.get(name))
 
 # %% ../nbs/tools/05_studies.ipynb #d9d99fe6
-def read_metric(
-    record: dict,    # of a run
-    name: str,       # val_loss, perplexity, accuracy, a scalar score, a scalar of sparsity, growth or first_variance, density (mean of both sublayers'), or val_loss@128
-) -> dict | None:    # value with low and high ends of its interval over the text; None if there is none
+def read_metric(record: dict, name: str) -> dict | None:
     "A number of a record with its interval; equal ends where it has none."
     if name.partition('@')[0] == 'perplexity':
         loss = read_metric(record, name.replace('perplexity', 'val_loss'))
@@ -1461,16 +1324,12 @@ def read_metric(
     return found if found and found['value'] is not None else None
 
 # %% ../nbs/tools/05_studies.ipynb #0bfcff76
-def passed(
-    record: dict,    # of a run
-) -> bool:
+def passed(record: dict) -> bool:
     "Whether a run has finished below its floor, and can be judged; a record without floors has not."
     loss, tables = record['final'].get('val_loss'), record.get('floors')
     return bool(loss and tables and is_trained(loss['value'], tables))
 
-def results_table(
-    records: list[dict],  # any
-) -> list[dict]:          # one row a run
+def results_table(records: list[dict]) -> list[dict]:
     "Records as flat rows: what differs most often, losses, scores and times."
     rows = []
     for r in records:
@@ -1484,9 +1343,7 @@ def results_table(
     return rows
 
 # %% ../nbs/tools/05_studies.ipynb #f1f23081
-def t_interval(
-    values: Iterable[float],  # one number a seed
-) -> tuple[float, float, float]:  # mean, and low and high ends of the 95 % interval
+def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
     "Mean and Student's t interval; with fewer than two values there is none (NaN)."
     x = np.asarray(list(values), float)                               # (n,)
     if len(x) < 2: return (x.mean() if len(x) else math.nan), math.nan, math.nan
@@ -1497,16 +1354,11 @@ def t_interval(
 SIZES = ('final_variance', 'final_variance_median', 'final_variance_without_first', 'first_variance')   # in the units of the stream
 LOGARITHMIC = (*SIZES, *GROWTHS)
 
-def logarithmic(
-    name: str,  # of a metric
-) -> bool:
+def logarithmic(name: str) -> bool:
     "Is this metric compared by ratio?"
     return name.partition('@')[0] in LOGARITHMIC
 
-def over_seeds(
-    found: list[dict],  # value, low and high for each seed
-    log: bool = False,  # average logarithms: the geometric mean, with an interval that never reaches 0
-) -> dict:              # value, low, high, n, and what the interval is over: 'seeds' or 'sequences'
+def over_seeds(found: list[dict], log: bool = False) -> dict:
     "Mean over seeds with its t interval; for one seed its own interval over sequences."
     if len(found) == 1: return dict(found[0], n=1, over='sequences')
     values = np.array([f['value'] for f in found], float)                # (n,)

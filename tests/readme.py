@@ -15,14 +15,14 @@ def counts(rows: list[dict]) -> str:
 
 def findings() -> str:
     "The rows that carry the argument, and verdicts counted by study."
-    from sparsecod.claims import headlines, ledger, short_markdown
+    from sparsecod.claims import headlines, short_markdown, standing_ledger
     from sparsecod.studies import STUDIES, by_variant, load_results
-    records = load_results(ROOT / 'results', 'laptop')
-    rows = ledger(records)
-    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance:', '',
+    folder = ROOT / 'results'
+    records, desk, rows = load_results(folder, 'laptop'), load_results(folder, 'desk', 'depth'), standing_ledger(folder)
+    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance (depth at scale desk, all others at laptop):', '',
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
-        mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, records).values()))
+        mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, desk if name == 'depth' else records).values()))
         lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in mine if not r['control']])} | {counts([r for r in mine if r['control']])} |")
     sums = [r for r in rows if r['study'] is None]
     lines.append(f"| - | Do the published page's own numbers add up? (arithmetic) | - | {counts([r for r in sums if not r['control']])} | {counts([r for r in sums if r['control']])} |")

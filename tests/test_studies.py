@@ -447,8 +447,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
 
 def test_a_killed_run_is_named(tmp_path, monkeypatch):
     start = module.start_worker
-    def doomed(*args):
-        process = start(*args)
+    def doomed(*args, **environment):
+        process = start(*args, **environment)
         process.kill()
         return process
     monkeypatch.setattr(module, 'start_worker', doomed)
@@ -549,6 +549,74 @@ def test_bars_follow_the_runs(capfd):
     bars.close()
     shown = capfd.readouterr().err
     assert all(text in shown for text in ('depth, 2 of 3', 'second', 'third', 'a line'))
+
+
+# ---- GPUs and clusters
+
+@pytest.mark.parametrize('named, gpus', [(None, ['0', '1', '2']), ('5,7', ['5', '7']), ('', ['0', '1', '2'])])
+def test_each_gpu_gets_runs_of_its_own(named, gpus, tmp_path, monkeypatch):
+    monkeypatch.delenv('ACCELERATE_USE_CPU', raising=False)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if named is not None: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
+    monkeypatch.setattr(module.torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(module.torch.cuda, 'device_count', lambda: 3)
+    started, slots = [], []
+    monkeypatch.setattr(module, 'start_worker', lambda orders, folder, **environment: started.append(environment['CUDA_VISIBLE_DEVICES']))
+    monkeypatch.setattr(module.Supervisor, 'supervise', lambda self, *rest: (slots.append(self.slots), self.fill()))
+    study = Study('four', '?', lambda base: {f'L={L}': {'model.n_layers': L} for L in (1, 2, 3, 4)})
+    with pytest.warns(UserWarning): run_study(study, QUICK, 1, tmp_path, progress=False)     # there are no records
+    assert slots == [len(gpus)] and started == gpus
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    assert module.own_gpus() == []
+
+
+def test_a_cluster_makes_what_is_missing_once(done, tmp_path, capfd):
+    pytest.importorskip('submitit')
+    study = Study('two', 'Which?', two_depths)
+    write_record(tmp_path / 'tiny' / done[2].name, done[1])
+    records = run_study(study, QUICK, 1, tmp_path, on='local')
+    assert [r['config']['model']['n_layers'] for r in records] == [1, 2] and records[1] == done[1]
+    jobs = list((tmp_path / '.work' / 'jobs').rglob('*_submitted.pkl'))
+    assert len(jobs) == 1 and run_study(study, QUICK, 1, tmp_path, on='local') == records
+    assert list((tmp_path / '.work' / 'jobs').rglob('*_submitted.pkl')) == jobs
+
+
+def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkeypatch):
+    submitit = pytest.importorskip('submitit')
+    place = locate(QUICK, tmp_path, progress=False)
+    job, handed = module.Job(place.work.name, QUICK, place, 1.), []
+    class Waiting(submitit.LocalJob):
+        def done(self, force_check=False): return self.job_id == 'there'
+    def map_array(self, function, *lists):
+        handed.append(lists)
+        return [Waiting(self.folder, 'here') for _ in lists[0]]
+    monkeypatch.setattr(submitit.AutoExecutor, 'map_array', map_array)
+    monkeypatch.setattr(submitit.LocalExecutor, 'job_class', Waiting)
+    def give(): return module.hand_over([job], tmp_path, tmp_path / '.work', 'local', None)[job.name].job.job_id
+    assert give() == give() == 'here' and len(handed) == 1
+    for text in (json.dumps(stamp(dict(cluster='local', job='there'))), json.dumps(stamp(dict(cluster='slurm', job='here'))), '{'):
+        (place.work / 'job.json').write_text(text, encoding='utf-8')     # done, of another cluster, damaged
+        handed.clear()
+        assert give() == 'here' and len(handed) == 1
+
+
+def test_a_job_that_has_to_leave_saves_and_would_go_on(tmp_path):
+    pytest.importorskip('submitit')
+    place = locate(LONG, tmp_path, progress=False)
+    orders, task = module.Job(place.work.name, LONG, place, 1.).orders(tmp_path, tmp_path / '.work', 1), module.ClusterRun()
+    task.process = module.start_worker(orders, place.work)
+    wait_for(lambda: list(place.work.glob('checkpoints/step-*')), task.process)
+    again = task.checkpoint(orders, str(place.work))
+    assert task.process.returncode == 130 and again.args == (orders, str(place.work))
+    assert isinstance(again.function, module.ClusterRun) and not vars(again.function)
+
+
+@pytest.mark.parametrize('on', ['nowhere', 'local nonsense=3', 'slurm'])
+def test_a_cluster_that_cannot_be_used_is_refused(on, tmp_path, monkeypatch):
+    pytest.importorskip('submitit')
+    monkeypatch.setenv('PATH', '/nowhere')
+    place = locate(QUICK, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=on.split()[0]): module.hand_over([module.Job('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
 
 
 # ---- intervals and statistics

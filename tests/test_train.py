@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,9 +25,9 @@ from sparsecod.adapters import open_model
 from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
 from sparsecod.integrity import Damaged, check_seal, seal, stamp
-from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints,
-                             decay_product, evaluate, find_world, learning_rate, load_result, lock_folder, make_optimizer,
-                             parameter_groups, read_log, sequences_per_step, summarize_watch, train)
+from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, choose_strategy,
+                             decay_product, evaluate, find_world, learning_rate, load_result, lock_folder, make_label, make_optimizer,
+                             parameter_groups, read_log, run_id, sequences_per_step, summarize_watch, train)
 
 V = 64
 MODEL = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, context_length=16)
@@ -106,7 +109,7 @@ def interrupted(folder, at=12, **options):
     dict(steps=0), dict(steps=1.5), dict(tokens_per_step=-1), dict(micro_batch_tokens=0), dict(lr=0.0), dict(lr=math.nan),
     dict(min_lr_ratio=2.0), dict(warmup_steps=31), dict(weight_decay=-0.1), dict(decay_groups='biases'), dict(betas=(0.9, 1.0)),
     dict(betas=3), dict(betas=None), dict(betas=('a', 0.9)), dict(betas=(0.9,)),
-    dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
+    dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(strategy='zero'), dict(activation_checkpointing=1), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
     dict(keep_checkpoints=0)])
 def test_config_names_what_is_wrong(changes):
     with pytest.raises(ValueError) as error: CONFIG.replace(**changes)
@@ -334,10 +337,14 @@ def test_a_signal_saves_and_the_run_continues_exactly(number, at, whole, tmp_pat
 
 
 def test_a_second_signal_stops_at_once(whole, tmp_path):
-    def twice():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt): quiet(tmp_path, ToyCorpus(13, twice))
+    def again(number, wait):
+        signal.raise_signal(number)
+        time.sleep(wait)
+        signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt): quiet(tmp_path, ToyCorpus(13, lambda: again(signal.SIGINT, 1.1)))
+    for number, wait, at in ((signal.SIGINT, 0, 14), (signal.SIGTERM, 1.1, 16)):     # handed on by a launcher
+        stopped = quiet(tmp_path, ToyCorpus(at, lambda: again(number, wait)))
+        assert (stopped.status, stopped.step) == ('interrupted', at + 1)
     assert same_run(quiet(tmp_path), whole)
 
 
@@ -589,6 +596,142 @@ def test_two_processes_compute_what_one_does(name, model, by_two, whole, tmp_pat
     assert (both.status, both.step) == ('finished', 30)
     assert [r['loss'] for r in both.log] == pytest.approx([r['loss'] for r in one.log], rel=1e-3)
     for p, q in zip(both.model.parameters(), one.model.parameters()): assert torch.allclose(p, q, atol=1e-2)
+
+
+# ---------------------------------------------------------------- a model divided among processes
+
+MODELS = dict(dense=MODEL.replace(tie_embeddings=True), mixture=MIXTURE.replace(n_experts=3, d_shared_expert=8))
+SHORT = CONFIG.replace(steps=15, micro_batch_tokens=32, log_every=1, checkpoint_every=4)
+HALF = CONFIG.replace(steps=12, log_every=1, checkpoint_every=4)
+WAYS = dict(ddp=dict(strategy='ddp'), fsdp=dict(strategy='fsdp'), again=dict(strategy='fsdp', activation_checkpointing=True))
+
+
+@pytest.fixture(scope='module')
+def divided(tmp_path_factory):
+    "Runs by two processes in several ways, one of them begun by one process, and one that two have begun."
+    folder = tmp_path_factory.mktemp('divided')
+    interrupted(folder / 'from one', at=6, config=HALF)
+    code = (f'os.chdir({str(folder)!r})\n'
+            f'for name, model in MODELS.items():\n'
+            f'    for way, how in WAYS.items():\n'
+            f'        result = quiet(f"{{way}} {{name}}", model=model, config=SHORT.replace(**how))\n'
+            f'        evaluate(result.model, ToyCorpus().batch(0, 4, 16, 0))\n'
+            f'fsdp = HALF.replace(strategy="fsdp")\n'
+            f'quiet("from one", config=fsdp)\n'
+            f'interrupted("from two", at=6, config=fsdp)\n'
+            f'interrupted("two and two", at=6, config=fsdp)\n'
+            f'quiet("two and two", config=fsdp)\n')
+    assert script(folder, code, processes=2).wait(timeout=300) == 0
+    return folder
+
+
+@pytest.fixture(scope='module')
+def by_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('one')
+    return {name: quiet(folder / name, model=model, config=SHORT) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('name', MODELS)
+def test_every_strategy_computes_the_same(way, name, divided, by_one):
+    one, both = by_one[name], load_result(divided / f'{way} {name}')
+    assert len(both.log) == 15 and both.model.config == one.model.config
+    for key in ('loss', 'grad_norm', *(['auxiliary'] if name == 'mixture' else [])):
+        for a, b in zip(both.log, one.log): assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a['step'])
+    for a, b in zip(both.log, read_log(divided / f'ddp {name}')): assert a['variance_mean'] == pytest.approx(b['variance_mean'], abs=1e-5)
+    for p, q in zip(both.model.parameters(), one.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_a_divided_model_is_stored_in_shares_and_ends_as_one(divided):
+    saved = divided / 'from two' / 'checkpoints' / 'step-00000007'
+    assert len(list(saved.glob('shard-*'))) == 2 and not (saved / 'model.safetensors').exists()
+    assert check_seal(saved)['step'] == 7
+    assert not list(divided.rglob('*.draft'))
+    Transformer.from_pretrained(divided / 'fsdp dense' / 'model')
+
+
+def test_runs_go_on_with_another_number_of_processes(divided, tmp_path):
+    whole = quiet(tmp_path / 'whole', config=HALF)
+    go_on = shutil.copytree(divided / 'from two', tmp_path / 'from two')
+    for folder in (divided / 'from one', divided / 'two and two'): assert (folder / 'result.json').exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        results = [load_result(divided / 'from one'), load_result(divided / 'two and two'), quiet(go_on, config=HALF)]
+    for result in results:
+        assert [r['step'] for r in result.log] == list(range(1, 13))
+        assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], abs=1e-5)
+
+
+@pytest.mark.parametrize('harm', ['cut', 'gone', 'exchanged'])
+def test_a_damaged_share_is_named_and_the_checkpoint_before_it_used(harm, divided, tmp_path):
+    folder = shutil.copytree(divided / 'from two', tmp_path / 'run')
+    share, other = sorted((folder / 'checkpoints' / 'step-00000007').glob('shard-*'))
+    if harm == 'cut': share.write_bytes(share.read_bytes()[:-4])
+    elif harm == 'gone': share.unlink()
+    else: shutil.copy(other, share)
+    with pytest.warns(UserWarning, match=share.name): result = quiet(folder, config=HALF)
+    assert result.status == 'finished' and (folder / 'checkpoints' / 'step-00000007.damaged').exists()
+
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_a_lost_process_ends_all_and_the_same_command_goes_on(strategy, tmp_path):
+    code = (f'kill = lambda: os.environ["RANK"] == "1" and not os.path.exists("again") and os.kill(os.getpid(), signal.SIGKILL)\n'
+            f'os.chdir({str(tmp_path)!r})\n'
+            f'quiet("run", ToyCorpus(9, kill), config=HALF.replace(strategy={strategy!r}))\n')
+    lost = script(tmp_path, code, processes=2, stderr=subprocess.PIPE, text=True)
+    said = lost.communicate(timeout=200)[1]
+    assert lost.returncode != 0 and 'continues from its last checkpoint' in said
+    assert [step.name for step in checkpoints(tmp_path / 'run')] == ['step-00000004', 'step-00000008']
+    (tmp_path / 'again').touch()
+    assert script(tmp_path, code, processes=2).wait(timeout=200) == 0
+    assert [r['step'] for r in load_result(tmp_path / 'run').log] == list(range(1, 13))
+
+
+def test_blocks_computed_again_change_no_digit(whole, tmp_path):
+    assert same_run(quiet(tmp_path / 'dense', config=CONFIG.replace(activation_checkpointing=True)), whole)
+    plain, again = (quiet(tmp_path / str(again), model=MIXTURE, config=SHORT.replace(activation_checkpointing=again)) for again in (False, True))
+    assert same_run(plain, again)
+
+
+def test_a_gpu_gets_the_first_way_that_fits(monkeypatch):
+    room = {}
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (0, room['bytes']))
+    monkeypatch.setattr('sparsecod.resources.memory_bytes', lambda config, n, bf16, again: {way: n // (2 if again else 1) for way, n in needs.items()})
+    needs = dict(single=100, ddp=80, fsdp=50)
+    def chosen(n, gigabytes, **changes):
+        room['bytes'] = gigabytes / .9 + 1e-6
+        return choose_strategy(MODEL, CONFIG.replace(**changes), SimpleNamespace(num_processes=n, device=torch.device('cuda')))
+    assert chosen(1, 100) == ('single', False) and chosen(1, 60) == ('single', True)
+    assert [chosen(8, n) for n in (80, 79, 49, 39, 1)] == [('ddp', False), ('fsdp', False), ('ddp', True), ('fsdp', True), ('fsdp', True)]
+    assert chosen(8, 80, strategy='fsdp') == ('fsdp', False) and chosen(8, 1, strategy='ddp', activation_checkpointing=False) == ('ddp', False)
+
+
+def test_a_tracker_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    seen = []
+    class Fake:
+        def __init__(self, project, **options): seen.append(project)
+        def log(self, values, step): seen.append((step, values))
+        def finish(self): seen.append('finished')
+    monkeypatch.setattr('sparsecod.train.find_spec', lambda name: True)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, 'wandb', Fake)
+    result = quiet(tmp_path, tracker='wandb')
+    assert seen[-1] == 'finished' and [step for step, _ in seen[1:-1]] == [r['step'] for r in result.log]
+    assert seen[1][1]['loss'] == result.log[0]['loss'] and seen[1][1]['variance_mean/2'] == result.log[0]['variance_mean'][2]
+
+
+@pytest.mark.parametrize('name, error', [('wandb', ImportError), ('tensorboard', ImportError), ('paper', ValueError)])
+def test_a_tracker_that_is_not_there_is_refused_first(name, error, tmp_path, monkeypatch):
+    monkeypatch.setattr('sparsecod.train.find_spec', lambda name: None)
+    with pytest.raises(error, match=name): quiet(tmp_path / 'run', tracker=name)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_how_a_model_is_divided_names_no_other_run():
+    labels = [make_label(MODEL, CONFIG.replace(**how), 'x') for how in ({}, *WAYS.values())]
+    assert len({run_id(label) for label in labels}) == 1
+    old = make_label(MODEL, CONFIG, 'x')
+    for name in ('strategy', 'activation_checkpointing'): del old['train'][name]
+    assert run_id(old) == run_id(labels[0])
 
 
 @pytest.mark.parametrize('resume', [True, False])
