@@ -340,7 +340,7 @@ METRICS = {
 
 # %% ../nbs/tools/07_figures.ipynb #9d86542b
 def metric_text(name: str) -> tuple[str, str]:
-    "Title and axis of one of METRICS; at another length of evaluation with @T or @common, as in val_loss@128."
+    "Title and axis of one of METRICS; another length of evaluation, or the common one, stands behind it, as in val_loss@128 and val_loss@common."
     base, _, T = name.partition('@')
     if base not in METRICS: raise ValueError(f'name={name!r} must be one of {", ".join(METRICS)}, or one of them at a length, as in val_loss@128')
     title, axis = METRICS[base]
