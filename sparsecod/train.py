@@ -7,14 +7,15 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'COMPILE', 'STRATEGIES', 'UNSUPPORTED',
            'CHECKPOINT_FILES', 'SHARES', 'OWN_FILES', 'ENDINGS', 'MODEL_FILES', 'TrainConfig', 'sequences_per_step',
            'parameter_groups', 'make_optimizer', 'learning_rate', 'decay_product', 'accumulate_gradients',
            'channel_variance', 'StreamWatch', 'is_set', 'find_world', 'summarize_watch', 'summarize_experts', 'Run',
-           'choose_strategy', 'divide', 'whole', 'start_run', 'decide_execution', 'step_windows', 'Measured',
-           'training_step', 'make_label', 'read_configs', 'run_id', 'other_run', 'logs_at', 'without_infinities',
-           'open_tracker', 'say_where', 'log_line', 'write_record', 'read_records', 'read_log', 'shortened',
-           'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints', 'step_of', 'save_shares', 'load_shares',
-           'save_checkpoint', 'check_folder', 'read_state', 'choose_checkpoint', 'pick_up', 'restore', 'is_stamped',
-           'read_label', 'refuse_other_run', 'run_files', 'erase_run', 'remove_drafts', 'open_folder', 'lock_folder',
-           'StopSignal', 'say_lost', 'progress_bar', 'show_record', 'run_steps', 'TrainResult', 'usual_torch',
-           'whole_model', 'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'saved_bytes', 'activation_bytes', 'memory_bytes', 'choose_strategy', 'divide', 'whole', 'start_run',
+           'decide_execution', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs', 'run_id',
+           'other_run', 'logs_at', 'without_infinities', 'open_tracker', 'say_where', 'log_line', 'write_record',
+           'read_records', 'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
+           'step_of', 'save_shares', 'load_shares', 'save_checkpoint', 'check_folder', 'read_state',
+           'choose_checkpoint', 'pick_up', 'restore', 'is_stamped', 'read_label', 'refuse_other_run', 'run_files',
+           'erase_run', 'remove_drafts', 'open_folder', 'lock_folder', 'StopSignal', 'say_lost', 'progress_bar',
+           'show_record', 'run_steps', 'TrainResult', 'usual_torch', 'whole_model', 'finish', 'read_result',
+           'load_result', 'ended_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import json
@@ -46,6 +47,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import DistError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -56,7 +58,7 @@ from tqdm.auto import tqdm
 from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
 from .compilation import plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
-from .core import BlockOutput, ModelConfig, Transformer, auxiliary_loss, full_precision
+from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, auxiliary_loss, full_precision, param_counts
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum, content_checksum,
                                  read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
@@ -278,10 +280,59 @@ class Run:
     @property
     def divided(self) -> bool: return isinstance(self.model, FSDPModule)
 
+# %% ../nbs/build/05_train.ipynb #5d21a0b1
+def saved_bytes(
+    config: ModelConfig,
+    sequences: int,    # in a forward pass
+    bf16: bool,        # whether matrix products run in bf16
+    fake: bool = True, # count shapes only; False: really do it
+) -> int:              # bytes
+    "What an uncompiled forward pass keeps for the backward pass."
+    kept, tensors = {}, []
+    with FakeTensorMode() if fake else torch.enable_grad():
+        model = Transformer(config)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        def note(x):
+            place = x.untyped_storage()
+            if place._cdata not in weights: kept[place._cdata] = place.nbytes()
+            tensors.append(x)                                                            # keeps the place from being used again
+            return x
+        windows = torch.randint(config.vocab_size, (sequences, config.context_length + 1))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            model(windows[:, :-1], targets=windows[:, 1:])
+    return sum(kept.values())
+
+def activation_bytes(
+    config,             # has the model and the training, as a RunConfig does
+    gpus: int = 1,      # among which the sequences of a step are divided
+    bf16: bool = True,  # whether matrix products run in bf16
+    again: bool = False, # whether blocks are computed again in the backward pass
+) -> int:               # bytes, on each
+    "What a forward pass keeps, and the largest piece of logits with its gradients."
+    m, t = config.model, config.train
+    B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
+    count = bf16 or m.n_experts > 0                                                      # fake experts run in bf16 only
+    one, two = (saved_bytes(m.replace(n_layers=L), B, count) for L in (1, 2))
+    factor = 1 if count == bf16 else 2
+    kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again else factor * (two - one))
+    return kept + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
+
+def memory_bytes(
+    config,             # has the model and the training, as a RunConfig does
+    gpus: int = 1,      # that share a training
+    bf16: bool = True,  # whether matrix products run in bf16
+    again: bool = False, # whether blocks are computed again in the backward pass
+) -> dict[str, int]:    # 'single', 'ddp' and 'fsdp': bytes on each card
+    "The most that a training step needs, compiled or not."
+    P, m = param_counts(config.model), config.model
+    largest = max(P['blocks'] // m.n_layers, P['embedding'])                             # fetched as one piece
+    shared = activation_bytes(config, gpus, bf16, again)
+    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16, again), ddp=20 * P['total'] + shared,
+                fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
+
 # %% ../nbs/build/05_train.ipynb #5d21a0b2
 def choose_strategy(model_config: ModelConfig, config: TrainConfig, world: PartialState) -> tuple[str, bool]:
     "How processes share a model, 'single', 'ddp' or 'fsdp', and whether blocks are computed again: the first that fits."
-    from sparsecod.resources import memory_bytes  # which needs this module
     n, again = world.num_processes, config.activation_checkpointing
     ways = ('single',) if n == 1 else ('ddp', 'fsdp') if config.strategy == 'auto' else (config.strategy,)
     choices = [(way, keep_less) for keep_less in ((False, True) if again is None else (again,)) for way in ways]

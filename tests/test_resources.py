@@ -7,9 +7,10 @@ import pytest
 
 from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, flops_per_token
-from sparsecod.resources import (CARDS, Machine, Speed, activation_bytes, memory_bytes, recorded_speeds, saved_bytes, scoring_flops, shape,
+from sparsecod.resources import (CARDS, Machine, Speed, recorded_speeds, scoring_flops, shape,
                                  speed_of, study_needs, training_flops)
 from sparsecod.studies import SCALES, STUDIES, by_variant, read_records, vary
+from sparsecod.train import activation_bytes, memory_bytes, saved_bytes
 
 TINY = SCALES['tiny']
 RESULTS = Path(__file__).resolve().parents[1] / 'results' / 'laptop'

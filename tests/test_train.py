@@ -696,7 +696,7 @@ def test_blocks_computed_again_change_no_digit(whole, tmp_path):
 def test_a_gpu_gets_the_first_way_that_fits(monkeypatch):
     room = {}
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (0, room['bytes']))
-    monkeypatch.setattr('sparsecod.resources.memory_bytes', lambda config, n, bf16, again: {way: n // (2 if again else 1) for way, n in needs.items()})
+    monkeypatch.setattr('sparsecod.train.memory_bytes', lambda config, n, bf16, again: {way: n // (2 if again else 1) for way, n in needs.items()})
     needs = dict(single=100, ddp=80, fsdp=50)
     def chosen(n, gigabytes, **changes):
         room['bytes'] = gigabytes / .9 + 1e-6
