@@ -188,9 +188,11 @@ def sentence(
     held_out: Tensor,    # windows, (N, T + 1)
     n_new: int = 24,     # tokens to write
 ) -> str:
-    "How a model goes on with a held-out text, after three dots."
+    "How a model goes on with a held-out text, after three dots; nothing if its numbers are not finite."
     start, generator = held_out[:1, :8], torch.Generator(held_out.device).manual_seed(0)
-    text = model.generate(start, n_new, temperature=.8, generator=generator)[0].tolist()
+    if not all(p.isfinite().all() for p in model.parameters()): return ''
+    try: text = model.generate(start, n_new, temperature=.8, generator=generator)[0].tolist()
+    except RuntimeError: return ''                  # finite weights, and logits that are not
     return f'{corpus.tokenizer.decode(text[:8])} … {corpus.tokenizer.decode(text[8:])}'
 
 @dataclass

@@ -57,7 +57,7 @@ WRONG = {  # field by field: its class, and values that it must not take
                   'micro_batch_tokens': (True, 2.5, '8', 0), 'lr eps clip': (*NOT_NUMBERS, 0), 'weight_decay': (*NOT_NUMBERS, -.1),
                   'min_lr_ratio': (*NOT_NUMBERS, -.1, 1.1), 'warmup_steps': (True, 1.0, '1', -1, 10 ** 6),
                   'betas': (None, .9, 'ab', (.9,), (.9, .9, .9), (.9, 1), (.9, True), (.9, NAN), ['a', 'b']),
-                  'decay_groups precision': (*NOT_WORDS, 'fp8'), 'compile': NOT_BOOLEANS, 'seed': (*NOT_WHOLE, -1, 2 ** 63, 1e26)},
+                  'decay_groups precision strategy': (*NOT_WORDS, 'fp8'), 'activation_checkpointing': ('false', 0, 1), 'compile': NOT_BOOLEANS, 'seed': (*NOT_WHOLE, -1, 2 ** 63, 1e26)},
     DataConfig: {'source split text_field tokenizer': (*NOT_WORDS, '', ' '), 'subset eos_token': (5, True, ['a'], ''),
                  'vocab_size': (*NOT_WHOLE, 256, -1), 'sample_bytes': (*NOT_WHOLE, 0), 'val_share': (*NOT_NUMBERS, 0, 1, -1),
                  'seed': (*NOT_WHOLE, -1, 2 ** 63), 'max_documents max_tokens': (2.5, True, '9', 0, INF), 'max_document_bytes': (3, 8.0, False)},
