@@ -589,10 +589,10 @@ STUDY_LINES = {   # question, and minutes that one seed takes one core at scale 
     'ladder': ('Do the sources of sparsity add up?', 27),
     'budget': ('Do the findings about the sources outlive three times the training?', 40),
     'sources': ('Do sparsity, variance and the use of layers go together?', 40),
-    'pilots': ('Which learning rate suits which depth?', 30)}
+    'pilots': ('Which learning rate suits which depth?', None)}     # not recorded at that scale
 STUDY_NAMES = ', '.join(STUDY_LINES)
 ABOUT_STUDIES = '\n'.join(['studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; sparsecod plan: on this machine):',
-                           *(f'  {name:9s}{minutes:4d}  {question}' for name, (question, minutes) in STUDY_LINES.items())])
+                           *(f'  {name:9s}{minutes or "-":>4}  {question}' for name, (question, minutes) in STUDY_LINES.items())])
 
 def add_study(commands):
     "The command `study`."
@@ -643,7 +643,7 @@ def do_study(args) -> int:
     return 0
 
 def say_needs(names: list[str], args):   # names of studies
-    "Say what the runs that are not recorded yet need: at the larger scales it is hours."
+    "Say what whole studies need: at the larger scales it is hours."
     from sparsecod.resources import Machine, needs_lines, study_needs
     for name in names:
         needs = study_needs(name, args.scale, args.seeds, Machine(), args.out)
@@ -731,27 +731,28 @@ def show_results(folder: str, scale: str, study: str | None, out: str | None, ma
 # %% ../nbs/tools/11_cli.ipynb #aa334fe0
 def show_main(folder: str, scale: str) -> int:
     "Print and report the runs of the main job beside the recorded ones, and then the recorded ledger."
-    from sparsecod.claims import beside_record, headlines, ledger
+    from sparsecod.claims import beside_record, headlines, standing_ledger
     from sparsecod.figures import label_variants, results_folder
     from sparsecod.report import write_report
     from sparsecod.studies import MAIN, load_results, passed
     records = load_results(folder, scale, 'main')
     print('\n'.join(summary_lines('main', records)))
     print(f'{sum(map(passed, records))} of {len(records)} models are at least 0.1 nats below a table of token pairs that has read the same text')
-    try: recorded = load_results(results_folder(), scale)
-    except FileNotFoundError: recorded = []        # not in a clone of the repository
-    beside, rows = beside_record(records, recorded, MAIN), ledger(recorded)
+    try: recorded, rows = load_results(results_folder(), scale), standing_ledger(results_folder())
+    except FileNotFoundError: recorded, rows = [], []        # not in a clone of the repository
+    beside = beside_record(records, recorded, MAIN)
     if len(beside):
         print('\nYour runs beside the recorded ones; from low to high is where 95 of 100 further seeds of the record are expected:\n')
         print(beside.to_string(index=False, float_format='{:.3g}'.format))
     else: print(f'\nThere are no recorded runs of scale {scale} to set these beside.')
-    if recorded:
-        print(f'\nThe recorded ledger in short, of {len(recorded)} runs that are not yours:\n')
+    if rows:
+        print('\nThe recorded ledger in short, of runs that are not yours:\n')
         for row in headlines(rows):
-            line = f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}"
+            where = f" (scale {row['scale']})" if row['study'] else ''
+            line = f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}{where}"
             print(textwrap.fill(line, 110, subsequent_indent=' ' * 14))
     path = Path(folder) / scale / 'report.html'
-    print(f"report: {write_report(label_variants('main', records), path, rows if recorded else None, MAIN.question, 'variant', beside=beside)}")
+    print(f"report: {write_report(label_variants('main', records), path, rows or None, MAIN.question, 'variant', beside=beside)}")
     return 0
 
 def write_reports(records: list[dict], study: str | None, path: Path) -> list[Path]:   # study: None for all with records

@@ -217,11 +217,11 @@ UPDATES = {'attention': 'Attention updates', 'feed_forward': 'Feed-forward updat
 
 @use_style()
 def plot_updates(records: list[dict], part: str, ax=None, by: str = DEPTH):
-    "Variance of one kind of update, one of UPDATES, against block at the end of training."
+    "Size of one kind of update, one of UPDATES, over the size of the stream before its block, at the end of training."
     _one_of(UPDATES, part=part)
-    return _draw_layers(ax, records, lambda r: _profile(r, f'{part}_update'), by, 'block l',
-                        ylabel='variance of the update',
-                        yscale='log', title=UPDATES[part])
+    ends = lambda r: (r['curve'][name][-1] for name in (f'{part}_update', 'variance_mean'))     # (L,) and (L + 1,)
+    relative = lambda r: {l: math.sqrt(u / v) for l, (u, v) in enumerate(zip(*ends(r)), 1)}
+    return _draw_layers(ax, records, relative, by, 'block l', ylabel='update / stream', yscale='log', title=UPDATES[part])
 
 # %% ../nbs/tools/07_figures.ipynb #cbb47709
 @use_style()

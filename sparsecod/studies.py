@@ -720,7 +720,7 @@ def depth_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
 def depth_setting(base: RunConfig) -> dict:    # changes by path
-    "From scale `desk` on, the scores of an untrained model of every depth too."
+    "At scales `desk` and `gpu`, the scores of an untrained model of every depth too."
     return {'measures': ('null',)} if base.scale in ('desk', 'gpu') else {}
 
 STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants, depth_setting)

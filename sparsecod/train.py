@@ -280,7 +280,7 @@ class Run:
     @property
     def divided(self) -> bool: return isinstance(self.model, FSDPModule)
 
-# %% ../nbs/build/05_train.ipynb #5d21a0b1
+# %% ../nbs/build/05_train.ipynb #5a7e0b01
 def saved_bytes(
     config: ModelConfig,
     sequences: int,    # in a forward pass
@@ -345,6 +345,8 @@ def choose_strategy(model_config: ModelConfig, config: TrainConfig, world: Parti
 
 def divide(model: Transformer, world: PartialState):
     "Give each process its share of every block, and of the rest; each block is fetched as one piece (FSDP2)."
+    if not hasattr(dcp, 'HuggingFaceStorageWriter'):
+        raise ImportError("strategy='fsdp' needs a newer PyTorch, whose processes can save their shares: pip install -U torch")
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # of views that blocks return, which we leave as they are
     mesh = init_device_mesh(world.device.type, (world.num_processes,))
     for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
