@@ -689,3 +689,24 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
 def test_help_names_every_study():
     from sparsecod.cli import STUDY_NAMES
     assert STUDY_NAMES.split(', ') == ['main', *STUDIES, 'pilots']
+
+
+def launched(line: str, folder: Path) -> float:
+    "The held-out loss of a training that a command of the docs starts, with two processes and at the smallest scale."
+    line = line.replace('FOLDER', str(folder)).replace('--scale paper', f'--scale tiny --experts 4 {QUICK} --set train.tokens_per_step=512 --set train.strategy=fsdp')
+    command = re.sub(r'(num_processes|nproc_per_node) 8', r'\1 2', line).split()
+    environment = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding='utf-8', timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(re.search(r'held-out loss ([\d.]+)', done.stdout)[1])
+
+
+def test_the_launchers_of_the_docs_train_one_model_together(type_in, tmp_path):
+    page = json.loads((ROOT / 'nbs' / 'beyond' / '05_scale.ipynb').read_text(encoding='utf-8'))
+    text = ''.join(''.join(cell['source']) + '\n' for cell in page['cells'])
+    lines = re.findall(r'^(?:torchrun|accelerate launch) .*--scale paper$', text, re.M)
+    assert {line.split()[0] for line in lines} == {'torchrun', 'accelerate'}
+    code, out, errors = type_in(f'train {tmp_path}/alone --scale tiny --experts 4 {QUICK} --set train.tokens_per_step=512')
+    assert code == 0, errors
+    alone = float(re.search(r'held-out loss ([\d.]+)', out)[1])
+    for n, line in enumerate(lines): assert launched(line, tmp_path / str(n)) == pytest.approx(alone, abs=2e-3), line
