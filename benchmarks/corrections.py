@@ -22,10 +22,10 @@ SIZES = dict(n_sequences=32, n_fit=64, n_pool=96, n_loss=512)
 
 
 def trained(runs: Path, record: dict):
-    "The model of a record, from the folder of its run."
+    "The model of a record, from the folder of its run, and how that run was computed."
     result = load_result(runs / record['name'])
     if result is None: raise SystemExit(f"there is no finished run {record['name']} in the folder given as --runs")
-    return result.model.eval()
+    return result.model.eval(), result.execution
 
 
 def measure(runs: Path, seeds: int, sizes: dict = SIZES) -> dict:
@@ -34,18 +34,20 @@ def measure(runs: Path, seeds: int, sizes: dict = SIZES) -> dict:
     dense = {r['seed']: r for r in groups['dense']}
     chosen = sorted(dense)[:seeds]
     corpus = prepare(RunConfig.from_dict(dense[chosen[0]]['config']).data, progress=False)
-    rows, names = [], []
+    rows, names, executions = [], [], {}
     for seed in chosen:
         found = {gates: next(r for r in groups[label] if r['seed'] == seed) for gates, label in GATES.items()}
         for r in (dense[seed], *found.values()):
             names.append(r['name'])
             if r['provenance']['corpus_fingerprint'] != corpus.fingerprint: raise SystemExit(f"{r['name']} was trained on another corpus than {corpus.fingerprint}")
-        mixtures = {gates: trained(runs, r) for gates, r in found.items()}
-        made = corrections(trained(runs, dense[seed]), corpus, RunConfig.from_dict(dense[seed]['config']).train, mixtures, **sizes)
+        models = {gates: trained(runs, r) for gates, r in dict(dense=dense[seed], **found).items()}
+        executions |= {r['name']: execution for r, (_, execution) in zip((dense[seed], *found.values()), models.values())}
+        mixtures = {gates: models[gates][0] for gates in found}
+        made = corrections(models['dense'][0], corpus, RunConfig.from_dict(dense[seed]['config']).train, mixtures, **sizes)
         rows += [dict(seed=seed, **r) for r in made]
         print(f'seed {seed}: {len(made)} rows, {time.perf_counter() - start:.0f} s', flush=True)
     config = dict(model=dense[chosen[0]]['config']['model'], train=dense[chosen[0]]['config']['train'], sizes=sizes, seed_of_sequences=0)
-    return dict(schema=1, name='corrections', config=config, seeds=chosen, runs=names, tokens=dense[chosen[0]]['tokens'],
+    return dict(schema=1, name='corrections', config=config, seeds=chosen, runs=names, executions=executions, tokens=dense[chosen[0]]['tokens'],
                 seconds=round(time.perf_counter() - start, 1), rows=shortened(rows), provenance=provenance(corpus, torch.device('cpu')))
 
 
