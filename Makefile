@@ -63,6 +63,7 @@ chapters: $(STAMP)  ## Check that notebooks and package agree, lint, and run the
 	$(BIN)/python tests/drift.py
 	@echo '== Is the code in order?'
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 	@echo '== Do the building chapters run?'
 	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/build --do_print --timing
 
