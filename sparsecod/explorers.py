@@ -131,16 +131,10 @@ def theory_stack(L: int, p: float, step: int, norm: str) -> dict:
     return dict(variance=stream_variance(config, p), jacobian=jacobian_deviation(config, p))
 
 # %% ../nbs/tools/08_explorers.ipynb #e5077642
-def simulate_points(
-    p: float,             # density
-    step: int,            # position of the initial scale
-    norm: str,            # norm placement
-    L: int = SIMULATED_DEPTH,  # blocks
-    n_models: int = 8,    # independent models for the variance, with seeds 0, 1, ...
-    n_jacobian: int = 4,  # of them, how many for the Jacobians
-    n_tokens: int = 64,   # sequences of one token for the variance
-) -> dict:                # the setting; variance and jacobian: mean and half-width of the interval by layer
-    "Simulated dots for one setting of the explorer."
+def simulate_points(p: float, step: int, norm: str, L: int = SIMULATED_DEPTH, n_models: int = 8, n_jacobian: int = 4,
+                    n_tokens: int = 64) -> dict:
+    """Simulated dots for one setting: variance and Jacobian, each mean and half-width of the interval by layer.
+    `n_models` seeds give the variance on `n_tokens` sequences of one token, the first `n_jacobian` the Jacobians."""
     config = explorer_config(L, step, norm)
     samples = dict(variance=simulate_stream(config, p, n_models=n_models, n_tokens=n_tokens),
                    jacobian=simulate_jacobian(config, p, n_models=n_jacobian, n_tokens=2)[1])
@@ -236,15 +230,10 @@ def variance_chart(quantity: str) -> alt.LayerChart:
     data = data.encode(along, alt.Y(f'{field}:Q', title=None)).properties(name=quantity)
     return alt.layer(curves, whisker, dots, data).properties(width='container', height=240, title=title)
 
-def variance_explorer(
-    simulated: dict | None = None,  # from simulate_all; None: curves without dots
-    L: int = 32,                    # where the controls stand at first: depth
-    p: float = 0.5,                 # density, a multiple of 0.05
-    step: int = 10,                 # position of the initial scale, 0..14
-    norm: str = 'pre_ln',           # norm placement
-    name: str = 'sce-variance',     # the HTML id
-) -> Explorer:
-    "Variance of the stream and deviation of the Jacobians through depth, with controls."
+def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5, step: int = 10, norm: str = 'pre_ln',
+                      name: str = 'sce-variance') -> Explorer:
+    """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at first at depth L,
+    density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from `simulate_all`."""
     known(L=(L, range(2, DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, STEPS),
           norm=(norm, NORMS))
     made, simulated = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm,
@@ -290,20 +279,14 @@ def thinned(values: list) -> list:
     n = min(len(values), 16)
     return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
 
-def run_curve(
-    record: dict,  # of a finished run
-    name: str,     # a key of CURVES
-) -> list:         # values; empty if the run has none
-    "A profile by layer, or a log."
+def run_curve(record: dict, name: str) -> list:
+    "A profile by layer, or a log, by its key of CURVES; empty if the run has none."
     if name == 'train_loss': return thinned(record['curve']['loss'])
     if name == 'train_variance': return thinned([v and v[-1] for v in record['curve']['variance_mean']])
     return record['scores']['arrays'].get(name) or []
 
-def seed_range(
-    runs: list[dict],  # finished, of one setting
-    name: str,         # a key of CURVES
-) -> dict | None:      # x, and mean, lowest and highest seed at each point; None where there are none
-    "A curve over seeds."
+def seed_range(runs: list[dict], name: str) -> dict | None:
+    "A curve over the seeds of a setting: x, and mean, lowest and highest at each point; None where there are none."
     lines = [line for r in runs if (line := run_curve(r, name))]
     points = zip(*lines)
     over = [[None] * 3 if None in values else [sum(values) / len(values), min(values), max(values)]
@@ -327,12 +310,8 @@ def about_run(record: dict, metrics: list[str]) -> dict:
                 commit=str(made.get('commit'))[:10], machine=made.get('hardware'),
                 url=f"{RECORDS}/{record['scale']}/{record['name']}.json", values=values)
 
-def setting_rows(
-    records: list[dict],  # of any scales
-    metrics: list[str],   # names
-    studies: dict | None, # name -> label -> runs; None: all studies that have runs
-) -> tuple[list[dict], dict]:   # rows, and for each place of a curve the runs behind it
-    "A row for each setting of each study."
+def setting_rows(records: list[dict], metrics: list[str], studies: dict | None) -> tuple[list[dict], dict]:
+    "A row for each setting of each study (as for `results_explorer`), and for each place of a curve the runs behind it."
     found, groups = [], {}
     # studies are defined at the known scales
     scales = {r['scale']: [] for r in records if studies or r['scale'] in SCALES}
@@ -521,11 +500,8 @@ def results_explorer(
                          floors=[dict(name=n, value=v) for n, v in floors.items()]), made, dict(pick=['settings']), dict(pick_row='rows'))
 
 # %% ../nbs/tools/08_explorers.ipynb #384053aa
-def surgery_rows(
-    records: list[dict],          # of finished runs; for each depth the one with the lowest seed is taken
-    study: str | None = 'depth',  # whose runs; None: take the records as they are
-) -> list[dict]:                  # a row for each block of each model
-    "Measured operations on one trained model per depth."
+def surgery_rows(records: list[dict], study: str | None = 'depth') -> list[dict]:
+    "Measured operations on one trained model per depth, that of the lowest seed: a row for each block."
     runs = finished(label_variants(study, records) if study else records)
     if not runs: raise ValueError(f'study={study!r} has no finished run among the {len(records)} records')
     chosen = {}
@@ -652,19 +628,13 @@ def surgery_explorer(
 COSTS = dict(causal='causal', permutation='permutation', usefulness='usefulness', linear_loss_increase='affine cost, nats',
              skip_loss_increase='skip cost, nats', jacobian_deviation='Jacobian deviation')
 
-def stored_twins(
-    start: str | Path = '.',  # a place inside a clone of the repository
-) -> list[dict]:              # seed 0: the usual model and its two twins
-    "Runs of the twins chapter."
+def stored_twins(start: str | Path = '.') -> list[dict]:
+    "Runs of the twins chapter, seed 0: the usual model and its two twins, in the clone that `start` is in."
     path = results_folder(start) / 'twins.json'
     return [r for r in check_stamp(read_json(path), path)['runs'] if r['seed'] == 0 and r['arm'] in ('usual', 'twin')]
 
-def twins_explorer(
-    runs: list[dict],          # from stored_twins
-    c: int = 3,                # where the control stands at first: the binary logarithm of c
-    name: str = 'sce-twins',   # the HTML id
-) -> Explorer:
-    "One model in other units: the variance of its stream for any c, and its scores."
+def twins_explorer(runs: list[dict], c: int = 3, name: str = 'sce-twins') -> Explorer:
+    "One model in other units: the variance of its stream for any scale 2^c, and its scores; runs from `stored_twins`."
     known(c=(c, range(-3, 4)))
     usual = next(r for r in runs if r['arm'] == 'usual')
     layers = [dict(k=round(math.log2(r['c'])), l=l, v=trim(v), loss=trim(r['val_loss'])) for r in runs for l, v in enumerate(r['variance_median'])]

@@ -58,10 +58,8 @@ def scalar(scores: dict, name: str) -> Estimate:
     found = scores['scalars'].get(name) or {}
     return checked(scores, name, found.get('value'), found.get('low'), found.get('high'))
 
-def by_layer(
-    scores: dict, name: str,
-) -> list[Estimate]:  # one for each block, or for each stream; empty if the score is not there
-    "A score by layer."
+def by_layer(scores: dict, name: str) -> list[Estimate]:
+    "A score by layer, one for each block or stream; empty if the score is not there."
     values = scores['arrays'].get(name) or []
     ends = (scores.get('intervals') or {}).get(name) or {}
     low, high = (ends.get(end) or [None] * len(values) for end in ('low', 'high'))
@@ -186,20 +184,13 @@ def layers(values: list, width: float = 0.) -> tuple[list, dict]:
     "A made-up score by layer."
     return values, dict(low=[v - width for v in values], high=[v + width for v in values])
 
-def pairs(
-    values: list[list],  # a score of pairs, (L, L)
-    width: float = 0.,   # half of each interval's width
-) -> tuple[list, dict]:  # the array, and its intervals
-    "A made-up score of pairs."
+def pairs(values: list[list], width: float = 0.) -> tuple[list, dict]:
+    "A made-up score of pairs (L, L), and its intervals, of this half width."
     ends = lambda shift: [[None if v is None else max(0., v + shift) for v in row] for row in values]
     return values, dict(low=ends(-width), high=ends(width))
 
 # %% ../nbs/tools/09_report.ipynb #500ba8a9
-def made_up(
-    n_sequences: int = 32,
-    loss: float = 2.,  # nats a token
-    T: int = 128, **by_layer,
-) -> dict:             # as from sparsecod.scores.score_model
+def made_up(n_sequences: int = 32, loss: float = 2., T: int = 128, **by_layer) -> dict:
     "Made-up scores, to try a reading on."
     arrays = {name: v[0] if isinstance(v, tuple) else v for name, v in by_layer.items()}
     return dict(scalars=dict(loss=dict(value=loss, low=.95 * loss, high=1.05 * loss)), arrays=arrays,
@@ -406,11 +397,8 @@ def layer_rows(scores: dict, columns: list[str]) -> list[str]:
     return rows
 
 # %% ../nbs/tools/09_report.ipynb #57bea595
-def score_table(
-    scores: dict,              # from sparsecod.scores.score_model
-    width: int | None = None,  # characters a line; None: the terminal's
-) -> str:
-    "Scalars with intervals and scores by layer, as text."
+def score_table(scores: dict, width: int | None = None) -> str:
+    "Scalars with intervals and scores by layer, as text of so many characters a line (None: the terminal's)."
     width = width or shutil.get_terminal_size((100, 24)).columns
     lines, narrow = [f"{'score':29s} {'value':>10s}  95 % interval over sequences"], ['score: value, 95 % interval']
     for name in scores['scalars']:
@@ -538,12 +526,10 @@ def heat(name: str, title: str, across: str, down: str, rows: list[dict],
                      high='95 % high')).properties(name=name, width=270, height=270, title=title)
 
 # %% ../nbs/tools/09_report.ipynb #2e54de47
-def score_explorer(
-    scores: dict, sparsity: dict | None = None,
-    floors: tuple = (),  # costs of a skip below which nothing is shown, in nats a token, as dashed lines
-    name: str = 'sce-scores', made: dict | None = None,
-) -> Explorer | None:    # None where there is nothing to draw
-    "Linked charts of the scores of a model: what can go, then how the layers differ."
+def score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = (), name: str = 'sce-scores',
+                   made: dict | None = None) -> Explorer | None:
+    """Linked charts of the scores of a model: what can go, then how the layers differ; None where there is nothing to
+    draw. `floors` are costs of a skip below which nothing is shown, in nats a token, as dashed lines."""
     L, charts, tables, texts = n_blocks(scores), [], [], []
     def add(chart, view, title, text, **columns):
         charts.append(chart)
@@ -581,10 +567,8 @@ def score_explorer(
 # %% ../nbs/tools/09_report.ipynb #d08cb761
 VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
 
-def skip_explorer(
-    scores: dict, floors: tuple = (), name: str = 'sce-skips',
-) -> Explorer | None:  # None where costs are not known
-    "What each block costs to leave out, cheapest first."
+def skip_explorer(scores: dict, floors: tuple = (), name: str = 'sce-skips') -> Explorer | None:
+    "What each block costs to leave out, cheapest first; None where that is not known."
     cost = by_layer(scores, 'skip_loss_increase')
     found, (_, _, unit, _) = sides(cost, 0), BARS['skip_loss_increase']
     verdict = {l: kind for kind, blocks in zip(VERDICTS, (found.below, found.open, found.above)) for l in blocks}
@@ -686,14 +670,10 @@ WORDS = {
     'affine map': 'the simplest stand-in for a block: each number of the result is a weighted sum of the numbers read, plus a constant; it neither looks at other tokens nor bends.',
     'nats': 'the unit of the loss, the mean surprise at the next token; 0.69 nats are one bit, and a rise of 0.1 makes the right token about 10 % less likely.'}
 
-def score_page(
-    scores: dict,                   # from sparsecod.scores.score_model
-    title: str | None = None,       # the model's name; None: the fact 'name'
-    about: dict | None = None,      # facts about the model, such as d_model, vocab_size and text
-    sparsity: dict | None = None,   # from sparsecod.sparsity.measure_sparsity
-    floors: tuple = (),             # see score_explorer
-) -> str:                           # HTML that needs nothing else
-    "One page with the scores of a model: what can go, a plain reading, linked charts, and all numbers."
+def score_page(scores: dict, title: str | None = None, about: dict | None = None, sparsity: dict | None = None,
+               floors: tuple = ()) -> str:
+    """One HTML page that needs nothing else: what can go, a plain reading, linked charts, and all numbers. `about` has
+    facts about the model, such as name (the title, unless given), d_model, vocab_size and text."""
     skips, charts, cost = skip_explorer(scores, floors), score_explorer(scores, sparsity, floors), read_skips(scores)
     tables = {'All scores in one number each': table_rows({name: scalar(scores, name)
                                                            for name in scores['scalars']}, MEANING),
@@ -774,10 +754,8 @@ def mismatches(a: dict, b: dict) -> list[str]:
     return lines
 
 # %% ../nbs/tools/09_report.ipynb #ca1b4bc3
-def layer_differences(
-    a: dict, b: dict, name: str,
-) -> list[Estimate]:  # empty unless both have the score and as many blocks
-    "A score by layer, B minus A."
+def layer_differences(a: dict, b: dict, name: str) -> list[Estimate]:
+    "A score by layer, B minus A; empty unless both have it and as many blocks."
     if n_blocks(a) != n_blocks(b): return []
     return [difference(*pair) for pair in zip(by_layer(a, name), by_layer(b, name))]
 
@@ -859,11 +837,9 @@ def comparison_page(a: dict, b: dict, called: tuple = ('A', 'B')) -> str:  # HTM
         facts=[(name, *(f.get(name, '–') for f in facts)) for name in dict.fromkeys([*facts[0], *facts[1]])])
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
-def report_setting(
-    records: list[dict], rows: list[dict] | None = None,
-    study: str | Study | None = None,  # None: the one that the ledger is about
-) -> tuple[list[dict], str, str]:      # records, labelled if there are variants; what they differ in; title
-    "What a report is about."
+def report_setting(records: list[dict], rows: list[dict] | None = None,
+                   study: str | Study | None = None) -> tuple[list[dict], str, str]:
+    "What a report is about: records, labelled if there are variants; what they differ in; title."
     named = {row['study'] for row in rows or [] if row['study']}
     guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None
     chosen = study_named(study or guess) if study or guess else None

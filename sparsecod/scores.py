@@ -81,21 +81,14 @@ class Trace(NamedTuple):
     targets: Tensor        # next tokens, (B, T)
     loss: Tensor           # mean cross-entropy of each sequence, (B,)
 
-def sequence_loss(
-    model: Transformer,  # the model whose head to use
-    h: Tensor,           # last stream h_L, (B, T, D)
-    targets: Tensor,     # next tokens, (B, T)
-) -> Tensor:             # mean cross-entropy of each sequence in nats, fp64, (B,)
-    "Loss of each sequence, from the last stream."
+def sequence_loss(model: Transformer, h: Tensor, targets: Tensor) -> Tensor:
+    "Mean cross-entropy of each sequence in nats, fp64, (B,), from the last stream (B, T, D) and next tokens (B, T)."
     return to_fp64(model.token_losses(h, targets)).mean(-1)
 
 # %% ../nbs/build/07_scores.ipynb #212447fc
 @torch.no_grad()
-def trace(
-    model: Transformer,  # in eval mode, fp32
-    windows: Tensor,     # tokens, (B, T + 1)
-) -> Trace:
-    "Run the model once and keep all streams and updates."
+def trace(model: Transformer, windows: Tensor) -> Trace:
+    "Run a model in eval mode and fp32 once on tokens (B, T + 1); keep all streams and updates."
     streams, updates = [model.embed(windows[:, :-1])], []
     def keep(l, out):
         streams.append(out.stream)
@@ -109,13 +102,9 @@ def token_variances(t: Trace) -> Tensor:  # fp64, (L + 1, B, T); index l is the 
     return torch.stack([to_fp64(h).var(-1) for h in t.streams])
 
 # %% ../nbs/build/07_scores.ipynb #a08ac496
-def jacobian_products(
-    block: Callable[[Tensor], Tensor],  # maps a stream (B, T, D) to a stream (B, T, D)
-    h: Tensor,              # the stream it reads, one sequence, (T, D)
-    vectors: Tensor,        # v, one a row, (R, D)
-    rows_at_once: int = 32, # copies of the sequence that are run together
-) -> Iterator[Tensor]:      # v J_t for up to rows_at_once rows after another and every t, (rows, T, D)
-    "Gradient of v times the output, summed over output positions, at every input position."
+def jacobian_products(block: Callable, h: Tensor, vectors: Tensor, rows_at_once: int = 32) -> Iterator[Tensor]:
+    """v J_t, (rows, T, D), for up to `rows_at_once` rows v of the vectors (R, D) after another: the gradient of v times
+    the output, summed over output positions, at every position of the stream (T, D) that the block reads."""
     copies = h.expand(min(rows_at_once, len(vectors)), -1, -1).detach().clone().requires_grad_()  # (copies, T, D)
     with torch.enable_grad(): out = block(copies)                                       # (copies, T, D)
     parts = vectors.split(rows_at_once)
@@ -126,13 +115,8 @@ def jacobian_products(
         yield torch.autograd.grad(asked, copies, retain_graph=i + 1 < len(parts))[0][:len(part)]
 
 # %% ../nbs/build/07_scores.ipynb #1f897f40
-def jacobian_rows(
-    block: Callable[[Tensor], Tensor],  # maps a stream (B, T, D) to a stream (B, T, D)
-    h: Tensor,              # the stream it reads, one sequence, (T, D)
-    vectors: Tensor,        # v, one a row, (R, D)
-    rows_at_once: int = 32, # copies of the sequence that are run together
-) -> tuple[Tensor, Tensor]: # v (J_t - I) / D averaged over t, fp64, (R, D); its squared norm at every t, (R, T)
-    "What each vector sees of the deviation."
+def jacobian_rows(block: Callable, h: Tensor, vectors: Tensor, rows_at_once: int = 32) -> tuple[Tensor, Tensor]:
+    "What each vector sees of the deviation: v (J_t - I) / D averaged over t, fp64, (R, D); its squared norms, (R, T)."
     averages, squares = [], []
     for v, rows in zip(vectors.split(rows_at_once), jacobian_products(block, h, vectors, rows_at_once)):
         rest = (rows.cpu().double() - v[:, None].cpu().double()) / h.shape[1]           # (rows, T, D)
@@ -140,23 +124,18 @@ def jacobian_rows(
         squares.append(rest.square().sum(-1))
     return torch.cat(averages), torch.cat(squares)
 
-def jacobian_deviation(
-    block: Callable[[Tensor], Tensor],  # maps a stream (B, T, D) to a stream (B, T, D)
-    h: Tensor,             # the stream it reads, one sequence, (T, D)
-    rows_at_once: int = 32 # copies of the sequence that are run together
-) -> tuple[Tensor, Tensor]:  # mean over t of J_t - I, (D, D); mean over t of ||J_t - I||_F / D, a scalar
-    "Deviation of a block's Jacobian from the identity, exactly, from D backward passes."
+def jacobian_deviation(block: Callable, h: Tensor, rows_at_once: int = 32) -> tuple[Tensor, Tensor]:
+    """Mean over t of J_t - I, (D, D), and of ||J_t - I||_F / D, a scalar, exactly, from D backward passes;
+    the block maps a stream (B, T, D) to a stream (B, T, D), h is the stream of one sequence, (T, D)."""
     unit = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     average, squares = jacobian_rows(block, h, unit, rows_at_once)
     return average * h.shape[1], squares.sum(0).sqrt().mean()
 
 # %% ../nbs/build/07_scores.ipynb #655beb60
 @torch.no_grad()
-def skip_run(
-    model: Transformer, t: Trace, s: int,
-    until: int | None = None,      # skip at positions before this one only; None: at all positions
-) -> tuple[list[Tensor], Tensor]:  # ||change of u_l|| of each token for l = s+1 .. L, each (B, T); the last stream (B, T, D)
-    "Skip a block; measure the change of all later updates."
+def skip_run(model: Transformer, t: Trace, s: int, until: int | None = None) -> tuple[list[Tensor], Tensor]:
+    """Skip block s at positions before `until` (None: at all). Gives ||change of u_l|| of each token for l = s+1 .. L,
+    each (B, T), and the last stream, (B, T, D)."""
     h, change = t.streams[s].clone(), []                                             # (B, T, D)
     h[:, :until] = t.streams[s - 1][:, :until]                                       # without u_s
     def compare(l, out): change.append((out.update - t.updates[l - 1]).norm(dim=-1))
@@ -165,21 +144,15 @@ def skip_run(
 
 # %% ../nbs/build/07_scores.ipynb #11227b2d
 @torch.no_grad()
-def skip_effect(
-    model: Transformer,        # the model of the trace
-    t: Trace,                  # from trace
-    s: int,                    # the block to skip, 1..L
-) -> tuple[Tensor, Tensor]:    # sum over tokens of ||change of u_l||, fp64, (L, B) at l-1; loss with s skipped, (B,)
-    "Skip one block; measure the change of all later updates, and the loss."
+def skip_effect(model: Transformer, t: Trace, s: int) -> tuple[Tensor, Tensor]:
+    "Skip block s: sums over tokens of ||change of u_l||, fp64, (L, B) at l-1, and the loss, (B,)."
     change = torch.zeros(len(t.updates), len(t.targets), dtype=torch.float64)        # (L, B)
     later, h = skip_run(model, t, s)
     for l, c in enumerate(later, s + 1): change[l - 1] = c.double().sum(-1)          # (B,)
     return change, sequence_loss(model, h, t.targets).cpu()
 
-def skip_effects(
-    model: Transformer, t: Trace,
-) -> tuple[Tensor, Tensor]:  # as skip_effect, (L, L, B) at [s-1, l-1] and (L, B)
-    "Skip every block in turn."
+def skip_effects(model: Transformer, t: Trace) -> tuple[Tensor, Tensor]:
+    "Skip every block in turn: as `skip_effect`, (L, L, B) at [s-1, l-1] and (L, B)."
     change, loss = zip(*(skip_effect(model, t, s) for s in range(1, len(t.updates) + 1)))
     return torch.stack(change), torch.stack(loss)
 
@@ -188,18 +161,12 @@ def update_sizes(t: Trace) -> Tensor:
     return torch.stack([u.norm(dim=-1) for u in t.updates]).cpu()
 
 # %% ../nbs/build/07_scores.ipynb #5f778a3f
-def relative(
-    change: Tensor,  # (...)
-    size: Tensor,    # the same shape, or one that can be spread to it
-) -> Tensor:         # (...)
-    "Change over size; nothing changed is 0, whatever the size."
+def relative(change: Tensor, size: Tensor) -> Tensor:
+    "Change over size, element by element; nothing changed is 0, whatever the size."
     return torch.where(change == 0, 0., change / size)
 
-def causal_ratio(
-    change: Tensor,  # size of the change of u_l when s is skipped, (L, L, ...) at [s-1, l-1]
-    size: Tensor,    # size of u_l, (L, ...)
-) -> Tensor:         # C(s, l), (L, L, ...); NaN unless s < l
-    "Change relative to size for every pair of blocks s < l."
+def causal_ratio(change: Tensor, size: Tensor) -> Tensor:
+    "C(s, l), (L, L, ...), NaN unless s < l: change of u_l when s is skipped, (L, L, ...), over size of u_l, (L, ...)."
     L, more = len(size), change.dim() - 2
     later = torch.ones(L, L).triu(1).bool().reshape(L, L, *[1] * more)       # True where s < l
     return torch.where(later, relative(change, size), float('nan'))
@@ -220,12 +187,8 @@ def future_effects(model: Transformer, t: Trace) -> Tensor:  # (L, L, B) at [s-1
 
 # %% ../nbs/build/07_scores.ipynb #2e950ba8
 @torch.no_grad()
-def swapped_run(
-    model: Transformer,
-    h: Tensor,  # the stream h_{i-1}, (B, T, D)
-    i: int, j: int,
-) -> Tensor:    # the last stream, (B, T, D)
-    "Run blocks i..L with blocks i and j in each other's place."
+def swapped_run(model: Transformer, h: Tensor, i: int, j: int) -> Tensor:
+    "From h_{i-1} run blocks i..L with blocks i and j in each other's place; the last stream, (B, T, D)."
     h = model.run(h, start=j - 1, stop=j)                # block j first
     h = model.run(h, start=i, stop=j - 1)                # blocks i+1 .. j-1 as before
     h = model.run(h, start=i - 1, stop=i)                # block i in the place of j
@@ -233,11 +196,8 @@ def swapped_run(
 
 # %% ../nbs/build/07_scores.ipynb #c2973093
 @torch.no_grad()
-def swap_row(
-    model: Transformer, t: Trace, i: int,
-    later: list[int] | None = None,  # the later blocks, j; None: all
-) -> Tensor:                         # loss of each sequence with i and j swapped, fp64, (L, B) at j-1; NaN where none was
-    "Loss after swapping one block with later ones."
+def swap_row(model: Transformer, t: Trace, i: int, later: list[int] | None = None) -> Tensor:
+    "Loss of each sequence after swapping block i with later ones (None: all): fp64, (L, B) at j-1, NaN where none was."
     L = len(t.updates)
     loss = torch.full((L, len(t.targets)), float('nan'), dtype=torch.float64)        # (L, B)
     for j in range(i + 1, L + 1) if later is None else later:
@@ -248,10 +208,8 @@ def both_ways(upper: Tensor) -> Tensor:
     "Rows of swaps (L, L, B), NaN unless i < j, as a symmetric array, NaN on the diagonal."
     return torch.where(upper.isnan(), upper.transpose(0, 1), upper)
 
-def swap_losses(
-    model: Transformer, t: Trace,
-) -> Tensor:  # loss of each sequence with i and j swapped, (L, L, B); NaN on the diagonal
-    "Loss after swapping each pair of blocks."
+def swap_losses(model: Transformer, t: Trace) -> Tensor:
+    "Loss of each sequence after swapping each pair of blocks, (L, L, B); NaN on the diagonal."
     return both_ways(torch.stack([swap_row(model, t, i) for i in range(1, len(t.updates) + 1)]))
 
 # %% ../nbs/build/07_scores.ipynb #6756e814
@@ -263,12 +221,9 @@ def pair_kinds(L: int) -> Tensor:
     kinds = torch.where(j == i + 1, 0, torch.where(i == 0, 1, 2))
     return torch.where(i < j, kinds, -1)
 
-def choose_pairs(
-    L: int,                    # blocks
-    pairs: int | None = None,  # to swap; 0: all; None: all up to ALL_PAIRS_UP_TO blocks, else 2 L
-    seed: int = 0,
-) -> Tensor:                   # bool, (L, L) at [i-1, j-1]
-    "Which pairs are swapped: all neighbours, and others at random."
+def choose_pairs(L: int, pairs: int | None = None, seed: int = 0) -> Tensor:
+    """Which pairs are swapped, bool, (L, L) at [i-1, j-1]: all neighbours, and others at random; pairs=0: all,
+    None: all up to ALL_PAIRS_UP_TO blocks, else 2 L."""
     kinds, every = pair_kinds(L), L * (L - 1) // 2
     if pairs is None: pairs = 2 * L if L > ALL_PAIRS_UP_TO else 0
     if pairs == 0 or pairs >= every: return kinds >= 0
@@ -283,10 +238,8 @@ def choose_pairs(
         chosen[place[torch.randperm(len(place), generator=generator)[:some]]] = True
     return chosen.view(L, L)
 
-def pair_weights(
-    chosen: Tensor,  # from choose_pairs, (L, L)
-) -> Tensor:         # how many pairs each of them stands for, fp64, (L, L)
-    "Weights that make a sum over chosen pairs an unbiased sum over all."
+def pair_weights(chosen: Tensor) -> Tensor:
+    "How many pairs each chosen one stands for, fp64, (L, L): a sum with these weights is an unbiased sum over all."
     weights, kinds = chosen.double(), pair_kinds(len(chosen))
     for kind in (1, 2):
         same = kinds == kind
@@ -294,11 +247,8 @@ def pair_weights(
     return weights
 
 # %% ../nbs/build/07_scores.ipynb #bdffeb9a
-def pair_errors(
-    scores: Tensor,  # of swaps, (L, L); used where chosen
-    chosen: Tensor,  # from choose_pairs, (L, L)
-) -> Tensor:         # standard errors of the mean over all pairs and over those without block 1, (2,)
-    "Errors of means of swaps, from the choice of pairs."
+def pair_errors(scores: Tensor, chosen: Tensor) -> Tensor:
+    "Errors of means of swaps (L, L), from the choice of pairs: over all pairs and over those without block 1, (2,)."
     L, kinds, variances = len(scores), pair_kinds(len(scores)), []
     for kind in (1, 2):
         N, x = (kinds == kind).sum().item(), scores[(kinds == kind) & chosen]            # (n,)
@@ -307,12 +257,9 @@ def pair_errors(
     return torch.stack([variances[0] + variances[1], variances[1]]).sqrt() / counts
 
 # %% ../nbs/build/07_scores.ipynb #125ef50f
-def solve_scaled(
-    cov: Tensor,     # of x with itself, (D, D)
-    cross: Tensor,   # of x with y, (D, D)
-    mean: Tensor,    # of x, (D,)
-) -> tuple[Tensor, int]:  # A (D, D); in how many directions x varies
-    "Least squares for channels of unit variance; directions in which x does not vary are left alone."
+def solve_scaled(cov: Tensor, cross: Tensor, mean: Tensor) -> tuple[Tensor, int]:
+    """A (D, D) and in how many directions x varies, from the covariances of x with itself and with y, (D, D), and its
+    mean, (D,): least squares for channels of unit variance; directions in which x does not vary are left alone."""
     spread = cov.diagonal().clamp(min=0).sqrt()                         # (D,)
     varies = spread > 1e-6 * mean.abs()                                 # what is less is rounding
     scale = torch.where(varies, 1 / spread.clamp(min=1e-300), 0.)       # (D,)
@@ -346,12 +293,9 @@ class AffineFit:
 
 # %% ../nbs/build/07_scores.ipynb #28167ee6
 @torch.no_grad()
-def fit_blocks(
-    model: Transformer,    # in eval mode, fp32
-    windows: Tensor,       # sequences to fit on, (M, T + 1), none of them scored later
-    batch_size: int = 16,  # sequences in memory at once
-) -> list[tuple[Tensor, Tensor, int]]:  # for each block: A (D, D), b (D,), rank of the data
-    "Best affine map for the update of every block, from one pass."
+def fit_blocks(model: Transformer, windows: Tensor, batch_size: int = 16) -> list[tuple[Tensor, Tensor, int]]:
+    """Best affine map for the update of every block, A (D, D), b (D,) and the rank of the data, from one pass over
+    sequences (M, T + 1), none of them scored later."""
     fits = [AffineFit(model.config.d_model) for _ in model.blocks]
     for batch in windows.split(batch_size):
         h = model.embed(batch[:, :-1])                       # (B, T, D)
@@ -367,28 +311,21 @@ def fit_blocks(
 
 # %% ../nbs/build/07_scores.ipynb #00fce027
 @torch.no_grad()
-def linear_loss(
-    model: Transformer, t: Trace, l: int, fitted: tuple, transposed: bool = False,
-) -> Tensor:  # loss of each sequence, (B,)
-    "Loss after replacing one block by its affine map."
+def linear_loss(model: Transformer, t: Trace, l: int, fitted: tuple, transposed: bool = False) -> Tensor:
+    "Loss of each sequence, (B,), after replacing block l by its affine map."
     h, (A, b, _) = t.streams[l - 1], fitted                  # (B, T, D)
     A = (A.T if transposed else A).to(h.device)              # (D, D)
     h = h + h @ A + b.to(h.device)                           # (B, T, D)
     return sequence_loss(model, model.run(h, start=l), t.targets).cpu()
 
-def linear_losses(
-    model: Transformer, t: Trace, maps: list, transposed: bool = False,
-) -> Tensor:  # loss of each sequence with block l replaced, (L, B)
-    "Loss after replacing each block by its affine map."
+def linear_losses(model: Transformer, t: Trace, maps: list, transposed: bool = False) -> Tensor:
+    "Loss of each sequence after replacing each block by its affine map, (L, B)."
     return torch.stack([linear_loss(model, t, l, one, transposed) for l, one in enumerate(maps, 1)])
 
 # %% ../nbs/build/07_scores.ipynb #73502e52
-def batch_pieces(
-    model: Transformer, maps: list,
-    published_maps: list | None = None,  # maps for usefulness as published; None: leave it out
-    swapped: Tensor | None = None,  # pairs to swap, from choose_pairs, (L, L); None: all
-) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:  # name of a piece -> what measures it on a trace
-    "The pieces of work on a batch."
+def batch_pieces(model: Transformer, maps: list, published_maps: list | None = None,
+                 swapped: Tensor | None = None) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:
+    "The pieces of work on a batch, each by its name, as functions of the trace; arguments as for `measure_batch`."
     base = lambda t: dict(loss=t.loss, variance=token_variances(t), size=update_sizes(t).double().sum(-1))  # (B,), (L + 1, B, T), (L, B)
     def skip(t, l):                                                                      # (L, B), (B,), (L, B)
         change, loss = skip_effect(model, t, l)
@@ -403,15 +340,11 @@ def batch_pieces(
     return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l) for kind, do in kinds.items() for l in blocks}
 
 # %% ../nbs/build/07_scores.ipynb #bbbb01ec
-def measure_batch(
-    model: Transformer,  # in eval mode, fp32
-    windows: Tensor,     # sequences to score, (B, T + 1)
-    maps: list,          # from fit_blocks
-    published_maps: list | None = None,  # maps for usefulness as published; None: leave it out
-    keep: Callable[[str, Callable], dict] = lambda name, make: make(),  # gets a piece by its name, or makes it
-    swapped: Tensor | None = None,  # pairs to swap, from choose_pairs, (L, L); None: all
-) -> dict[str, Tensor]:  # measurements; the last axis is the sequence, except for variance, where it is the token
-    "Everything that is measured on a batch, from one trace."
+def measure_batch(model: Transformer, windows: Tensor, maps: list, published_maps: list | None = None,
+                  keep: Callable[[str, Callable], dict] = lambda name, make: make(),  # gets a piece by name, or makes it
+                  swapped: Tensor | None = None) -> dict[str, Tensor]:                # pairs, (L, L); None: all
+    """All measurements on a batch (B, T + 1), from one trace; the last axis is the sequence, or for variance the token.
+    Maps are from `fit_blocks`; `published_maps` are for usefulness as published, None leaves it out."""
     L, traced = len(model.blocks), cache(lambda: trace(model, windows))
     done = {name: keep(name, lambda: do(traced())) for name, do in batch_pieces(model, maps, published_maps, swapped).items()}
     found = dict(done['base'])
@@ -427,11 +360,8 @@ class Costs(NamedTuple):
     fit: float = 0       # adding a sequence at one block to the sums of its affine fit
     backward: float = 2  # one backward pass through a block
 
-def batch_costs(
-    L: int, c: Costs = Costs(), as_published: bool = False,
-    swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
-) -> dict[str, float]:              # name of a piece, as in batch_pieces -> its cost for one sequence
-    "What the pieces of work on a batch cost."
+def batch_costs(L: int, c: Costs = Costs(), as_published: bool = False, swapped: Tensor | None = None) -> dict[str, float]:
+    "What the pieces of `batch_pieces` cost for one sequence, by name."
     costs = dict(base=L + c.loss)
     for l in range(1, L + 1):
         later, swaps = L - l, L - l if swapped is None else swapped[l - 1].sum().item()
@@ -448,22 +378,18 @@ def n_probes(config: ScoreConfig, D: int) -> int:  # 0: exact
     if config.jacobian_probes is not None: return config.jacobian_probes
     return 0 if D <= JACOBIAN_EXACT_WIDTH else JACOBIAN_PROBES
 
-def measure_jacobian(
-    model: Transformer, l: int,
-    h: Tensor,           # the stream it reads, one sequence, (T, D)
-    probes: int = 0,     # 0: exact
-    rows_at_once: int = 32, seed: int = 0,
-) -> dict[str, Tensor]:  # as jacobian_rows, rows (R, D) and squares (R, T); exact: R = D, and squares summed over rows, (1, T)
-    "What is kept of the Jacobian of a block on a sequence."
+def measure_jacobian(model: Transformer, l: int, h: Tensor, probes: int = 0, rows_at_once: int = 32,
+                     seed: int = 0) -> dict[str, Tensor]:
+    """What is kept of the Jacobian of block l on the stream of one sequence, (T, D): rows (R, D) and squares (R, T) of
+    `jacobian_rows`; with probes=0, exactly: R = D, and squares summed over rows, (1, T)."""
     D = h.shape[1]
     vectors = random_signs(probes, D, seed).to(h) if probes else torch.eye(D, dtype=h.dtype, device=h.device)
     rows, squares = jacobian_rows(lambda h: model.run(h, start=l - 1, stop=l), h, vectors, rows_at_once)
     return dict(rows=rows.float(), squares=squares if probes else squares.sum(0, keepdim=True))
 
-def join_jacobians(
-    parts: list[dict],      # from measure_jacobian, one a sequence, of one block
-) -> dict[str, Tensor]:     # products of the rows of two sequences, fp64, (R or 1, n, n); squares, (R or 1, n, T)
-    "What the Jacobians of a block on n sequences have to say about any weighted average of them."
+def join_jacobians(parts: list[dict]) -> dict[str, Tensor]:
+    """What the Jacobians of a block on n sequences, each from `measure_jacobian`, say about any weighted average of
+    them: products of the rows of two sequences, fp64, (R or 1, n, n), and squares, (R or 1, n, T)."""
     rows, squares = torch.stack([p['rows'] for p in parts]), torch.stack([p['squares'] for p in parts], 1)
     if len(squares) == 1: rows = rows.flatten(1)[:, None]                                # (n, 1, D D)
     return dict(products=torch.stack([r.double() @ r.double().T for r in rows.unbind(1)]), squares=squares)
@@ -475,23 +401,18 @@ def pair_mean(scores: Tensor) -> Tensor:
     rows, columns = torch.triu_indices(L, L, 1)
     return scores[rows, columns].mean(0)
 
-def pair_row(
-    m: dict[str, Tensor], s: int,
-    average: Callable[[Tensor], Tensor],  # (..., N) -> (..., N + 1)
-) -> dict[str, Tensor]:                   # scores of the pairs of block s with all later ones, (L - s, N + 1); that of swaps with its sign
-    "Causal and permutation scores of one row of pairs."
+def pair_row(m: dict[str, Tensor], s: int, average: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Causal and permutation scores, with sign, of block s with all later ones, (L - s, N + 1);
+    `average` takes (..., N) to (..., N + 1)."""
     loss, row = average(m['loss']), lambda name: average(m[name][s - 1, s:])
     return dict(causal=relative(row('change'), average(m['size'][s:])), causal_max=row('future'), permutation=(row('swap_loss') - loss) / loss)
 
 # %% ../nbs/build/07_scores.ipynb #9647dfc7
 PAIRS = ('causal', 'causal_max', 'permutation')
 
-def pair_scores(
-    m: dict[str, Tensor],  # measurements on N sequences
-    W: Tensor,             # weights, (N + 1, N)
-    swapped: Tensor | None = None,  # pairs that were swapped, (L, L); None: all
-) -> tuple[dict, dict, dict]:  # scalars, each (N + 1,); arrays, each (L, L); 'low' and 'high' ends of the arrays
-    "Causal and permutation scores, row by row."
+def pair_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None) -> tuple[dict, dict, dict]:
+    """Causal and permutation scores from measurements on N sequences and weights (N + 1, N): scalars, each (N + 1,);
+    arrays, each (L, L); their 'low' and 'high' ends."""
     L, n = len(m['size']), W.sum(1)
     blank, total = torch.full((L, L), float('nan'), dtype=torch.float64), torch.zeros(2, len(W), dtype=torch.float64)
     arrays, sums = {name: blank.clone() for name in PAIRS}, {name: total.clone() for name in PAIRS}
@@ -512,32 +433,22 @@ def pair_scores(
     return scalars | {f'{name}_without_block_1': means[name][1] for name in ('causal', 'permutation')}, arrays, ends
 
 # %% ../nbs/build/07_scores.ipynb #90fe0ea2
-def row_ends(
-    name: str,   # of the score
-    x: Tensor,   # scores of pairs for each row of weights, (pairs, N + 1)
-) -> tuple[Tensor, Tensor]:  # each (pairs,)
-    "Low and high ends of the 95 % intervals of pairs."
+def row_ends(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Low and high ends, (pairs,), of the 95 % intervals of scores of pairs (pairs, N + 1)."
     if name == 'permutation': return magnitude_ends(x)
     low, high = jackknife_ends(x)
     return low.clamp(min=0), high
 
 # %% ../nbs/build/07_scores.ipynb #83879f06
-def usefulness_scores(
-    m: dict[str, Tensor],  # measurements on N sequences
-    V: Tensor,             # bootstrap weights, (R + 1, N)
-    threshold: float,      # of usefulness
-) -> dict[str, Tensor]:    # scalars, each (R + 1,)
-    "Share of useful blocks."
+def usefulness_scores(m: dict[str, Tensor], V: Tensor, threshold: float) -> dict[str, Tensor]:
+    "Shares of useful blocks, each (R + 1,), for bootstrap weights (R + 1, N)."
     share = lambda name: ((m[name] @ V.T) / (m['loss'] @ V.T) > threshold).double().mean(0)
     names = dict(usefulness='linear_loss', usefulness_as_published='published_loss')
     return {name: share(kept) for name, kept in names.items() if kept in m}
 
-def intervention_scores(
-    m: dict[str, Tensor],  # measurements on N sequences
-    W: Tensor,             # weights, (N + 1, N)
-    swapped: Tensor | None = None,  # pairs that were swapped, (L, L); None: all
-) -> tuple[dict, dict, dict]:  # scalars, each (N + 1,); arrays, (L, N + 1) or for pairs (L, L, 1); ends of the intervals of pairs
-    "Causal and permutation scores, and costs of blocks, from per-sequence measurements."
+def intervention_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None) -> tuple[dict, dict, dict]:
+    """Causal and permutation scores, and costs of blocks, with weights (N + 1, N): scalars, each (N + 1,);
+    arrays, (L, N + 1) or for pairs (L, L, 1); ends of the intervals of pairs."""
     average = lambda name: m[name] @ W.T / W.sum(1)                                    # (..., N) -> (..., N + 1)
     loss, linear, skip = average('loss'), average('linear_loss'), average('skip_loss')  # (N + 1,), (L, N + 1) twice
     pairs, arrays, ends = pair_scores(m, W, swapped)
@@ -550,20 +461,17 @@ def intervention_scores(
     return scalars, arrays, ends
 
 # %% ../nbs/build/07_scores.ipynb #054c5fcc
-def stream_scores(
-    variance: Tensor,      # of every token's stream, (L + 1, N, T)
-    W: Tensor,             # weights, (N + 1, N)
-) -> tuple[dict, dict]:    # scalars, each (N + 1,); arrays, each (L + 1, N + 1)
-    "Stream variance: mean over tokens, and mean without position 0."
+def stream_scores(variance: Tensor, W: Tensor) -> tuple[dict, dict]:
+    """Mean over tokens of the stream variance (L + 1, N, T), and mean without position 0, with weights (N + 1, N):
+    scalars, each (N + 1,); arrays, each (L + 1, N + 1)."""
     average = lambda x: x.mean(-1) @ W.T / W.sum(1)                                     # (L + 1, N, T) -> (L + 1, N + 1)
     arrays = dict(variance_mean=average(variance), variance_without_first=average(variance[..., 1:]))
     return dict(final_variance=arrays['variance_mean'][-1], final_variance_without_first=arrays['variance_without_first'][-1]), arrays
 
 # %% ../nbs/build/07_scores.ipynb #7436368a
-def root_of_terms(
-    squares: Tensor,         # what each probe says, (probes, ...); one term: the exact square
-) -> tuple[Tensor, Tensor]:  # root of the mean over probes, corrected for bias, (...); the same with one probe left out, (probes, ...)
-    "Jackknife over probes."
+def root_of_terms(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Root of the mean over probes of squares (probes, ...), corrected for bias by the jackknife, (...), and the same
+    with one probe left out, (probes, ...); one term is the exact square."""
     m, total = len(squares), squares.sum(0)                                              # (...)
     if m == 1: return total.clamp(min=0).sqrt(), squares.clamp(min=0).sqrt()
     without = ((total - squares).clamp(min=0) / (m - 1)).sqrt()                          # (probes, ...)
@@ -573,10 +481,9 @@ def jackknife_error(without: Tensor) -> Tensor:  # (...)
     "Standard error of the statistic with all probes."
     return ((len(without) - 1) / len(without) * (without - without.mean(0)).square().sum(0)).sqrt()
 
-def block_jacobian(
-    found: dict[str, Tensor], W: Tensor,
-) -> dict[str, Tensor]:  # scores of the block, each (rows,); with probes, the standard errors of the first row, (1,)
-    "Jacobian deviation of a block: published, per sequence and per token."
+def block_jacobian(found: dict[str, Tensor], W: Tensor) -> dict[str, Tensor]:
+    """Jacobian deviation of a block, published, per sequence and per token, each (rows,);
+    with probes, also the standard errors of the first row, (1,)."""
     W = W / W.sum(1, keepdim=True)
     alone = lambda x: torch.einsum('wn,pn->pw', W, x)                                    # an average of what sequences say
     pooled = root_of_terms(torch.einsum('wi,pij,wj->pw', W, found['products'], W))       # (rows,), (probes, rows)
@@ -587,20 +494,16 @@ def block_jacobian(
     if len(found['squares']) == 1: return scores
     return scores | {f'jacobian_{name}_error': jackknife_error(without[:, :1]) for name, (_, without) in kinds.items()}
 
-def jacobian_scores(
-    blocks: list[dict], W: Tensor,
-) -> tuple[dict, dict]:  # scalars, each (rows,); arrays, each (L, rows), standard errors (L, 1)
-    "Jacobian deviation by layer, and its means over layers."
+def jacobian_scores(blocks: list[dict], W: Tensor) -> tuple[dict, dict]:
+    "Means over layers of the Jacobian deviation, each (rows,), and by layer, (L, rows), standard errors (L, 1)."
     found = [block_jacobian(one, W) for one in blocks]
     arrays = {name: torch.stack([one[name] for one in found]) for name in found[0]}
     return dict(jacobian_deviation=arrays['jacobian_per_token'].mean(0), jacobian_deviation_published=arrays['jacobian_published'].mean(0),
                 jacobian_per_sequence=arrays['jacobian_per_sequence'].mean(0)), arrays
 
 # %% ../nbs/build/07_scores.ipynb #c5d04387
-def layer_intervals(
-    arrays: dict[str, Tensor],  # (L, N + 1), or a value alone (..., 1)
-) -> dict[str, dict]:           # 'low' and 'high' by layer, for each array that is known without each sequence
-    "95 % intervals by layer."
+def layer_intervals(arrays: dict[str, Tensor]) -> dict[str, dict]:
+    "95 % intervals by layer, 'low' and 'high', of arrays (L, N + 1); a value alone, (..., 1), has none."
     ends = {name: jackknife_ends(x) for name, x in arrays.items() if x.shape[-1] > 1}
     return {name: dict(low=low if name in SIGNED else low.clamp(min=0), high=high) for name, (low, high) in ends.items()}
 
@@ -632,10 +535,8 @@ def to_lists(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../nbs/build/07_scores.ipynb #ad96bacf
-def attention_numbers(
-    model: Transformer, T: int,
-) -> int:  # weights of attention that a block writes out for a sequence, all versions; 0 with fused attention
-    "Numbers of size T x T that a block makes."
+def attention_numbers(model: Transformer, T: int) -> int:
+    "Weights of attention that a block writes out for a sequence, all versions; 0 with fused attention."
     if not isinstance(model, AdaptedModel) or model.decoder.config._attn_implementation != 'eager': return 0
     return 5 * (model.config.n_heads or 1) * T * T
 
@@ -655,19 +556,14 @@ def fixed_bytes(model: Transformer, N: int, T: int, as_published: bool = False) 
     maps, masks = (1 + as_published) * 4 * L * D * (D + 1), 16 * T * T * isinstance(model, AdaptedModel)
     return 8 * (2 * L + 8) * D * (D + 1) + maps + masks + 16 * N * ((L + 1) * T + 4 * L * L)
 
-def jacobian_bytes(
-    model: Transformer, T: int, n: int,
-    probes: int,  # 0: exact
-) -> int:         # bytes
+def jacobian_bytes(model: Transformer, T: int, n: int, probes: int) -> int:  # bytes; probes=0: exact
     "What the streams before a block and the rows of its Jacobians need."
     D, R = model.config.d_model, probes or model.config.d_model
     return n * (8 * T * D + 4 * R * D + (8 * R * T if probes else 0)) + 24 * R * D + (16 * n * R * D if not probes else 0)
 
-def needed_bytes(
-    model: Transformer, B: int, N: int, T: int, as_published: bool = False,
-    n_bootstrap: int = ScoreConfig.n_bootstrap, n_jacobian: int = ScoreConfig.n_jacobian,
-    probes: int | None = None,  # for a Jacobian; 0: exact; None: by the width
-) -> int:                       # bytes
+def needed_bytes(model: Transformer, B: int, N: int, T: int, as_published: bool = False,
+                 n_bootstrap: int = ScoreConfig.n_bootstrap, n_jacobian: int = ScoreConfig.n_jacobian,
+                 probes: int | None = None) -> int:  # bytes; probes=0: exact Jacobians, None: by the width
     "A bound on the memory that scoring takes beyond the model."
     L, logits = len(model.blocks), 12 * min(B * T * model.config.vocab_size, LOGITS_AT_ONCE + model.config.vocab_size)
     summary = 8 * (N + 1) * (5 * N + 25 * L + 50) + 8 * (n_bootstrap + 1) * (5 * N + 5 * L) + 48 * N * T + 400 * L * L
@@ -681,12 +577,10 @@ class Plan(NamedTuple):
     sequences: int  # B
     copies: int     # of a sequence, for Jacobians
 
-def plan_memory(
-    model: Transformer, N: int, T: int, config: ScoreConfig,
-    memory: int | None = None,  # bytes beyond the model; None: as config.batch_size says
-    as_published: bool = False,
-) -> Plan:
-    "The most that fits, up to `config.batch_size` sequences and 32 copies."
+def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory: int | None = None,
+                as_published: bool = False) -> Plan:
+    """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32 copies;
+    None: that many sequences."""
     most = max(1, min(32, 4096 // T))
     if next(model.parameters()).device.type == 'cpu': most = max(1, min(most, 512 // T))   # small enough for its caches
     if memory is None: return Plan(config.batch_size, most)
@@ -698,12 +592,9 @@ def plan_memory(
     return Plan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
-def measurement_key(
-    model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
-    as_published: bool,
-    swapped: Tensor,  # pairs to swap, (L, L)
-) -> dict:            # for JSON
-    "What a measurement depends on."
+def measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
+                    as_published: bool, swapped: Tensor) -> dict:
+    "What a measurement depends on, for JSON."
     settings = {name: value for name, value in config.to_dict().items() if name not in ('threshold', 'n_bootstrap', 'batch_size')}
     network = getattr(model, 'network', model)                    # of an adapted model, the network inside
     function = {name: repr(value) for name, value in network.config.to_dict().items() if not name.startswith('_')}
@@ -713,15 +604,9 @@ def measurement_key(
                 windows=tensor_hash([('windows', windows)]), fit_windows=tensor_hash([('fit_windows', fit_windows)]))
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
-def planned_work(
-    model: Transformer,
-    windows: Tensor,                # sequences to score, (N, T + 1)
-    fit_windows: Tensor,            # sequences to fit on, (M, T + 1)
-    config: ScoreConfig, plan: Plan, as_published: bool = False,
-    swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
-    c: Costs | None = None,         # None: from the sizes of the model
-) -> dict[str, float]:              # name of a part -> its cost
-    "All parts of a measurement, in order."
+def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
+                 as_published: bool = False, swapped: Tensor | None = None, c: Costs | None = None) -> dict[str, float]:
+    "Costs of all parts of a measurement by name, in order; c=None: from the sizes of the model."
     L, D = len(model.blocks), model.config.d_model
     c = c or Costs(loss=model.config.vocab_size / (12 * D), fit=1 / 3)
     work = dict(maps=len(fit_windows) * L * (1 + c.fit))
@@ -734,12 +619,8 @@ def planned_work(
 # %% ../nbs/build/07_scores.ipynb #05887040
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]   # gets a part by its name, or makes it
 
-def measured_maps(
-    model: Transformer,
-    windows: Tensor,  # sequences to fit on, (M, T + 1)
-    plan: Plan, keep: Keep, name: str,
-) -> list:            # as fit_blocks
-    "Affine maps of all blocks, from disk if they are there."
+def measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, name: str) -> list:
+    "Affine maps of all blocks as from `fit_blocks`, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
         return dict(A=torch.stack(A), b=torch.stack(b), rank=torch.tensor(rank))         # (L, D, D), (L, D), (L,)
@@ -747,12 +628,8 @@ def measured_maps(
     return list(zip(found['A'], found['b'], found['rank'].tolist()))
 
 # %% ../nbs/build/07_scores.ipynb #92689d27
-def measured_jacobians(
-    model: Transformer,
-    windows: Tensor,  # a few sequences, (n, T + 1)
-    config: ScoreConfig, plan: Plan, keep: Keep,
-) -> list[dict]:      # from join_jacobians, one a block
-    "Jacobian deviations of all blocks, from disk where they are there."
+def measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: Plan, keep: Keep) -> list[dict]:
+    "Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `join_jacobians`; from disk where they are there."
     L, probes, held, joined = len(model.blocks), n_probes(config, model.config.d_model), [], []
     def streams(l):                                                                      # h_l of every sequence, each (1, T, D)
         if not held: held[:] = 0, [model.embed(window[None, :-1]) for window in windows]
@@ -765,10 +642,8 @@ def measured_jacobians(
 
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 @contextmanager
-def counted(
-    work: dict[str, float], parts: Parts, progress: bool,
-):  # a context whose value gets a part by its name, or makes it
-    "Parts, with a progress bar that moves when one has been made."
+def counted(work: dict[str, float], parts: Parts, progress: bool):
+    "A context whose value gets a part by its name, or makes it and moves the progress bar."
     done = sum(cost for name, cost in work.items() if parts.has(name))
     with tqdm(total=sum(work.values()), initial=done, desc='score', unit=' block runs', unit_scale=True, disable=not progress, leave=False) as bar:
         def keep(name, make):
@@ -779,16 +654,11 @@ def counted(
         yield keep
 
 # %% ../nbs/build/07_scores.ipynb #b4fda2e7
-def measure(
-    model: Transformer,
-    windows: Tensor,  # sequences to score, (N, T + 1)
-    fit_windows: Tensor,  # other sequences, to fit the affine maps on, (M, T + 1)
-    config: ScoreConfig, progress: bool = False,
-    plan: Plan | None = None,  # how many sequences at once; None: as config.batch_size says
-    parts: Parts = Parts(), as_published: bool = False,
-    swapped: Tensor | None = None,  # pairs to swap, (L, L); None: all
-) -> tuple[dict[str, Tensor], list[dict], Tensor]:  # from measure_batch, joined; from measured_jacobians; ranks of the fits (L,)
-    "All measurements on all sequences."
+def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, progress: bool = False,
+            plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
+            swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
+    """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of
+    `measure_batch`, joined; of `measured_jacobians`; and the ranks of the fits, (L,)."""
     device, plan = next(model.parameters()).device, plan or plan_memory(model, len(windows), windows.shape[1] - 1, config)
     windows, fit_windows, found = windows.to(device), fit_windows.to(device), []
     with counted(planned_work(model, windows, fit_windows, config, plan, as_published, swapped), parts, progress) as keep:
@@ -801,12 +671,8 @@ def measure(
     return joined, jacobians, torch.tensor([rank for _, _, rank in maps])
 
 # %% ../nbs/build/07_scores.ipynb #7a140b0e
-def measured_costs(
-    model: Transformer,   # in eval mode, fp32
-    windows: Tensor,      # a batch, (B, T + 1)
-    copies: int,          # of a sequence, for Jacobians
-) -> tuple[float, Costs]: # seconds that a sequence takes through one block; the costs of the rest in units of it
-    "How long the parts of the work take on this machine."
+def measured_costs(model: Transformer, windows: Tensor, copies: int) -> tuple[float, Costs]:
+    "Seconds that a sequence of a batch (B, T + 1) takes through one block here, and the costs of the rest in units of it."
     B, l = len(windows), (len(model.blocks) + 1) // 2
     h, signs = model.embed(windows[:, :-1]), random_signs(2 * copies, model.config.d_model)
     fit, wait = AffineFit(model.config.d_model), torch.cuda.synchronize if h.is_cuda else lambda: None
@@ -823,16 +689,9 @@ def measured_costs(
     back = seconds(lambda: jacobian_rows(block, h[0], signs.to(h), copies)) / len(signs) / one
     return one, Costs(loss, fitted, back)
 
-def expected_seconds(
-    model: Transformer,   # as it is handed to score_model
-    windows: Tensor,      # sequences to score, (N, T + 1)
-    fit_windows: Tensor,  # sequences to fit on, (M, T + 1)
-    config: ScoreConfig,  # how to score
-    memory: int | None = None,   # bound in bytes
-    as_published: bool = False,  # with usefulness as published
-    pairs: int | None = None,    # as in score_model
-) -> float:               # seconds
-    "How long `score_model` will take with the same arguments, from a short trial."
+def expected_seconds(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
+                     memory: int | None = None, as_published: bool = False, pairs: int | None = None) -> float:
+    "How many seconds `score_model` will take with the same arguments, from a short trial."
     swapped, device = choose_pairs(len(model.blocks), pairs, config.seed), next(model.parameters()).device
     plan = plan_memory(model, len(windows), windows.shape[1] - 1, config, memory, as_published)
     with untouched(model):
@@ -846,14 +705,10 @@ def text_config(D: int, T: int) -> ScoreConfig:
     return ScoreConfig(n_fit=max(ScoreConfig.n_fit, -(-4 * D // T)))
 
 # %% ../nbs/build/07_scores.ipynb #6598ec9a
-def prepare_windows(
-    model,
-    data,                        # ready sequences, (N, T + 1) or (N + M, T + 1), or text
-    fit_windows: Tensor | None,  # ready sequences to fit on; None: from data
-    config: ScoreConfig | None,  # how to score; None: defaults
-    length: int | None = None, tokenizer=None,
-) -> tuple[Tensor, Tensor, ScoreConfig]:
-    "Sequences to score, sequences to fit on, and settings."
+def prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfig | None, length: int | None = None,
+                    tokenizer=None) -> tuple[Tensor, Tensor, ScoreConfig]:
+    """Sequences to score, sequences to fit on, and settings; data are ready sequences, (N, T + 1), or (N + M, T + 1)
+    unless those to fit on are given, or text."""
     if not isinstance(data, Tensor):
         if fit_windows is not None: raise ValueError('fit_windows goes with sequences of tokens; text is split into both kinds here')
         limit = model.config.context_length
@@ -899,36 +754,22 @@ def score_model(
 # %% ../nbs/build/07_scores.ipynb #c5ed9690
 SIGNED = ('linear_loss_increase', 'skip_loss_increase')   # scores that can be negative
 
-def all_estimates(
-    m: dict[str, Tensor],          # from measure_batch, joined
-    smooth: dict[str, Tensor],     # scalars, each (N + 1,)
-    config: ScoreConfig,           # how the model was scored
-) -> dict[str, dict]:
-    "Scalars with their intervals."
+def all_estimates(m: dict[str, Tensor], smooth: dict[str, Tensor], config: ScoreConfig) -> dict[str, dict]:
+    "Scalars with their intervals, from measurements and from scalars (N + 1,)."
     V = resamples(len(m['loss']), config.n_bootstrap, config.seed)
     found = {name: jackknife_estimate(x, -math.inf if name in SIGNED else 0.) for name, x in smooth.items()}
     shares = {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
     first = {name: found.pop(name) for name in ('loss', *PAIRS, 'causal_without_block_1', 'permutation_without_block_1')}
     return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
-def with_error(
-    found: dict,   # value, and ends of the 95 % interval over sequences
-    error: float,  # standard error from the choice of pairs
-) -> dict:         # with the error, and an interval that allows for it
-    "An estimate that has a second source of error."
+def with_error(found: dict, error: float) -> dict:
+    "An estimate with its interval widened by a second standard error, that of the choice of pairs."
     low, high = (math.hypot(found['value'] - found[end], 1.96 * error) for end in ('low', 'high'))
     return dict(value=found['value'], low=max(0., found['value'] - low), high=found['value'] + high, error=error)
 
-def summarise(
-    m: dict[str, Tensor], j: list[dict],
-    ranks: Tensor,                  # of the affine fits, (L,)
-    config: ScoreConfig,
-    windows: Tensor,                # sequences scored, (N, T + 1)
-    fit_windows: Tensor,            # sequences fitted on, (M, T + 1)
-    D: int, pair_intervals: bool = False,
-    swapped: Tensor | None = None,  # pairs that were swapped, (L, L); None: all
-) -> dict:                          # as score_model
-    "From measurements to scores with intervals."
+def summarise(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig, windows: Tensor,
+              fit_windows: Tensor, D: int, pair_intervals: bool = False, swapped: Tensor | None = None) -> dict:
+    "From the three results of `measure` to scores with intervals, as `score_model` gives them."
     if swapped is None: swapped = choose_pairs(len(m['size']), 0)
     n = min(config.n_jacobian, len(windows))
     W, W_few = leave_one_out(len(windows)), leave_one_out(n)
@@ -946,11 +787,8 @@ def summarise(
                          intervals=layer_intervals(arrays) | (pair_ends if pair_intervals else {}), settings=settings))
 
 # %% ../nbs/build/07_scores.ipynb #e56732d5
-def check_sequences(
-    model, least: int = 3,
-    **sequences,  # tensors of tokens by the name to complain of, (N, at least least) each
-):
-    "Raise a ValueError unless these are sequences that the model can read."
+def check_sequences(model, least: int = 3, **sequences):
+    "Raise a ValueError, by name, unless these are sequences (N, at least `least`) of tokens that the model can read."
     for name, w in sequences.items():
         if not isinstance(w, Tensor): raise ValueError(f'{name}={repr(w)[:60]} must be a tensor of tokens')
         if w.dtype != torch.int64: raise ValueError(f'{name} has dtype={w.dtype}; allowed is torch.int64')
@@ -1083,10 +921,9 @@ def write_schema(path: str | Path):
     Path(path).write_text(json.dumps(SCORES_SCHEMA, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/build/07_scores.ipynb #bb9a6acb
-def scores_frame(
-    scores: dict,  # from score_model, or a file of scores
-):                 # a pandas DataFrame: score, block (of a stream: l of h_l), later block of a pair or last of a span, value, low, high, error
-    "A table of all numbers."
+def scores_frame(scores: dict):
+    """A pandas DataFrame of all numbers: score, block (of a stream: l of h_l), other (later block of a pair or last of
+    a span), value, low, high, error."""
     from pandas import DataFrame
     rows, nothing = [dict(score=name) | found for name, found in scores['scalars'].items()], dict(low={}, high={})
     def add(name, values, ends, first, **where):
@@ -1109,19 +946,15 @@ def random_signs(probes: int, D: int, seed: int = 0) -> Tensor:  # 1 or -1, (pro
     "Random vectors to ask with."
     return torch.randint(2, (probes, D), generator=torch.Generator().manual_seed(seed)) * 2. - 1
 
-def root_of_mean(
-    squares: Tensor,         # what each probe says, (probes, T)
-) -> tuple[Tensor, Tensor]:  # mean over T of the root of the mean over probes, corrected for bias; its standard error
-    "Jackknife over probes."
+def root_of_mean(squares: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean over T of the root of the mean over probes of squares (probes, T), corrected for bias; its standard error."
     value, without = root_of_terms(squares)
     return value.mean(), jackknife_error(without.mean(1))
 
 # %% ../nbs/build/07_scores.ipynb #05baac4c
-def jacobian_estimate(
-    block: Callable[[Tensor], Tensor],  # maps a stream (B, T, D) to a stream (B, T, D)
-    h: Tensor,  # the stream it reads, one sequence, (T, D)
-    probes: int = JACOBIAN_PROBES, rows_at_once: int = 32, seed: int = 0,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # deviation averaged over tokens, and per token; each the value and its standard error
-    "Deviation of a block's Jacobian from the identity, from a few backward passes with random signs."
+def jacobian_estimate(block: Callable, h: Tensor, probes: int = JACOBIAN_PROBES, rows_at_once: int = 32,
+                      seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Deviation of a block's Jacobian from the identity, averaged over tokens, and per token, each with its standard
+    error, from a few backward passes with random signs; h is the stream that it reads, (T, D)."""
     rows, squares = jacobian_rows(block, h, random_signs(probes, h.shape[1], seed).to(h), rows_at_once)
     return root_of_mean(rows.square().sum(-1, keepdim=True)), root_of_mean(squares)

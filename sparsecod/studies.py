@@ -129,11 +129,8 @@ def check_change(path: str, values: dict, new) -> tuple[dict, str]:
     return place, name
 
 # %% ../nbs/tools/05_studies.ipynb #b949fb1f
-def vary(
-    config: RunConfig,         # where to start
-    changes: dict[str, object] # new values by path, such as {'model.n_layers': 8}
-) -> RunConfig:                # a copy with these fields changed
-    "Change some fields of a run, each named by its path."
+def vary(config: RunConfig, changes: dict[str, object]) -> RunConfig:
+    "Change some fields of a run, each named by its path, such as {'model.n_layers': 8}."
     values, m = config.to_dict(), config.model
     if m.d_ff == 4 * m.d_model: values['model']['d_ff'] = None
     if m.n_kv_heads == m.n_heads: values['model']['n_kv_heads'] = None
@@ -208,10 +205,8 @@ SCALES['paper'] = RunConfig(
     train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, warmup_steps=1000,
                       weight_decay=0.1, decay_groups='all', compile='on', log_every=100, checkpoint_every=500))
 
-def scale_config(
-    scale: str | RunConfig,  # a key of SCALES, or a configuration of your own
-) -> RunConfig:              # what the runs of a study start from
-    "The configuration of a scale."
+def scale_config(scale: str | RunConfig) -> RunConfig:
+    "The configuration that the runs of a study start from: a key of SCALES, or one of your own."
     if isinstance(scale, RunConfig): return scale
     if scale not in SCALES: raise ValueError(f'scale={scale!r} must be one of {", ".join(SCALES)}')
     return SCALES[scale]
@@ -279,12 +274,9 @@ def curves(log: list[dict]) -> dict[str, list]:
     return shortened({name: [r.get(key) for r in log] for name, key in CURVE.items()})
 
 # %% ../nbs/tools/05_studies.ipynb #ff5d03e2
-def score_windows(
-    corpus: Corpus,      # where they come from
-    T: int,              # how long
-    score: ScoreConfig,  # how many, and which
-) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
-    "Windows of the validation split to score a model with; a larger number only continues a smaller one."
+def score_windows(corpus: Corpus, T: int, score: ScoreConfig) -> tuple[Tensor, Tensor]:
+    """Windows of the validation split to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored
+    one are left out. A larger number only continues a smaller one."""
     check_held_out(corpus.n_windows('val', T), T, score)
     windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
     to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
@@ -292,21 +284,15 @@ def score_windows(
     return to_score, to_fit[~repeated]
 
 # %% ../nbs/tools/05_studies.ipynb #7e4bb8e1
-def held_out(
-    config: RunConfig,  # how many windows, and how long
-    corpus: Corpus,     # where they come from
-) -> tuple[Tensor, Tensor, Tensor]:  # to evaluate, to score and to fit on, each (n, T + 1)
-    "Windows of the validation split, the same ones for every model with this context length (and, with `new_text`, this seed)."
+def held_out(config: RunConfig, corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows of the validation split to evaluate, to score and to fit on, each (n, T + 1); the same ones for every
+    model with this context length (and, with `new_text`, this seed)."""
     T, score = config.model.context_length, config.score.replace(seed=config.text_seed)
     n = max(score.n_sequences + score.n_fit, min(config.n_eval, corpus.n_windows('val', T)))
     return corpus.sample_windows('val', n, T, score.seed), *score_windows(corpus, T, score)
 
-def final_loss(
-    result: TrainResult,  # of a run that finished
-    windows: Tensor,      # held-out windows, (N, T + 1)
-    config: RunConfig,    # for the intervals
-) -> dict:
-    "Loss on held-out windows with its bootstrap interval, and perplexity."
+def final_loss(result: TrainResult, windows: Tensor, config: RunConfig) -> dict:
+    "Loss on held-out windows (N, T + 1) with its bootstrap interval, and perplexity."
     losses = evaluate(result.model, windows).double()                            # (N,)
     W = resamples(len(losses), config.score.n_bootstrap, config.score.seed)      # (R + 1, N)
     loss = estimate(W @ losses / W.sum(1))
@@ -341,11 +327,9 @@ def training_bytes(config: RunConfig) -> int:  # bytes
     "The most that a training has on the disk at a time: checkpoints, one more in the making, and the model."
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
 
-def check_folder(
-    folder: str | Path,  # that is to be written to; it need not exist
-    need: int = 0,       # bytes that will be written
-):
-    "Raise an error unless files can be written to a folder and have room there; leaves nothing behind."
+def check_folder(folder: str | Path, need: int = 0):
+    """Raise an error unless files can be written to a folder, which need not exist, and `need` bytes have room there;
+    leaves nothing behind."""
     folder = Path(folder).absolute()
     place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not os.path.isdir(place):
@@ -525,13 +509,8 @@ class Place(NamedTuple):
     record: Path       # where its record is or will be
     work: Path         # where its checkpoints and its model are
 
-def locate(
-    config: RunConfig,               # any run
-    out: str | Path,                 # where records go
-    work: str | Path | None = None,  # see work_folder
-    progress: bool = True,           # show a bar while the corpus is built
-) -> Place:
-    "Prepare the corpus of a run and find out where its files are."
+def locate(config: RunConfig, out: str | Path, work: str | Path | None = None, progress: bool = True) -> Place:
+    "Prepare the corpus of a run and find out where its files are; see `work_folder`."
     corpus = prepare(config.data, progress=progress)
     config = fit_vocabulary(config, corpus)
     name = run_name(config, corpus.fingerprint)
@@ -571,11 +550,8 @@ def label_folder(folder: str | Path, config: RunConfig, corpus: Corpus):
     label = config.to_dict() | dict(tokenizer=checksum(folder / 'tokenizer.json'))
     write_text(folder / 'run.json', json.dumps(stamp(label), indent=1))
 
-def read_run(
-    folder: str | Path,  # of a training, labelled
-    model: ModelConfig | None = None,  # of the model in it; None: not compared
-) -> RunConfig:
-    "The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or of another model."
+def read_run(folder: str | Path, model: ModelConfig | None = None) -> RunConfig:
+    "The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or of another model than given."
     path = Path(folder) / 'run.json'
     label = {name: value for name, value in run_label(path.parent).items() if name not in ('checksum', 'tokenizer')}
     try: config = RunConfig.from_dict(label)
@@ -695,11 +671,8 @@ class Study:
         shared = self.setting(base)
         return {label: shared | changes for label, changes in self.variants(vary(base, shared)).items()}
 
-    def runs(self,
-        scale: str | RunConfig,       # a key of SCALES, or a configuration
-        seeds: int | Iterable[int] = 1,  # how many, or which
-    ) -> list[tuple[str, RunConfig]]: # label and configuration of each run
-        "All runs of the study."
+    def runs(self, scale: str | RunConfig, seeds: int | Iterable[int] = 1) -> list[tuple[str, RunConfig]]:
+        "Label and configuration of all runs of the study; `seeds` says how many, or which."
         base = scale_config(scale)
         return [(label, vary(base, changes | {'seed': seed}))
                 for seed in seed_list(seeds) for label, changes in self.changes(base).items()]
@@ -852,9 +825,7 @@ def remedy_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
 STUDIES['remedies'] = Study('remedies', 'Do norm placements that hold the variance down do what sparsity is said to do?', remedy_variants, source_setting)
 
 # %% ../nbs/tools/05_studies.ipynb #56eda8c6
-def ladder_variants(
-    base: RunConfig,     # the study's configuration, at the full depth
-) -> dict[str, dict]:    # label -> changes; labels in brackets are overshoots
+def ladder_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes; labels in brackets are overshoots
     "Half the depth, the full depth, and then one source of sparsity after the other."
     L, H, T = base.model.n_layers, base.model.n_heads, base.model.context_length
     decay = lambda p: {'train.weight_decay': equivalent_decay(base.train, p)}
@@ -1154,16 +1125,10 @@ def hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | No
     return found
 
 # %% ../nbs/tools/05_studies.ipynb #1219b0ad
-def plan(
-    study: Study,              # what to run
-    scale: str | RunConfig,    # at what scale
-    seeds: int | Iterable[int],# how many, or which
-    out: str | Path,           # where records go
-    work: Path,                # where work goes
-    force: bool,               # whether to delete what is there
-    progress: bool,            # show a bar while a corpus is built
-) -> tuple[list[Job], list[Job]]:  # all runs in the study's order; those that have no record, longest first
-    "List the runs of a study, and which of them are still to be done; one that cannot be done is an error."
+def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: str | Path, work: Path, force: bool,
+         progress: bool) -> tuple[list[Job], list[Job]]:
+    """All runs of a study in its order, and those that are still to be done, longest first; one that cannot be done is
+    an error. With `force`, what is there is deleted first."""
     every, waiting = [], []
     for label, config in study.runs(scale, seeds):
         place = locate(config, out, work, progress)
@@ -1234,12 +1199,9 @@ def variant_keys(study: Study, base: RunConfig) -> dict[str, str]:  # label -> k
     "The keys of all variants."
     return {label: variant_key(vary(base, changes)) for label, changes in study.changes(base).items()}
 
-def by_variant(
-    study: str | Study,    # which study
-    records: list[dict],   # of one scale, runs of other studies among them
-    base: RunConfig | None = None,  # None: the scale that the records name
-) -> dict[str, list[dict]]:  # label -> records in order of the seed; only variants that have one
-    "The records of a study, by variant."
+def by_variant(study: str | Study, records: list[dict], base: RunConfig | None = None) -> dict[str, list[dict]]:
+    """The records of a study by label, in order of the seed; only variants that have one. The records are of one scale,
+    runs of other studies may be among them; base=None: the scale that they name."""
     if not records: return {}
     study, base = study_named(study), base or scale_config(records[0]['scale'])
     keys = [key_in_record(json.dumps(r['config'])) for r in records]
@@ -1265,12 +1227,8 @@ def read_records(folder: str | Path) -> tuple[list[dict], list[Path]]:
     records = [read_record(path) for path in paths]
     return [r for r in records if r is not None], [path for path, r in zip(paths, records) if r is None]
 
-def load_results(
-    folder: str | Path,               # such as 'results' or 'runs'
-    scale: str,                       # name of the scale
-    study: str | Study | None = None, # None: all runs of the scale
-) -> list[dict]:                      # records, all on one corpus
-    "Read the records of a scale; a damaged file is reported by name and left out."
+def load_results(folder: str | Path, scale: str, study: str | Study | None = None) -> list[dict]:
+    "Read the records of a scale, all on one corpus (study=None: all runs); a damaged file is reported by name and left out."
     records = one_corpus(read_records(Path(folder) / scale)[0])
     return records if study is None else [r for group in by_variant(study, records).values() for r in group]
 
@@ -1368,13 +1326,10 @@ def over_seeds(found: list[dict], log: bool = False) -> dict:
     return dict(value=float(mean), low=float(low), high=float(high), n=len(found), over='seeds')
 
 # %% ../nbs/tools/05_studies.ipynb #6751471c
-def summarise(
-    study: str | Study,    # which study
-    records: list[dict],   # of one scale
-    metrics: Iterable[str] | None = None,  # None: the loss and all scalar scores
-    base: RunConfig | None = None,         # None: the scale that the records name
-) -> dict[str, dict[str, dict]]:  # label -> metric -> value, low, high, n, over
-    "Every variant's metrics over its seeds; what no run has is left out."
+def summarise(study: str | Study, records: list[dict], metrics: Iterable[str] | None = None,
+              base: RunConfig | None = None) -> dict[str, dict[str, dict]]:
+    """Every variant's metrics over its seeds, label -> metric -> value, low, high, n, over; what no run has is left out.
+    metrics=None: the loss and all scalar scores; base=None: the scale that the records name."""
     table = {}
     for label, group in by_variant(study, records, base).items():
         names = metrics or dict.fromkeys(['val_loss', *(k for r in group for k in r.get('scores', {}).get('scalars', {}))])

@@ -113,12 +113,8 @@ def sequences_per_step(config: TrainConfig, T: int, processes: int = 1) -> int:
     return config.tokens_per_step // T
 
 # %% ../nbs/build/05_train.ipynb #ab7c85af
-def parameter_groups(
-    model: nn.Module,               # any model
-    weight_decay: float,            # lambda for the parameters that decay
-    decay_groups: str = 'matrices', # one of DECAY_GROUPS: 'all_but_gains' is the matrices and the embedding
-) -> list[dict]:                    # two groups, each with params, their names, and weight_decay
-    "AdamW's parameter groups: first the parameters that decay, then those that do not."
+def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str = 'matrices') -> list[dict]:
+    "AdamW's parameter groups with params, their names and weight_decay: first the parameters that decay, then the others."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
@@ -151,14 +147,10 @@ def decay_product(config: TrainConfig) -> float:
     return config.weight_decay * sum(learning_rate(s, config) for s in range(config.steps))
 
 # %% ../nbs/build/05_train.ipynb #58461784
-def accumulate_gradients(
-    model: nn.Module,          # a model, or one that averages gradients over processes
-    windows: Tensor,           # this process's share of the step, (N, T + 1)
-    sequences: int,            # windows in one micro-batch
-    bf16: bool = False,        # whether matrix products run in bf16
-    watch: Callable[[int, BlockOutput], None] | None = None,  # sees every block in each forward pass
-) -> Tensor:                   # mean loss over this process's targets, a scalar
-    "Forward and backward over all windows, a micro-batch at a time; the gradients end up in the parameters."
+def accumulate_gradients(model: nn.Module, windows: Tensor, sequences: int, bf16: bool = False,
+                         watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
+    """Forward and backward over this process's windows (N, T + 1), `sequences` at a time; the gradients end up in the
+    parameters. Gives the mean loss, a scalar; `watch` sees every block in each forward pass."""
     loss, portions = torch.zeros((), device=windows.device), windows.split(sequences)
     for i, portion in enumerate(portions):                                  # (b, T + 1)
         share, last = len(portion) / len(windows), i == len(portions) - 1
@@ -228,11 +220,9 @@ def find_world() -> PartialState:
     return world
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
-def summarize_watch(
-    watch: StreamWatch,      # after the forward passes of a step
-    world: PartialState,     # the processes, whose tokens are put together
-) -> dict[str, list[float]]: # for the stream L + 1 numbers (layers 0..L), for the updates L (blocks 1..L)
-    "Variances over tokens: mean, median, and mean without position 0 for the stream; means for the updates."
+def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[float]]:
+    """Variances over the tokens of all processes: mean, median, and mean without position 0 for the L + 1 streams;
+    means for the L updates."""
     def gathered(per_layer):
         x = torch.stack(per_layer, 1)                                                       # (B / processes, layers, T)
         return gather(x) if world.num_processes > 1 else x                                  # (B, layers, T)
@@ -281,13 +271,8 @@ class Run:
     def divided(self) -> bool: return isinstance(self.model, FSDPModule)
 
 # %% ../nbs/build/05_train.ipynb #5a7e0b01
-def saved_bytes(
-    config: ModelConfig,
-    sequences: int,    # in a forward pass
-    bf16: bool,        # whether matrix products run in bf16
-    fake: bool = True, # count shapes only; False: really do it
-) -> int:              # bytes
-    "What an uncompiled forward pass keeps for the backward pass."
+def saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = True) -> int:
+    "Bytes that an uncompiled forward pass keeps for the backward pass; fake=False: really do it, not count shapes only."
     kept, tensors = {}, []
     with FakeTensorMode() if fake else torch.enable_grad():
         model = Transformer(config)
@@ -302,13 +287,8 @@ def saved_bytes(
             model(windows[:, :-1], targets=windows[:, 1:])
     return sum(kept.values())
 
-def activation_bytes(
-    config,             # has the model and the training, as a RunConfig does
-    gpus: int = 1,      # among which the sequences of a step are divided
-    bf16: bool = True,  # whether matrix products run in bf16
-    again: bool = False, # whether blocks are computed again in the backward pass
-) -> int:               # bytes, on each
-    "What a forward pass keeps, and the largest piece of logits with its gradients."
+def activation_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> int:
+    "Bytes on each card that a forward pass keeps, and the largest piece of logits with its gradients; as `memory_bytes`."
     m, t = config.model, config.train
     B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
     count = bf16 or m.n_experts > 0                                                      # fake experts run in bf16 only
@@ -317,13 +297,9 @@ def activation_bytes(
     kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again else factor * (two - one))
     return kept + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
 
-def memory_bytes(
-    config,             # has the model and the training, as a RunConfig does
-    gpus: int = 1,      # that share a training
-    bf16: bool = True,  # whether matrix products run in bf16
-    again: bool = False, # whether blocks are computed again in the backward pass
-) -> dict[str, int]:    # 'single', 'ddp' and 'fsdp': bytes on each card
-    "The most that a training step needs, compiled or not."
+def memory_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> dict[str, int]:
+    """The most bytes that a training step needs on each card, compiled or not: 'single', 'ddp' and 'fsdp'. The config
+    has model and training, as a RunConfig; `again`: blocks are computed again in the backward pass."""
     P, m = param_counts(config.model), config.model
     largest = max(P['blocks'] // m.n_layers, P['embedding'])                             # fetched as one piece
     shared = activation_bytes(config, gpus, bf16, again)
@@ -357,13 +333,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 # %% ../nbs/build/05_train.ipynb #a831e192
-def start_run(
-    model_config: ModelConfig, # the model to build
-    config: TrainConfig,       # how to train it
-    corpus,                    # what to train it on
-    folder: Path,              # where log and checkpoints go
-    world: PartialState,  # device and processes
-) -> Run:                      # before its first step
+def start_run(model_config: ModelConfig, config: TrainConfig, corpus, folder: Path, world: PartialState) -> Run:
     "A seeded model on its device, with its optimiser."
     torch.manual_seed(config.seed)
     model = placed = Transformer(model_config)
@@ -410,12 +380,10 @@ class Measured(NamedTuple):
     lr: float         # learning rate of the update
     grad_norm: float  # norm of the gradient before clipping
 
-def training_step(
-    run: Run,                          # the run to advance; run.step is left to the caller
-    watch: StreamWatch | None = None,  # sees the blocks
-    stop: Callable[[], bool] = lambda: False,  # whether this process was asked to stop
-) -> tuple[Measured, bool]:            # what was measured, and whether any process was asked to stop
-    "One update of the weights, or none if loss or gradient are not finite."
+def training_step(run: Run, watch: StreamWatch | None = None,
+                  stop: Callable[[], bool] = lambda: False) -> tuple[Measured, bool]:
+    """One update of the weights, or none if loss or gradient are not finite: what was measured, and whether any process
+    was asked to stop. `run.step` is left to the caller."""
     config, lr = run.config, learning_rate(run.step, run.config)
     for group in run.optimizer.param_groups: group['lr'] = lr
     windows = step_windows(run)                                                             # (n, T + 1)
@@ -439,10 +407,8 @@ def make_label(model_config: ModelConfig, config: TrainConfig, fingerprint: str)
     "What a run is, as JSON."
     return json.loads(json.dumps(dict(model=model_config.to_dict(), train=config.to_dict(), corpus=fingerprint)))
 
-def read_configs(
-    label: dict,  # from make_label, perhaps by an earlier version
-) -> tuple[ModelConfig, TrainConfig]:
-    "The configurations in a label; a ValueError if there are none."
+def read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
+    "The configurations in a label, perhaps of an earlier version; a ValueError if there are none."
     try: return ModelConfig.from_dict(label['model']), TrainConfig.from_dict(label['train'])
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{type(error).__name__}: {error}') from None
 
@@ -454,11 +420,8 @@ def run_id(label: dict) -> str:
              for c in read_configs(label)]
     return content_checksum(dict(parts=parts, corpus=label['corpus']))
 
-def other_run(
-    found: dict,   # the label of what lies there
-    wanted: dict,  # the label of what should
-) -> str:          # '' if they are the same run
-    "The first field in which two runs differ."
+def other_run(found: dict, wanted: dict) -> str:
+    "The first field in which the labels of two runs differ; '' if they are the same run."
     try: there, here = read_configs(found), read_configs(wanted)
     except ValueError as error: return f'its configuration cannot be read ({error})'
     pairs = {'corpus fingerprint': (found.get('corpus'), wanted['corpus'])}
@@ -506,12 +469,8 @@ def log_line(record: dict, run: str) -> str:
     return json.dumps(stamp(record | dict(run=run))) + '\n'
 
 # %% ../nbs/build/05_train.ipynb #f5b76a39
-def write_record(
-    run: Run,                   # the run, with step and seconds up to date
-    measured: Measured,         # what the step reported
-    watch: StreamWatch | None,  # what the step's forward pass showed
-) -> dict:                      # the record
-    "Append one record to `log.jsonl`."
+def write_record(run: Run, measured: Measured, watch: StreamWatch | None) -> dict:
+    "Append one record to `log.jsonl`, and return it."
     step, seconds = run.mark
     speed = (run.step - step) * run.config.tokens_per_step / max(run.seconds - seconds, 1e-9)
     run.mark = run.step, run.seconds
@@ -529,11 +488,8 @@ def write_record(
     return record
 
 # %% ../nbs/build/05_train.ipynb #b5aacb4f
-def read_records(
-    path: Path,        # of a log
-    run: str | None,   # the run's name; None: an earlier version wrote the log, without checksums
-) -> tuple[dict[int, dict], list[str]]:  # step to record, in order; what is wrong with other lines
-    "What a log holds."
+def read_records(path: Path, run: str | None) -> tuple[dict[int, dict], list[str]]:
+    "What a log holds, by step, in order, and what is wrong with other lines; run=None: an old log, without checksums."
     records, problems = {}, []
     try: lines = path.read_bytes().split(b'\n') if path.exists() else []
     except OSError as error: return {}, [f'it cannot be read ({error.strerror})']
@@ -747,15 +703,8 @@ def remove_drafts(folder: Path):
         else: draft.unlink(missing_ok=True)
 
 # %% ../nbs/build/05_train.ipynb #db5fc25d
-def open_folder(
-    folder: Path,              # of the run; created if need be
-    model_config: ModelConfig, # the model to train
-    config: TrainConfig,       # how to train it
-    corpus,                    # what to train it on
-    resume: bool,              # whether to continue what is there; otherwise it is erased
-    world: PartialState,  # device and processes
-):
-    "Make the folder ready: erased if asked to, and checked against the configuration."
+def open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool, world: PartialState):
+    "Make the folder of a run ready: created if need be, erased unless to be resumed, and checked against the configuration."
     run_files(folder)                                # raises if somebody else's files stand in the way
     if not resume: erase_run(folder, world)
     refuse_other_run(folder, model_config, config, corpus.fingerprint)
@@ -967,12 +916,9 @@ def train(
 
 # %% ../nbs/build/05_train.ipynb #a9000fed
 @torch.no_grad()
-def evaluate(
-    model: Transformer,          # its weights must be in fp32
-    windows: Tensor,             # held-out windows, (N, T + 1)
-    batch_tokens: int = 2 ** 14, # targets a forward pass
-) -> Tensor:                     # mean cross-entropy of each sequence in nats, on the CPU, (N,)
-    "Cross-entropy of each sequence, in fp32, a batch at a time."
+def evaluate(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 14) -> Tensor:
+    """Mean cross-entropy of each of the windows (N, T + 1) in nats, on the CPU, (N,): weights in fp32, a batch of so
+    many targets at a time."""
     p, losses = next(model.parameters()), []
     if p.dtype != torch.float32:
         raise ValueError(f'the weights are {p.dtype}, but evaluation is in fp32: call model.float() first')
