@@ -13,8 +13,10 @@ import math
 import re
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,7 @@ from .studies import scale_config, study_named, summarise, t_interval, variant_k
 from .theory import stream_variance, update_variance
 
 # %% ../nbs/tools/06_claims.ipynb #725d783c
-def judge(values: list[float], side: int,
-          bound: float = 0.0) -> dict:  # side: +1 if the claim says above the bound, -1 if below
+def judge(values: list[float], side: int, bound: float = 0.0) -> dict:  # side: +1 if the claim says above the bound, -1 if below
     "Hold the interval of the statistic, one number a seed, against the claim: verdict, value, low, high, n and p."
     mean, low, high = map(float, t_interval(values))
     alike = len(values) > 1 and low == high              # equal numbers say nothing about how far seeds scatter
@@ -76,8 +77,8 @@ def _along_blocks(measure: Callable[[dict], list[float]]) -> Callable[[list[dict
 # %% ../nbs/tools/06_claims.ipynb #a004aaee
 def _relative_update(record: dict) -> list[float]:
     "Size of each block's update relative to the stream it reads, at the end of training, (L,)."
-    a, f, stream = (np.array(record['curve'][name][-1])
-                    for name in ('attention_update', 'feed_forward_update', 'variance_mean'))
+    names = 'attention_update', 'feed_forward_update', 'variance_mean'
+    a, f, stream = (np.array(record['curve'][name][-1]) for name in names)
     return np.sqrt((a + f) / stream[:-1]).tolist()
 
 def _gain_shrinks(runs: list[dict]) -> float | None:
@@ -132,16 +133,14 @@ def _needed(labels: list[str], needs: tuple[int | str, ...] | None) -> list[str]
     found = [labels[i] if isinstance(i, int) and -len(labels) <= i < len(labels) else named(i) for i in needs]
     return found if set(found) <= set(labels) else None
 
-def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | None = None,
-                    needs=None) -> dict[int, list[dict]]:
+def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | None = None, needs=None) -> dict[int, list[dict]]:
     "Seed -> its runs, in the order of the variants or of needs, for seeds for which all needed variants finished."
     study, groups = study_named(study), by_variant(study, records, base)
-    labels = _needed(list(variant_keys(study, base or scale_config(records[0]['scale']))),
-                     needs) if groups else None
-    if labels is None: return {}
+    labels = groups and _needed(list(variant_keys(study, base or scale_config(records[0]['scale']))), needs)
+    if not labels: return {}
     runs = {(r['seed'], label): r for label, group in groups.items() for r in group if r['status'] == 'finished'}
-    found = {seed: [runs[seed, label] for label in labels if (seed, label) in runs]
-             for seed in sorted({seed for seed, _ in runs})}
+    seeds = sorted({seed for seed, _ in runs})
+    found = {seed: [runs[seed, label] for label in labels if (seed, label) in runs] for seed in seeds}
     return {seed: group for seed, group in found.items() if needs == () or len(group) == len(labels)}
 
 # %% ../nbs/tools/06_claims.ipynb #ac9f3c2a
@@ -161,134 +160,111 @@ def _claim_row(claim: Claim, records: list[dict], base: RunConfig | None = None)
     groups, summary = by_variant(claim.study, records, base), summarise(claim.study, records, [claim.metric], base)
     labels = list(variant_keys(study_named(claim.study), scale)) if records else []
     out = [f"{label}, seed {r['seed']} (diverged)" for label in _needed(labels, claim.needs) or []
-           for r in groups.get(label, [])
-           if r['status'] == 'diverged']                    # their seeds do not count
+           for r in groups.get(label, []) if r['status'] == 'diverged']                    # their seeds do not count
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
     verdict = ('untrained' if floor['passed'] < floor['of'] else
                'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values else found['verdict'])
+    side = 'above' if claim.side > 0 else 'below'
     return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control',
                 published=claim.published, study=claim.study, metric=claim.metric,
                 ours={label: row[claim.metric] for label, row in summary.items() if claim.metric in row},
                 spans={label: _ends(claim.span, group) for label, group in groups.items()} if claim.span else None,
                 left_out=out, statistic=found, direction=found['verdict'], verdict=verdict, floor=floor,
                 registered=REGISTERED.get(scale.scale) if scale and claim.primary else None,
-                rule=f"{claim.rule}; confirmed if {'above' if claim.side > 0 else 'below'} {claim.bound:.3g} (95 % interval over seeds)")
+                rule=f'{claim.rule}; confirmed if {side} {claim.bound:.3g} (95 % interval over seeds)')
 
 # %% ../nbs/tools/06_claims.ipynb #5f64bd5a
-def _table(names: tuple[str, ...], **rows: tuple) -> dict[str, dict[str, float]]:
+def _table(names: tuple[str, ...], rows: dict[str, tuple]) -> dict[str, dict[str, float]]:
     "A published table by row and metric."
     return {row: dict(zip(names, values)) for row, values in rows.items()}
 
+_SOURCE_COLUMNS = ('perplexity', 'usefulness', 'final_variance')
 PUBLISHED = dict(
-    depth=_table(('causal', 'permutation', 'usefulness', 'final_variance'), **{
+    depth=_table(('causal', 'permutation', 'usefulness', 'final_variance'), {
         'L=12': (.355, .985, 1.0, 420), 'L=16': (.336, .713, .813, 600), 'L=24': (.289, .438, .625, 830),
         'L=32': (.259, .306, .562, 1250)}),
-    decay=_table(('perplexity', 'usefulness', 'final_variance'), **{
+    decay=_table(_SOURCE_COLUMNS, {
         'λ=0': (15.63, .75, 320), 'λ=0.01, all': (15.20, .75, 290), 'λ=0.1, all': (14.83, .81, 117),
         'λ=1, all': (15.55, .69, 0), 'λ=3, all': (773.42, .63, 0)}),
-    context=_table(('perplexity', 'usefulness', 'final_variance'), **{
+    context=_table(_SOURCE_COLUMNS, {
         'T=256': (18.51, .69, 3e4), 'T=512': (15.71, .75, 8e3), 'T=1024': (14.77, .75, 2.6e3),
-        'T=2048': (14.51, .81, 1.35e3),
-        'T=4096': (14.52, .81, 7e2), 'T=8192': (16.30, .75, 70)}),
-    gqa=_table(('perplexity', 'usefulness', 'final_variance'),
-               **{'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
-    moe=_table(('perplexity', 'usefulness', 'final_variance'), **{
+        'T=2048': (14.51, .81, 1.35e3), 'T=4096': (14.52, .81, 7e2), 'T=8192': (16.30, .75, 70)}),
+    gqa=_table(_SOURCE_COLUMNS, {'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
+    moe=_table(_SOURCE_COLUMNS, {
         'dense, 1B': (14.52, .81, 220), 'gates as published, 7B of which 1B active': (13.82, .94, 75),
         'dense, 400M': (17.56, .87), 'gates as published, 2B of which 400M active': (15.89, .94)}),
-    ladder=_table(('accuracy', 'usefulness'), **{
-        'L=16': (.401, .75), 'L=32': (.395, .53), '+ T=4096': (.400, .59), '(+ T=8192)': (.395, .53),
-        '+ λ=0.3': (.414, .63),
+    ladder=_table(('accuracy', 'usefulness'), {
+        'L=16': (.401, .75), 'L=32': (.395, .53), '+ T=4096': (.400, .59), '(+ T=8192)': (.395, .53), '+ λ=0.3': (.414, .63),
         '(+ λ=0.6)': (.410, .63), '(+ λ=1)': (.385, .53), '+ G=2': (.421, .66), '+ MoE': (.441, .75)}))
 
 # %% ../nbs/tools/06_claims.ipynb #b8e009b0
-def _rising(name: str, what: str, source: str, published: str = '') -> Claim:
-    "A claim that a form of the last layer's variance grows with depth."
-    return Claim(f"depth-{name.replace('_', '-')}", f'The deeper the model, the larger {what}.', source, published,
-                 'depth', name,
-                 trend(name, log=True), +1, f'doublings of {name} for each doubling of L')
+def _by_depth(metric: str, statement: str, source: str = 'control', published: str = '') -> Claim:
+    "A claim that a variance grows, or that another metric falls, the deeper the model."
+    log = logarithmic(metric)
+    return Claim(f"depth-{metric.replace('_', '-')}", f'The deeper the model, {statement}.', source, published, 'depth', metric,
+                 trend(metric, log), +1 if log else -1, f"{'doublings' if log else 'change'} of {metric} for each doubling of L")
 
 CLAIMS = [
-    Claim('depth-growth', "The deeper the model, the more the stream's variance grows from block 1 to the last.",
-          'depth study, variance over training',
-          'v_L, L=12: 420, L=16: 600, L=24: 830, L=32: 1250', 'depth', 'growth', trend('growth', log=True), +1,
-          'doublings of v_L / v_1 (median over tokens) for each doubling of L', primary=True),
-    _rising('growth_mean', 'that growth, of the mean over tokens', 'control'),
-    _rising('growth_without_first', 'that growth, of the mean without position 0', 'control'),
-    _rising('first_variance', 'the variance after block 1', 'control'),
-    _rising('final_variance', "the variance of the last layer's stream", 'control'),
-    _rising('final_variance_median', "the median over tokens of that variance", 'control'),
-    _rising('final_variance_without_first', "that variance without position 0", 'control'),
+    replace(_by_depth('growth', "the more the stream's variance grows from block 1 to the last", 'depth study, variance over training',
+                      'v_L, L=12: 420, L=16: 600, L=24: 830, L=32: 1250'),
+            rule='doublings of v_L / v_1 (median over tokens) for each doubling of L', primary=True),
+    _by_depth('growth_mean', 'the larger that growth, of the mean over tokens'),
+    _by_depth('growth_without_first', 'the larger that growth, of the mean without position 0'),
+    _by_depth('first_variance', 'the larger the variance after block 1'),
+    _by_depth('final_variance', "the larger the variance of the last layer's stream"),
+    _by_depth('final_variance_median', 'the larger the median over tokens of that variance'),
+    _by_depth('final_variance_without_first', 'the larger that variance without position 0'),
     Claim('depth-variance-decay', "The last layer's variance peaks during training and ends more than 10 % below its peak.",
           'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth',
-          'final_variance',
-          _fall_from_peak, -1, 'doublings from peak to end of training in the deepest model', bound=math.log2(.9),
-          span=_peak_and_end, ratio=True),
+          'final_variance', _fall_from_peak, -1, 'doublings from peak to end of training in the deepest model',
+          bound=math.log2(.9), span=_peak_and_end, ratio=True),
     Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.',
-          'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth',
-          'final_variance', _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model',
-          bound=.2, ratio=True),
-    Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1',
-          '', 'depth',
-          'final_variance', _along_blocks(_relative_update), -1,
-          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the deepest model", span=_relative_update, ratio=True),
-]
+          'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth', 'final_variance',
+          _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2, ratio=True),
+    Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1', '', 'depth',
+          'final_variance', _along_blocks(_relative_update), -1, "Fisher's z of the rank correlation of update / stream "
+          '(standard deviations) with the block in the deepest model', span=_relative_update, ratio=True)]
 
 # %% ../nbs/tools/06_claims.ipynb #772dd815
-def _falling_jacobian(kind: str, metric: str, source: str, form: str) -> list[Claim]:
-    "Two claims about a form of the Jacobian deviation: it falls along the blocks, and with depth."
-    published = 'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002' if source != 'control' else ''
-    by_block = lambda record: record['scores']['arrays'][f"jacobian_{form.replace(' ', '_')}"]
-    return [Claim(f'depth-jacobian-{kind}-layers',
-                  f"Later blocks are closer to the identity (Jacobian deviation, {form}).",
-                  source, published, 'depth', metric, _along_blocks(by_block), -1,
-                  "Fisher's z of the rank correlation of the deviation with the block in the deepest model",
-                  span=by_block),
-            Claim(f'depth-jacobian-{kind}-mean',
-                  f"The deeper the model, the closer its blocks are to the identity on average ({form}).",
-                  source, published, 'depth', metric, trend(metric, log=True), -1,
-                  f'doublings of {metric} for each doubling of L')]
-
-CLAIMS += _falling_jacobian('published', 'jacobian_per_sequence', 'depth study, Jacobians', 'per sequence')
-CLAIMS += _falling_jacobian('per-token', 'jacobian_deviation', 'control', 'per token')
+for kind, metric, form, source, published in (
+        ('published', 'jacobian_per_sequence', 'per sequence', 'depth study, Jacobians',
+         'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002'),
+        ('per-token', 'jacobian_deviation', 'per token', 'control', '')):
+    by_block = lambda record, name=f"jacobian_{form.replace(' ', '_')}": record['scores']['arrays'][name]
+    CLAIMS += [Claim(f'depth-jacobian-{kind}-layers', f'Later blocks are closer to the identity (Jacobian deviation, {form}).',
+                     source, published, 'depth', metric, _along_blocks(by_block), -1,
+                     "Fisher's z of the rank correlation of the deviation with the block in the deepest model", span=by_block),
+               Claim(f'depth-jacobian-{kind}-mean',
+                     f'The deeper the model, the closer its blocks are to the identity on average ({form}).',
+                     source, published, 'depth', metric, trend(metric, log=True), -1,
+                     f'doublings of {metric} for each doubling of L')]
 
 # %% ../nbs/tools/06_claims.ipynb #3a716752
-def _falling(metric: str, statement: str, published: str = '',
-             source: str = 'depth study, table of scores') -> Claim:
-    "A claim that a score falls with depth."
-    return Claim(f"depth-{metric.replace('_', '-')}", statement, source, published, 'depth', metric, trend(metric),
-                 -1,
-                 f'change of {metric} for each doubling of L')
-
+_SCORES = 'depth study, table of scores'
 CLAIMS += [
-    _falling('causal', 'The deeper the model, the less its blocks depend on a skipped earlier block.',
-                  'L=12: 0.355, L=16: 0.336, L=24: 0.289, L=32: 0.259'),
-    _falling('causal_max', 'The deeper the model, the less its blocks depend on a skipped earlier block at later tokens, by the largest effect (Csordás et al.).', source='control'),
-    _falling('permutation', 'The deeper the model, the less it matters if two blocks are swapped.',
-                  'L=12: 0.985, L=16: 0.713, L=24: 0.438, L=32: 0.306'),
-    _falling('usefulness', 'The deeper the model, the smaller the share of blocks that an affine map cannot replace.',
-                  'L=12: 1.000, L=16: 0.813, L=24: 0.625, L=32: 0.562'),
-    _falling('linear_loss_increase', 'The deeper the model, the less an affine map in place of a block costs on average.', source='control'),
-    _falling('skip_loss_increase', 'The deeper the model, the less it costs on average to skip a block.',
-             source='control'),
-]
+    _by_depth('causal', 'the less its blocks depend on a skipped earlier block', _SCORES,
+              'L=12: 0.355, L=16: 0.336, L=24: 0.289, L=32: 0.259'),
+    _by_depth('causal_max', 'the less its blocks depend on a skipped earlier block at later tokens, by the largest effect '
+              '(Csordás et al.)'),
+    _by_depth('permutation', 'the less it matters if two blocks are swapped', _SCORES,
+              'L=12: 0.985, L=16: 0.713, L=24: 0.438, L=32: 0.306'),
+    _by_depth('usefulness', 'the smaller the share of blocks that an affine map cannot replace', _SCORES,
+              'L=12: 1.000, L=16: 0.813, L=24: 0.625, L=32: 0.562'),
+    _by_depth('linear_loss_increase', 'the less an affine map in place of a block costs on average'),
+    _by_depth('skip_loss_increase', 'the less it costs on average to skip a block')]
 
 # %% ../nbs/tools/06_claims.ipynb #477c0c11
-CLAIMS += [
-    _falling('causal_without_block_1', 'Among blocks 2 to L, the deeper the model, the less they depend on a skipped earlier one (added after a look at the runs).', source='control'),
-    _falling('permutation_without_block_1',
-             'Among blocks 2 to L, the deeper the model, the less it matters if two are swapped (added after a look at the runs).', source='control'),
-]
+for metric, what in dict(causal='the less they depend on a skipped earlier one',
+                         permutation='the less it matters if two are swapped').items():
+    text = f'Among blocks 2 to L, the deeper the model, {what} (added after a look at the runs).'
+    CLAIMS.append(replace(_by_depth(f'{metric}_without_block_1', ''), statement=text))
 
-# %% ../nbs/tools/06_claims.ipynb #1486133b
 CLAIMS += [
     Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth', 'val_loss',
-          trend('val_loss'), -1,
-          'change of the loss for each doubling of L'),
-    Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.', 'control',
-          '', 'depth', 'val_loss',
-          _gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)'),
-]
+          trend('val_loss'), -1, 'change of the loss for each doubling of L'),
+    Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.', 'control', '', 'depth',
+          'val_loss', _gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)')]
 
 # %% ../nbs/tools/06_claims.ipynb #b6ffe242
 def contrast(metric: str, log: bool = False) -> Callable[[list[dict]], float | None]:
@@ -303,42 +279,31 @@ def contrast(metric: str, log: bool = False) -> Callable[[list[dict]], float | N
 _EFFECTS = dict(  # metric -> what a source of sparsity is said to do to it, and its direction
     growth=('lowers the growth of the variance from block 1 to the last', -1),
     final_variance=('lowers the variance of the last layer', -1), val_loss=('lowers the held-out loss', -1),
-    usefulness=('makes more blocks useful', +1),
+    usefulness=('makes more blocks useful', +1), causal=('makes blocks depend more on earlier ones', +1),
     linear_loss_increase=('makes blocks harder to replace by affine maps', +1),
-    causal=('makes blocks depend more on earlier ones', +1),
-    permutation=('makes the order of blocks matter more', +1),
-    accuracy=('raises the accuracy in cloze questions', +1),
+    permutation=('makes the order of blocks matter more', +1), accuracy=('raises the accuracy in cloze questions', +1),
     keys_for_90_percent=('concentrates attention on fewer of the visible keys', -1),
     weights_below_0_01=('makes more weights small (below 0.01)', +1),
-    weights_below_0_1_rms=("makes more weights small for their matrix (below a tenth of its RMS)", +1),
+    weights_below_0_1_rms=('makes more weights small for their matrix (below a tenth of its RMS)', +1),
     density=('lowers the effective density', -1),
     final_variance_median=('lowers the median variance of the last layer', -1),
     final_variance_without_first=('lowers the variance of the last layer without position 0', -1))
 _EFFECTS |= {f'{name}@common': (f'{_EFFECTS[name][0]}, on sequences of a common length', _EFFECTS[name][1])
-            for name in ('val_loss', 'final_variance', 'final_variance_median', 'final_variance_without_first')}
-_SOURCE_METRICS = ('growth', 'final_variance', 'val_loss', 'usefulness', 'linear_loss_increase', 'causal',
-                   'permutation', 'accuracy')
+             for name in ('val_loss', 'final_variance', 'final_variance_median', 'final_variance_without_first')}
+_SOURCE_METRICS = ('growth', 'final_variance', 'val_loss', 'usefulness', 'linear_loss_increase', 'causal', 'permutation', 'accuracy')
 
 # %% ../nbs/tools/06_claims.ipynb #58000168
-def _about(study: str, metric: str, statement: str, side: int, needs: tuple, published: str = '',
-           name: str = '') -> Claim:
+def _about(study: str, metric: str, statement: str, side: int, needs: tuple, published: str = '', name: str = '') -> Claim:
     "A claim that a metric rises (side +1) or falls (-1) from one variant to another; a control if there are no published numbers."
     log = logarithmic(metric)
-    return Claim(f"{study}-{re.sub('[_@]', '-', metric)}{name}", statement,
-                 f'{study} study' if published else 'control', published,
-                 study, metric, contrast(metric, log), side, f"{'log2 ratio' if log else 'change'} of {metric}",
-                 needs=needs)
+    return Claim(f"{study}-{re.sub('[_@]', '-', metric)}{name}", statement, f'{study} study' if published else 'control', published,
+                 study, metric, contrast(metric, log), side, f"{'log2 ratio' if log else 'change'} of {metric}", needs=needs)
 
-def _source_claims(
-    study: str,
-    what: str,                  # the change, as the subject of a sentence
-    needs: tuple,               # the unchanged and the changed variant
-    published: dict[str, str],  # metric -> the paper's numbers; all others, and all of a control, have none
-    name: str = '',             # ends the claims' ids
-    metrics: Iterable[str] = _SOURCE_METRICS,
-    primary: bool = False,      # whether the row on growth is the study's endpoint
-) -> list[Claim]:
-    "The claims about a source of sparsity, for one change of variant."
+def _source_claims(study: str, what: str, needs: tuple, published: dict[str, str] = {}, name: str = '',
+                   metrics: Iterable[str] = _SOURCE_METRICS, primary: bool = False) -> list[Claim]:
+    """The claims about a source of sparsity, for a change from one variant to another, `what` as the subject of a sentence.
+    `published` holds the paper's numbers by metric; what has none is a control, and its id ends in `name`. With `primary`
+    the row on growth is the study's endpoint."""
     variance = published.get('final_variance', '')
     numbers = published | dict(growth=variance and f'v_L, {variance}', final_variance='')
     claims = [_about(study, metric, f'{what} {_EFFECTS[metric][0]}.', _EFFECTS[metric][1], needs,
@@ -347,15 +312,12 @@ def _source_claims(
 
 # %% ../nbs/tools/06_claims.ipynb #48216d7f
 _DEEPER = dict(growth=('raises the growth of the variance from block 1 to the last', +1),
-               final_variance=('raises the variance of the last layer', +1),
-               val_loss=('lowers the held-out loss', -1),
-              causal=('makes blocks depend less on earlier ones', -1),
-              permutation=('makes the order of blocks matter less', -1),
-              usefulness=('makes a smaller share of the blocks useful', -1),
-              linear_loss_increase=('makes blocks easier to replace by affine maps', -1))
+               final_variance=('raises the variance of the last layer', +1), val_loss=('lowers the held-out loss', -1),
+               causal=('makes blocks depend less on earlier ones', -1), permutation=('makes the order of blocks matter less', -1),
+               usefulness=('makes a smaller share of the blocks useful', -1),
+               linear_loss_increase=('makes blocks easier to replace by affine maps', -1))
 
-for way, needs, name in (('At a third of the learning rate', (2, 3), 'slower'),
-                         ('With more tokens for both', (4, 5), 'longer'),
+for way, needs, name in (('At a third of the learning rate', (2, 3), 'slower'), ('With more tokens for both', (4, 5), 'longer'),
                          ('With equal tokens for each parameter of the blocks', (0, 5), 'equal')):
     CLAIMS += [_about('training', metric, f'{way}, more depth {effect}.', side, needs, name=f'-{name}')
                for metric, (effect, side) in _DEEPER.items()]
@@ -369,73 +331,62 @@ _DECAY_STEPS = [  # first and second λ, what happens to the loss, side, id
     ('λ=0', 'λ=1', 'Weight decay of 1, against none, still lowers the held-out loss', -1, 'much'),
     ('λ=1', 'λ=3', 'Weight decay of 3, against 1, raises the held-out loss', +1, 'collapse')]
 
-for where, ending, published, suffix in (('on all parameters', '-all', True, ', all'),
-                                         ('on the matrices', '', False, '')):
+for where, ending, published, suffix in (('on all parameters', '-all', True, ', all'), ('on the matrices', '', False, '')):
     at = lambda *labels: tuple(label if label == 'λ=0' else label + suffix for label in labels)
     said = lambda text: text if published else ''
     numbers = dict(final_variance='λ=0: 320, λ=0.1: 117', usefulness='λ=0: 0.75, λ=0.1: 0.81',
                    val_loss='perplexity λ=0: 15.63, λ=0.1: 14.83',
                    weights_below_0_01='no numbers given', density='no numbers given') if published else {}
-    CLAIMS += _source_claims('decay', f'Weight decay of 0.1 {where}, against none,', at('λ=0', 'λ=0.1'), numbers,
-                             ending,
-                            (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density'),
-                            primary=published)
+    CLAIMS += _source_claims('decay', f'Weight decay of 0.1 {where}, against none,', at('λ=0', 'λ=0.1'), numbers, ending,
+                             (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density'), primary=published)
     CLAIMS += [_about('decay', 'val_loss', f'{text} ({where}).', side, at(x, y),
-                      said(f'perplexity {x}: {_PERPLEXITY[x]:.2f}, {y}: {_PERPLEXITY[y]:.2f}'),
-                           f'-{name}{ending}') for x, y, text, side, name in _DECAY_STEPS]
-    CLAIMS += [_about('decay', 'usefulness',
-                      f'Weight decay of 1, against 0.1, makes fewer blocks useful ({where}).', -1,
-                      at('λ=0.1', 'λ=1'),
-                           said('λ=0.1: 0.81, λ=1: 0.69'), f'-overshoot{ending}'),
-               _about('decay', 'final_variance',
-                      f'Weight decay of 1, against 0.1, lowers the variance of the last layer ({where}).', -1,
-                           at('λ=0.1', 'λ=1'), said('λ=0.1: 117, λ=1: about 0'), f'-overshoot{ending}')]
+                      said(f'perplexity {x}: {_PERPLEXITY[x]:.2f}, {y}: {_PERPLEXITY[y]:.2f}'), f'-{name}{ending}')
+               for x, y, text, side, name in _DECAY_STEPS]
+    CLAIMS += [_about('decay', metric, f'Weight decay of 1, against 0.1, {effect} ({where}).', -1, at('λ=0.1', 'λ=1'),
+                      said(numbers), f'-overshoot{ending}')
+               for metric, effect, numbers in (('usefulness', 'makes fewer blocks useful', 'λ=0.1: 0.81, λ=1: 0.69'),
+                                               ('final_variance', 'lowers the variance of the last layer', 'λ=0.1: 117, λ=1: about 0'))]
 
 # %% ../nbs/tools/06_claims.ipynb #634085c6
-_CONTROLS = ('final_variance_median', 'final_variance_without_first', 'val_loss@common', 'final_variance@common',
-            'final_variance_median@common', 'final_variance_without_first@common')
+_CONTEXT_METRICS = (*_SOURCE_METRICS, 'final_variance_median', 'final_variance_without_first', 'val_loss@common',
+                    'final_variance@common', 'final_variance_median@common', 'final_variance_without_first@common',
+                    'keys_for_90_percent', 'density')
 
 CLAIMS += _source_claims('context', 'A longer context, with the sequences of a step fixed,',
                          ('T={short}, sequences fixed', 'T={long}, sequences fixed'), dict(
     final_variance='at step 2400, T=256: 30000, T=1024: 2600, T=4096: 700',
-    usefulness='T=256: 0.69, T=1024: 0.75, T=4096: 0.81',
-    val_loss='perplexity T=256: 18.51, T=1024: 14.77, T=4096: 14.52', keys_for_90_percent='no numbers given',
-    density='no numbers given'),
-    metrics=(*_SOURCE_METRICS, *_CONTROLS, 'keys_for_90_percent', 'density'))
-CLAIMS += _source_claims('context', 'A longer context, with the tokens of a step fixed,', ('T={short}', 'T={long}'),
-                         {}, '-tokens-fixed',
-                        metrics=(*_SOURCE_METRICS, *_CONTROLS, 'keys_for_90_percent', 'density'), primary=True)
+    usefulness='T=256: 0.69, T=1024: 0.75, T=4096: 0.81', keys_for_90_percent='no numbers given', density='no numbers given',
+    val_loss='perplexity T=256: 18.51, T=1024: 14.77, T=4096: 14.52'), metrics=_CONTEXT_METRICS)
+CLAIMS += _source_claims('context', 'A longer context, with the tokens of a step fixed,', ('T={short}', 'T={long}'), {},
+                         '-tokens-fixed', _CONTEXT_METRICS, primary=True)
 
 # %% ../nbs/tools/06_claims.ipynb #275ff9f1
 CLAIMS += _source_claims('gqa', 'Sharing keys and values among all heads', (0, -2), dict(
     final_variance='T=4096, G=1: 220, G=4: 122, G=16: 103', usefulness='G=1: 0.81, G=4: 0.87, G=16: 0.87',
     val_loss='perplexity G=1: 14.52, G=4: 14.50, G=16: 14.47'), primary=True)
-CLAIMS += _source_claims('gqa', 'Sharing keys and values in pairs', (0, 1), {}, '-pairs')
-CLAIMS += _source_claims('gqa', 'Sharing among all heads and giving the saved parameters back', (0, -1), {},
-                         '-matched')
+CLAIMS += _source_claims('gqa', 'Sharing keys and values in pairs', (0, 1), name='-pairs')
+CLAIMS += _source_claims('gqa', 'Sharing among all heads and giving the saved parameters back', (0, -1), name='-matched')
 CLAIMS += [_about(study, 'density', f'{what} lowers the effective density.', -1, (0, i), 'no numbers given')
-           for study, what, i in (('gqa', 'Sharing keys and values among all heads', -2),
-                                  ('moe', 'A mixture of experts', 1))]
+           for study, what, i in (('gqa', 'Sharing keys and values among all heads', -2), ('moe', 'A mixture of experts', 1))]
 CLAIMS += _source_claims('moe', 'A mixture of experts with gates as published', (0, 1), dict(
     final_variance='dense: 220, MoE: 75', usefulness='dense: 0.81, MoE: 0.94',
     val_loss='perplexity dense: 14.52, MoE: 13.82'), primary=True)
-CLAIMS += _source_claims('moe', 'A mixture of experts with renormalised gates', (0, 2), {}, '-renormalised')
-CLAIMS += _source_claims('moe', 'A mixture of experts with scale-matched gates', (0, 3), {}, '-scale-matched')
+CLAIMS += _source_claims('moe', 'A mixture of experts with renormalised gates', (0, 2), name='-renormalised')
+CLAIMS += _source_claims('moe', 'A mixture of experts with scale-matched gates', (0, 3), name='-scale-matched')
 
 # %% ../nbs/tools/06_claims.ipynb #57cee17e
-for norm, i in (('LayerNorm Scaling', 1), ('Peri-LN', 2)):
-    CLAIMS += _source_claims('remedies', f'{norm} instead of pre-LN', (0, i), {},
-                             f'-{norm.lower().replace(" ", "-")}')
-for norm, i in (('pre-LN', 0), ('LayerNorm Scaling', 1), ('Peri-LN', 2)):
-    CLAIMS += _source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3), {},
-                             f'-sparse-{norm.lower().replace(" ", "-")}')
+_norms = {'pre-LN': 'pre-ln', 'LayerNorm Scaling': 'layernorm-scaling', 'Peri-LN': 'peri-ln'}
+for i, (norm, name) in list(enumerate(_norms.items()))[1:]:
+    CLAIMS += _source_claims('remedies', f'{norm} instead of pre-LN', (0, i), name=f'-{name}')
+for i, (norm, name) in enumerate(_norms.items()):
+    CLAIMS += _source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3), name=f'-sparse-{name}')
 
 # %% ../nbs/tools/06_claims.ipynb #6965452e
 for what, needs, name in (('weight decay of 0.1 on all parameters', (0, 2), 'decay-all'),
                           ('weight decay of 0.1 on the matrices', (0, 1), 'decay'),
                           ('a mixture of experts with gates as published', (1, 3), 'moe'),
                           ('a mixture of experts with renormalised gates', (1, 4), 'moe-renormalised')):
-    CLAIMS += _source_claims('budget', f'With three times the training, {what}', needs, {}, f'-{name}')
+    CLAIMS += _source_claims('budget', f'With three times the training, {what}', needs, name=f'-{name}')
 
 # %% ../nbs/tools/06_claims.ipynb #78929bad
 _RUNGS = [  # statement, side, indices of two rungs, published accuracies, id
@@ -447,11 +398,7 @@ _RUNGS = [  # statement, side, indices of two rungs, published accuracies, id
     ('Still more (1.0) lowers it further.', -1, (4, 6), '41.4 to 38.5', 'decay-overshoot-more'),
     ('Sharing keys and values in pairs on top of that raises accuracy.', +1, (4, 7), '41.4 to 42.1', 'gqa'),
     ('A mixture of experts on top of that raises accuracy.', +1, (7, 8), '42.1 to 44.1', 'moe'),
-    ('The whole recipe has a higher accuracy than the naive baseline of the same depth.', +1, (1, 8),
-     '39.5 to 44.1', 'recipe')]
-
-CLAIMS += [_about('ladder', 'accuracy', text, side, needs, published, f'-{name}')
-           for text, side, needs, published, name in _RUNGS]
+    ('The whole recipe has a higher accuracy than the naive baseline of the same depth.', +1, (1, 8), '39.5 to 44.1', 'recipe')]
 _RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usefulness, id
     ('Twice the depth', -1, (0, 1), '0.75 to 0.53', 'depth'),
     ('A context of four times the length', +1, (1, 2), '0.53 to 0.59', 'context'),
@@ -461,14 +408,15 @@ _RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usef
     ('Sharing keys and values in pairs on top', +1, (4, 7), '0.63 to 0.66', 'gqa'),
     ('A mixture of experts on top', +1, (7, 8), '0.66 to 0.75', 'moe')]
 
-CLAIMS += [_about('ladder', 'usefulness', f"{what} makes {'more' if side > 0 else 'fewer'} blocks useful.", side,
-                  needs, published, f'-{name}')
-           for what, side, needs, published, name in _RUNG_USEFULNESS]
-CLAIMS += [_about('ladder', 'val_loss', 'A context of eight times the length, against four times, raises the held-out loss at its own length.', +1, (2, 3),
-                       'study of context, perplexity T=4096: 14.52, T=8192: 16.30', '-context-overshoot')]
+CLAIMS += [_about('ladder', 'accuracy', text, side, needs, published, f'-{name}')
+           for text, side, needs, published, name in _RUNGS]
+CLAIMS += [_about('ladder', 'usefulness', f"{what} makes {'more' if side > 0 else 'fewer'} blocks useful.", side, needs, published,
+                  f'-{name}') for what, side, needs, published, name in _RUNG_USEFULNESS]
+CLAIMS += [_about('ladder', 'val_loss', 'A context of eight times the length, against four times, raises the held-out loss at its '
+                  'own length.', +1, (2, 3), 'study of context, perplexity T=4096: 14.52, T=8192: 16.30', '-context-overshoot')]
 CLAIMS += _source_claims('ladder', 'The whole recipe', (1, 8), dict(usefulness='0.53 to 0.75'), '-recipe',
-                        ('usefulness', 'final_variance', 'linear_loss_increase', 'causal', 'permutation',
-                         'val_loss@common', 'final_variance@common'))
+                         ('usefulness', 'final_variance', 'linear_loss_increase', 'causal', 'permutation', 'val_loss@common',
+                          'final_variance@common'))
 
 # %% ../nbs/tools/06_claims.ipynb #4fe6ecd3
 def _metric_correlation(x: str, y: str) -> Callable[[list[dict]], float | None]:
@@ -485,28 +433,25 @@ def correlations(study: str | Study, records: list[dict], pairs: Iterable[tuple[
     for x, y in pairs:
         z = [v for runs in seeds.values() if (v := _metric_correlation(x, y)(runs)) is not None]
         value, low, high = np.tanh(t_interval(z)).tolist()
-        rows.append(dict(x=x, y=y, value=value, low=low, high=high, n=len(z),
-                         variants=max(map(len, seeds.values()), default=0)))
+        variants = max(map(len, seeds.values()), default=0)
+        rows.append(dict(x=x, y=y, value=value, low=low, high=high, n=len(z), variants=variants))
     return rows
 
 # %% ../nbs/tools/06_claims.ipynb #bc286095
-LINKS = [  # statement, metrics, side, id
+LINKS = [  # statement, metrics, side
     ('lower effective density goes with lower growth of the variance', 'density', 'growth', +1),
     ('lower growth of the variance goes with blocks that depend more on earlier ones', 'growth', 'causal', -1),
     ('lower growth of the variance goes with lower loss', 'growth', 'val_loss', +1),
     ('lower effective density goes with lower variance of the last layer', 'density', 'final_variance', +1),
     ('lower variance goes with more useful blocks', 'final_variance', 'usefulness', -1),
-    ('lower variance goes with blocks that are harder to replace by affine maps', 'final_variance',
-     'linear_loss_increase', -1),
+    ('lower variance goes with blocks that are harder to replace by affine maps', 'final_variance', 'linear_loss_increase', -1),
     ('lower variance goes with blocks that depend more on earlier ones', 'final_variance', 'causal', -1),
     ('lower variance goes with a greater effect of the order of blocks', 'final_variance', 'permutation', -1),
     ('lower variance goes with lower loss', 'final_variance', 'val_loss', +1),
-    ('lower effective density goes with blocks that depend more on earlier ones', 'density', 'causal', -1),
-]
+    ('lower effective density goes with blocks that depend more on earlier ones', 'density', 'causal', -1)]
 
-CLAIMS += [Claim(f"sources-{x}-{y}".replace('_', '-'), f'Across the runs of all four sources, {text}.',
-                 'argument, steps 2 to 4', 'no numbers given', 'sources', y,
-                 _metric_correlation(x, y), side,
+CLAIMS += [Claim(f'sources-{x}-{y}'.replace('_', '-'), f'Across the runs of all four sources, {text}.', 'argument, steps 2 to 4',
+                 'no numbers given', 'sources', y, _metric_correlation(x, y), side,
                  f"Fisher's z of the rank correlation of {x} and {y} across variants within a seed", needs=())
            for text, x, y, side in LINKS]
 
@@ -522,80 +467,77 @@ def _sum_row(about: dict, compute: Callable[[], tuple[str, bool]]) -> dict:
     "Do the sum: a row of the ledger."
     ours, agrees = compute()
     verdict = 'confirmed' if agrees else 'contradicted'
-    return about | dict(study=None, metric=None, ours=ours, spans=None, left_out=[], statistic=None,
-                        verdict=verdict,
+    return about | dict(study=None, metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict,
                         direction=verdict, floor=None, registered=None)
 
-@_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.', 'published page',
-      '2.56',
+@_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.', 'published page', '2.56',
       'agrees if some consistent count gives 2.56 within 0.01')
-def _size_ratio():
+def _():
     small, large = (param_counts(preset(f'paper-L{L}')) for L in (12, 32))
     counts = {'all': ('total',), 'blocks': ('blocks',), 'blocks and embedding': ('blocks', 'embedding')}
     ratios = {what: sum(large[k] for k in keys) / sum(small[k] for k in keys) for what, keys in counts.items()}
-    return ', '.join(f'{what}: {ratio:.2f}' for what, ratio in ratios.items()), any(abs(r - 2.56) < .01
-                                                                                    for r in ratios.values())
+    said = ', '.join(f'{what}: {ratio:.2f}' for what, ratio in ratios.items())
+    return said, any(abs(r - 2.56) < .01 for r in ratios.values())
 
 # %% ../nbs/tools/06_claims.ipynb #ea0c02c3
 _USEFULNESS = {12: 1.000, 16: .813, 24: .625, 32: .562}  # published
 
 @_sum('page-usefulness-counts', 'Each usefulness score is a whole number of useful blocks divided by L.',
-      'depth study, table of scores',
-      '1.000, 0.813, 0.625, 0.562', 'agrees if score x L is whole within the rounding of the third digit')
-def _usefulness_counts():
+      'depth study, table of scores', '1.000, 0.813, 0.625, 0.562',
+      'agrees if score x L is whole within the rounding of the third digit')
+def _():
     counts = {L: share * L for L, share in _USEFULNESS.items()}
-    return ', '.join(f'{n:.2f} of {L}' for L, n in counts.items()), all(abs(n - round(n)) < .0005 * L + 1e-9
-                                                                        for L, n in counts.items())
+    whole = all(abs(n - round(n)) < .0005 * L + 1e-9 for L, n in counts.items())
+    return ', '.join(f'{n:.2f} of {L}' for L, n in counts.items()), whole
 
 @_sum('page-wasted-layers', 'The L = 32 model wastes 14 of its layers.', 'published page', '14',
       'agrees with the published usefulness if 32 x (1 - usefulness) rounds to 14')
-def _wasted_layers():
+def _():
     wasted = round(32 * (1 - _USEFULNESS[32]))
     return f'{wasted} of 32', wasted == 14
 
 @_sum('page-moe-gain', 'A mixture of experts lowers perplexity by more than 2 against the dense model.',
-      'published page', 'more than 2',
-      'agrees if both differences in the published table exceed 2')
-def _moe_gain():
+      'published page', 'more than 2', 'agrees if both differences in the published table exceed 2')
+def _():
     gains = 17.56 - 15.89, 14.52 - 13.82
     return f'{gains[0]:.2f} and {gains[1]:.2f}', all(g > 2 for g in gains)
 
 @_sum('page-percent', 'The recipe raises mean downstream accuracy by 4.6 %.', 'published page', '4.6 %',
       'agrees if the relative rise from 39.5 to 44.1 is 4.6 % within 0.1')
-def _percent():
+def _():
     percent = 100 * (44.1 / 39.5 - 1)
     return f'{44.1 - 39.5:.1f} points, {percent:.1f} %', abs(percent - 4.6) < .1
 
 # %% ../nbs/tools/06_claims.ipynb #d61770b7
 @_sum('page-same-model', 'The model with L = 16, T = 1024 and weight decay 0.1 has one usefulness.',
-      'published page', '0.81 and 0.75',
-      'agrees if all places give the same value to two digits')
-def _same_model():
+      'published page', '0.81 and 0.75', 'agrees if all places give the same value to two digits')
+def _():
     places = {'depth study': .813, 'weight decay 0.1': .81, 'T = 1024': .75, 'ladder': .75}
-    return ', '.join(f'{place}: {value:.2f}'
-                     for place, value in places.items()), max(places.values()) - min(places.values()) < .005
+    said = ', '.join(f'{place}: {value:.2f}' for place, value in places.items())
+    return said, max(places.values()) - min(places.values()) < .005
 
 @_sum('page-largest-group', 'G = 16 is a group size of grouped-query attention.', 'GQA study, table', 'G = 16',
       'agrees if it leaves more than one key/value head to the 16-head model')
-def _largest_group():
+def _():
     heads = preset('paper-L16').n_heads // 16
     return f'{heads} key/value head: multi-query attention', heads > 1
 
 # %% ../nbs/tools/06_claims.ipynb #742c678e
-@_sum('page-recipe-size', "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one before.", 'recipe ladder',
-      '42.1 to 44.1', 'agrees if the total parameters of the mixture do not exceed those of the dense model by more than a tenth', control=True)
-def _recipe_size():
+@_sum('page-recipe-size', "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one "
+      'before.', 'recipe ladder', '42.1 to 44.1', 'agrees if the total parameters of the mixture do not exceed those of the dense '
+      'model by more than a tenth', control=True)
+def _():
     moe = preset('paper-recipe')
     dense = moe.replace(n_experts=0, d_ff=moe.experts_per_token * moe.d_expert)              # of the active width
     total, active, before = param_counts(moe)['total'], param_counts(moe)['active'], param_counts(dense)['total']
     return f'{total / 1e9:.2f}B in all, of which {active / 1e9:.2f}B active, against {before / 1e9:.2f}B', total < 1.1 * before
 
-@_sum('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would give.', 'context study, figure',
-      'T=256: 30000 to T=4096: 700', 'agrees if the slope of log variance against log T lies below -1.1',
+@_sum('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would give.',
+      'context study, figure', 'T=256: 30000 to T=4096: 700', 'agrees if the slope of log variance against log T lies below -1.1',
       control=True)
-def _dilution():
-    T, variance = np.log(list(map(float, (256, 512, 1024, 2048, 4096)))), np.log([3e4, 8e3, 2.6e3, 1.35e3, 7e2])
-    return f'slope {slope(T, variance):.2f}', slope(T, variance) < -1.1
+def _():
+    steep = slope(np.log([256., 512., 1024., 2048., 4096.]), np.log([3e4, 8e3, 2.6e3, 1.35e3, 7e2]))
+    return f'slope {steep:.2f}', steep < -1.1
 
 # %% ../nbs/tools/06_claims.ipynb #560ffafa
 def _halved(sublayers: str) -> list[float]:
@@ -609,30 +551,32 @@ def _growth(relative: bool):
     added = [x[32] / x[16] - 1 if relative else x[32] - x[16] for x in v]
     return f'p = 1: {added[0]:.3g}, p = 0.25: {added[1]:.3g}', added[1] < .95 * added[0]
 
-@_sum('theory-proportional', 'The variance that a sublayer with one masked matrix adds is proportional to its density.', 'argument, step 2', 'proportional to p',
-      'agrees if half the density leaves half the variance within 0.05 (random weights and masks)')
-def _proportional():
+@_sum('theory-proportional', 'The variance that a sublayer with one masked matrix adds is proportional to its density.',
+      'argument, step 2', 'proportional to p', 'agrees if half the density leaves half the variance within 0.05 (random weights and masks)')
+def _():
     share = _halved('linear')[0]
     return f'half the density leaves {share:.2f}', abs(share - .5) < .05
 
-@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the density.', 'control', '',
-      'agrees if half the density leaves half the variance of both, within 0.05', control=True)
-def _proportional_blocks():
-    attention, feed_forward = _halved('block')
-    return f'half the density leaves {attention:.2f} (attention) and {feed_forward:.2f} (feed-forward)', max(abs(attention - .5), abs(feed_forward - .5)) < .05
+@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the '
+      'density.', 'control', '', 'agrees if half the density leaves half the variance of both, within 0.05', control=True)
+def _():
+    shares = _halved('block')
+    said = 'half the density leaves {:.2f} (attention) and {:.2f} (feed-forward)'.format(*shares)
+    return said, max(abs(share - .5) for share in shares) < .05
 
-_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2',
-     'no numbers given',
-     'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, linear sublayers)')(lambda: _growth(False))
-_sum('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the stream, which is what a block sees through its norm.",
-     'control', '', 'agrees if a density of 0.25 takes 5 % or more off that in units of the stream after block 16',
-     control=True)(lambda: _growth(True))
+_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2', 'no numbers given',
+     'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, linear sublayers)')(
+    lambda: _growth(False))
+_sum('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the stream, which is what a "
+     'block sees through its norm.', 'control', '', 'agrees if a density of 0.25 takes 5 % or more off that in units of the stream '
+     'after block 16', control=True)(lambda: _growth(True))
 
 # %% ../nbs/tools/06_claims.ipynb #87dea778
 _LEAST_SEEDS = 3   # for a verdict on a primary endpoint
 
 def _correct(rows: list[dict]) -> list[dict]:
-    "Benjamini and Hochberg's correction over the primary endpoints that were judged, at a rate of 0.05; one that does not pass, or has fewer than three seeds, is open."
+    """Benjamini and Hochberg's correction over the primary endpoints that were judged, at a rate of 0.05; one that does not
+    pass, or has fewer than three seeds, is open."""
     primary = [row for row in rows if row['registered'] and row['verdict'] in ('confirmed', 'contradicted', 'open')
                and row['statistic']['p'] is not None]
     if not primary: return rows
@@ -647,28 +591,28 @@ def ledger(records: list[dict], study: str | None = None, base: RunConfig | None
     if len(scales) > 1: raise ValueError(f'the records are of several scales: {", ".join(sorted(scales))}; a ledger is for one')
     scale = base or (scale_config(records[0]['scale']) if records else None)
     about = lambda c: not scale or _needed(list(variant_keys(study_named(c.study), scale)), c.needs) is not None
-    rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c)
-                     and (study in (None, c.study) or c.primary)])
-    return [row for row in rows if study in (None, row['study'])] + ([_sum_row(*check) for check in CHECKS]
-                                                                     if study is None else [])
+    rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c) and (study in (None, c.study) or c.primary)])
+    if study is None: return rows + [_sum_row(*check) for check in CHECKS]
+    return [row for row in rows if row['study'] == study]
 
 # %% ../nbs/tools/06_claims.ipynb #1298eeff
 QUANTITIES = ('val_loss', 'growth', 'causal', 'permutation', 'usefulness', 'linear_loss_increase')
 
 def beside_record(records: list[dict], recorded: list[dict], study: str | Study) -> pd.DataFrame:
-    "Your numbers beside recorded ones of the same scale, and whether they lie where further seeds would: a row a variant and quantity, the record with two seeds or more."
+    """Your numbers beside recorded ones of the same scale, and whether they lie where further seeds would: a row a variant
+    and quantity, the record with two seeds or more."""
     ours, theirs, rows = by_variant(study, records), by_variant(study, recorded), []
     for label, name in ((label, name) for label in ours if label in theirs for name in QUANTITIES):
-        scale, back = (np.log, np.exp) if logarithmic(name) else (np.asarray, np.asarray)
-        mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished'
-                              and (m := read_metric(r, name))]) for runs in (ours, theirs))
+        ratio = logarithmic(name)
+        scale, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
+        mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished' and (m := read_metric(r, name))])
+                       for runs in (ours, theirs))
         if not len(mine) or len(known) < 2: continue
         middle, reach = known.mean(), t.ppf(.975, len(known) - 1) * known.std(ddof=1) * (1 / len(known) + 1 / len(mine)) ** .5
         away = mine.mean() - middle
-        verdict = 'agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if logarithmic(name) else f'differs by {away:+.2g}'
-        numbers = dict(zip(('yours', 'recorded', 'low', 'high'),
-                           map(float, back([mine.mean(), middle, middle - reach, middle + reach]))))
-        rows.append(dict(variant=label, quantity=name) | numbers | dict(verdict=verdict))
+        verdict = 'agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if ratio else f'differs by {away:+.2g}'
+        numbers = map(float, back([mine.mean(), middle, middle - reach, middle + reach]))
+        rows.append((label, name, *numbers, verdict))
     return pd.DataFrame(rows, columns=['variant', 'quantity', 'yours', 'recorded', 'low', 'high', 'verdict'])
 
 # %% ../nbs/tools/06_claims.ipynb #4664cfcc
@@ -680,8 +624,8 @@ def number(x: float | None) -> str:
 def _ours_text(row: dict) -> str:
     "Our numbers, by variant."
     if not isinstance(row['ours'], dict): return row['ours']
-    if row['spans']: return ', '.join(f'{label}: {number(ends[0])} to {number(ends[1])}'
-                                      for label, ends in row['spans'].items() if ends)
+    if row['spans']:
+        return ', '.join(f'{label}: {number(ends[0])} to {number(ends[1])}' for label, ends in row['spans'].items() if ends)
     return ', '.join(f"{label}: {number(m['value'])}" for label, m in row['ours'].items()) or 'no runs'
 
 def _statistic_text(row: dict) -> str:
@@ -706,35 +650,34 @@ def ledger_cells(row: dict) -> tuple[str, ...]:
 def ledger_table(rows: list[dict], width: int | None = None) -> str:  # width None: the terminal's, 100 to 160
     "The ledger as a table for the terminal, and a line that counts the verdicts."
     width = width or min(160, max(100, shutil.get_terminal_size((120, 24)).columns))
-    sizes = [13, *(int((width - 25) * share)
-                   for share in (.36, .2, .22, .22))]     # 13 for the verdict, 12 between columns
+    sizes = [13, *(int((width - 25) * share) for share in (.36, .2, .22, .22))]     # 13 for the verdict, 12 between columns
     lines = []
     for row in [HEADS, *map(ledger_cells, rows)]:
-        wrapped = [textwrap.wrap(text, size) or [''] for text, size in zip(row, sizes)]
-        for i in range(max(map(len, wrapped))):
-            lines.append('   '.join((w[i] if i < len(w) else '').ljust(size)
-                                    for w, size in zip(wrapped, sizes)).rstrip())
+        for texts in zip_longest(*map(textwrap.wrap, row, sizes), fillvalue=''):
+            lines.append('   '.join(text.ljust(size) for text, size in zip(texts, sizes)).rstrip())
         lines.append('-' * width)
     return '\n'.join([*lines, *textwrap.wrap(verdict_counts(rows), width)])
 
 def verdict_counts(rows: list[dict]) -> str:
     "How many rows got which verdict: the paper's claims, our controls, and the sums."
-    kinds = pd.Series(['sums' if row['study'] is None else 'our controls' if row['control'] else "the paper's claims" for row in rows], dtype=object)
-    counts = pd.crosstab(kinds, pd.Series([row['verdict'] for row in rows], dtype=object))
-    counts = counts.reindex(columns=['confirmed', 'contradicted', 'open', 'untrained', 'units'], fill_value=0)
-    return '; '.join(f'{kind}: ' + ', '.join(f'{n} {v}' for v, n in counts.loc[kind].items() if n or kind != 'sums')
-                     for kind in ("the paper's claims", 'our controls', 'sums') if kind in counts.index)
+    kind = lambda row: 'sums' if row['study'] is None else 'our controls' if row['control'] else "the paper's claims"
+    counts = Counter((kind(row), row['verdict']) for row in rows)
+    verdicts = ('confirmed', 'contradicted', 'open', 'untrained', 'units')
+    return '; '.join(f'{kind}: ' + ', '.join(f'{counts[kind, v]} {v}' for v in verdicts if counts[kind, v] or kind != 'sums')
+                     for kind in ("the paper's claims", 'our controls', 'sums') if any(of == kind for of, _ in counts))
 
 # %% ../nbs/tools/06_claims.ipynb #49a24064
 def floor_note(records: list[dict]) -> str:
     "What a page must say of the runs of a study before it says anything else, as Markdown."
     below = sum(map(passed, records))
-    if below == len(records): return f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has read the same text.'
-    few = 'None' if not below else f'Only {below}'
-    return (f'> **Untrained models.** {few} of the {len(records)} runs below {"are" if below > 1 else "is"} at least 0.1 nats below [a table of token pairs]'
-            '(../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it says, on models that have not learnt what such '
-            'a table knows. It neither supports nor contradicts what the paper says of trained ones. Where the text says *confirmed*, *contradicted* '
-            'or *open*, it says on which side of its bound an interval over seeds lies, and no more.')
+    if below == len(records):
+        return f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has read the same text.'
+    few, are = f'Only {below}' if below else 'None', 'are' if below > 1 else 'is'
+    return (f'> **Untrained models.** {few} of the {len(records)} runs below {are} at least 0.1 nats below [a table of token '
+            'pairs](../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it says, on models that '
+            'have not learnt what such a table knows. It neither supports nor contradicts what the paper says of trained ones. '
+            'Where the text says *confirmed*, *contradicted* or *open*, it says on which side of its bound an interval over '
+            'seeds lies, and no more.')
 
 def _markdown(lines: Iterable[tuple[str, ...]]) -> str:
     "A Markdown table; the first line is its head."
@@ -744,8 +687,10 @@ def _markdown(lines: Iterable[tuple[str, ...]]) -> str:
 
 def ledger_markdown(rows: list[dict]) -> str:
     "The ledger as a Markdown table."
-    standing = lambda row: '' if not row['study'] else f"primary, registered in {row['registered'][:7]}; " if row['registered'] else 'exploratory; '
-    return _markdown([(*HEADS, 'rule'), *((*ledger_cells(row), f"{standing(row)}{row['rule']}") for row in rows)])
+    def rule(row):
+        if not row['study']: return row['rule']
+        return (f"primary, registered in {row['registered'][:7]}; " if row['registered'] else 'exploratory; ') + row['rule']
+    return _markdown([(*HEADS, 'rule'), *((*ledger_cells(row), rule(row)) for row in rows)])
 
 # %% ../nbs/tools/06_claims.ipynb #6d1f3220
 def standing_ledger(folder: str | Path) -> list[dict]:
@@ -755,8 +700,7 @@ def standing_ledger(folder: str | Path) -> list[dict]:
     return [judged.get(row['id'], row) for row in small]
 
 HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth',
-             'gqa-growth', 'moe-growth', 'sources-density-growth',
-             'theory-proportional', 'theory-relative-growth')
+             'gqa-growth', 'moe-growth', 'sources-density-growth', 'theory-proportional', 'theory-relative-growth')
 
 def headlines(rows: list[dict]) -> list[dict]:
     "The rows that carry the argument, of a ledger of all studies."

@@ -31,12 +31,8 @@ from .integrity import Damaged, check_stamp, read_json, stamp, write_text
 # %% ../nbs/tools/02_compilation.ipynb #9805a19e
 LOGITS_IN_CACHE = 2 ** 20  # numbers; 4 MiB in fp32
 
-def chunk_losses(
-    h: Tensor,        # normalised last stream of a few positions, (n, D)
-    weight: Tensor,   # of the head, (V, D)
-    targets: Tensor,  # next tokens, (n,)
-) -> tuple[Tensor, Tensor]:  # losses in nats, (n,), and their derivatives by the logits, (n, V)
-    "Cross-entropies and their derivatives by the logits."
+def chunk_losses(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    "Cross-entropies in nats, (n,), and their derivatives by the logits, (n, V), from a few normalised streams (n, D)."
     logits = (h @ weight.t()).float()                                         # (n, V)
     total = logits.logsumexp(-1, keepdim=True)                                # (n, 1)
     losses = (total - logits.gather(1, targets[:, None])).squeeze(1)          # (n,)
@@ -175,14 +171,9 @@ def compiler_errors_in_short():
                            "and may be damaged: move it away and start again, or set compile='off' for a new run") from None
 
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
-def step_seconds(
-    loss,                  # the model or its compiled loss
-    model: nn.Module,      # its parameters get gradients, which are removed again
-    windows: Tensor,       # (B, T + 1)
-    bf16: bool,            # whether matrix products run in bf16
-    watch: Callable,       # makes something that sees every block, anew for each step
-) -> float:
-    "Seconds of one forward and backward pass."
+def step_seconds(loss, model: nn.Module, windows: Tensor, bf16: bool, watch: Callable) -> float:
+    """Seconds of one forward and backward pass on windows (B, T + 1); the loss is the model or its compiled loss, and
+    `watch` makes something that sees every block, anew for each step. Leaves no gradients."""
     begin = time.perf_counter()
     with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
         value = loss(windows[:, :-1], targets=windows[:, 1:], watch=watch())
@@ -192,16 +183,10 @@ def step_seconds(
     return time.perf_counter() - begin
 
 
-def choose_execution(
-    model: Transformer,    # on its device
-    windows: Tensor,       # of one forward pass, (B, T + 1), on the same device
-    passes: int,           # forward passes that the run has to do
-    precision: str,        # 'auto', 'fp32' or 'bf16'
-    compile: str,          # 'auto', 'on' or 'off'
-    watch: Callable = lambda: None,  # as for `step_seconds`
-    say: Callable = lambda text: None,  # called with a sentence about what was chosen
-) -> Execution:
-    "The fastest allowed way to compute the steps of a run, by a trial where it pays."
+def choose_execution(model: Transformer, windows: Tensor, passes: int, precision: str, compile: str,
+                     watch: Callable = lambda: None, say: Callable = lambda text: None) -> Execution:
+    """The fastest allowed way to compute the steps of a run, by a trial where it pays: `passes` forward passes on
+    windows (B, T + 1); `say` is called with a sentence about what was chosen."""
     device = windows.device
     missing = missing_compiler() if device.type == 'cpu' and compile != 'off' else None
     if missing and compile == 'on': raise ValueError(f"compile='on' needs {missing}, and there is none; install it, or take compile='off'")
@@ -251,12 +236,8 @@ def run_trial(model, windows, allowed, file: Path, watch, say, missing: str | No
     return Execution(*best, why)
 
 
-def kept_speed(
-    model_config: ModelConfig,
-    config,                # a TrainConfig
-    device: torch.device,
-) -> float | None:         # tokens a second; None: there was no trial
-    "What a trial has found to be the speed of a model in training, the updates not counted."
+def kept_speed(model_config: ModelConfig, config, device: torch.device) -> float | None:
+    "Tokens a second that a trial has found for a model in training, the updates not counted; None: there was no trial."
     T, missing = model_config.context_length, missing_compiler() if device.type == 'cpu' else None
     tokens = min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step) // T * T
     file = trial_file(model_config, tokens, device, allowed_ways(config.precision, config.compile, missing))

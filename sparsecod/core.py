@@ -27,10 +27,8 @@ from .layers import Attention, RMSNorm, SwiGLU, rope_angles
 from .moe import GATES, MixtureOfExperts, Routing, balance_loss, moe_params, router_z_loss
 
 # %% ../nbs/build/03_core.ipynb #fa36dfef
-def following_fields(
-    config,                 # with or without these fields set
-) -> dict:                  # their default values
-    "Fields whose default depends on other fields."
+def following_fields(config) -> dict:
+    "Fields whose default depends on other fields, with these defaults."
     d_ff = 4 * config.d_model if config.d_ff is None else config.d_ff
     return dict(n_kv_heads=config.n_heads, d_ff=4 * config.d_model,
                 d_expert=d_ff // (config.experts_per_token or 1) if config.n_experts else None)
@@ -79,9 +77,7 @@ class ModelConfig(Config):
         return super().replace(**{**dict.fromkeys(self._free), **changes})
 
 # %% ../nbs/build/03_core.ipynb #e9d0e397
-def check_heads_and_experts(
-    config: ModelConfig,  # with fields that are right by themselves
-):
+def check_heads_and_experts(config: ModelConfig):
     "Raise a ValueError for the first field that does not fit another one."
     D, H, K, E = config.d_model, config.n_heads, config.n_kv_heads, config.n_experts
     require(D % H == 0, config, 'n_heads', f'must divide d_model={D}')
@@ -91,18 +87,14 @@ def check_heads_and_experts(
     require(E == 0 or config.experts_per_token <= E, config, 'experts_per_token', f'must be at most n_experts={E}')
 
 # %% ../nbs/build/03_core.ipynb #58e0ec53
-def feed_forward_params(
-    config: ModelConfig,  # the model
-) -> tuple[int, int]:     # parameters of one feed-forward layer: all, and those that a token uses
-    "Parameters of a SwiGLU or mixture-of-experts layer."
+def feed_forward_params(config: ModelConfig) -> tuple[int, int]:
+    "Parameters of a SwiGLU or mixture-of-experts layer: all, and those that a token uses."
     c = config
     if not c.n_experts: return (3 * c.d_model * c.d_ff,) * 2
     return moe_params(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert)
 
-def param_counts(
-    config: ModelConfig,  # the model to count
-) -> dict[str, int]:      # parameters: of all blocks, final norm, embedding, head, in total, and active
-    "Parameters of a model in closed form, without building it."
+def param_counts(config: ModelConfig) -> dict[str, int]:
+    "Parameters in closed form, without a model: of all blocks, final norm, embedding, head, in total, and active."
     D, L, V = config.d_model, config.n_layers, config.vocab_size
     attention = 2 * D * D + 2 * D * config.n_kv_heads * D // config.n_heads
     norms = (4 if config.norm == 'peri_ln' else 2) * D
@@ -112,12 +104,9 @@ def param_counts(
     return counts | dict(total=sum(counts.values()), active=sum(counts.values()) - L * (total - active))
 
 # %% ../nbs/build/03_core.ipynb #6ddb141c
-def flops_per_token(
-    config: ModelConfig,    # the model
-    T: int | None = None,   # positions in a sequence; None: the config's context length
-    training: bool = True,  # forward and backward, or forward alone
-) -> int:                   # floating-point operations a token
-    "Arithmetic of the matrix products for one token, in closed form."
+def flops_per_token(config: ModelConfig, T: int | None = None, training: bool = True) -> int:
+    """Arithmetic of the matrix products for one token, in closed form, forward and backward or forward alone;
+    T=None: the config's context length."""
     D, L, V = config.d_model, config.n_layers, config.vocab_size
     attention = 2 * D * D + 2 * D * config.n_kv_heads * D // config.n_heads
     matrices = L * (attention + feed_forward_params(config)[1]) + V * D
@@ -133,11 +122,8 @@ PRESETS = {f'paper-L{L}': PAPER.replace(n_layers=L) for L in (12, 16, 24, 32)} |
     'paper-recipe': PAPER.replace(n_layers=32, d_model=1120, n_kv_heads=8, context_length=4096, n_experts=64,
                                   experts_per_token=8, d_expert=1120)}
 
-def preset(
-    name: str,      # a key of PRESETS
-    **changes,      # fields to change
-) -> ModelConfig:   # the named configuration
-    "A published model size by name."
+def preset(name: str, **changes) -> ModelConfig:
+    "A published model size by name, with some fields changed."
     if name not in PRESETS:
         raise ValueError(f'no preset is called {name!r}; there are {", ".join(PRESETS)}')
     return PRESETS[name].replace(**changes)
@@ -156,10 +142,8 @@ class BlockOutput(NamedTuple):
         return self.attention + self.feed_forward
 
 # %% ../nbs/build/03_core.ipynb #df1f0272
-def make_feed_forward(
-    config: ModelConfig,  # the model's configuration
-) -> nn.Module:           # SwiGLU, or a mixture of experts
-    "The feed-forward layer of a block."
+def make_feed_forward(config: ModelConfig) -> nn.Module:
+    "The feed-forward layer of a block: SwiGLU, or a mixture of experts."
     c = config
     if not c.n_experts: return SwiGLU(c.d_model, c.d_ff)
     return MixtureOfExperts(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert, c.gates)
@@ -185,10 +169,7 @@ class Block(nn.Module):
         return BlockOutput(h + a + f, a, f, routing)
 
 # %% ../nbs/build/03_core.ipynb #e23b9cc7
-def init_matrices(
-    module: nn.Module,  # whose matrices to draw anew
-    std: float,         # standard deviation
-):
+def init_matrices(module: nn.Module, std: float):
     "Draw every matrix from a normal distribution; norm gains stay at 1."
     for p in module.parameters():
         if p.dim() > 1: nn.init.normal_(p, std=std)
@@ -208,13 +189,10 @@ class Stack(nn.Module):
         "Tokens (B, T) to the stream h_0 (B, T, D)."
         return self.embedding(tokens)
 
-    def run(self,
-        h: Tensor,                # h_start, (B, T, D)
-        start: int = 0,           # index of the stream handed in; the first block run is start + 1
-        stop: int | None = None,  # index of the stream wanted; None: L
-        watch: Callable[[int, BlockOutput], None] | None = None,  # called after each block with l and its output
-    ) -> Tensor:                  # h_stop, (B, T, D)
-        "Carry the stream through blocks start + 1 .. stop."
+    def run(self, h: Tensor, start: int = 0, stop: int | None = None,
+            watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
+        """Carry the stream h_start, (B, T, D), through blocks start + 1 .. stop (None: L); gives h_stop. `watch` is called
+        after each block with l and its output."""
         if not 0 <= start <= len(self.blocks): raise ValueError(f'start={start} must index a stream, 0 to {len(self.blocks)}')
         rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, h.device)  # (T, D_h/2)
         for l, block in enumerate(self.blocks[start:stop], start + 1):
@@ -225,11 +203,9 @@ class Stack(nn.Module):
         return h
 
 # %% ../nbs/build/03_core.ipynb #a1d1cfdc
-def initial_update_variance(
-    config: ModelConfig,  # a dense model
-    l: int = 1,           # block number, 1..L
-) -> tuple[float, float]: # expected variance a channel: attention update (first position), feed-forward update
-    "Variance that block l adds to the stream at random initialisation, in closed form."
+def initial_update_variance(config: ModelConfig, l: int = 1) -> tuple[float, float]:
+    """Variance a channel that the attention (at the first position) and the feed-forward layer of block l of a dense
+    model add to the stream at random initialisation, in closed form."""
     if config.n_experts: raise ValueError(f'n_experts={config.n_experts} must be 0: the closed form is for dense models')
     if config.norm == 'peri_ln': return 1.0, 1.0                   # whatever the sublayer returns is normalised
     scale = 1 / l if config.norm == 'layernorm_scaling' else 1.0   # mean square of the normalised input
@@ -240,13 +216,9 @@ def initial_update_variance(
     return s2 * config.d_model * config.init_std ** 2, config.d_ff * config.init_std ** 2 * s2 * gate
 
 # %% ../nbs/build/03_core.ipynb #96c7e718
-def cross_entropy(
-    h: Tensor,       # normalised last stream, (N, D)
-    head: nn.Module, # maps (N, D) to logits (N, V)
-    targets: Tensor, # next tokens, (N,)
-    chunk: int,      # tokens whose logits are held at once
-) -> Tensor:         # cross-entropy of each token, in nats, fp32, (N,)
-    "Cross-entropy in slices of tokens, so that N x V logits never exist at once."
+def cross_entropy(h: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
+    """Cross-entropy of each token in nats, fp32, (N,), from normalised last streams (N, D), in slices of so many tokens
+    that N x V logits never exist at once."""
     def slice_loss(h, targets):
         return functional.cross_entropy(head(h).float(), targets, reduction='none')  # (chunk,)
     if len(h) <= chunk: return slice_loss(h, targets)
@@ -258,11 +230,7 @@ def cross_entropy(
 LOGITS_AT_ONCE = 2 ** 25  # numbers; 128 MiB in fp32
 
 # %% ../nbs/build/03_core.ipynb #66f3d5b7
-def auxiliary_loss(
-    config: ModelConfig,  # the model
-    routing: Routing,     # of one block
-    sequences: int,       # in the batch
-) -> Tensor:              # what the block adds to the loss, a scalar
+def auxiliary_loss(config: ModelConfig, routing: Routing, sequences: int) -> Tensor:
     "Weighted load-balancing and router z-loss of one block, divided by L."
     balance, z = config.balance_weight * balance_loss(routing, sequences), config.router_z_weight * router_z_loss(routing)
     return (balance + z) / config.n_layers
@@ -304,12 +272,10 @@ class Transformer(Stack, HubModel):
         flat = self.final_norm(h).flatten(0, -2)                                            # (B*T, D)
         return cross_entropy(flat, self.head, targets.flatten(), chunk).view_as(targets)   # (B, T)
 
-    def forward(self,
-        tokens: Tensor,                  # (B, T)
-        targets: Tensor | None = None,   # next tokens, (B, T)
-        watch: Callable[[int, BlockOutput], None] | None = None,  # see Stack.run
-    ) -> Tensor:                         # logits (B, T, V); with targets, the mean loss to train on (a scalar)
-        "Logits, or the mean cross-entropy plus the auxiliary losses of a mixture of experts."
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T), or with next tokens (B, T) the mean cross-entropy plus the auxiliary losses
+        of a mixture of experts, a scalar; for `watch` see `Stack.run`."""
         extra = []
         def collect(l, out):
             if out.routing is not None: extra.append(auxiliary_loss(self.config, out.routing, len(tokens)))
@@ -325,13 +291,9 @@ class Transformer(Stack, HubModel):
         return tokens
 
 # %% ../nbs/build/03_core.ipynb #d7b4ed2c
-def draw_tokens(
-    logits: Tensor,             # of the next token, (B, V)
-    temperature: float = 1.0,   # 0: always the most likely token
-    top_k: int | None = None,   # draw among the k most likely only
-    generator: torch.Generator | None = None,  # for reproducible draws, on the device of the logits
-) -> Tensor:                    # one token for each text, (B, 1)
-    "Draw the next token of each text."
+def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                generator: torch.Generator | None = None) -> Tensor:
+    "Draw the next token of each text, (B, 1), from logits (B, V), among the k most likely; temperature 0: the likeliest."
     if temperature < 0 or top_k is not None and top_k < 1:
         raise ValueError(f'temperature={temperature} must not be negative, and top_k={top_k} must be at least 1')
     if temperature == 0: return logits.argmax(-1, keepdim=True)                # (B, 1)
@@ -340,12 +302,8 @@ def draw_tokens(
         logits = logits.masked_fill(logits < least, float('-inf'))             # (B, V)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
-def next_tokens(
-    model: Transformer,   # the model that writes
-    tokens: Tensor,       # text so far, (B, T)
-    **options,            # as in draw_tokens
-) -> Tensor:              # one more token for each text, (B, 1)
-    "Let a model foretell the next token of each text, and draw it."
+def next_tokens(model: Transformer, tokens: Tensor, **options) -> Tensor:
+    "Let a model foretell the next token of each text (B, T), and draw it, (B, 1); options as in `draw_tokens`."
     window = tokens[:, -model.config.context_length:]                                       # (B, up to context_length)
     return draw_tokens(model.logits(model.run(model.embed(window))[:, -1]), **options)      # (B, 1)
 
@@ -364,10 +322,8 @@ def full_precision():
         for place, value in zip(places, before): place.fp32_precision = value
 
 @torch.no_grad()
-def check_finite(
-    model,  # a model, ours or another's, or an adapted one; anything else is passed over
-):
-    "Raise a ValueError that names the first weights of a model which are not finite numbers."
+def check_finite(model):
+    "Raise a ValueError that names the first weights of a model that are not finite numbers; what is no model may pass."
     network = getattr(model, 'network', model)
     if not isinstance(network, nn.Module): return
     for name, p in network.named_parameters():

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'WORDS', 'LOOK', 'TEMPLATES', 'WIDTH', 'DEEPEST', 'SIMULATED_DEPTH', 'STEPS', 'DENSITIES',
            'SCALED', 'OCTAVES', 'FINE', 'NORM_NAMES', 'CURVES', 'AT_COMMON', 'RECORDS', 'CHOSEN', 'PICKED', 'SETTINGS',
-           'RUN_FIELDS', 'WEAK', 'PAPER', 'MODES', 'FIRST', 'OTHER', 'MODEL', 'COSTS', 'template_text', 'embedded',
-           'Explorer', 'watched', 'trim', 'known', 'calculated', 'scale_at', 'explorer_config', 'theory_stack',
+           'RUN_FIELDS', 'WEAK', 'PAPER', 'MODES', 'FIRST', 'OTHER', 'MODEL', 'COSTS', 'template_text', 'Explorer',
+           'watched', 'trim', 'known', 'chosen', 'calculated', 'scale_at', 'explorer_config', 'theory_stack',
            'simulate_points', 'simulate_all', 'stored_points', 'gate_table', 'formulas', 'formula_lines',
            'variance_chart', 'variance_explorer', 'thinned', 'run_curve', 'seed_range', 'about_run', 'setting_rows',
-           'bent', 'bent_axis', 'floor_rule', 'forest', 'paper_chart', 'curves_chart', 'results_explorer',
-           'surgery_rows', 'block_bars', 'pair_map', 'surgery_explorer', 'stored_twins', 'twins_explorer']
+           'bent', 'bent_axis', 'floor_rule', 'setting_tips', 'forest', 'paper_chart', 'curves_chart',
+           'results_explorer', 'surgery_rows', 'block_bars', 'pair_map', 'surgery_explorer', 'stored_twins',
+           'twins_explorer']
 
 # %% ../nbs/tools/08_explorers.ipynb #2c9581ec
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 
@@ -46,11 +48,6 @@ def template_text(name: str) -> markupsafe.Markup:
     "A file of sparsecod/templates as it is."
     return markupsafe.Markup(TEMPLATES.loader.get_source(TEMPLATES, name)[0])
 
-def embedded(data) -> markupsafe.Markup:
-    "Data as JSON that no HTML parser can misread."
-    return markupsafe.Markup(json.dumps(data, ensure_ascii=False,
-                                        separators=(',', ':')).replace('<', '\\u003c'))
-
 # %% ../nbs/tools/08_explorers.ipynb #ffb74212
 class Explorer:
     "A chart with controls, a sentence and tables; a notebook shows it."
@@ -68,28 +65,25 @@ class Explorer:
         limits: dict = {},     # slider -> the parameter that says how far it goes
         widest: int = 420,     # of a chart, in pixels
     ):
-        if not (name.isascii()
-                and name.replace('-', '').isalnum()): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
-        spec = charts.configure(**LOOK).properties(description=description, datasets=datasets,
-                                                   usermeta=dict(widest=widest, limits=limits)).to_dict()
+        if not re.fullmatch('[A-Za-z0-9-]+', name): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
+        about = dict(widest=widest, limits=limits)
+        spec = charts.configure(**LOOK).properties(description=description, datasets=datasets, usermeta=about).to_dict()
         for p in spec.get('params', []):
-            # Altair may add a number
-            if p['name'] in linked: p['views'] = [found for view in linked[p['name']]
-                                                  for found in (view, f'{view}_0')]
+            if p['name'] in linked: p['views'] = [v + end for v in linked[p['name']] for end in ('', '_0')]   # Altair may add a number
         self.title, self.data = title, dict(made=made, tables=tables, spec=spec)
+        data = json.dumps(self.data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')    # for any HTML parser
         self.html = TEMPLATES.get_template('explorer.html').render(
-            name=name, title=title, tables=tables, description=description, note=note,
-            data=embedded(self.data), css=template_text('explorer.css'), js=template_text('explorer.js'))
+            name=name, title=title, tables=tables, description=description, note=note, data=markupsafe.Markup(data),
+            css=template_text('explorer.css'), js=template_text('explorer.js'))
 
     def page(self) -> str:
         "A document of its own, to be saved and opened from disk."
-        return TEMPLATES.get_template('page.html').render(title=self.title, body=markupsafe.Markup(self.html),
-                                                          vega=template_text('vega.js'))
+        body = markupsafe.Markup(self.html)
+        return TEMPLATES.get_template('page.html').render(title=self.title, body=body, vega=template_text('vega.js'))
 
     def __repr__(self): return f'Explorer({self.title!r})'
 
-    def _repr_html_(self):
-        return (f'<script>{template_text("vega.js")}</script>' if watched() else '') + self.html
+    def _repr_html_(self): return (f'<script>{template_text("vega.js")}</script>' if watched() else '') + self.html
 
 def watched() -> bool:
     "Does somebody look at this notebook now? What is run to be stored for the site finds the library there."
@@ -107,6 +101,10 @@ def known(**fields):
     "Refuse a value that is not among the possible ones: each field is a pair of value and possible values."
     for field, (value, possible) in fields.items():
         if value not in possible: raise ValueError(f'{field}={value!r} must be one of {", ".join(map(str, possible))}')
+
+def chosen(field: str, value, options: list, labels: list, name: str) -> alt.Parameter:
+    "A list to choose from."
+    return alt.param(field, value=value, bind=alt.binding_select(options=options, labels=labels, name=name))
 
 def calculated(chart: alt.Chart, steps: dict) -> alt.Chart:
     "Fields computed one after the other, each from expressions over the data and the controls."
@@ -131,30 +129,23 @@ def theory_stack(L: int, p: float, step: int, norm: str) -> dict:
     return dict(variance=stream_variance(config, p), jacobian=jacobian_deviation(config, p))
 
 # %% ../nbs/tools/08_explorers.ipynb #e5077642
-def simulate_points(
-    p: float,             # density
-    step: int,            # position of the initial scale
-    norm: str,            # norm placement
-    L: int = SIMULATED_DEPTH,  # blocks
-    n_models: int = 8,    # independent models for the variance, with seeds 0, 1, ...
-    n_jacobian: int = 4,  # of them, how many for the Jacobians
-    n_tokens: int = 64,   # sequences of one token for the variance
-) -> dict:                # the setting; variance and jacobian: mean and half-width of the interval by layer
-    "Simulated dots for one setting of the explorer."
+def simulate_points(p: float, step: int, norm: str, L: int = SIMULATED_DEPTH, n_models: int = 8, n_jacobian: int = 4,
+                    n_tokens: int = 64) -> dict:
+    """Simulated dots for one setting: variance and Jacobian, each mean and half-width of the interval by layer.
+    `n_models` seeds give the variance on `n_tokens` sequences of one token, the first `n_jacobian` the Jacobians."""
     config = explorer_config(L, step, norm)
     samples = dict(variance=simulate_stream(config, p, n_models=n_models, n_tokens=n_tokens),
                    jacobian=simulate_jacobian(config, p, n_models=n_jacobian, n_tokens=2)[1])
-    pairs = {name: trim(list(zip(*(t.tolist() for t in mean_interval(x)))))
-             for name, x in samples.items()}
+    pairs = {name: trim(list(zip(*(t.tolist() for t in mean_interval(x))))) for name, x in samples.items()}
     return dict(p=p, step=step, norm=norm, **pairs)
 
 DENSITIES, SCALED = (1.0, 0.5, 0.25, 0.1), (0, 5, 10)
 
 def simulate_all() -> dict:
     "All dots, and where they come from; takes a minute or two."
-    about = 'random models of width 64 with random masks; variance: 8 models (seeds 0 to 7), 64 tokens each; Jacobian: 4 models (seeds 0 to 3), 2 tokens each'
-    return dict(about=about, points=[simulate_points(p, step, norm) for norm in NORMS for p in DENSITIES
-                                     for step in SCALED])
+    about = ('random models of width 64 with random masks; variance: 8 models (seeds 0 to 7), 64 tokens each; '
+             'Jacobian: 4 models (seeds 0 to 3), 2 tokens each')
+    return dict(about=about, points=[simulate_points(p, step, norm) for norm in NORMS for p in DENSITIES for step in SCALED])
 
 def stored_points(start: str | Path = '.') -> dict:
     "The dots as `simulate_all` made them."
@@ -173,7 +164,8 @@ def formulas(p: str, suffix: str) -> tuple[dict, dict]:
     "The closed forms of the theory as expressions; v is the variance of the stream, j the Jacobian deviation."
     names = dict(p=p, s=suffix, D=WIDTH, F=4 * WIDTH, first=OCTAVES[0], fine=FINE)
     say = lambda text: text.format(**names)
-    between = lambda of: say(f'(gate.{of}[floor(datum.at{{s}})] * (1 - datum.at{{s}} % 1) + gate.{of}[floor(datum.at{{s}}) + 1] * (datum.at{{s}} % 1))')
+    between = lambda of: say(f'(gate.{of}[floor(datum.at{{s}})] * (1 - datum.at{{s}} % 1) '
+                             f'+ gate.{of}[floor(datum.at{{s}}) + 1] * (datum.at{{s}} % 1))')
     adds = {'w': say('{p} * pow(sigma, 2)'),
             's2': say("{D} * datum.w{s} / (norm == 'layernorm_scaling' ? max(datum.l, 1) : 1)"),
             'at': say('(log(datum.s2{s}) / LN2 - {first}) * {fine}'),
@@ -183,8 +175,7 @@ def formulas(p: str, suffix: str) -> tuple[dict, dict]:
     reads = {'read': say('datum.v{s} - datum.a{s} - datum.f{s}'),
              'kept': say("{D1} / {D} * (norm == 'peri_ln' ? {D1} / {D} : 1)".replace('{D1}', str(WIDTH - 1))),
              'one': say('datum.kept{s} * datum.a{s} / ({D} * datum.read{s})'),
-             'two': say('datum.kept{s} * datum.f{s} * ') + between('gain')
-             + say(' / ({D} * (datum.read{s} + datum.a{s}))'),
+             'two': say('datum.kept{s} * datum.f{s} * ') + between('gain') + say(' / ({D} * (datum.read{s} + datum.a{s}))'),
              'j': say('sqrt(datum.one{s} + datum.two{s} + {D} * datum.one{s} * datum.two{s})')}
     return tuple({name + suffix: text for name, text in fields.items()} for fields in (adds, reads))
 
@@ -194,29 +185,25 @@ NORM_NAMES = {'pre_ln': 'pre-LN', 'layernorm_scaling': 'LayerNorm Scaling', 'per
 def formula_lines() -> alt.Chart:
     "Data of the curves: by layer, at the chosen density and without masks."
     (adds, reads), (adds1, reads1) = formulas('p', ''), formulas('1', '1')
-    chart = calculated(alt.Chart(alt.sequence(0, DEEPEST + 1, as_='l')).transform_filter('datum.l <= L'),
-                       adds | adds1)
+    chart = calculated(alt.Chart(alt.sequence(0, DEEPEST + 1, as_='l')).transform_filter('datum.l <= L'), adds | adds1)
     chart = chart.transform_window(v='sum(add)', v1='sum(add1)', frame=[None, 0], sort=[alt.SortField('l')])
-    says = ("datum.l == L ? 'With ' + names[norm] + ' and L = ' + L + ', the last stream has variance ' + format(datum.v, '.3~g') + ' at density ' + p + ' and ' + "
-            "format(datum.v1, '.3~g') + ' without masks. The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ', and by ' + "
-            "format(datum.j1, '.3~g') + ' without masks.' : null")
+    says = ("datum.l == L ? 'With ' + names[norm] + ' and L = ' + L + ', the last stream has variance ' "
+            "+ format(datum.v, '.3~g') + ' at density ' + p + ' and ' + format(datum.v1, '.3~g') + ' without masks. "
+            "The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ', and by ' "
+            "+ format(datum.j1, '.3~g') + ' without masks.' : null")
     return calculated(chart, reads | reads1 | dict(says=says))
 
 def variance_chart(quantity: str) -> alt.LayerChart:
     "Curves with the simulated dots."
     field, first, title, x = dict(variance=('v', 0, 'Stream variance by layer', 'layer l'),
-                                  jacobian=('j', 1, 'Jacobian deviation ‖J − I‖ / D by block',
-                                            'block l'))[quantity]
+                                  jacobian=('j', 1, 'Jacobian deviation ‖J − I‖ / D by block', 'block l'))[quantity]
     along = alt.X('l:Q', title=x, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
-    log = alt.Scale(type='log', nice=False)
-    kinds = alt.Color('kind:N', title=None,
-                      scale=alt.Scale(domain=['at this density', 'without masks', 'simulated'],
-                                      range=[BLUE, GREY, ORANGE]))
+    log, names = alt.Scale(type='log', nice=False), ['at this density', 'without masks', 'simulated']
+    kinds = alt.Color('kind:N', title=None, scale=alt.Scale(domain=names, range=[BLUE, GREY, ORANGE]))
     line = formula_lines().transform_filter(f'datum.l >= {first}').transform_fold([field, field + '1'], ['which', 'y'])
     line = line.transform_calculate(kind=f"datum.which == '{field}' ? 'at this density' : 'without masks'")
-    tip = [alt.Tooltip('l:Q', title=x), alt.Tooltip('kind:N', title='curve'),
-           alt.Tooltip('y:Q', format='.3~g', title='value')]
-    dashes = alt.Scale(domain=['at this density', 'without masks'], range=[[1, 0], [5, 4]])
+    tip = [alt.Tooltip('l:Q', title=x), alt.Tooltip('kind:N', title='curve'), alt.Tooltip('y:Q', format='.3~g', title='value')]
+    dashes = alt.Scale(domain=names[:2], range=[[1, 0], [5, 4]])
     curves = line.mark_line(strokeWidth=2.2, point=dict(size=12)).encode(
         along, alt.Y('y:Q', title=None, scale=log, axis=alt.Axis(format='~g', tickCount=6)), kinds, tooltip=tip,
         strokeDash=alt.StrokeDash('kind:N', legend=None, scale=dashes))
@@ -224,9 +211,8 @@ def variance_chart(quantity: str) -> alt.LayerChart:
         'datum.norm == norm && abs(datum.p - p) < 1e-9 && abs(0.02 * pow(2, datum.step / 4) - sigma) < 1e-9')
     here = calculated(here, dict(l=f'sequence({first}, datum.{quantity}.length + {first})'))
     here = here.transform_flatten(['l', quantity], as_=['l', 'pair']).transform_filter('datum.l <= L')
-    here = calculated(here, dict(m='datum.pair[0]', h='datum.pair[1]',
-                                 low='max(datum.m - datum.h, datum.m / 100)', high='datum.m + datum.h',
-                                 kind="'simulated'"))
+    here = calculated(here, dict(m='datum.pair[0]', h='datum.pair[1]', low='max(datum.m - datum.h, datum.m / 100)',
+                                 high='datum.m + datum.h', kind="'simulated'"))
     whisker = here.mark_rule(color=ORANGE).encode(along, alt.Y('low:Q', title=None), alt.Y2('high:Q'))
     about = [alt.Tooltip('l:Q', title=x), alt.Tooltip('m:Q', format='.3~g', title='simulated'),
              alt.Tooltip('h:Q', format='.2~g', title='±')]
@@ -236,43 +222,33 @@ def variance_chart(quantity: str) -> alt.LayerChart:
     data = data.encode(along, alt.Y(f'{field}:Q', title=None)).properties(name=quantity)
     return alt.layer(curves, whisker, dots, data).properties(width='container', height=240, title=title)
 
-def variance_explorer(
-    simulated: dict | None = None,  # from simulate_all; None: curves without dots
-    L: int = 32,                    # where the controls stand at first: depth
-    p: float = 0.5,                 # density, a multiple of 0.05
-    step: int = 10,                 # position of the initial scale, 0..14
-    norm: str = 'pre_ln',           # norm placement
-    name: str = 'sce-variance',     # the HTML id
-) -> Explorer:
-    "Variance of the stream and deviation of the Jacobians through depth, with controls."
-    known(L=(L, range(2, DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, STEPS),
-          norm=(norm, NORMS))
-    made, simulated = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm,
-                           name=name), simulated or dict(about='', points=[])
-    text = lambda s: f'{scale_at(s):.3g}' + {10: ', as published',
-                                             0: ', our laptop models'}.get(s, '') + (', simulated' if s in SCALED and simulated['points'] else '')
-    params = [alt.param('norm', value=norm,
-                        bind=alt.binding_select(options=list(NORM_NAMES), labels=list(NORM_NAMES.values()),
-                                                name='Norm placement')),
-              alt.param('sigma', value=scale_at(step),
-                        bind=alt.binding_select(options=[scale_at(s) for s in STEPS],
-                                                labels=[text(s) for s in STEPS],
-                                                name='Initial scale σ at D = 64')),
+def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5, step: int = 10, norm: str = 'pre_ln',
+                      name: str = 'sce-variance') -> Explorer:
+    """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at first at depth L,
+    density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from `simulate_all`."""
+    known(L=(L, range(2, DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, STEPS), norm=(norm, NORMS))
+    made = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm, name=name)
+    simulated = simulated or dict(about='', points=[])
+    text = lambda s: (f'{scale_at(s):.3g}' + {10: ', as published', 0: ', our laptop models'}.get(s, '')
+                      + (', simulated' if s in SCALED and simulated['points'] else ''))
+    params = [chosen('norm', norm, list(NORM_NAMES), list(NORM_NAMES.values()), 'Norm placement'),
+              chosen('sigma', scale_at(step), [scale_at(s) for s in STEPS], [text(s) for s in STEPS], 'Initial scale σ at D = 64'),
               alt.param('p', value=p, bind=alt.binding_range(min=0.05, max=1, step=0.05, name='Density p')),
               alt.param('L', value=L, bind=alt.binding_range(min=2, max=DEEPEST, step=1, name='Depth L')),
               alt.param('gate', value=gate_table()), alt.param('names', value=NORM_NAMES)]
     charts = alt.concat(*(variance_chart(q) for q in ('variance', 'jacobian')), columns=2).add_params(*params)
-    tables = [dict(title='Numbers of the curves', view='variance',
-                   columns=dict(l='layer', v='variance', v1='without masks', j='Jacobian deviation',
-                                j1='without masks'))]
-    for q in ('variance', 'jacobian'): tables.append(dict(title=f'Simulated {q}', view=f'dots_{q}',
-                                                          columns=dict(l='layer', m='mean', h='± (95 %)')))
+    columns = dict(l='layer', v='variance', v1='without masks', j='Jacobian deviation', j1='without masks')
+    tables = [dict(title='Numbers of the curves', view='variance', columns=columns),
+              *(dict(title=f'Simulated {q}', view=f'dots_{q}', columns=dict(l='layer', m='mean', h='± (95 %)'))
+                for q in ('variance', 'jacobian'))]
     note = ('Both axes are logarithmic. '
-            + (f'Dots: {simulated["about"]}; 95 % intervals over models, up to layer {SIMULATED_DEPTH}; they exist at the densities {", ".join(map(str, DENSITIES))} '
-            'and the scales that the list calls simulated. ' if simulated['points'] else '')
+            + (f'Dots: {simulated["about"]}; 95 % intervals over models, up to layer {SIMULATED_DEPTH}; they exist at the '
+               f'densities {", ".join(map(str, DENSITIES))} and the scales that the list calls simulated. '
+               if simulated['points'] else '')
             + 'The formulas leave out the ε of the norms, which shows under Peri-LN at small scales.')
     return Explorer(name, 'Variance through depth', charts, tables,
-                    'Two line charts by layer: the variance of the stream, and the deviation of the Jacobian from the identity, at a chosen density and without masks.', note, dict(simulated=simulated['points']), made)
+                    'Two line charts by layer: the variance of the stream, and the deviation of the Jacobian from the '
+                    'identity, at a chosen density and without masks.', note, dict(simulated=simulated['points']), made)
 
 # %% ../nbs/tools/08_explorers.ipynb #7155a137
 CURVES = {  # name -> title, what is on the x axis, logarithmic
@@ -290,24 +266,16 @@ def thinned(values: list) -> list:
     n = min(len(values), 16)
     return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
 
-def run_curve(
-    record: dict,  # of a finished run
-    name: str,     # a key of CURVES
-) -> list:         # values; empty if the run has none
-    "A profile by layer, or a log."
+def run_curve(record: dict, name: str) -> list:
+    "A profile by layer, or a log, by its key of CURVES; empty if the run has none."
     if name == 'train_loss': return thinned(record['curve']['loss'])
     if name == 'train_variance': return thinned([v and v[-1] for v in record['curve']['variance_mean']])
     return record['scores']['arrays'].get(name) or []
 
-def seed_range(
-    runs: list[dict],  # finished, of one setting
-    name: str,         # a key of CURVES
-) -> dict | None:      # x, and mean, lowest and highest seed at each point; None where there are none
-    "A curve over seeds."
-    lines = [line for r in runs if (line := run_curve(r, name))]
-    points = zip(*lines)
-    over = [[None] * 3 if None in values else [sum(values) / len(values), min(values), max(values)]
-            for values in points]
+def seed_range(runs: list[dict], name: str) -> dict | None:
+    "A curve over the seeds of a setting: x, and mean, lowest and highest at each point; None where there are none."
+    points = zip(*(line for r in runs if (line := run_curve(r, name))))
+    over = [[None] * 3 if None in values else [sum(values) / len(values), min(values), max(values)] for values in points]
     if not over: return None
     along = CURVES[name][1]
     x = thinned(runs[0]['curve']['step']) if along == 'training step' else [l + (along == 'block l') for l in range(len(over))]
@@ -319,40 +287,31 @@ RECORDS = 'https://github.com/sparsecod/sparsecod/blob/main/results'
 def about_run(record: dict, metrics: list[str]) -> dict:
     "What a ring of the chart stands for."
     config, made = record['config'], record['provenance']
-    values = {name: trim(float(m['value']), 4) for name in metrics
-              if (m := finished([record]) and read_metric(record, name))}
+    values = {name: trim(float(m['value']), 4) for name in metrics if (m := finished([record]) and read_metric(record, name))}
     return dict(id=record['name'], seed=record['seed'], status=record['status'], tokens=record['tokens'],
-                steps=record['step'], lr=config['train']['lr'],
-                decay=config['train']['weight_decay'], blocks=config['model']['n_layers'],
-                commit=str(made.get('commit'))[:10], machine=made.get('hardware'),
+                steps=record['step'], lr=config['train']['lr'], decay=config['train']['weight_decay'],
+                blocks=config['model']['n_layers'], commit=str(made.get('commit'))[:10], machine=made.get('hardware'),
                 url=f"{RECORDS}/{record['scale']}/{record['name']}.json", values=values)
 
-def setting_rows(
-    records: list[dict],  # of any scales
-    metrics: list[str],   # names
-    studies: dict | None, # name -> label -> runs; None: all studies that have runs
-) -> tuple[list[dict], dict]:   # rows, and for each place of a curve the runs behind it
-    "A row for each setting of each study."
+def setting_rows(records: list[dict], metrics: list[str], studies: dict | None) -> tuple[list[dict], dict]:
+    "A row for each setting of each study (as for `results_explorer`), and for each place of a curve the runs behind it."
     found, groups = [], {}
-    # studies are defined at the known scales
-    scales = {r['scale']: [] for r in records if studies or r['scale'] in SCALES}
-    for r in records:
-        if r['scale'] in scales: scales[r['scale']].append(r)
-    for scale, mine in scales.items():
+    for scale in dict.fromkeys(r['scale'] for r in records):
+        mine = lambda runs: [r for r in runs if r['scale'] == scale]
+        if not studies and scale not in SCALES: continue      # where studies are defined
         for study in studies or STUDIES:
-            variants = {label: [r for r in runs if r['scale'] == scale]
-                        for label, runs in studies[study].items()} if studies else by_variant(study, mine)
+            variants = ({label: mine(runs) for label, runs in studies[study].items()} if studies
+                        else by_variant(study, mine(records)))
             for row, (label, runs) in enumerate(variants.items(), 1):
                 done = finished(runs)
                 key = groups.setdefault(tuple(r['name'] for r in runs), (len(groups), done))[0]
                 estimates = {name: over_seeds(values, logarithmic(name)) for name in metrics
                              if (values := [m for r in done if (m := read_metric(r, name))])}
-                lost = f' ({len(runs) - len(done)} of {len(runs)} diverged)' if len(done) < len(runs) else ''
-                found.append(dict(scale=scale, study=study, row=row,
-                                  label=label + lost + (' †' if any(map(learnt_little, done)) else ''),
-                                  group=key, runs=[r['name'] for r in runs],
-                                  found={name: [*trim([e['value'], e['low'], e['high']], 4), e['n']]
-                                         for name, e in estimates.items()}))
+                label += f' ({len(runs) - len(done)} of {len(runs)} diverged)' if len(done) < len(runs) else ''
+                label += ' †' if any(map(learnt_little, done)) else ''
+                numbers = {name: [*trim([e['value'], e['low'], e['high']], 4), e['n']] for name, e in estimates.items()}
+                found.append(dict(scale=scale, study=study, row=row, label=label, group=key,
+                                  runs=[r['name'] for r in runs], found=numbers))
     return found, dict(groups.values())
 
 # %% ../nbs/tools/08_explorers.ipynb #ebebe96d
@@ -375,86 +334,83 @@ def floor_rule(where: str) -> alt.Chart:
     return alt.Chart(alt.NamedData('floors')).transform_filter(where).mark_rule(
         strokeDash=[4, 4], color='currentColor').encode(tooltip=['name:N', alt.Tooltip('value:Q', format='.4~g')])
 
+def setting_tips(**fields) -> list[alt.Tooltip]:
+    "What a pointer is told of a setting: field -> title."
+    return [alt.Tooltip('label:N', title='setting'), *(alt.Tooltip(f'{f}:Q', format='.4~g', title=t) for f, t in fields.items())]
+
 def forest() -> alt.LayerChart:
     "Estimates with intervals, a row a setting, and a ring for each run."
     log, title = 'metrics[metric].log', alt.Title(alt.expr("metrics[metric].title + ' (' + metrics[metric].unit + ')'"))
-    here = calculated(alt.Chart(SETTINGS).transform_filter(CHOSEN),
-                      dict(estimate='datum.found[metric]', on=PICKED))
-    says = ("!datum.on ? null : !datum.estimate ? datum.label + ': ' + metrics[metric].title + ' was not measured.' : datum.label + ': ' + metrics[metric].title + ' ' + "
-            "format(datum.value, '.3~g') + (datum.low == datum.high ? (datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval ' + "
-            "format(datum.low, '.3~g') + ' to ' + format(datum.high, '.3~g') + (datum.n > 1 ? ' over ' + datum.n + ' seeds.' : ' over held-out sequences, one seed.'))")
-    means = calculated(here, dict(value='datum.estimate ? datum.estimate[0] : null',
-                                  low='datum.estimate ? datum.estimate[1] : null',
-                                  high='datum.estimate ? datum.estimate[2] : null',
-                                  n='datum.estimate ? datum.estimate[3] : 0')
-                       | bent(log, 'value', 'low', 'high') | dict(says=says))
+    here = calculated(alt.Chart(SETTINGS).transform_filter(CHOSEN), dict(estimate='datum.found[metric]', on=PICKED))
+    says = ("!datum.on ? null : !datum.estimate ? datum.label + ': ' + metrics[metric].title + ' was not measured.' : "
+            "datum.label + ': ' + metrics[metric].title + ' ' + format(datum.value, '.3~g') + (datum.low == datum.high ? "
+            "(datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval ' + "
+            "format(datum.low, '.3~g') + ' to ' + format(datum.high, '.3~g') + "
+            "(datum.n > 1 ? ' over ' + datum.n + ' seeds.' : ' over held-out sequences, one seed.'))")
+    parts = {name: f'datum.estimate ? datum.estimate[{i}] : {0 if name == "n" else "null"}'
+             for i, name in enumerate(('value', 'low', 'high', 'n'))}
+    means = calculated(here, parts | bent(log, 'value', 'low', 'high') | dict(says=says))
     y = alt.Y('label:N', title=None, sort=alt.EncodingSortField('row'))
     x = lambda field: alt.X(f'{field}:Q', title=None, scale=alt.Scale(zero=False), axis=bent_axis(log))
-    tip = [alt.Tooltip('label:N', title='setting'),
-           *(alt.Tooltip(f'{f}:Q', format='.4~g', title=t)
-             for f, t in dict(value='mean', low='low', high='high', n='seeds').items())]
+    tip = setting_tips(value='mean', low='low', high='high', n='seeds')
     colour = alt.condition('datum.on', alt.value(BLUE), alt.value(GREY))
     interval = means.mark_rule(strokeWidth=2).encode(x('at_low'), y, alt.X2('at_high:Q'), color=colour)
-    point = means.mark_point(filled=True, size=90, opacity=1,
-                             cursor='pointer').encode(x('at_value'), y, color=colour,
-                                                      tooltip=tip).properties(name='settings')
-    rings = calculated(here.transform_flatten(['runs'],
-                                              as_=['id']).transform_lookup('id', alt.LookupData(alt.NamedData('runs'), 'id', ['seed', 'status', 'tokens', 'steps', 'lr', 'decay', 'blocks', 'commit', 'machine', 'url', 'values'])),
+    point = means.mark_point(filled=True, size=90, opacity=1, cursor='pointer')
+    point = point.encode(x('at_value'), y, color=colour, tooltip=tip).properties(name='settings')
+    about = alt.LookupData(alt.NamedData('runs'), 'id', ['seed', 'status', 'tokens', 'steps', 'lr', 'decay', 'blocks', 'commit',
+                                                         'machine', 'url', 'values'])
+    rings = calculated(here.transform_flatten(['runs'], as_=['id']).transform_lookup('id', about),
                        dict(value='datum.values[metric]') | bent(log, 'value'))
-    about = ['id', 'seed', 'value', 'tokens', 'steps', 'lr', 'decay', 'commit', 'machine']
-    ring = rings.mark_point(size=70, strokeWidth=1.6, color=ORANGE, yOffset=11, cursor='pointer').encode(
-        x('at_value'), y, href='url:N', tooltip=[alt.Tooltip(f'{f}:N', title=RUN_FIELDS[f])
-                                                 for f in about]).properties(name='runs')
+    tip = [alt.Tooltip(f'{f}:N', title=RUN_FIELDS[f])
+           for f in ('id', 'seed', 'value', 'tokens', 'steps', 'lr', 'decay', 'commit', 'machine')]
+    ring = rings.mark_point(size=70, strokeWidth=1.6, color=ORANGE, yOffset=11, cursor='pointer')
+    ring = ring.encode(x('at_value'), y, href='url:N', tooltip=tip).properties(name='runs')
     floor = floor_rule("indexof(metric, 'val_loss') == 0").encode(alt.X('value:Q', title=None))
     return alt.layer(interval, point, ring, floor).properties(width='container', height=alt.Step(38), title=title)
 
-RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='record', status='status',
-                  tokens='tokens', steps='steps', lr='learning rate', decay='weight decay',
-                  blocks='blocks', commit='commit', machine='machine')
+RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='record', status='status', tokens='tokens',
+                  steps='steps', lr='learning rate', decay='weight decay', blocks='blocks', commit='commit', machine='machine')
 
 def paper_chart() -> alt.Chart:
     "The paper's numbers for the chosen metric, on their own scale."
     log = 'metrics[metric].published[study]'
-    here = calculated(alt.Chart(alt.NamedData('paper')).transform_filter('datum.study == study && datum.metric == metric'), bent(log, 'value'))
-    title = alt.Title(alt.expr("(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean downstream accuracy' : metrics[metric].title) : 'The paper gives no numbers for this metric and study')"))
-    return here.mark_point(size=90, strokeWidth=2, strokeDash=[3, 2], color=GREY).encode(
+    numbers = alt.Chart(alt.NamedData('paper')).transform_filter('datum.study == study && datum.metric == metric')
+    title = alt.Title(alt.expr(
+        "(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean downstream accuracy' : "
+        "metrics[metric].title) : 'The paper gives no numbers for this metric and study')"))
+    rings = calculated(numbers, bent(log, 'value')).mark_point(size=90, strokeWidth=2, strokeDash=[3, 2], color=GREY)
+    return rings.encode(
         alt.X('at_value:Q', title=None, scale=alt.Scale(zero=False), axis=bent_axis(log)),
         alt.Y('label:N', title=None, sort=None),
-        tooltip=[alt.Tooltip('label:N', title='setting'),
-                 alt.Tooltip('value:Q',
-                             title='the paper')]).properties(name='paper', width='container',
-                                                             height=alt.Step(24), title=title)
+        tooltip=[alt.Tooltip('label:N', title='setting'), alt.Tooltip('value:Q', title='the paper')]
+    ).properties(name='paper', width='container', height=alt.Step(24), title=title)
 
 def curves_chart() -> alt.LayerChart:
     "The chosen curve of all settings, with the range over seeds of the picked one."
     log = 'curves[curve].log'
-    here = calculated(alt.Chart(SETTINGS).transform_filter(CHOSEN),
-                      dict(on=PICKED,
-                           key="curve + ' ' + datum.group")).transform_lookup('key', alt.LookupData(alt.NamedData('curves'), 'key', ['x', 'y', 'low', 'high']))
-    here = here.transform_filter('datum.x').transform_flatten(['x', 'y', 'low', 'high'])
-    here = calculated(here, bent(log, 'y', 'low', 'high'))
-    x, y = alt.X('x:Q', title=None, scale=alt.Scale(nice=False),
-                 axis=alt.Axis(tickMinStep=1,
-                               grid=False)), alt.Y('at_y:Q', title=None, scale=alt.Scale(zero=False),
-                                                   axis=bent_axis(log))
-    tip = [alt.Tooltip('label:N', title='setting'), alt.Tooltip('x:Q', title='layer, block or step'),
-           *(alt.Tooltip(f'{f}:Q', format='.4~g', title=t)
-             for f, t in dict(y='mean', low='lowest seed', high='highest seed').items())]
+    lines = ['x', 'y', 'low', 'high']
+    here = calculated(alt.Chart(SETTINGS).transform_filter(CHOSEN), dict(on=PICKED, key="curve + ' ' + datum.group"))
+    here = here.transform_lookup('key', alt.LookupData(alt.NamedData('curves'), 'key', lines))
+    here = calculated(here.transform_filter('datum.x').transform_flatten(lines), bent(log, 'y', 'low', 'high'))
+    x = alt.X('x:Q', title=None, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
+    y = alt.Y('at_y:Q', title=None, scale=alt.Scale(zero=False), axis=bent_axis(log))
+    label, *numbers = setting_tips(y='mean', low='lowest seed', high='highest seed')
+    tip = [label, alt.Tooltip('x:Q', title='layer, block or step'), *numbers]
     others = here.mark_line(color=GREY, strokeWidth=1, opacity=.8).encode(x, y, detail='label:N', tooltip=tip)
     picked = here.transform_filter('datum.on')
-    area = picked.mark_area(color=BLUE, opacity=.25).encode(x, alt.Y('at_low:Q', title=None),
-                                                            alt.Y2('at_high:Q'))
+    area = picked.mark_area(color=BLUE, opacity=.25).encode(x, alt.Y('at_low:Q', title=None), alt.Y2('at_high:Q'))
     line = picked.mark_line(color=BLUE, strokeWidth=2.5).encode(x, y)
-    points = picked.mark_point(color=BLUE, filled=True, size=30,
-                               opacity=1).encode(x, y, tooltip=tip).properties(name='curves')
+    points = picked.mark_point(color=BLUE, filled=True, size=30, opacity=1).encode(x, y, tooltip=tip).properties(name='curves')
     title = alt.Title(alt.expr("curves[curve].title + ', by ' + curves[curve].along"))
     floor = floor_rule("curve == 'train_loss'").encode(alt.Y('value:Q', title=None))
     return alt.layer(others, area, line, points, floor).properties(width='container', height=260, title=title)
 
 # %% ../nbs/tools/08_explorers.ipynb #820f427c
-WEAK = '† The held-out loss of at least one run is not below that of token frequencies alone: that model has learnt less than how frequent each token is.'
-PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Sparsity Mitigate the Curse of Depth in LLMs, arXiv 2603.15389; printed there or read off one of its figures, '
-         'about far larger models, and no run of ours stands behind them')
+WEAK = ('† The held-out loss of at least one run is not below that of token frequencies alone: that model has learnt less '
+        'than how frequent each token is.')
+PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Sparsity Mitigate the Curse of Depth in LLMs, '
+         'arXiv 2603.15389; printed there or read off one of its figures, about far larger models, and no run of ours '
+         'stands behind them')
 
 def results_explorer(
     records: list[dict],         # of any scales, as from load_results
@@ -467,7 +423,9 @@ def results_explorer(
     floors: dict = {},           # name -> loss of a simpler model, dashed where a loss is shown
 ) -> Explorer:
     "All recorded runs: choose study, metric and curve; every ring leads to its run."
-    if not records: raise ValueError('records is empty; the explorer needs at least one run: run `sparsecod reproduce --study depth --scale tiny`')
+    if not records:
+        raise ValueError('records is empty; the explorer needs at least one run: '
+                         'run `sparsecod reproduce --study depth --scale tiny`')
     done = finished(records)
     metrics = [m for m in (*METRICS, *AT_COMMON) if any(read_metric(r, m) for r in done)]
     settings, groups = setting_rows(records, metrics, studies)
@@ -475,34 +433,33 @@ def results_explorer(
     lines = [dict(key=f'{c} {g}', **line) for c in CURVES if c in curves for g, runs in groups.items()
              if (line := seed_range(runs, c))]
     shown = [c for c in CURVES if any(line['key'].startswith(c + ' ') for line in lines)]
-    question, scales, studies = (lambda s: f'{s}: {STUDIES[s].question}' if s in STUDIES
-                                 else s), *(list(dict.fromkeys(s[field] for s in settings))
-                                            for field in ('scale', 'study'))
+    question = lambda s: f'{s}: {STUDIES[s].question}' if s in STUDIES else s
+    scales, studies = (list(dict.fromkeys(s[field] for s in settings)) for field in ('scale', 'study'))
     study = study or studies[0]
     known(study=(study, studies), metric=(metric, metrics), curve=(curve, shown))
     made = dict(function='results_explorer', runs=[r['name'] for r in records], study=study, metric=metric,
                 curve=curve, curves=list(curves), name=name, floors=floors)
     numbers = [dict(study=s, metric=m, label=label, value=row[m]) for s in studies if s in STUDIES
                for label, row in published_numbers(s).items() for m in metrics if row.get(m) is not None]
-    about = {m: dict(title=metric_text(m)[0], unit=metric_text(m)[1].replace('$h_L$', 'h_L'),
-                     log=logarithmic(m), published={s: logarithmic(m) and all(n['value'] > 0 for n in mine)
-                                                    for s in studies
-                                                    if (mine := [n for n in numbers if (n['study'], n['metric']) == (s, m)])}) for m in metrics}
-    sizes = {scale: {s: max((x['row'] for x in settings if (x['scale'], x['study']) == (scale, s)),
-                            default=0) for s in studies} for scale in scales}
-    choose = lambda field, value, options, labels, label: alt.param(field, value=value, bind=alt.binding_select(options=options, labels=labels, name=label))
-    params = [choose('scale', scales[0], scales, scales, 'Scale') if len(scales) > 1
-              else alt.param('scale', value=scales[0]),
-              choose('study', study, studies, list(map(question, studies)), 'Study'),
-              choose('metric', metric, metrics, [metric_text(m)[0] for m in metrics], 'Metric'),
-              choose('curve', curve, shown, [CURVES[c][0] for c in shown], 'Curve'),
+    about = {}
+    for m in metrics:
+        title, unit = metric_text(m)
+        found = {s: [n['value'] for n in numbers if (n['study'], n['metric']) == (s, m)] for s in studies}
+        about[m] = dict(title=title, unit=unit.replace('$h_L$', 'h_L'), log=logarithmic(m),
+                        published={s: logarithmic(m) and min(values) > 0 for s, values in found.items() if values})
+    rows = lambda scale, s: max((x['row'] for x in settings if (x['scale'], x['study']) == (scale, s)), default=0)
+    sizes = {scale: {s: rows(scale, s) for s in studies} for scale in scales}
+    params = [chosen('scale', scales[0], scales, scales, 'Scale') if len(scales) > 1 else alt.param('scale', value=scales[0]),
+              chosen('study', study, studies, list(map(question, studies)), 'Study'),
+              chosen('metric', metric, metrics, [about[m]['title'] for m in metrics], 'Metric'),
+              chosen('curve', curve, shown, [CURVES[c][0] for c in shown], 'Curve'),
               alt.param('metrics', value=about), alt.param('sizes', value=sizes),
               alt.param('rows', expr='sizes[scale][study]'),
-              alt.param('curves', value={c: dict(title=CURVES[c][0], along=CURVES[c][1], log=CURVES[c][2])
-                                         for c in shown})]
+              alt.param('curves', value={c: dict(zip(('title', 'along', 'log'), CURVES[c])) for c in shown})]
+    most = max(n for of in sizes.values() for n in of.values())
+    slider = alt.binding_range(min=1, max=most, step=1, name='Setting (row of the first chart)')
     pick = alt.selection_point(name='pick', fields=['row'], on='click', clear=False,
-                               value=[dict(row=sizes[scales[0]][study])],
-                               bind=dict(row=alt.binding_range(min=1, max=max(n for of in sizes.values() for n in of.values()), step=1, name='Setting (row of the first chart)')))
+                               value=[dict(row=sizes[scales[0]][study])], bind=dict(row=slider))
     left = forest()
     left.layer[1] = left.layer[1].add_params(pick)
     charts = alt.concat(left, curves_chart(), paper_chart(), columns=2).add_params(*params)
@@ -512,45 +469,38 @@ def results_explorer(
               dict(title='Numbers of the curve', view='curves',
                    columns=dict(x='layer, block or step', y='mean', low='lowest seed', high='highest seed')),
               dict(title='Numbers of the paper', view='paper', columns=dict(label='setting', value='value'))]
-    note = (f'Dots: means with 95 % intervals; rings: single runs, each leading to its record; blue: the setting that the slider points at, in the curves with the range of its seeds. '
+    note = ('Dots: means with 95 % intervals; rings: single runs, each leading to its record; blue: the setting that the '
+            'slider points at, in the curves with the range of its seeds. '
             f'Dashed: {PAPER}. ' + (WEAK if any('†' in s['label'] for s in settings) else ''))
+    data = dict(settings=settings, runs=[about_run(r, metrics) for r in records], curves=lines, paper=numbers,
+                floors=[dict(name=n, value=v) for n, v in floors.items()])
     return Explorer(name, 'All recorded results', charts, tables,
-                    'Estimates of a metric with intervals for the settings of a study, the numbers of the paper, and a curve for each setting.', note,
-                    dict(settings=settings, runs=[about_run(r, metrics) for r in records], curves=lines,
-                         paper=numbers,
-                         floors=[dict(name=n, value=v) for n, v in floors.items()]), made, dict(pick=['settings']), dict(pick_row='rows'))
+                    'Estimates of a metric with intervals for the settings of a study, the numbers of the paper, and a '
+                    'curve for each setting.', note, data, made, dict(pick=['settings']), dict(pick_row='rows'))
 
 # %% ../nbs/tools/08_explorers.ipynb #384053aa
-def surgery_rows(
-    records: list[dict],          # of finished runs; for each depth the one with the lowest seed is taken
-    study: str | None = 'depth',  # whose runs; None: take the records as they are
-) -> list[dict]:                  # a row for each block of each model
-    "Measured operations on one trained model per depth."
+def surgery_rows(records: list[dict], study: str | None = 'depth') -> list[dict]:
+    "Measured operations on one trained model per depth, that of the lowest seed: a row for each block."
     runs = finished(label_variants(study, records) if study else records)
     if not runs: raise ValueError(f'study={study!r} has no finished run among the {len(records)} records')
-    chosen = {}
-    for r in sorted(runs, key=lambda r: (r['config']['model']['n_layers'],
-                                         r['seed'])): chosen.setdefault(r['config']['model']['n_layers'], r)
-    found = []
-    for L, r in chosen.items():
+    found, first = [], {}
+    for r in sorted(runs, key=lambda r: (r['config']['model']['n_layers'], r['seed'])):
+        first.setdefault(r['config']['model']['n_layers'], r)
+    operations = dict(skip='skip_loss_increase', linear='linear_loss_increase', ratio='usefulness_ratio', swap='permutation',
+                      causal='causal')
+    for L, r in first.items():
         arrays, measured = r['scores']['arrays'], r['scores']['settings']
-        about = dict(model=f'L={L}', name=r['name'], seed=r['seed'],
-                     loss=r['scores']['scalars']['loss']['value'], n=measured['n_sequences'], T=measured['T'],
-                     threshold=r['config']['score']['threshold'])
-        columns = zip(*(trim(arrays[name]) for name in ('skip_loss_increase', 'linear_loss_increase',
-                                                        'usefulness_ratio', 'permutation', 'causal')))
-        found += [about | dict(b=b, **dict(zip(('skip', 'linear', 'ratio', 'swap', 'causal'), column)))
-                  for b, column in enumerate(columns, 1)]
+        about = dict(model=f'L={L}', name=r['name'], seed=r['seed'], loss=r['scores']['scalars']['loss']['value'],
+                     n=measured['n_sequences'], T=measured['T'], threshold=r['config']['score']['threshold'])
+        columns = zip(*(trim(arrays[name]) for name in operations.values()))
+        found += [about | dict(b=b) | dict(zip(operations, column)) for b, column in enumerate(columns, 1)]
     return found
 
 MODES = {'skip': 'Skip block i', 'swap': 'Swap blocks i and j', 'linear': 'Replace block i by its affine map'}
 
 # %% ../nbs/tools/08_explorers.ipynb #65535729
-# the chosen blocks, in a model that may have fewer
-FIRST, OTHER = 'min(pick.i[0], datum.swap.length)', 'min(pick.j[0], datum.swap.length)'
-
-# the blocks of the chosen model
-MODEL = alt.Chart(alt.NamedData('blocks')).transform_filter('datum.model == model')
+FIRST, OTHER = 'min(pick.i[0], datum.swap.length)', 'min(pick.j[0], datum.swap.length)'   # in a model that may have fewer blocks
+MODEL = alt.Chart(alt.NamedData('blocks')).transform_filter('datum.model == model')       # the blocks of the chosen model
 
 def block_bars() -> alt.LayerChart:
     "What the operation costs at every block."
@@ -571,7 +521,8 @@ def block_bars() -> alt.LayerChart:
         cost="datum.mode == 'swap' ? (datum.b == datum.I ? 0 : datum.swap[datum.I - 1] * datum.loss) : datum[datum.mode]",
         on="datum.b == datum.I || datum.mode == 'swap' && datum.b == datum.J",
         i="datum.mode == 'swap' ? datum.I : datum.b", j="datum.mode == 'swap' ? datum.b : datum.J",
-        what="datum.mode == 'swap' && datum.b == datum.I ? 'itself' : (datum.mode == 'swap' ? '±' : datum.cost > 0 ? '+' : '') + format(datum.cost, '.3~g')",
+        what="datum.mode == 'swap' && datum.b == datum.I ? 'itself' : "
+             "(datum.mode == 'swap' ? '±' : datum.cost > 0 ? '+' : '') + format(datum.cost, '.3~g')",
         says=f"datum.b != datum.I ? null : datum.mode == 'skip' ? {says['skip']} : datum.mode == 'linear' ? {says['linear']} : ({says['swap']})"))
     y = alt.Y('b:O', title='block', axis=alt.Axis(domain=False, ticks=False))
     x = alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickCount=5, format='~g'))
@@ -585,11 +536,9 @@ def block_bars() -> alt.LayerChart:
 
 def pair_map(score: str, mode: str, title: str, touched: str) -> alt.LayerChart:
     "A heat map of pairs of blocks."
-    here = calculated(MODEL, dict(I=FIRST, J=OTHER, now='pick.mode[0]', i='datum.b',
-                                  j='sequence(1, datum.swap.length + 1)'))
-    here = calculated(here.transform_flatten(['j', score],
-                                             as_=['j', 'score']).transform_filter('isValid(datum.score)'),
-                                             dict(mode=f"'{mode}'", on=touched))
+    here = calculated(MODEL, dict(I=FIRST, J=OTHER, now='pick.mode[0]', i='datum.b', j='sequence(1, datum.swap.length + 1)'))
+    here = here.transform_flatten(['j', score], as_=['j', 'score']).transform_filter('isValid(datum.score)')
+    here = calculated(here, dict(mode=f"'{mode}'", on=touched))
     axis = alt.Axis(labelOverlap=True, domain=False, ticks=False)
     cells = here.mark_rect(cursor='pointer', fill=BLUE, strokeWidth=2.5).encode(
         alt.X('j:O', title='block j', axis=axis), alt.Y('i:O', title='block i', axis=axis),
@@ -618,62 +567,58 @@ def surgery_explorer(
                 model=model, mode=mode, i=i, j=j, name=name)
     deepest = max(row['b'] for row in models.values())
     block = lambda text: alt.binding_range(min=1, max=deepest, step=1, name=text)
+    controls = dict(mode=alt.binding_radio(options=list(MODES), labels=list(MODES.values()), name='Operation'),
+                    i=block('Block i'), j=block('Block j (swap with; watch its update)'))
     pick = alt.selection_point(name='pick', fields=['j', 'i', 'mode'], on='click', clear=False,
-                               value=[dict(mode=mode, i=i, j=j)], bind=dict(
-        mode=alt.binding_radio(options=list(MODES), labels=list(MODES.values()), name='Operation'),
-        i=block('Block i'), j=block('Block j (swap with; watch its update)')))
-    params = [alt.param('model', value=model,
-                        bind=alt.binding_select(options=list(models),
-                                                labels=[f'{m}, seed {row["seed"]}'
-                                                        for m, row in models.items()], name='Model')),
+                               value=[dict(mode=mode, i=i, j=j)], bind=controls)
+    labels = [f'{m}, seed {row["seed"]}' for m, row in models.items()]
+    params = [chosen('model', model, list(models), labels, 'Model'),
               alt.param('depths', value={m: row['b'] for m, row in models.items()}),
               alt.param('depth', expr='depths[model]'), alt.param('modes', value=MODES)]
     bars = block_bars()
     bars.layer[0] = bars.layer[0].add_params(pick)
     swaps = pair_map('swap', 'swap', 'Swap blocks: relative change of the loss',
-                     "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == datum.J || datum.i == datum.J && datum.j == datum.I)")
-    causal = pair_map('causal', 'skip', 'Skip block i: relative change of update j',
-                      "datum.now == 'skip' && datum.i == datum.I")
-    charts = alt.concat(bars, swaps, causal,
-                        columns=3).resolve_scale(fillOpacity='independent').add_params(*params)
+                     "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == datum.J || "
+                     "datum.i == datum.J && datum.j == datum.I)")
+    causal = pair_map('causal', 'skip', 'Skip block i: relative change of update j', "datum.now == 'skip' && datum.i == datum.I")
+    charts = alt.concat(bars, swaps, causal, columns=3).resolve_scale(fillOpacity='independent').add_params(*params)
+    single = dict(b='block', skip='skip: loss increase', linear='affine map: loss increase', ratio='affine map: loss ratio')
     pairs = dict(i='block i', j='block j', score='relative change')
-    tables = [dict(title='Numbers of single blocks', view='blocks',
-                   columns=dict(b='block', skip='skip: loss increase', linear='affine map: loss increase',
-                                ratio='affine map: loss ratio')),
+    tables = [dict(title='Numbers of single blocks', view='blocks', columns=single),
               dict(title='Numbers of the swaps', view='swap', columns=pairs),
               dict(title='Numbers of the causal scores', view='causal', columns=pairs)]
     one = next(iter(models.values()))
-    note = (f'One model for each depth: {", ".join(row["name"] for row in models.values())}. Losses on {one["n"]} held-out sequences of {one["T"]} tokens. Bars and shades grow with the square root. '
-            'A click on a bar or a cell carries out its operation; the controls do the same from the keyboard.')
+    note = (f'One model for each depth: {", ".join(row["name"] for row in models.values())}. Losses on {one["n"]} held-out '
+            f'sequences of {one["T"]} tokens. Bars and shades grow with the square root. A click on a bar or a cell carries '
+            'out its operation; the controls do the same from the keyboard.')
     return Explorer(name, 'Surgery on trained blocks', charts, tables,
-                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: swaps, and causal scores.', note, dict(blocks=found), made, dict(pick=['blocks', 'swap', 'causal']), dict(pick_i='depth', pick_j='depth'))
+                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: swaps, and causal '
+                    'scores.', note, dict(blocks=found), made, dict(pick=['blocks', 'swap', 'causal']),
+                    dict(pick_i='depth', pick_j='depth'))
 
 # %% ../nbs/tools/08_explorers.ipynb #7d1e5a02
 COSTS = dict(causal='causal', permutation='permutation', usefulness='usefulness', linear_loss_increase='affine cost, nats',
              skip_loss_increase='skip cost, nats', jacobian_deviation='Jacobian deviation')
 
-def stored_twins(
-    start: str | Path = '.',  # a place inside a clone of the repository
-) -> list[dict]:              # seed 0: the usual model and its two twins
-    "Runs of the twins chapter."
+def stored_twins(start: str | Path = '.') -> list[dict]:
+    "Runs of the twins chapter, seed 0: the usual model and its two twins, in the clone that `start` is in."
     path = results_folder(start) / 'twins.json'
     return [r for r in check_stamp(read_json(path), path)['runs'] if r['seed'] == 0 and r['arm'] in ('usual', 'twin')]
 
-def twins_explorer(
-    runs: list[dict],          # from stored_twins
-    c: int = 3,                # where the control stands at first: the binary logarithm of c
-    name: str = 'sce-twins',   # the HTML id
-) -> Explorer:
-    "One model in other units: the variance of its stream for any c, and its scores."
+def twins_explorer(runs: list[dict], c: int = 3, name: str = 'sce-twins') -> Explorer:
+    "One model in other units: the variance of its stream for any scale 2^c, and its scores; runs from `stored_twins`."
     known(c=(c, range(-3, 4)))
     usual = next(r for r in runs if r['arm'] == 'usual')
-    layers = [dict(k=round(math.log2(r['c'])), l=l, v=trim(v), loss=trim(r['val_loss'])) for r in runs for l, v in enumerate(r['variance_median'])]
-    scores = [dict(k=round(math.log2(r['c'])), score=text, value=trim(r['scalars'][key], 3)) for r in runs for key, text in COSTS.items()]
+    k = lambda r: round(math.log2(r['c']))
+    layers = [dict(k=k(r), l=l, v=trim(v), loss=trim(r['val_loss'])) for r in runs for l, v in enumerate(r['variance_median'])]
+    scores = [dict(k=k(r), score=text, value=trim(r['scalars'][key], 3)) for r in runs for key, text in COSTS.items()]
     last = len(usual['variance_median']) - 1
-    says = (f"datum.l == {last} ? 'With c = ' + pow(2, k) + ' the variance of the last stream is ' + format(datum.y, '.3~g') + ', ' + format(pow(4, k), '~g') + "
-            f"' times that of c = 1. The held-out loss, {usual['val_loss']:.3f}, and every score are the same.' : null")
+    says = (f"datum.l == {last} ? 'With c = ' + pow(2, k) + ' the variance of the last stream is ' + format(datum.y, '.3~g') "
+            "+ ', ' + format(pow(4, k), '~g') + ' times that of c = 1. "
+            f"The held-out loss, {usual['val_loss']:.3f}, and every score are the same.' : null")
     x = alt.X('l:Q', title='layer l', scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
-    y = alt.Y('y:Q', title=None, scale=alt.Scale(type='log', domain=[min(r['v'] for r in layers) / 2, max(r['v'] for r in layers) * 2]), axis=alt.Axis(format='~g', tickCount=6))
+    reach = [min(r['v'] for r in layers) / 2, max(r['v'] for r in layers) * 2]
+    y = alt.Y('y:Q', title=None, scale=alt.Scale(type='log', domain=reach), axis=alt.Axis(format='~g', tickCount=6))
     kind = alt.Color('kind:N', title=None, scale=alt.Scale(domain=['calculated', 'measured'], range=[BLUE, ORANGE]))
     rows = lambda data: alt.Chart(alt.NamedData(data))
     lines = calculated(rows('layers').transform_filter('datum.k == 0'), dict(y='datum.v * pow(4, k)', kind="'calculated'", says=says))
@@ -694,6 +639,8 @@ def twins_explorer(
     charts = charts.add_params(alt.param('k', value=c, bind=alt.binding_range(min=-3, max=3, step=1, name='log₂ of the factor c')))
     tables = [dict(title='Numbers of the variance', view='stream', columns=dict(l='layer', y='variance', v='variance at c = 1')),
               dict(title='Numbers of the scores', view='scores', columns=dict(score='score', value='value'))]
-    return Explorer(name, 'A model and its twins', charts, tables, 'A line chart of the variance by layer, which moves with c, and bars of six scores, which do not.',
-                    'The left axis is logarithmic. Trained twins exist for c = 1/8, 1 and 8; for the other values the line is calculated, and the scores are those of c = 1.',
+    return Explorer(name, 'A model and its twins', charts, tables,
+                    'A line chart of the variance by layer, which moves with c, and bars of six scores, which do not.',
+                    'The left axis is logarithmic. Trained twins exist for c = 1/8, 1 and 8; for the other values the line is '
+                    'calculated, and the scores are those of c = 1.',
                     dict(layers=layers, scores=scores), dict(function='twins_explorer', c=c, name=name))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL_SWAP', 'NEAR_IDENTITY', 'COLUMNS', 'BARS', 'STREAMS', 'HEATS', 'FORMAT', 'ON', 'HIGHLIGHT', 'LAYERS',
-           'VERDICTS', 'MEANING', 'SPARSE', 'FACTS', 'WORDS', 'RUN_HEADS', 'Estimate', 'clean', 'checked', 'scalar',
-           'by_layer', 'by_pair', 'n_blocks', 'Sides', 'sides', 'names', 'basis', 'any_of', 'few', 'interval_text',
-           'number_of', 'undetermined', 'read_replacements', 'threshold_of', 'read_costs', 'read_uselessness', 'layers',
-           'pairs', 'made_up', 'pairs_text', 'read_neighbours', 'read_swaps', 'read_skips', 'read_parts', 'read_causal',
+           'VERDICTS', 'MEANING', 'SPARSE', 'FACTS', 'RUN_HEADS', 'Estimate', 'clean', 'checked', 'scalar', 'by_layer',
+           'by_pair', 'n_blocks', 'Sides', 'sides', 'names', 'basis', 'any_of', 'few', 'interval_text', 'number_of',
+           'undetermined', 'read_replacements', 'threshold_of', 'read_costs', 'read_uselessness', 'layers', 'pairs',
+           'made_up', 'pairs_text', 'read_neighbours', 'read_swaps', 'read_skips', 'read_parts', 'read_causal',
            'first_share', 'read_variance', 'relative_deviation', 'read_jacobian', 'read_loss', 'cautions',
            'plain_reading', 'layer_rows', 'score_table', 'few_large', 'tips', 'estimate_rows', 'pair_rows', 'linked',
            'bars', 'stream_lines', 'heat', 'score_explorer', 'skip_explorer', 'table_rows', 'facts_of', 'score_page',
@@ -31,7 +31,7 @@ from .claims import HEADS, ledger_cells, number, verdict_counts
 from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer, template_text
 from .figures import DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config, label, label_variants, runs_text, span, varied_field
 from .integrity import Damaged, read_object
-from .scores import scores_frame, with_true_names
+from .scores import SCORES_SCHEMA, scores_frame, with_true_names
 from .studies import SCALES, STUDIES, Study, read_metric, study_named, write_text
 
 # %% ../nbs/tools/09_report.ipynb #16d19003
@@ -58,16 +58,13 @@ def scalar(scores: dict, name: str) -> Estimate:
     found = scores['scalars'].get(name) or {}
     return checked(scores, name, found.get('value'), found.get('low'), found.get('high'))
 
-def by_layer(
-    scores: dict, name: str,
-) -> list[Estimate]:  # one for each block, or for each stream; empty if the score is not there
-    "A score by layer."
+def by_layer(scores: dict, name: str) -> list[Estimate]:
+    "A score by layer, one for each block or stream; empty if the score is not there."
     values = scores['arrays'].get(name) or []
     ends = (scores.get('intervals') or {}).get(name) or {}
     low, high = (ends.get(end) or [None] * len(values) for end in ('low', 'high'))
     return [checked(scores, name, *three) for three in zip(values, low, high)]
 
-# %% ../nbs/tools/09_report.ipynb #407dd5e9
 def by_pair(scores: dict, name: str) -> list[list[Estimate]]:  # (L, L); empty if the score is not there
     "A score of pairs."
     values, ends = scores['arrays'].get(name) or [], (scores.get('intervals') or {}).get(name) or {}
@@ -145,7 +142,6 @@ def undetermined(scores: dict, about: dict | None = None) -> list[int]:
     stored = (scores.get('settings') or {}).get('undetermined_fits') or []
     return sorted({*stored, *(l for l, r in enumerate(rank, 1) if D and clean(r) is not None and r < D)})
 
-# %% ../nbs/tools/09_report.ipynb #7f3df4b4
 def read_replacements(scores: dict, about: dict | None = None) -> list[str]:
     "Which blocks an affine map can stand in for."
     line = threshold_of(scores)
@@ -186,20 +182,12 @@ def layers(values: list, width: float = 0.) -> tuple[list, dict]:
     "A made-up score by layer."
     return values, dict(low=[v - width for v in values], high=[v + width for v in values])
 
-def pairs(
-    values: list[list],  # a score of pairs, (L, L)
-    width: float = 0.,   # half of each interval's width
-) -> tuple[list, dict]:  # the array, and its intervals
-    "A made-up score of pairs."
+def pairs(values: list[list], width: float = 0.) -> tuple[list, dict]:
+    "A made-up score of pairs (L, L), and its intervals, of this half width."
     ends = lambda shift: [[None if v is None else max(0., v + shift) for v in row] for row in values]
     return values, dict(low=ends(-width), high=ends(width))
 
-# %% ../nbs/tools/09_report.ipynb #500ba8a9
-def made_up(
-    n_sequences: int = 32,
-    loss: float = 2.,  # nats a token
-    T: int = 128, **by_layer,
-) -> dict:             # as from sparsecod.scores.score_model
+def made_up(n_sequences: int = 32, loss: float = 2., T: int = 128, **by_layer) -> dict:
     "Made-up scores, to try a reading on."
     arrays = {name: v[0] if isinstance(v, tuple) else v for name, v in by_layer.items()}
     return dict(scalars=dict(loss=dict(value=loss, low=.95 * loss, high=1.05 * loss)), arrays=arrays,
@@ -313,7 +301,6 @@ def first_share(scores: dict) -> Estimate:
     if None in (mean.low, rest.low) or mean.low <= 0: return Estimate(share(rest.value, mean.value))
     return Estimate(share(rest.value, mean.value), share(rest.high, mean.low), share(rest.low, mean.high))
 
-# %% ../nbs/tools/09_report.ipynb #ef779d69
 def read_variance(scores: dict) -> list[str]:
     "How the variance of the stream grows with depth."
     v, L = by_layer(scores, 'variance_mean'), n_blocks(scores)
@@ -384,7 +371,6 @@ def cautions(scores: dict) -> list[str]:
     if L > 1 and scores.get('intervals') and N != 1: lines.append(f'Each of the {L} blocks has its own 95 % interval: about one interval in twenty is expected to miss the truth.')
     return lines + (['Every statement is about one change at a time. What several changes cost together need not be the sum.'] if L > 1 else [])
 
-# %% ../nbs/tools/09_report.ipynb #136ab00d
 def plain_reading(scores: dict, about: dict | None = None) -> list[str]:
     "What the scores say about the model, and what they do not."
     return (read_skips(scores) + read_loss(scores, about) + read_replacements(scores, about) + read_swaps(scores)
@@ -406,11 +392,8 @@ def layer_rows(scores: dict, columns: list[str]) -> list[str]:
     return rows
 
 # %% ../nbs/tools/09_report.ipynb #57bea595
-def score_table(
-    scores: dict,              # from sparsecod.scores.score_model
-    width: int | None = None,  # characters a line; None: the terminal's
-) -> str:
-    "Scalars with intervals and scores by layer, as text."
+def score_table(scores: dict, width: int | None = None) -> str:
+    "Scalars with intervals and scores by layer, as text of so many characters a line (None: the terminal's)."
     width = width or shutil.get_terminal_size((100, 24)).columns
     lines, narrow = [f"{'score':29s} {'value':>10s}  95 % interval over sequences"], ['score: value, 95 % interval']
     for name in scores['scalars']:
@@ -538,12 +521,10 @@ def heat(name: str, title: str, across: str, down: str, rows: list[dict],
                      high='95 % high')).properties(name=name, width=270, height=270, title=title)
 
 # %% ../nbs/tools/09_report.ipynb #2e54de47
-def score_explorer(
-    scores: dict, sparsity: dict | None = None,
-    floors: tuple = (),  # costs of a skip below which nothing is shown, in nats a token, as dashed lines
-    name: str = 'sce-scores', made: dict | None = None,
-) -> Explorer | None:    # None where there is nothing to draw
-    "Linked charts of the scores of a model: what can go, then how the layers differ."
+def score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = (), name: str = 'sce-scores',
+                   made: dict | None = None) -> Explorer | None:
+    """Linked charts of the scores of a model: what can go, then how the layers differ; None where there is nothing to
+    draw. `floors` are costs of a skip below which nothing is shown, in nats a token, as dashed lines."""
     L, charts, tables, texts = n_blocks(scores), [], [], []
     def add(chart, view, title, text, **columns):
         charts.append(chart)
@@ -581,10 +562,8 @@ def score_explorer(
 # %% ../nbs/tools/09_report.ipynb #d08cb761
 VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
 
-def skip_explorer(
-    scores: dict, floors: tuple = (), name: str = 'sce-skips',
-) -> Explorer | None:  # None where costs are not known
-    "What each block costs to leave out, cheapest first."
+def skip_explorer(scores: dict, floors: tuple = (), name: str = 'sce-skips') -> Explorer | None:
+    "What each block costs to leave out, cheapest first; None where that is not known."
     cost = by_layer(scores, 'skip_loss_increase')
     found, (_, _, unit, _) = sides(cost, 0), BARS['skip_loss_increase']
     verdict = {l: kind for kind, blocks in zip(VERDICTS, (found.below, found.open, found.above)) for l in blocks}
@@ -608,51 +587,10 @@ def skip_explorer(
                     + (' The axis is linear around 0 and logarithmic beyond.' if middle else ''), {}, {}, widest=940)
 
 # %% ../nbs/tools/09_report.ipynb #63251970
-MEANING = dict(
-    loss=('Loss', 'Mean cross-entropy in nats a token.'),
-    causal=('Causal score',
-            'Mean relative change of a later block’s update when an earlier block is skipped.'),
-    causal_max=('Causal score, largest over later tokens',
-                'The same, with the block skipped in the first half of the positions, and the largest change at any later token.'),
-    permutation=('Permutation score',
-                 'Mean change of the loss, as a share of it, when two blocks are swapped.'),
-    causal_without_block_1=('Causal score without block 1', 'Over pairs that leave out block 1.'),
-    permutation_without_block_1=('Permutation score without block 1', 'Over pairs that leave out block 1.'),
-    usefulness=('Usefulness',
-                'Share of blocks whose affine replacement raises the loss above the threshold.'),
-    usefulness_as_published=('Usefulness as published',
-                             'With the two traps of the official code left in, for comparison only.'),
-    linear_loss_increase=('Cost of an affine replacement',
-                          'Mean over blocks of the rise of the loss, in nats a token.'),
-    skip_loss_increase=('Cost of a skip',
-                        'Mean over blocks of the rise of the loss when a block is left out, in nats a token.'),
-    final_variance=('Final variance', 'Variance of the last stream, mean over tokens.'),
-    final_variance_median=('Final variance, median', 'The same, median over tokens.'),
-    final_variance_without_first=('Final variance without position 0',
-                                  'The same, mean over tokens other than the first.'),
-    jacobian_deviation=('Jacobian deviation',
-                        'Mean over blocks of how far the Jacobian of a token is from the identity.'),
-    jacobian_deviation_published=('Jacobian deviation as published',
-                                  'The same with Jacobians averaged over all tokens of all sequences first.'),
-    influence_rank_agreement=('Block influence and the cost of a skip',
-                              'Rank correlation over blocks: 1 where influence, from one pass, orders the blocks as the costs do.'),
-    jacobian_per_sequence=('Jacobian deviation per sequence',
-                           'The same with Jacobians averaged over the tokens of each sequence first.'))
-
-# %% ../nbs/tools/09_report.ipynb #d15c3e93
-SPARSE = dict(
-    weights_below_0_01=('Weights below 0.01', 'Share of weights below 0.01 in magnitude.'),
-    weights_below_0_1_rms=('Weights below 0.1 rms',
-                           'Share of weights below a tenth of their matrix’s root mean square.'),
-    participation=('Participation',
-                   'Share of weights that effectively carries the energy; 1/3 for Gaussian weights.'),
-    kv_density=('Key/value density', 'Key/value heads for each query head.'),
-    expert_density=('Expert density', 'Share of experts that a token uses.'),
-    keys_for_90_percent=('Keys for 90 %', 'Share of visible keys that hold 90 % of a query’s attention.'),
-    attention_entropy=('Attention entropy', 'Entropy of attention relative to uniform attention.'),
-    mass_on_first=('Attention on position 0', 'Mean over queries and heads.'),
-    density_attention=('Density of attention', 'Share of active connections, mean over blocks.'),
-    density_feed_forward=('Density of feed-forward', 'The same for the feed-forward sublayers.'))
+_scores = SCORES_SCHEMA['properties']
+_explained = lambda schema: {name: (entry['title'], entry['description']) for name, entry in schema['properties'].items()}
+MEANING = _explained(_scores['scalars'])                             # score -> title, what it says
+SPARSE = _explained(_scores['sparsity']['properties']['scalars'])    # likewise
 
 # %% ../nbs/tools/09_report.ipynb #62731849
 def table_rows(numbers: dict, about: dict) -> list[dict]:
@@ -662,7 +600,6 @@ def table_rows(numbers: dict, about: dict) -> list[dict]:
                  interval=f'{shown(e.low)} to {shown(e.high)}' if e.low is not None else '–')
             for name, e in numbers.items()]
 
-# %% ../nbs/tools/09_report.ipynb #9066aa2d
 FACTS = dict(d_model='width D', n_parameters='parameters', vocab_size='vocabulary', width='width D')
 
 def facts_of(scores: dict, about: dict | None = None) -> dict:  # fact -> text
@@ -680,30 +617,18 @@ def facts_of(scores: dict, about: dict | None = None) -> dict:  # fact -> text
             for k, v in facts.items()}
 
 # %% ../nbs/tools/09_report.ipynb #5d574492
-WORDS = {
-    'block': 'one layer of the network, attention and feed-forward together; it reads a vector of numbers for each token (the stream) and adds to it.',
-    'update': 'what a block adds to the stream.',
-    'affine map': 'the simplest stand-in for a block: each number of the result is a weighted sum of the numbers read, plus a constant; it neither looks at other tokens nor bends.',
-    'nats': 'the unit of the loss, the mean surprise at the next token; 0.69 nats are one bit, and a rise of 0.1 makes the right token about 10 % less likely.'}
-
-def score_page(
-    scores: dict,                   # from sparsecod.scores.score_model
-    title: str | None = None,       # the model's name; None: the fact 'name'
-    about: dict | None = None,      # facts about the model, such as d_model, vocab_size and text
-    sparsity: dict | None = None,   # from sparsecod.sparsity.measure_sparsity
-    floors: tuple = (),             # see score_explorer
-) -> str:                           # HTML that needs nothing else
-    "One page with the scores of a model: what can go, a plain reading, linked charts, and all numbers."
+def score_page(scores: dict, title: str | None = None, about: dict | None = None, sparsity: dict | None = None,
+               floors: tuple = ()) -> str:
+    """One HTML page that needs nothing else: what can go, a plain reading, linked charts, and all numbers. `about` has
+    facts about the model, such as name (the title, unless given), d_model, vocab_size and text."""
     skips, charts, cost = skip_explorer(scores, floors), score_explorer(scores, sparsity, floors), read_skips(scores)
-    tables = {'All scores in one number each': table_rows({name: scalar(scores, name)
-                                                           for name in scores['scalars']}, MEANING),
-              'Sparsity': table_rows({name: Estimate(clean(x))
-                                      for name, x in (sparsity or {}).get('scalars', {}).items()}, SPARSE)}
+    numbers, shares = scores['scalars'], (sparsity or {}).get('scalars', {})
+    tables = {'All scores in one number each': table_rows({name: scalar(scores, name) for name in numbers}, MEANING),
+              'Sparsity': table_rows({name: Estimate(clean(x)) for name, x in shares.items()}, SPARSE)}
     return TEMPLATES.get_template('scores.html').render(
-        title=str(title or (about or {}).get('name') or 'a model'), facts=facts_of(scores, about),
-        words=WORDS, cost=cost, reading=plain_reading(scores, about)[len(cost):], tables=tables,
-        skips=skips and markupsafe.Markup(skips.html), charts=charts and markupsafe.Markup(charts.html), css=template_text('report.css'),
-        vega=template_text('vega.js'))
+        title=str(title or (about or {}).get('name') or 'a model'), facts=facts_of(scores, about), cost=cost,
+        reading=plain_reading(scores, about)[len(cost):], tables=tables, skips=skips and markupsafe.Markup(skips.html),
+        charts=charts and markupsafe.Markup(charts.html), css=template_text('report.css'), vega=template_text('vega.js'))
 
 def write_page(path: str | Path, scores: dict, **more) -> Path:
     "Write the page of a model's scores."
@@ -774,10 +699,8 @@ def mismatches(a: dict, b: dict) -> list[str]:
     return lines
 
 # %% ../nbs/tools/09_report.ipynb #ca1b4bc3
-def layer_differences(
-    a: dict, b: dict, name: str,
-) -> list[Estimate]:  # empty unless both have the score and as many blocks
-    "A score by layer, B minus A."
+def layer_differences(a: dict, b: dict, name: str) -> list[Estimate]:
+    "A score by layer, B minus A; empty unless both have it and as many blocks."
     if n_blocks(a) != n_blocks(b): return []
     return [difference(*pair) for pair in zip(by_layer(a, name), by_layer(b, name))]
 
@@ -859,11 +782,9 @@ def comparison_page(a: dict, b: dict, called: tuple = ('A', 'B')) -> str:  # HTM
         facts=[(name, *(f.get(name, '–') for f in facts)) for name in dict.fromkeys([*facts[0], *facts[1]])])
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
-def report_setting(
-    records: list[dict], rows: list[dict] | None = None,
-    study: str | Study | None = None,  # None: the one that the ledger is about
-) -> tuple[list[dict], str, str]:      # records, labelled if there are variants; what they differ in; title
-    "What a report is about."
+def report_setting(records: list[dict], rows: list[dict] | None = None,
+                   study: str | Study | None = None) -> tuple[list[dict], str, str]:
+    "What a report is about: records, labelled if there are variants; what they differ in; title."
     named = {row['study'] for row in rows or [] if row['study']}
     guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None
     chosen = study_named(study or guess) if study or guess else None
@@ -906,7 +827,6 @@ def provenance_rows(records: list[dict]) -> list[list[str]]:
     return [[dict(dirty='package edited since the commit').get(k, k.replace('_', ' ')), '; '.join(v)]
             for k, v in found.items()]
 
-# %% ../nbs/tools/09_report.ipynb #2cb99195
 def write_report(
     records: list[dict],    # of a study; runs that diverged or are missing leave gaps
     path: str | Path,       # the HTML file

@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'PACKAGES', 'SCHEMA', 'CURVE', 'ALWAYS', 'NEEDED', 'STUDIES', 'DEPTHS', 'PILOTS',
-           'MAIN', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'DECAYS', 'REMEDIES', 'SOURCES', 'GROWTHS', 'CLOZE',
-           'SIZES', 'LOGARITHMIC', 'RunConfig', 'whole', 'check_change', 'vary', 'changed_fields', 'short_hash',
-           'identity', 'run_name', 'scale_config', 'hardware', 'n_cores', 'git', 'code_state', 'versions', 'provenance',
-           'shortened', 'curves', 'score_windows', 'held_out', 'final_loss', 'check_text', 'training_bytes',
-           'check_folder', 'check_file', 'lengths_of', 'cloze_of', 'theory_of', 'sample_of', 'floors_of', 'null_of',
-           'missing_measures', 'add_measures', 'make_record', 'work_folder', 'write_record', 'odd_parts',
-           'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold', 'forget', 'label_folder',
-           'read_run', 'note_training', 'training_note', 'as_trained', 'complete', 'stored', 'one_process',
-           'check_outputs', 'check_training', 'check_run', 'run', 'Study', 'seed_list', 'depth_variants',
-           'depth_setting', 'pilot_variants', 'pilot_setting', 'training_variants', 'main_variants', 'equivalent_decay',
-           'study_lengths', 'source_setting', 'decay_variants', 'length_changes', 'context_variants', 'gqa_variants',
-           'moe_variants', 'remedy_variants', 'ladder_variants', 'ladder_setting', 'budget_setting', 'budget_variants',
-           'study_named', 'stop_with_parent', 'worker', 'Job', 'start_worker', 'progress_of', 'complaint', 'Bars',
-           'Lines', 'Silence', 'own_gpus', 'Supervisor', 'ClusterRun', 'Followed', 'hand_over', 'plan', 'RunsFailed',
-           'run_study', 'variant_key', 'key_in_record', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
-           'load_results', 'source_variants', 'at_some_length', 'metric_place', 'read_metric', 'passed',
-           'results_table', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
+           'MAIN', 'PUBLISHED_DECAY', 'LENGTHS', 'BUDGETS', 'REMEDIES', 'SOURCES', 'GROWTHS', 'CLOZE', 'SIZES',
+           'LOGARITHMIC', 'RunConfig', 'check_change', 'vary', 'changed_fields', 'identity', 'run_name', 'scale_config',
+           'hardware', 'n_cores', 'code_state', 'provenance', 'shortened', 'score_windows', 'held_out', 'check_text',
+           'training_bytes', 'check_folder', 'check_file', 'missing_measures', 'add_measures', 'make_record',
+           'work_folder', 'write_record', 'odd_parts', 'check_record', 'read_record', 'fit_vocabulary', 'Place',
+           'locate', 'hold', 'forget', 'label_folder', 'read_run', 'note_training', 'training_note', 'complete',
+           'stored', 'check_start', 'check_training', 'check_run', 'run', 'seed_list', 'Study', 'add_study',
+           'depth_variants', 'training_variants', 'equivalent_decay', 'study_lengths', 'source_setting',
+           'decay_variants', 'length_changes', 'context_variants', 'gqa_variants', 'moe_variants', 'remedy_variants',
+           'ladder_variants', 'budget_variants', 'study_named', 'worker', 'Job', 'start_worker', 'progress_of',
+           'complaint', 'Bars', 'Lines', 'Silence', 'own_gpus', 'Supervisor', 'ClusterRun', 'Followed', 'hand_over',
+           'plan', 'RunsFailed', 'run_study', 'variant_key', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
+           'load_results', 'source_variants', 'metric_place', 'read_metric', 'passed', 't_interval', 'logarithmic',
+           'over_seeds', 'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import hashlib
@@ -42,13 +39,13 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib.metadata import version
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, UTC
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../nbs/tools/05_studies.ipynb #065a9228
 import numpy as np
 from filelock import FileLock, Timeout
 import torch
@@ -59,19 +56,17 @@ from tqdm import tqdm
 import sparsecod
 from .adapters import run_label
 from .cloze import measure_cloze
-from .configuration import POSITIVE, SEED, Config, check_fields
-from .core import ModelConfig, Transformer, flops_per_token
-from .configuration import require
-from .core import param_counts, preset
+from .configuration import POSITIVE, SEED, Config, check_fields, require
+from .core import ModelConfig, Transformer, flops_per_token, param_counts, preset
 from .data import Corpus, DataConfig, prepare
-from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name
-from .integrity import read_json, set_aside, stamp, write_text
+from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name, read_json, set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .ngrams import floors, is_trained
 from .intervals import estimate, resamples
 from .scores import ScoreConfig, check_held_out, score_model, with_true_names
 from .sparsity import measure_sparsity
-from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set, load_result, read_label, sequences_per_step, train, without_infinities
+from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set, load_result, read_label
+from .train import sequences_per_step, train, without_infinities
 
 # %% ../nbs/tools/05_studies.ipynb #0732ccc0
 PARTS = dict(model=ModelConfig, data=DataConfig, train=TrainConfig, score=ScoreConfig)
@@ -107,11 +102,6 @@ class RunConfig(Config):
         return self.score.seed + (self.seed if self.new_text else 0)
 
 # %% ../nbs/tools/05_studies.ipynb #eb3dfe26
-def whole(old, new):
-    "Take over a number in the field's own kind."
-    integral = isinstance(old, int) and not isinstance(old, bool) and isinstance(new, float) and new.is_integer()
-    return int(new) if integral else new
-
 def check_change(path: str, values: dict, new) -> tuple[dict, str]:
     "Find a field by its path; a wrong path or a value of the wrong kind is an error."
     part, _, name = path.rpartition('.')
@@ -119,7 +109,8 @@ def check_change(path: str, values: dict, new) -> tuple[dict, str]:
     if not isinstance(place, dict) or name not in place or name in PARTS:
         every = {n: n for n in values if n not in PARTS} | {f'{p}.{n}': n for p in PARTS for n in values[p]}   # path: name
         like = lambda names: ' or '.join(p for p, n in every.items() if n in names)
-        meant = like([name]) or like([n for n in every.values() if len(name) > 2 and name in n]) or like(get_close_matches(name, every.values(), 2, .7))
+        meant = (like([name]) or like([n for n in every.values() if len(name) > 2 and name in n])
+                 or like(get_close_matches(name, every.values(), 2, .7)))
         known = ', '.join(p for p in every if not part or p.startswith(f'{part}.')) or ', '.join(every)
         raise ValueError(f'there is no field {path}={new!r}; ' + (f'did you mean {meant}?' if meant else f'there are {known}'))
     if path == 'train.seed': raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
@@ -129,17 +120,15 @@ def check_change(path: str, values: dict, new) -> tuple[dict, str]:
     return place, name
 
 # %% ../nbs/tools/05_studies.ipynb #b949fb1f
-def vary(
-    config: RunConfig,         # where to start
-    changes: dict[str, object] # new values by path, such as {'model.n_layers': 8}
-) -> RunConfig:                # a copy with these fields changed
-    "Change some fields of a run, each named by its path."
+def vary(config: RunConfig, changes: dict[str, object]) -> RunConfig:
+    "Change some fields of a run, each named by its path, such as {'model.n_layers': 8}."
     values, m = config.to_dict(), config.model
     if m.d_ff == 4 * m.d_model: values['model']['d_ff'] = None
     if m.n_kv_heads == m.n_heads: values['model']['n_kv_heads'] = None
     for path, new in changes.items():
         place, name = check_change(path, values, new)
-        place[name] = whole(place[name], new)
+        whole = type(place[name]) is int and isinstance(new, float) and new.is_integer()     # 3.0 for a number of layers
+        place[name] = int(new) if whole else new
     try: return RunConfig.from_dict(values)
     except TypeError as error:
         asked = ', '.join(f'{path}={new!r}' for path, new in changes.items())
@@ -152,15 +141,16 @@ def changed_fields(config: Config, without: tuple = ()) -> dict:
     return {f.name: values[f.name] for f in fields(config)
             if f.name not in without and (f.default is MISSING or getattr(config, f.name) != f.default)}
 
-def short_hash(value) -> str:
-    "A name for a value: equal values share it."
+def _hashed(config: RunConfig, model: dict, **more) -> str:
+    "A name for what decides the outcome of a run, with these fields of the model."
+    if config.new_text: more['new_text'] = True
+    value = dict(model=model, train=changed_fields(config.train, ('seed', *FREE_FIELDS)), score=changed_fields(config.score),
+                 n_eval=config.n_eval, **more)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 def identity(config: RunConfig, fingerprint: str) -> str:
     "What makes two runs the same: all that decides the outcome."
-    return short_hash(dict(model=changed_fields(config.model), train=changed_fields(config.train, ('seed', *FREE_FIELDS)),
-                           score=changed_fields(config.score), seed=config.seed, n_eval=config.n_eval, corpus=fingerprint,
-                           **(dict(new_text=True) if config.new_text else {})))
+    return _hashed(config, changed_fields(config.model), seed=config.seed, corpus=fingerprint)
 
 # %% ../nbs/tools/05_studies.ipynb #f2ff6e06
 def run_name(config: RunConfig, fingerprint: str) -> str:
@@ -208,10 +198,8 @@ SCALES['paper'] = RunConfig(
     train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, warmup_steps=1000,
                       weight_decay=0.1, decay_groups='all', compile='on', log_every=100, checkpoint_every=500))
 
-def scale_config(
-    scale: str | RunConfig,  # a key of SCALES, or a configuration of your own
-) -> RunConfig:              # what the runs of a study start from
-    "The configuration of a scale."
+def scale_config(scale: str | RunConfig) -> RunConfig:
+    "The configuration that the runs of a study start from: a key of SCALES, or one of your own."
     if isinstance(scale, RunConfig): return scale
     if scale not in SCALES: raise ValueError(f'scale={scale!r} must be one of {", ".join(SCALES)}')
     return SCALES[scale]
@@ -220,48 +208,36 @@ def scale_config(
 def hardware(device: torch.device) -> str:
     "What the run was computed on."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    except OSError: lines = []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
+    try: name = re.search(r'^model name\s*:(.*)', Path('/proc/cpuinfo').read_text(encoding='utf-8'), re.M)
+    except OSError: name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 def n_cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/tools/05_studies.ipynb #e295b955
-def git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     "Ask git about the folder of the package."
     command = ['git', '-C', str(Path(sparsecod.__file__).parent), *arguments]
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8')
+    try: return subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8', check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 def code_state() -> dict:
     "Commit of the code, and whether the package differs from it; both None outside git."
-    if git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, dirty=None)
-    commit = git('rev-parse', 'HEAD')
-    return dict(commit=commit, dirty=None if commit is None else bool(git('status', '--porcelain', '--', '.')))
+    if _git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, dirty=None)
+    commit = _git('rev-parse', 'HEAD')
+    return dict(commit=commit, dirty=None if commit is None else bool(_git('status', '--porcelain', '--', '.')))
 
 # %% ../nbs/tools/05_studies.ipynb #33c2ada9
-def versions() -> dict[str, str]:
-    "Versions of the libraries that can change a result."
-    from importlib.metadata import PackageNotFoundError, version
-    found = {}
-    for name in ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy'):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 def provenance(corpus: Corpus, device: torch.device) -> dict:
     "Where and with what a result was made."
+    libraries = ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy')     # that can change a result
     return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(), device=str(device),
                 platform=platform.platform(), python=platform.python_version(), torch=torch.__version__,
-                sparsecod=sparsecod.__version__, versions=versions(), **code_state(),
+                sparsecod=sparsecod.__version__, versions={name: version(name) for name in libraries}, **code_state(),
                 date=datetime.now(UTC).isoformat(timespec='seconds'),
                 corpus_fingerprint=corpus.fingerprint, corpus_stats=dict(corpus.stats))
 
-# %% ../nbs/tools/05_studies.ipynb #96b075b1
 SCHEMA = 1   # version of the format of records
 
 CURVE = dict(step='step', loss='loss', lr='lr', grad_norm='grad_norm', variance_mean='variance_mean',
@@ -274,43 +250,22 @@ def shortened(value):
     if isinstance(value, list): return [shortened(v) for v in value]
     return float(f'{value:.6g}') if isinstance(value, float) and math.isfinite(value) else value
 
-def curves(log: list[dict]) -> dict[str, list]:
-    "The training log by quantity."
-    return shortened({name: [r.get(key) for r in log] for name, key in CURVE.items()})
-
 # %% ../nbs/tools/05_studies.ipynb #ff5d03e2
-def score_windows(
-    corpus: Corpus,      # where they come from
-    T: int,              # how long
-    score: ScoreConfig,  # how many, and which
-) -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
-    "Windows of the validation split to score a model with; a larger number only continues a smaller one."
+def score_windows(corpus: Corpus, T: int, score: ScoreConfig) -> tuple[Tensor, Tensor]:
+    """Windows of the validation split to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored
+    one are left out. A larger number only continues a smaller one."""
     check_held_out(corpus.n_windows('val', T), T, score)
     windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
     to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
     repeated = (to_fit[:, None] == to_score[None]).all(-1).any(-1)               # (M,)
     return to_score, to_fit[~repeated]
 
-# %% ../nbs/tools/05_studies.ipynb #7e4bb8e1
-def held_out(
-    config: RunConfig,  # how many windows, and how long
-    corpus: Corpus,     # where they come from
-) -> tuple[Tensor, Tensor, Tensor]:  # to evaluate, to score and to fit on, each (n, T + 1)
-    "Windows of the validation split, the same ones for every model with this context length (and, with `new_text`, this seed)."
+def held_out(config: RunConfig, corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows of the validation split to evaluate, to score and to fit on, each (n, T + 1); the same ones for every
+    model with this context length (and, with `new_text`, this seed)."""
     T, score = config.model.context_length, config.score.replace(seed=config.text_seed)
     n = max(score.n_sequences + score.n_fit, min(config.n_eval, corpus.n_windows('val', T)))
     return corpus.sample_windows('val', n, T, score.seed), *score_windows(corpus, T, score)
-
-def final_loss(
-    result: TrainResult,  # of a run that finished
-    windows: Tensor,      # held-out windows, (N, T + 1)
-    config: RunConfig,    # for the intervals
-) -> dict:
-    "Loss on held-out windows with its bootstrap interval, and perplexity."
-    losses = evaluate(result.model, windows).double()                            # (N,)
-    W = resamples(len(losses), config.score.n_bootstrap, config.score.seed)      # (R + 1, N)
-    loss = estimate(W @ losses / W.sum(1))
-    return dict(val_loss=loss, perplexity=float(np.exp(loss['value'])))
 
 # %% ../nbs/tools/05_studies.ipynb #160cd6d5
 def check_text(config: RunConfig, corpus: Corpus):
@@ -341,11 +296,9 @@ def training_bytes(config: RunConfig) -> int:  # bytes
     "The most that a training has on the disk at a time: checkpoints, one more in the making, and the model."
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
 
-def check_folder(
-    folder: str | Path,  # that is to be written to; it need not exist
-    need: int = 0,       # bytes that will be written
-):
-    "Raise an error unless files can be written to a folder and have room there; leaves nothing behind."
+def check_folder(folder: str | Path, need: int = 0):
+    """Raise an error unless files can be written to a folder, which need not exist, and `need` bytes have room there;
+    leaves nothing behind."""
     folder = Path(folder).absolute()
     place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not os.path.isdir(place):
@@ -369,45 +322,41 @@ def check_file(path: str | Path):
     check_folder(Path(path).absolute().parent)
 
 # %% ../nbs/tools/05_studies.ipynb #0350ac22
-def lengths_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+def _lengths(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Loss and final variance at the run's `lengths`, on a quarter of the tokens of the final loss."
-    n_tokens = config.n_eval * config.model.context_length // 4
-    return measure_lengths(model, corpus, config.lengths, n_tokens, config.text_seed)
+    return measure_lengths(model, corpus, run.lengths, run.n_eval * run.model.context_length // 4, run.text_seed)
 
-def cloze_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+def _cloze(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Accuracy in multiple-choice questions from held-out documents."
-    return measure_cloze(model, corpus, config.n_questions, config.text_seed)
+    return measure_cloze(model, corpus, run.n_questions, run.text_seed)
 
-def theory_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+def _theory(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Predicted and measured variance on a quarter of the scored sequences."
-    _, to_score, _ = held_out(config, corpus)
-    return compare_with_theory(model, to_score[:max(1, config.score.n_sequences // 4), :-1])
+    return compare_with_theory(model, held_out(run, corpus)[1][:max(1, run.score.n_sequences // 4), :-1])
 
-def sample_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict | None:
+def _sample(model: Transformer, run: RunConfig, corpus: Corpus) -> dict | None:
     "Weights, attention and routing on 24 tokens of held-out text; for seed 0 only."
-    if config.seed: return None
-    window = corpus.sample_windows('val', 1, 24, config.text_seed)[0]                          # (25,)
-    return sample_mechanisms(model, window[:-1], corpus.tokenizer.decode)
+    if run.seed: return None
+    return sample_mechanisms(model, corpus.sample_windows('val', 1, 24, run.text_seed)[0, :-1], corpus.tokenizer.decode)
 
-def floors_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+def _floors(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Losses of tables that have read what the run has read, on the text of its final loss."
-    n, T = sequences_per_step(config.train, config.model.context_length), config.model.context_length
-    return floors(corpus, config.train.steps, n, T, config.seed, held_out(config, corpus)[0])
+    T = run.model.context_length
+    return floors(corpus, run.train.steps, sequences_per_step(run.train, T), T, run.seed, held_out(run, corpus)[0])
 
-def null_of(model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
+def _null(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "What the scores are before any training: those of the same architecture at the run's initial weights, on few sequences."
-    few = config.score.replace(n_sequences=min(8, config.score.n_sequences), n_jacobian=1, seed=config.text_seed)
+    few = run.score.replace(n_sequences=min(8, run.score.n_sequences), n_jacobian=1, seed=run.text_seed)
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        fresh = Transformer(config.model).to(next(model.parameters()).device)
-    found = score_model(fresh, *score_windows(corpus, config.model.context_length, few), few, progress=False)
+        torch.manual_seed(run.seed)
+        fresh = Transformer(run.model).to(next(model.parameters()).device)
+    found = score_model(fresh, *score_windows(corpus, run.model.context_length, few), few, progress=False)
     arrays = {name: found['arrays'][name] for name in ('variance_median', 'variance_mean', 'skip_loss_increase')}
     return dict(scalars={name: s['value'] for name, s in found['scalars'].items()}, arrays=arrays)
 
-ALWAYS = dict(floors=floors_of)           # in every record, whatever it asks for
-MEASURES |= dict(null=null_of, lengths=lengths_of, cloze=cloze_of, theory=theory_of, sample=sample_of)
+ALWAYS = dict(floors=_floors)           # in every record, whatever it asks for
+MEASURES |= dict(null=_null, lengths=_lengths, cloze=_cloze, theory=_theory, sample=_sample)
 
-# %% ../nbs/tools/05_studies.ipynb #c8c6cd6f
 def missing_measures(record: dict, config: RunConfig) -> list[str]:  # keys of MEASURES
     "Measurements that a run asks for and its record lacks, or has of other lengths or another number of questions."
     if record['status'] != 'finished': return []
@@ -418,33 +367,36 @@ def missing_measures(record: dict, config: RunConfig) -> list[str]:  # keys of M
 
 def add_measures(record: dict, model: Transformer, config: RunConfig, corpus: Corpus) -> dict:
     "Make the measurements that a record lacks; the rest of it stays as it is."
-    wanted = missing_measures(record, config)
+    wanted, there = missing_measures(record, config), record['config']
     if not wanted: return record
-    if 'lengths' in record: config = config.replace(lengths=sorted({*config.lengths, *(record['config'].get('lengths') or ())}))
+    if 'lengths' in record: config = config.replace(lengths=sorted({*config.lengths, *(there.get('lengths') or ())}))
     found = {name: (ALWAYS | MEASURES)[name](model, config, corpus) for name in wanted}
-    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(dict.fromkeys([*record['config'].get('measures', []), *(w for w in wanted if w in MEASURES)])))
-    return record | dict(config=record['config'] | asked) | shortened(without_infinities(found)) | dict(
+    measures = dict.fromkeys([*there.get('measures', []), *(name for name in wanted if name in MEASURES)])
+    asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(measures))
+    return record | dict(config=there | asked) | shortened(without_infinities(found)) | dict(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
 # %% ../nbs/tools/05_studies.ipynb #719f71bf
 def make_record(config: RunConfig, corpus: Corpus, result: TrainResult, progress: bool) -> dict:
     "Evaluate and score a trained model and put together its record."
-    start, device = time.perf_counter(), next(result.model.parameters()).device
-    final, scores, sparsity = dict(val_loss=None, perplexity=None), None, None
+    start, model, name = time.perf_counter(), result.model, run_name(config, corpus.fingerprint)
+    final, device, measured = dict(val_loss=None, perplexity=None), next(model.parameters()).device, {}
     if result.status == 'finished':
         windows, to_score, to_fit = held_out(config, corpus)
-        final = final_loss(result, windows, config)
-        scores = score_model(result.model, to_score, to_fit, config.score, progress, pairs=0)
+        losses = evaluate(model, windows).double()                                   # (N,)
+        W = resamples(len(losses), config.score.n_bootstrap, config.score.seed)      # (R + 1, N)
+        loss = estimate(W @ losses / W.sum(1))
+        final = dict(val_loss=loss, perplexity=float(np.exp(loss['value'])))
+        scores = score_model(model, to_score, to_fit, config.score, progress, pairs=0)
         scores['arrays'] = shortened(scores['arrays'])
-        sparsity = shortened(measure_sparsity(result.model, to_score[:, :-1].to(device)))
-    name = run_name(config, corpus.fingerprint)
-    record = dict(schema=SCHEMA, name=name, id=name[-8:], scale=config.scale, config=config.to_dict(), seed=config.seed,
-                  status=result.status, step=result.step, tokens=result.tokens,
+        measured = dict(scores=scores, sparsity=shortened(measure_sparsity(model, to_score[:, :-1].to(device))))
+    curve = shortened({name: [r.get(key) for r in result.log] for name, key in CURVE.items()})
+    record = dict(schema=SCHEMA, name=name, id=name[-8:], scale=config.scale, config=config.to_dict() | dict(measures=[]),
+                  seed=config.seed, status=result.status, step=result.step, tokens=result.tokens,
                   seconds=dict(train=round(result.seconds, 1), score=round(time.perf_counter() - start, 1)),
-                  final=final | dict(unigram_loss=corpus.unigram_loss()), scores=scores, sparsity=sparsity, curve=curves(result.log),
+                  final=final | dict(unigram_loss=corpus.unigram_loss()), **measured, curve=curve,
                   provenance=provenance(corpus, device))
-    record = {k: v for k, v in without_infinities(record).items() if not (k in ('scores', 'sparsity') and v is None)}
-    return add_measures(record | dict(config=record['config'] | dict(measures=[])), result.model, config, corpus)
+    return add_measures(without_infinities(record), model, config, corpus)
 
 # %% ../nbs/tools/05_studies.ipynb #0cb342a4
 def work_folder(out: str | Path, work: str | Path | None = None) -> Path:  # work: None: decide by out
@@ -469,22 +421,21 @@ def odd_parts(record: dict) -> list[str]:
     scores, sparsity, made = record.get('scores'), record.get('sparsity', dict(scalars={})), record['provenance']
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     maybe = lambda x: x is None or number(x)
-    interval = lambda x: isinstance(x, dict) and all(maybe(x.get(k, '')) for k in ('value', 'low', 'high'))
-    holds = lambda x, kind: isinstance(x, dict) and all(map(kind, x.values()))
-    scalars = lambda x, kind: isinstance(x, dict) and holds(x.get('scalars'), kind)
     is_dict, is_list = (lambda x: isinstance(x, dict)), (lambda x: isinstance(x, list))
+    interval = lambda x: is_dict(x) and all(maybe(x.get(k, '')) for k in ('value', 'low', 'high'))
+    holds = lambda x, kind: is_dict(x) and all(map(kind, x.values()))
+    scalars = lambda x, kind: is_dict(x) and holds(x.get('scalars'), kind)
     loss = interval(final.get('val_loss')) if finished else final.get('val_loss') is None
     good = dict(
         status=record['status'] in ('finished', 'diverged'), seconds=holds(record['seconds'], number),
         final=loss and number(final.get('unigram_loss')),
         curve=set(CURVE) <= set(curve) and holds(curve, is_list) and len(set(map(len, curve.values()))) == 1,
         scores=not finished or scalars(scores, interval) and is_dict(scores.get('arrays')),
-        sparsity=scalars(sparsity, maybe), floors=holds(record.get('floors', {}), number), lengths=holds(record.get('lengths', {}), is_dict),
-        cloze=is_dict(record.get('cloze', {})),
+        sparsity=scalars(sparsity, maybe), floors=holds(record.get('floors', {}), number),
+        lengths=holds(record.get('lengths', {}), is_dict), cloze=is_dict(record.get('cloze', {})),
         provenance=all(isinstance(made.get(key), str) for key in ('date', 'corpus_fingerprint')))
     return [name for name, ok in good.items() if not ok]
 
-# %% ../nbs/tools/05_studies.ipynb #6a1d3c13
 def check_record(record, path: Path) -> dict:
     "Raise a ValueError unless this is a whole record, and the one that its file's name says."
     if isinstance(record, dict) and record.get('schema', SCHEMA) != SCHEMA:
@@ -496,10 +447,9 @@ def check_record(record, path: Path) -> dict:
     if odd := odd or odd_parts(record): raise Damaged(f'its {", ".join(odd)} cannot be right')
     config, fingerprint = RunConfig.from_dict(record['config']), record['provenance']['corpus_fingerprint']
     name = run_name(config, fingerprint)
-    truth = dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint), name=name)
-    for key, value in truth.items():
-        if record[key] == value: continue
-        raise Damaged(f'its {key}={record[key]!r} is not that of its configuration and corpus, {value!r}')
+    for key, value in dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint), name=name).items():
+        if record[key] != value:
+            raise Damaged(f'its {key}={record[key]!r} is not that of its configuration and corpus, {value!r}')
     if (path.parent.name, path.stem) != (config.scale, name):
         raise Damaged(f'it is the run {config.scale}/{name}, under another name')
     return record
@@ -517,7 +467,6 @@ def fit_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     "Give the model the vocabulary of the corpus."
     return vary(config, {'model.vocab_size': corpus.vocab_size})
 
-# %% ../nbs/tools/05_studies.ipynb #651bdb61
 class Place(NamedTuple):
     "A run that knows its corpus."
     config: RunConfig  # with the vocabulary of its corpus
@@ -525,13 +474,8 @@ class Place(NamedTuple):
     record: Path       # where its record is or will be
     work: Path         # where its checkpoints and its model are
 
-def locate(
-    config: RunConfig,               # any run
-    out: str | Path,                 # where records go
-    work: str | Path | None = None,  # see work_folder
-    progress: bool = True,           # show a bar while the corpus is built
-) -> Place:
-    "Prepare the corpus of a run and find out where its files are."
+def locate(config: RunConfig, out: str | Path, work: str | Path | None = None, progress: bool = True) -> Place:
+    "Prepare the corpus of a run and find out where its files are; see `work_folder`."
     corpus = prepare(config.data, progress=progress)
     config = fit_vocabulary(config, corpus)
     name = run_name(config, corpus.fingerprint)
@@ -562,7 +506,6 @@ def forget(place: Place):
         place.record.unlink(missing_ok=True)
         shutil.rmtree(place.work, ignore_errors=True)
 
-# %% ../nbs/tools/05_studies.ipynb #8113e87a
 def label_folder(folder: str | Path, config: RunConfig, corpus: Corpus):
     "Write `tokenizer.json`, and `run.json` with its checksum."
     folder = Path(folder)
@@ -571,11 +514,9 @@ def label_folder(folder: str | Path, config: RunConfig, corpus: Corpus):
     label = config.to_dict() | dict(tokenizer=checksum(folder / 'tokenizer.json'))
     write_text(folder / 'run.json', json.dumps(stamp(label), indent=1))
 
-def read_run(
-    folder: str | Path,  # of a training, labelled
-    model: ModelConfig | None = None,  # of the model in it; None: not compared
-) -> RunConfig:
-    "The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or of another model."
+def read_run(folder: str | Path, model: ModelConfig | None = None) -> RunConfig:
+    """The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or it is of another model
+    than the one given."""
     path = Path(folder) / 'run.json'
     label = {name: value for name, value in run_label(path.parent).items() if name not in ('checksum', 'tokenizer')}
     try: config = RunConfig.from_dict(label)
@@ -602,14 +543,9 @@ def training_note(place: Place) -> dict:
     check_identity(path, note, dict(run=place.work.name))
     return {key: value for key, value in note.items() if key.startswith('trained_')}
 
-def as_trained(place: Place) -> RunConfig:
-    "How a model was trained; micro-batches and the like may differ from what is asked for now."
-    label = read_label(place.work) if (place.work / 'result.json').exists() else None
-    return place.config.replace(train=TrainConfig.from_dict(label['train'])) if label else place.config
-
 # %% ../nbs/tools/05_studies.ipynb #261c96af
 def complete(place: Place, record: dict) -> dict | None:
-    "Add to a record what it lacks, with the model that was kept."
+    "Add to a record what it lacks, with the model that was kept; None if there is none that can be read."
     if not missing_measures(record, place.config): return record
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -620,22 +556,18 @@ def complete(place: Place, record: dict) -> dict | None:
     write_record(place.record, record)
     return record
 
-# %% ../nbs/tools/05_studies.ipynb #6e5419d3
 def stored(place: Place) -> dict | None:
     "The record of a run, if there is one that can be used."
     return read_record(place.record) if place.record.exists() else None
 
-def one_process():
-    "Raise a ValueError under a launcher that has started several processes."
+def check_start(scale: str, out: str | Path, work: str | Path | None):  # work: see work_folder
+    "Raise an error under a launcher of several processes, or if records or work cannot be stored."
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1:
         raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, without '
                          'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a time; '
                          'to train one model on several processes use sparsecod train')
-
-def check_outputs(scale: str, out: str | Path, work: str | Path | None):  # work: see work_folder
-    "Raise an error if records or work cannot be stored; where there are records, they may be all."
-    if any((Path(out) / scale).glob('*.json')): return
+    if any((Path(out) / scale).glob('*.json')): return      # which may be all
     for folder in (Path(out) / scale, work_folder(out, work)): check_folder(folder)
 
 def check_training(config: RunConfig, corpus: Corpus, folder: Path):
@@ -650,17 +582,15 @@ def check_run(place: Place):
     check_folder(place.record.parent)
     check_training(place.config, place.corpus, place.work)
 
-# %% ../nbs/tools/05_studies.ipynb #77d264fb
 def run(
     config: RunConfig,               # what to run
     out: str | Path = 'runs',        # the record goes to out/<scale>/<name>.json
     work: str | Path | None = None,  # checkpoints and the model; see work_folder
     force: bool = False,             # run again even if there is a record
-    progress: bool = True,           # show progress bars
+    progress: bool = True,
 ) -> dict:                           # the record
     "Prepare the corpus, train, evaluate, score, and store one record; a finished run is read back."
-    one_process()
-    check_outputs(config.scale, out, work)
+    check_start(config.scale, out, work)
     place = locate(config, out, work, progress)
     if force: forget(place)
     found = stored(place)
@@ -672,7 +602,9 @@ def run(
         if not found and place.record.exists(): set_aside(place.record)
         label_folder(place.work, place.config, place.corpus)
         note_training(place)
-        config = as_trained(place)
+        config = place.config
+        if (place.work / 'result.json').exists() and (label := read_label(place.work)):    # trained with other micro-batches, say
+            config = config.replace(train=TrainConfig.from_dict(label['train']))
         result = train(config.model, config.train, place.corpus, place.work, progress=progress)
         if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
         record = make_record(config, place.corpus, result, progress)
@@ -682,6 +614,12 @@ def run(
     return record
 
 # %% ../nbs/tools/05_studies.ipynb #a1b77b3c
+def seed_list(seeds: int | Iterable[int]) -> list[int]:
+    "Seeds by number or by name."
+    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
+    if not chosen or min(chosen) < 0: raise ValueError(f'seeds={seeds!r} must be a positive whole number or a list of seeds')
+    return list(dict.fromkeys(chosen))
+
 @dataclass(frozen=True)
 class Study:
     "A list of runs that differ in one thing, times seeds."
@@ -695,69 +633,61 @@ class Study:
         shared = self.setting(base)
         return {label: shared | changes for label, changes in self.variants(vary(base, shared)).items()}
 
-    def runs(self,
-        scale: str | RunConfig,       # a key of SCALES, or a configuration
-        seeds: int | Iterable[int] = 1,  # how many, or which
-    ) -> list[tuple[str, RunConfig]]: # label and configuration of each run
-        "All runs of the study."
+    def runs(self, scale: str | RunConfig, seeds: int | Iterable[int] = 1) -> list[tuple[str, RunConfig]]:
+        "Label and configuration of all runs of the study; `seeds` says how many, or which."
         base = scale_config(scale)
         return [(label, vary(base, changes | {'seed': seed}))
                 for seed in seed_list(seeds) for label, changes in self.changes(base).items()]
 
-# %% ../nbs/tools/05_studies.ipynb #2daec9c4
-def seed_list(seeds: int | Iterable[int]) -> list[int]:
-    "Seeds by number or by name."
-    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not chosen or min(chosen) < 0: raise ValueError(f'seeds={seeds!r} must be a positive whole number or a list of seeds')
-    return list(dict.fromkeys(chosen))
+STUDIES: dict[str, Study] = {}
+
+def add_study(name: str, question: str, setting: Callable[[RunConfig], dict] = lambda base: {}):
+    "Add a study to STUDIES; what is decorated gives its variants, label -> changes by path, for a configuration."
+    def add(variants):
+        STUDIES[name] = Study(name, question, variants, setting)
+        return variants
+    return add
 
 # %% ../nbs/tools/05_studies.ipynb #cace5546
-STUDIES: dict[str, Study] = {}
 DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32), paper=(12, 16, 24, 32))
 
-def depth_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+# at scales desk and gpu, the scores of an untrained model of every depth too
+@add_study('depth', 'What do more layers do to the stream, and how much do they do for the model?',
+           lambda base: {'measures': ('null',)} if base.scale in ('desk', 'gpu') else {})
+def depth_variants(base: RunConfig) -> dict[str, dict]:
     "The depths of a scale; those of `laptop` for a scale of your own."
     return {f'L={L}': {'model.n_layers': L} for L in DEPTHS.get(base.scale, DEPTHS['laptop'])}
 
-def depth_setting(base: RunConfig) -> dict:    # changes by path
-    "At scales `desk` and `gpu`, the scores of an untrained model of every depth too."
-    return {'measures': ('null',)} if base.scale in ('desk', 'gpu') else {}
-
-STUDIES['depth'] = Study('depth', 'What do more layers do to the stream, and how much do they do for the model?', depth_variants, depth_setting)
-
 # %% ../nbs/tools/05_studies.ipynb #be4fdde1
-def pilot_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+def _pilot_variants(base: RunConfig) -> dict[str, dict]:
     "Every depth at half, once and twice the learning rate."
-    return {f'L={L}, η={factor * base.train.lr:g}': {'model.n_layers': L, 'train.lr': factor * base.train.lr}
-            for L in DEPTHS.get(base.scale, DEPTHS['laptop']) for factor in (.5, 1, 2)}
+    return {f'{label}, η={rate:g}': changes | {'train.lr': rate} for label, changes in depth_variants(base).items()
+            for rate in (base.train.lr / 2, base.train.lr, 2 * base.train.lr)}
 
-def pilot_setting(base: RunConfig) -> dict:  # changes by path
-    "Short runs, hardly scored: only their losses are of interest."
-    few = {f'score.{name}': n for name, n in dict(n_sequences=4, n_fit=8, n_jacobian=1).items()}
-    return few | {'train.steps': max(1, 2 * base.train.steps // 5)}
-
-PILOTS = Study('pilots', 'Which learning rate suits which depth?', pilot_variants, pilot_setting)
+# short runs, hardly scored: only their losses are of interest
+PILOTS = Study('pilots', 'Which learning rate suits which depth?', _pilot_variants, lambda base: {
+    'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': max(1, 2 * base.train.steps // 5)})
 
 # %% ../nbs/tools/05_studies.ipynb #b62548f4
-def training_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
-    "The shallowest model and one at most four times as deep: as in the depth study, at a third of the learning rate, and trained longer."
+@add_study('training', 'Is what depth does a matter of the learning rate, or of too little training?')
+def training_variants(base: RunConfig) -> dict[str, dict]:
+    """The shallowest model and one at most four times as deep: as in the depth study, at a third of the learning rate,
+    and trained longer."""
     depths = DEPTHS.get(base.scale, DEPTHS['laptop'])
     shallow, deep = depths[0], max(L for L in depths if L <= 4 * depths[0])
     times = deep / shallow
-    plain = {f'L={L}': {'model.n_layers': L} for L in (shallow, deep)}
-    slower, longer = {'train.lr': float(f'{base.train.lr / 3:.4g}')}, {'train.steps': round(times * base.train.steps)}
-    return {label + suffix: changes | more for suffix, more in (('', {}), (', η/3', slower), (f', {times:.3g}× tokens', longer))
-            for label, changes in plain.items()}
-
-STUDIES['training'] = Study('training', 'Is what depth does a matter of the learning rate, or of too little training?', training_variants)
+    ways = {'': {}, ', η/3': {'train.lr': float(f'{base.train.lr / 3:.4g}')},
+            f', {times:.3g}× tokens': {'train.steps': round(times * base.train.steps)}}
+    return {f'L={L}{way}': {'model.n_layers': L} | changes for way, changes in ways.items() for L in (shallow, deep)}
 
 # %% ../nbs/tools/05_studies.ipynb #62e72e59
-def main_variants(base: RunConfig) -> dict[str, dict]:    # label -> changes
-    "The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the training study that are trained longer."
+def _main_variants(base: RunConfig) -> dict[str, dict]:
+    """The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the training study
+    that are trained longer."""
     if base.scale not in ('tiny', 'laptop'): return depth_variants(base)
     return {label: changes for label, changes in training_variants(base).items() if label.endswith('tokens')}
 
-MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', main_variants)
+MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', _main_variants)
 
 # %% ../nbs/tools/05_studies.ipynb #cf225a68
 PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)   # of the published weight-decay study
@@ -776,23 +706,23 @@ def study_lengths(base: RunConfig) -> tuple[int, ...]:
 BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
 
 def source_setting(base: RunConfig) -> dict:  # changes by path
-    "What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published weight decay of 0.1."
+    """What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published
+    weight decay of 0.1."""
     measures = tuple(name for name in MEASURES if base.scale != 'laptop' or name != 'null')   # which came after those runs
     budget = BUDGETS.get(base.scale, {}) | {'measures': measures, 'lengths': study_lengths(base)}
     return budget | {'train.weight_decay': equivalent_decay(vary(base, budget).train, 0.1)}
 
 # %% ../nbs/tools/05_studies.ipynb #bcb70c43
-DECAYS = (0, 0.01, 0.1, 1, 3)  # published
-
-def decay_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes; labels name the published lambda
-    "No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on three groups of parameters."
+@add_study('decay', 'What does weight decay change, and does it matter which weights decay?', source_setting)
+def decay_variants(base: RunConfig) -> dict[str, dict]:  # labels name the published lambda
+    """No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on
+    three groups of parameters."""
+    on = lambda published, groups: {'train.weight_decay': equivalent_decay(base.train, published), 'train.decay_groups': groups}
     if base.scale in ('desk', 'gpu'):
-        on = lambda groups: {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': groups}
-        return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on('matrices'), 'λ=0.1, all': on('all'), 'λ=0.1, all but gains': on('all_but_gains')}
-    changes = {f'λ={p:g}': {'train.weight_decay': equivalent_decay(base.train, p), 'train.decay_groups': 'matrices'} for p in DECAYS}
-    return changes | {f'{label}, all': c | {'train.decay_groups': 'all'} for label, c in changes.items() if label != 'λ=0'}
-
-STUDIES['decay'] = Study('decay', 'What does weight decay change, and does it matter which weights decay?', decay_variants, source_setting)
+        return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on(0.1, 'matrices'), 'λ=0.1, all': on(0.1, 'all'),
+                'λ=0.1, all but gains': on(0.1, 'all_but_gains')}
+    return ({f'λ={p:g}': on(p, 'matrices') for p in (0, 0.01, 0.1, 1, 3)}
+            | {f'λ={p:g}, all': on(p, 'all') for p in (0.01, 0.1, 1, 3)})
 
 # %% ../nbs/tools/05_studies.ipynb #7f2116a1
 def length_changes(base: RunConfig, T: int) -> dict:  # changes by path
@@ -801,119 +731,101 @@ def length_changes(base: RunConfig, T: int) -> dict:  # changes by path
     score = {f'score.{name}': same(getattr(base.score, name)) for name in ('n_sequences', 'n_fit', 'batch_size')}
     return {'model.context_length': T, 'n_eval': same(base.n_eval)} | score
 
-# %% ../nbs/tools/05_studies.ipynb #62fd8168
-def context_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('context', 'What does a longer context change, and is it the length or the schedule?', source_setting)
+def context_variants(base: RunConfig) -> dict[str, dict]:
     "Tokens of a step fixed: own length, shortest, longest, others. Sequences fixed: others, shortest, longest."
     t, own = base.train, base.model.context_length
-    lengths = [T for T in study_lengths(base) if T != own]
-    ends = [lengths[0], lengths[-1]]
-    fixed = {f'T={own}': {}} | {f'T={T}': length_changes(base, T) for T in [*ends, *lengths[1:-1]]}
+    shortest, *others, longest = (T for T in study_lengths(base) if T != own)
+    fixed = {f'T={own}': {}} | {f'T={T}': length_changes(base, T) for T in (shortest, longest, *others)}
     published = {}
-    for T in [*lengths[1:-1], *ends] if base.scale not in ('desk', 'gpu') else ():
+    for T in (*others, shortest, longest) if base.scale not in ('desk', 'gpu') else ():
         per_step = t.tokens_per_step // own * T
         budget = {'train.tokens_per_step': per_step, 'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
         published[f'T={T}, sequences fixed'] = fixed[f'T={T}'] | budget
     return fixed | published
 
-STUDIES['context'] = Study('context', 'What does a longer context change, and is it the length or the schedule?', context_variants, source_setting)
-
 # %% ../nbs/tools/05_studies.ipynb #9442f213
-def gqa_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('gqa', 'What does it change if query heads share keys and values?', source_setting)
+def gqa_variants(base: RunConfig) -> dict[str, dict]:
     "Query heads per key/value head: 1, 2, 4 and all, plain and with the saved parameters given back."
     D, H, F = base.model.d_model, base.model.n_heads, base.model.d_ff
-    groups = [G for G in dict.fromkeys((2, 4, H)) if 1 < G <= H and H % G == 0]
-    wider = lambda G: F + round(2 * D * (1 - 1 / G) / 3)
     variants = {'G=1': {}}
-    for G in groups:
+    for G in dict.fromkeys(G for G in (2, 4, H) if 1 < G <= H and H % G == 0):
         variants[f'G={G}'] = {'model.n_kv_heads': H // G}
-        variants[f'G={G}, matched'] = variants[f'G={G}'] | {'model.d_ff': wider(G)}
+        variants[f'G={G}, matched'] = variants[f'G={G}'] | {'model.d_ff': F + round(2 * D * (1 - 1 / G) / 3)}
     return variants
 
-STUDIES['gqa'] = Study('gqa', 'What does it change if query heads share keys and values?', gqa_variants, source_setting)
-
 # %% ../nbs/tools/05_studies.ipynb #b2a5137f
-def moe_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('moe', 'What does a mixture of experts change, and is it the sparsity or the gates?', source_setting)
+def moe_variants(base: RunConfig) -> dict[str, dict]:
     "Dense, and 2 of 8 experts of equal active width with each kind of gates."
     experts = {'model.n_experts': 8, 'model.experts_per_token': 2}
     return {'dense': {}, 'gates as published': experts, 'gates renormalised': experts | {'model.gates': 'renormalised'},
             'gates scale-matched': experts | {'model.gates': 'scale_matched'}}
 
-STUDIES['moe'] = Study('moe', 'What does a mixture of experts change, and is it the sparsity or the gates?', moe_variants, source_setting)
-
 # %% ../nbs/tools/05_studies.ipynb #b0a17212
 REMEDIES = {'pre-LN': 'pre_ln', 'LayerNorm Scaling': 'layernorm_scaling', 'Peri-LN': 'peri_ln'}
 
-def remedy_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('remedies', 'Do norm placements that hold the variance down do what sparsity is said to do?', source_setting)
+def remedy_variants(base: RunConfig) -> dict[str, dict]:
     "Three placements of norms, without and with sparsity."
     sparse = {'train.weight_decay': equivalent_decay(base.train, .3), 'model.n_kv_heads': base.model.n_heads // 2}
     plain = {label: {} if norm == base.model.norm else {'model.norm': norm} for label, norm in REMEDIES.items()}
     return plain | {f'{label}, sparse': changes | sparse for label, changes in plain.items()}
 
-STUDIES['remedies'] = Study('remedies', 'Do norm placements that hold the variance down do what sparsity is said to do?', remedy_variants, source_setting)
-
-# %% ../nbs/tools/05_studies.ipynb #56eda8c6
-def ladder_variants(
-    base: RunConfig,     # the study's configuration, at the full depth
-) -> dict[str, dict]:    # label -> changes; labels in brackets are overshoots
+# as for the single sources, at the published depth of 32 where the scale allows it
+@add_study('ladder', 'Do the sources of sparsity add up?',
+           lambda base: source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper') else {}))
+def ladder_variants(base: RunConfig) -> dict[str, dict]:  # labels in brackets are overshoots
     "Half the depth, the full depth, and then one source of sparsity after the other."
     L, H, T = base.model.n_layers, base.model.n_heads, base.model.context_length
     decay = lambda p: {'train.weight_decay': equivalent_decay(base.train, p)}
-    longer, decayed = length_changes(base, 4 * T), length_changes(base, 4 * T) | decay(.3)
-    shared = decayed | {'model.n_kv_heads': H // 2}
+    longer = length_changes(base, 4 * T)
+    shared = longer | decay(.3) | {'model.n_kv_heads': H // 2}
     return {f'L={L // 2}': {'model.n_layers': L // 2}, f'L={L}': {},
             f'+ T={4 * T}': longer, f'(+ T={8 * T})': length_changes(base, 8 * T),
-            '+ λ=0.3': decayed, '(+ λ=0.6)': longer | decay(.6), '(+ λ=1)': longer | decay(1),
+            '+ λ=0.3': longer | decay(.3), '(+ λ=0.6)': longer | decay(.6), '(+ λ=1)': longer | decay(1),
             '+ G=2': shared, '+ MoE': shared | {'model.n_experts': 8, 'model.experts_per_token': 2}}
 
-def ladder_setting(base: RunConfig) -> dict:  # changes by path
-    "As for the single sources, at the published depth of 32 where the scale allows it."
-    return source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper') else {})
-
-STUDIES['ladder'] = Study('ladder', 'Do the sources of sparsity add up?', ladder_variants, ladder_setting)
-
 # %% ../nbs/tools/05_studies.ipynb #89b62ff8
-def budget_setting(base: RunConfig) -> dict:  # changes by path
+def _budget_setting(base: RunConfig) -> dict:
     "As for the single sources, with the scale's own budget of tokens."
-    shared = source_setting(base) | {f'train.{name}': getattr(base.train, name) for name in ('steps', 'tokens_per_step')}
-    return shared | {'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
+    return source_setting(base) | {
+        'train.steps': base.train.steps, 'train.tokens_per_step': base.train.tokens_per_step,
+        'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
 
-def budget_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('budget', 'Do the findings about the sources outlive three times the training?', _budget_setting)
+def budget_variants(base: RunConfig) -> dict[str, dict]:
     "No decay, decay on matrices and on everything, and a mixture of experts with two kinds of gates."
     experts = moe_variants(base)
-    return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'},
-            'experts, gates as published': experts['gates as published'], 'experts, gates renormalised': experts['gates renormalised']}
+    return ({'λ=0': {'train.weight_decay': 0}, 'λ=0.1': {}, 'λ=0.1, all': {'train.decay_groups': 'all'}}
+            | {f'experts, {gates}': experts[gates] for gates in ('gates as published', 'gates renormalised')})
 
-STUDIES['budget'] = Study('budget', 'Do the findings about the sources outlive three times the training?', budget_variants, budget_setting)
-
-# %% ../nbs/tools/05_studies.ipynb #bb3d1e03
-def study_named(study: str | Study) -> Study:  # study: a key of STUDIES, main or pilots, or a study
-    "A study by name."
+def study_named(study: str | Study) -> Study:
+    "A study by name: a key of STUDIES, main or pilots; or the study itself."
     if isinstance(study, Study): return study
     named = STUDIES | {s.name: s for s in (MAIN, PILOTS)}
     if study not in named: raise ValueError(f'study={study!r} must be one of {", ".join(named)}')
     return named[study]
 
 # %% ../nbs/tools/05_studies.ipynb #b5f24762
-def stop_with_parent():
-    "Wait until the pipe from the supervisor closes, then ask this process to stop."
-    sys.stdin.read()
-    signal.raise_signal(signal.SIGTERM)     # on Windows too, where os.kill would end the process at once
-
 def worker():
     "Carry out the run that is described on standard input; the exit status says how it went."
+    def stop_with_parent():
+        sys.stdin.read()                        # until the pipe from the supervisor closes
+        signal.raise_signal(signal.SIGTERM)     # on Windows too, where os.kill would end the process at once
     orders = json.loads(sys.stdin.readline())
     threading.Thread(target=stop_with_parent, daemon=True).start()
     if orders['threads']: torch.set_num_threads(orders['threads'])
+    code = 0
     try: run(RunConfig.from_dict(orders['config']), orders['out'], orders['work'], progress=False)
     except KeyboardInterrupt: code = 130
     except Exception:
         traceback.print_exc()
         code = 1
-    else: code = 0
     sys.stderr.flush()
     os._exit(code)  # at once, without waiting for the thread that reads the pipe
 
-# %% ../nbs/tools/05_studies.ipynb #5a6fee01
 class Job(NamedTuple):
     "A run that is to be done."
     name: str          # of the run
@@ -931,11 +843,12 @@ def start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.P
     package, threads = str(Path(sparsecod.__file__).absolute().parents[1]), orders['threads']
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])))
     env |= dict(PYTHONIOENCODING='utf-8') | environment
-    if threads: env |= dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads)) | dict(TOKENIZERS_PARALLELISM='false')
+    if threads: env |= dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM='false')
     apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name == 'nt' else dict(start_new_session=True)
+    command = [sys.executable, '-c', 'from sparsecod.studies import worker; worker()']
     with open(folder / 'stderr.txt', 'w', encoding='utf-8') as errors:
-        process = subprocess.Popen([sys.executable, '-c', 'from sparsecod.studies import worker; worker()'], env=env, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, encoding='utf-8', **apart)
+        process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                   stderr=errors, encoding='utf-8', **apart)
     with suppress(OSError):  # it died at once; its exit status will say so
         process.stdin.write(json.dumps(orders) + '\n')
         process.stdin.flush()
@@ -952,7 +865,6 @@ def progress_of(job: Job) -> tuple[int, str]:
     except (OSError, ValueError, IndexError): return 0, 'starting'
     return newest['step'], '' if newest['loss'] is None else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s"
 
-# %% ../nbs/tools/05_studies.ipynb #8ba6d670
 def complaint(job: Job, code: int) -> str:  # code: exit status of its process
     "Why a run failed: the last line of what it said, or the signal that ended it."
     names = {s.value: s.name for s in signal.Signals}
@@ -962,42 +874,34 @@ def complaint(job: Job, code: int) -> str:  # code: exit status of its process
 
 # %% ../nbs/tools/05_studies.ipynb #3ee58abd
 class Bars:
-    "Progress in a terminal: a bar over the study, and one for each run at work."
+    "Progress in a terminal: a bar over the study, and below it what the runs are doing."
     STUDY = '{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left'
     def __init__(self, title, total, done):
-        self.total = tqdm(total=total, initial=done, desc=title, position=0, bar_format=self.STUDY, dynamic_ncols=True, leave=True)
-        self.slots = {}
+        self.study = tqdm(total=total, initial=done, desc=title, bar_format=self.STUDY, dynamic_ncols=True)
+        self.runs = tqdm(bar_format='{desc}', position=1, dynamic_ncols=True, leave=False)
 
-    def update(self, done, states, title):
-        "Show the operations done, and for each slot at work name, step, steps and a remark."
-        for slot in [s for s in self.slots if s not in states]: self.slots.pop(slot).close()
-        for slot, (name, step, steps, remark) in states.items():
-            name = name.rsplit('-', 1)[0]
-            if slot in self.slots and self.slots[slot].desc != name: self.slots.pop(slot).close()
-            if slot not in self.slots:
-                self.slots[slot] = tqdm(total=steps, desc=name, initial=step, position=slot + 1, dynamic_ncols=True, leave=False, unit='step')
-            self.slots[slot].n = step
-            self.slots[slot].set_postfix_str(remark)
-        self.total.n = done
-        self.total.set_description_str(title)
+    def update(self, done, runs, title):
+        "Show the operations done and a text about the runs at work."
+        self.study.n = done
+        self.study.set_description_str(title)
+        self.runs.set_description_str(runs)
 
     def say(self, text): tqdm.write(text, file=sys.stderr)
 
     def close(self):
-        for bar in (*self.slots.values(), self.total): bar.close()
+        self.runs.close()
+        self.study.close()
 
-# %% ../nbs/tools/05_studies.ipynb #8723495b
 class Lines:
     "Progress where the output is no terminal: a plain line now and then."
     def __init__(self, title, total, done, every=30.0):
         self.every, self.start, self.next, self.total = every, time.perf_counter(), every, total
 
-    def update(self, done, states, title):
+    def update(self, done, runs, title):
         "Print a line if it is time."
         elapsed = time.perf_counter() - self.start
         if elapsed < self.next: return
         self.next = elapsed + self.every
-        runs = '; '.join(f"{name.rsplit('-', 1)[0]} step {step}/{steps} {remark}".rstrip() for name, step, steps, remark in states.values())
         self.say(f'[{elapsed:4.0f} s, {done / self.total:4.0%}] {title}; {runs}')
 
     def say(self, text): print(text, file=sys.stderr, flush=True)
@@ -1044,7 +948,7 @@ class Supervisor:
         "Ask all workers to stop and wait until they have saved; a second interrupt kills them."
         processes = [process for _, process, _ in self.active.values()]
         for p in processes:
-            with suppress(OSError): p.stdin.close()     # see stop_with_parent
+            with suppress(OSError): p.stdin.close()     # see worker
         try:
             for p in processes: p.wait()
         finally:
@@ -1059,27 +963,28 @@ class Supervisor:
             text = (job.place.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
             for line in text.splitlines():
                 if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
-            record = read_record(job.place.record) if code == 0 else None
-            if code == 0: self.finished.append(job)
-            else: self.failed[job.name] = complaint(job, code)
-            if code: said = f'failed: {self.failed[job.name]}'
-            elif record is None: said = 'no record'
-            else:
+            if code:
+                self.failed[job.name] = complaint(job, code)
+                display.say(f'{job.name} failed: {self.failed[job.name]}')
+                continue
+            self.finished.append(job)
+            said, record = 'no record', read_record(job.place.record)
+            if record:
                 loss = record['final']['val_loss']
-                said = f"diverged at step {record['step']}" if loss is None else f"held-out loss {loss['value']:.3f}"
+                said = f"held-out loss {loss['value']:.3f}" if loss else f"diverged at step {record['step']}"
                 said += f', {time.perf_counter() - start:.0f} s'
-            display.say(f"{job.name}{' ' if code else ': '}{said}")
+            display.say(f'{job.name}: {said}')
 
     def show(self, display, done: float, n_done: int):
         "Show how far everything is; `done` operations of `n_done` runs were done before."
-        states, cost = {}, done + sum(job.cost for job in self.finished)
-        for slot, (job, _, _) in self.active.items():
+        runs, cost = [], done + sum(job.cost for job in self.finished)
+        for job, _, _ in self.active.values():
             step, remark = progress_of(job)
-            states[slot] = job.name, step, job.config.train.steps, remark
+            runs.append(f"{job.name.rsplit('-', 1)[0]} step {step}/{job.config.train.steps} {remark}".rstrip())
             cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
         n_done += len(self.finished)
         total = n_done + len(self.failed) + len(self.active) + len(self.waiting)
-        display.update(cost, states, f'{self.title}, {n_done} of {total} runs done')
+        display.update(cost, '; '.join(runs), f'{self.title}, {n_done} of {total} runs done')
 
     def supervise(self, display, done: float, n_done: int):
         "Run all jobs; Ctrl-C stops them with their checkpoints saved."
@@ -1154,16 +1059,10 @@ def hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | No
     return found
 
 # %% ../nbs/tools/05_studies.ipynb #1219b0ad
-def plan(
-    study: Study,              # what to run
-    scale: str | RunConfig,    # at what scale
-    seeds: int | Iterable[int],# how many, or which
-    out: str | Path,           # where records go
-    work: Path,                # where work goes
-    force: bool,               # whether to delete what is there
-    progress: bool,            # show a bar while a corpus is built
-) -> tuple[list[Job], list[Job]]:  # all runs in the study's order; those that have no record, longest first
-    "List the runs of a study, and which of them are still to be done; one that cannot be done is an error."
+def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: str | Path, work: Path, force: bool,
+         progress: bool) -> tuple[list[Job], list[Job]]:
+    """All runs of a study in its order, and those that are still to be done, longest first; one that cannot be done is
+    an error. With `force`, what is there is deleted first."""
     every, waiting = [], []
     for label, config in study.runs(scale, seeds):
         place = locate(config, out, work, progress)
@@ -1183,7 +1082,6 @@ class RunsFailed(RuntimeError):
         super().__init__(f'{len(failed)} run(s) failed: ' + '; '.join(f'{name}: {why}' for name, why in failed.items()))
         self.failed = failed
 
-# %% ../nbs/tools/05_studies.ipynb #6e1ef391
 def run_study(
     study: str | Study,              # a key of STUDIES, or a study
     scale: str | RunConfig = 'laptop', # a key of SCALES, or a configuration
@@ -1192,24 +1090,25 @@ def run_study(
     jobs: int | None = None,         # runs at a time; None: one a GPU, or one a core where there is none
     work: str | Path | None = None,  # checkpoints and models; see work_folder
     force: bool = False,             # run again what has been run
-    progress: bool = True,           # show progress
+    progress: bool = True,
     on: str | None = None,           # a cluster, such as 'slurm'; see hand_over. None: this machine
 ) -> list[dict]:                     # the records of all runs
     "Run what is missing of a study, several runs at a time; raises `RunsFailed` if some could not be done."
     study, base, work = study_named(study), scale_config(scale), work_folder(out, work)
     if jobs is not None and jobs < 1: raise ValueError(f'jobs={jobs} must be at least 1')
-    one_process()
-    check_outputs(base.scale, out, work)
+    check_start(base.scale, out, work)
     every, waiting = plan(study, base, seeds, out, work, force, progress)
     if waiting:
-        total, missing = (sum(job.cost for job in jobs) for jobs in (every, waiting))
+        total, missing = (sum(job.cost for job in some) for some in (every, waiting))
         slots = len(waiting) if on else min(len(waiting), jobs or len(own_gpus()) or n_cores())
         models = sum(4 * param_counts(job.place.config.model)['total'] for job in waiting)   # kept, in fp32
         check_folder(work, models + sum(sorted(training_bytes(job.place.config) for job in waiting)[-slots:]))
-        s = Supervisor(waiting, Path(out), work, slots, max(1, n_cores() // slots) if slots > 1 else None, f'{study.name} at {base.scale}')
+        threads = max(1, n_cores() // slots) if slots > 1 else None
+        s = Supervisor(waiting, Path(out), work, slots, threads, f'{study.name} at {base.scale}')
         if on:
-            handed, s.parting = hand_over(waiting, Path(out), work, on, jobs), f'the jobs on {on.split()[0]} go on; the same command follows them'
+            handed = hand_over(waiting, Path(out), work, on, jobs)
             s.start = lambda job, slot: handed[job.name]
+            s.parting = f'the jobs on {on.split()[0]} go on; the same command follows them'
         display = Silence if not progress else Bars if sys.stderr.isatty() else Lines
         s.supervise(display(s.title, total, total - missing), total - missing, len(every) - len(waiting))
         done = {job.place.work.name for job in every if job.place.record.exists()}    # by another process, perhaps
@@ -1220,12 +1119,10 @@ def run_study(
 # %% ../nbs/tools/05_studies.ipynb #6e347c96
 def variant_key(config: RunConfig) -> str:
     "What the seeds of a variant have in common: all of the identity but seed and corpus."
-    return short_hash(dict(model=changed_fields(config.model, ('vocab_size',)), n_eval=config.n_eval,
-                           train=changed_fields(config.train, ('seed', *FREE_FIELDS)), score=changed_fields(config.score),
-                           **(dict(new_text=True) if config.new_text else {})))
+    return _hashed(config, changed_fields(config.model, ('vocab_size',)))
 
 @lru_cache(maxsize=2 ** 14)
-def key_in_record(config: str) -> str:
+def _key_in_record(config: str) -> str:
     "The variant key of a record."
     return variant_key(RunConfig.from_dict(json.loads(config)))
 
@@ -1234,15 +1131,12 @@ def variant_keys(study: Study, base: RunConfig) -> dict[str, str]:  # label -> k
     "The keys of all variants."
     return {label: variant_key(vary(base, changes)) for label, changes in study.changes(base).items()}
 
-def by_variant(
-    study: str | Study,    # which study
-    records: list[dict],   # of one scale, runs of other studies among them
-    base: RunConfig | None = None,  # None: the scale that the records name
-) -> dict[str, list[dict]]:  # label -> records in order of the seed; only variants that have one
-    "The records of a study, by variant."
+def by_variant(study: str | Study, records: list[dict], base: RunConfig | None = None) -> dict[str, list[dict]]:
+    """The records of a study by label, in order of the seed; only variants that have one. The records are of one scale,
+    runs of other studies may be among them; base=None: the scale that they name."""
     if not records: return {}
     study, base = study_named(study), base or scale_config(records[0]['scale'])
-    keys = [key_in_record(json.dumps(r['config'])) for r in records]
+    keys = [_key_in_record(json.dumps(r['config'])) for r in records]
     found = {}
     for label, wanted in variant_keys(study, base).items():
         mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}       # each run once
@@ -1256,7 +1150,8 @@ def one_corpus(records: list[dict]) -> list[dict]:
     newest = max(records, key=lambda r: r['provenance']['date'])['provenance']['corpus_fingerprint']
     kept = [r for r in records if r['provenance']['corpus_fingerprint'] == newest]
     if len(kept) < len(records):
-        warnings.warn(f'{len(records) - len(kept)} of {len(records)} records are on another corpus than {newest} and left out', stacklevel=3)
+        warnings.warn(f'{len(records) - len(kept)} of {len(records)} records are on another corpus than {newest} and left out',
+                      stacklevel=3)
     return kept
 
 def read_records(folder: str | Path) -> tuple[list[dict], list[Path]]:
@@ -1265,40 +1160,27 @@ def read_records(folder: str | Path) -> tuple[list[dict], list[Path]]:
     records = [read_record(path) for path in paths]
     return [r for r in records if r is not None], [path for path, r in zip(paths, records) if r is None]
 
-def load_results(
-    folder: str | Path,               # such as 'results' or 'runs'
-    scale: str,                       # name of the scale
-    study: str | Study | None = None, # None: all runs of the scale
-) -> list[dict]:                      # records, all on one corpus
-    "Read the records of a scale; a damaged file is reported by name and left out."
+def load_results(folder: str | Path, scale: str, study: str | Study | None = None) -> list[dict]:
+    """Read the records of a scale, all on one corpus, or those of a study; a damaged file is reported by name and left
+    out."""
     records = one_corpus(read_records(Path(folder) / scale)[0])
     return records if study is None else [r for group in by_variant(study, records).values() for r in group]
 
 # %% ../nbs/tools/05_studies.ipynb #ff87e7fb
 SOURCES = ('decay', 'context', 'gqa', 'moe')
 
-def source_variants(base: RunConfig) -> dict[str, dict]:  # label -> changes
+@add_study('sources', 'Do sparsity, variance and the use of layers go together?', source_setting)
+def source_variants(base: RunConfig) -> dict[str, dict]:
     "All variants of the four sources, each once."
     every = {f'{name}: {label}': changes for name in SOURCES for label, changes in STUDIES[name].variants(base).items()}
     once = {variant_key(vary(base, changes)): label for label, changes in reversed(every.items())}
     return {label: changes for label, changes in every.items() if label in once.values()}
 
-STUDIES['sources'] = Study('sources', 'Do sparsity, variance and the use of layers go together?', source_variants, source_setting)
-
-# %% ../nbs/tools/05_studies.ipynb #6977cbc1
-def at_some_length(
-    record: dict,    # of a run
-    name: str,       # val_loss, or a form of final_variance
-    length: str,     # a context length, or 'common' for the middle one of those evaluated at, the scale's own
-) -> dict | None:
-    "Look a metric up that was measured at another length."
-    found = record.get('lengths') or {}
-    if length == 'common' and found: length = sorted(found, key=int)[(len(found) - 1) // 2]
-    return found.get(length, {}).get(name)
-
 # %% ../nbs/tools/05_studies.ipynb #488d0c01
-GROWTHS = dict(growth='variance_median', growth_mean='variance_mean', growth_without_first='variance_without_first')  # metric: array of h_0 .. h_L
-CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy', accuracy_normalised='accuracy_normalised')  # metric: name in a record
+GROWTHS = dict(growth='variance_median', growth_mean='variance_mean',
+               growth_without_first='variance_without_first')   # metric: array of h_0 .. h_L
+CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy',
+             accuracy_normalised='accuracy_normalised')         # metric: name in a record
 
 def metric_place(record: dict, name: str):  # name: see read_metric
     "Look a metric up in a record."
@@ -1307,40 +1189,28 @@ def metric_place(record: dict, name: str):  # name: see read_metric
     if name in (*GROWTHS, 'first_variance'):
         v = ((record.get('scores') or {}).get('arrays') or {}).get(GROWTHS.get(name, 'variance_median'))        # (L + 1,)
         return v and (v[1] if name == 'first_variance' else v[-1] / v[1] if v[1] else None)
-    if '@' in name: return at_some_length(record, *name.split('@'))
+    if '@' in name:   # measured at another length; 'common' is the middle one, the scale's own
+        (name, length), found = name.split('@'), record.get('lengths') or {}
+        if length == 'common' and found: length = sorted(found, key=int)[(len(found) - 1) // 2]
+        return found.get(length, {}).get(name)
     sparsity = record.get('sparsity', {}).get('scalars', {})
     if name == 'density': return (sparsity['density_attention'] + sparsity['density_feed_forward']) / 2 if sparsity else None
     return record.get('scores', {}).get('scalars', {}).get(name, sparsity.get(name))
 
-# %% ../nbs/tools/05_studies.ipynb #d9d99fe6
 def read_metric(record: dict, name: str) -> dict | None:
     "A number of a record with its interval; equal ends where it has none."
     if name.partition('@')[0] == 'perplexity':
         loss = read_metric(record, name.replace('perplexity', 'val_loss'))
         return loss and {key: float(np.exp(min(loss[key], 700))) for key in ('value', 'low', 'high')}
     found = metric_place(record, name)
-    if isinstance(found, (int, float)) and not math.isfinite(found): return None
-    if isinstance(found, (int, float)): return dict.fromkeys(('value', 'low', 'high'), found)
+    if isinstance(found, (int, float)):
+        return dict.fromkeys(('value', 'low', 'high'), found) if math.isfinite(found) else None
     return found if found and found['value'] is not None else None
 
-# %% ../nbs/tools/05_studies.ipynb #0bfcff76
 def passed(record: dict) -> bool:
     "Whether a run has finished below its floor, and can be judged; a record without floors has not."
     loss, tables = record['final'].get('val_loss'), record.get('floors')
     return bool(loss and tables and is_trained(loss['value'], tables))
-
-def results_table(records: list[dict]) -> list[dict]:
-    "Records as flat rows: what differs most often, losses, scores and times."
-    rows = []
-    for r in records:
-        m, t = r['config']['model'], r['config']['train']
-        row = dict(name=r['name'], scale=r['scale'], seed=r['seed'], status=r['status'], n_layers=m['n_layers'], d_model=m['d_model'],
-                   context_length=m['context_length'], n_kv_heads=m['n_kv_heads'], norm=m['norm'], lr=t['lr'],
-                   weight_decay=t['weight_decay'], tokens=r['tokens'], unigram_loss=r['final']['unigram_loss'])
-        names = ['val_loss', *r.get('scores', {}).get('scalars', {})]
-        metrics = {name: read_metric(r, name) for name in names}
-        rows.append(row | {k: v and v['value'] for k, v in metrics.items()} | {f'{k}_seconds': v for k, v in r['seconds'].items()})
-    return rows
 
 # %% ../nbs/tools/05_studies.ipynb #f1f23081
 def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
@@ -1368,13 +1238,10 @@ def over_seeds(found: list[dict], log: bool = False) -> dict:
     return dict(value=float(mean), low=float(low), high=float(high), n=len(found), over='seeds')
 
 # %% ../nbs/tools/05_studies.ipynb #6751471c
-def summarise(
-    study: str | Study,    # which study
-    records: list[dict],   # of one scale
-    metrics: Iterable[str] | None = None,  # None: the loss and all scalar scores
-    base: RunConfig | None = None,         # None: the scale that the records name
-) -> dict[str, dict[str, dict]]:  # label -> metric -> value, low, high, n, over
-    "Every variant's metrics over its seeds; what no run has is left out."
+def summarise(study: str | Study, records: list[dict], metrics: Iterable[str] | None = None,
+              base: RunConfig | None = None) -> dict[str, dict[str, dict]]:
+    """Every variant's metrics over its seeds, label -> metric -> value, low, high, n, over; what no run has is left out.
+    metrics=None: the loss and all scalar scores; base=None: the scale that the records name."""
     table = {}
     for label, group in by_variant(study, records, base).items():
         names = metrics or dict.fromkeys(['val_loss', *(k for r in group for k in r.get('scores', {}).get('scalars', {}))])
