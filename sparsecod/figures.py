@@ -8,7 +8,7 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'VARIANT', 'SETTINGS', 'STA
            'label_variants', 'looks', 'finished', 'plot_variance', 'plot_updates', 'plot_curve', 'plot_final_variance',
            'draw_floors', 'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'plot_score', 'plot_published',
            'plot_published_peak', 'plot_published_jacobian', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance',
-           'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'markdown_table', 'estimate_text',
+           'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'markdown_table', 'folded', 'estimate_text',
            'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records',
            'learnt_little', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows',
            'beside_table', 'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter',
@@ -611,13 +611,17 @@ def headline_figure(records: list[dict], path: str | Path | None = None):  # whe
 
 # %% ../nbs/tools/07_figures.ipynb #935c0778
 def span(middle: float, low: float, high: float) -> str:
-    "A number with its range, such as 0.35 (0.33 to 0.38)."
-    return number(middle) if low == high or low != low else f'{number(middle)} ({number(low)} to {number(high)})'
+    "A number with its range, such as 0.35 (0.33 to 0.38); no line ends within the range."
+    return number(middle) if low == high or low != low else f'{number(middle)} ({number(low)}\xa0to\xa0{number(high)})'
 
 def markdown_table(header: list, rows: list[list]) -> str:
     "A Markdown table."
     return '\n'.join('| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
                      for cells in [header, ['---'] * len(header), *rows])
+
+def folded(title: str, text: str) -> str:
+    "Markdown that shows its title, and the rest after a click."
+    return f'<details><summary>{title}</summary>\n\n{text}\n\n</details>'
 
 def estimate_text(found: dict | None) -> str:
     "An estimate with its interval."
@@ -849,11 +853,12 @@ def changes_table(study: str | Study, records: list[dict], names: list[str], aga
     runs, against = label_variants(study, records, base), _reference(study, records, against, base)
     columns = [seed_changes(runs, name, against) for name in names]
     titles = [metric_text(name)[0] + (' (doublings)' if logarithmic(name) else '') for name in names]
-    value = lambda c: f'{span(c["value"], c["low"], c["high"])} ({c["n"]} seed{"s" * (c["n"] != 1)})' if c['n'] else '-'
-    text = lambda c: value(c) + (f', {_change_text(c)}' if _change_text(c) else '')
+    seeds = {c['n'] for column in columns for c in column.values() if c['n']}
+    few = lambda c: f"{c['n']} seed{'s' * (c['n'] > 1)}" if c['n'] and len(seeds) > 1 else ''
+    text = lambda c: ', '.join(filter(None, [span(c['value'], c['low'], c['high']) if c['n'] else '-', few(c), _change_text(c)]))
     rows = [[v, *(text(column[v]) for column in columns)] for v in by_setting(runs, VARIANT) if v != against]
     return markdown_table([f'change from {against}', *titles],
-                          rows) + '\n\nMean change within a seed, with 95 % intervals (Student) over seeds.'
+                          rows) + f"\n\nMean change within a seed, with 95 % intervals (Student) over {' or '.join(map(str, sorted(seeds)))} seeds."
 
 # %% ../nbs/tools/07_figures.ipynb #dbd59f07
 @use_style()
