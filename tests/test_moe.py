@@ -115,3 +115,17 @@ def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
 @pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True), (torch.bfloat16, 12, False)])
 def test_a_gpu_gets_grouped_products_in_bf16_only(dtype, D, fits):
     assert moe.fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'), torch.empty(4, D, 8, device='meta')) is fits
+
+
+@pytest.mark.parametrize('counts', [(0, 1, 63, 64, 65, 200, 0, 7), (3, 0, 2), (0, 0, 130), (128, 64), (1,), (64, 0), (5, 70, 60)])
+def test_products_of_all_experts_are_those_of_each(counts):
+    "Whatever the numbers of rows, which are filled up with those of the next expert: values, and derivatives by rows and matrices."
+    torch.manual_seed(0)
+    rows, weights = torch.randn(sum(counts), 8, requires_grad=True), torch.randn(len(counts), 8, 6, requires_grad=True)
+    ends = torch.tensor(counts).cumsum(0).int()
+    wanted = torch.cat([part @ weight for part, weight in zip(rows.split(counts), weights)])
+    found = moe.expert_products(rows, ends, weights)
+    torch.testing.assert_close(found, wanted)
+    slope = torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(found, (rows, weights), slope), torch.autograd.grad(wanted, (rows, weights), slope)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
