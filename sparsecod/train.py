@@ -866,16 +866,10 @@ def ended_result(folder: Path, world: PartialState) -> TrainResult | None:
 
 # %% ../nbs/build/05_train.ipynb #60361c99
 @usual_torch()
-def train(
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    corpus,                     # a Corpus
-    folder: str | Path,         # where log, checkpoints and the final model go
-    resume: bool = True,        # whether to continue a run found in the folder; otherwise that run is erased
-    progress: bool = True,
-    tracker: str | None = None, # that shows the log as well, one of TRACKERS
-) -> TrainResult:               # the model, its log, and how the run ended
-    "Train a model, from the beginning or from where an earlier call stopped."
+def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: str | Path, resume: bool = True,
+          progress: bool = True, tracker: str | None = None) -> TrainResult:
+    """Train a model on a Corpus, from the beginning or from where an earlier call stopped; resume=False erases what that
+    has left. Log, checkpoints and the final model go into the folder; a tracker, one of TRACKERS, shows the log as well."""
     require(model_config.vocab_size >= corpus.vocab_size, model_config, 'vocab_size',
             f"must be at least the corpus's {corpus.vocab_size}")
     if tracker not in (None, *TRACKERS): raise ValueError(f'tracker={tracker!r} must be one of {", ".join(TRACKERS)}')
