@@ -30,11 +30,11 @@ from .theory import gate_gain, gate_moments, jacobian_deviation, mean_interval, 
 BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#808a93'
 WORDS = dict(labelColor='currentColor', titleColor='currentColor', labelFontSize=12, titleFontSize=12)
 _LOOK = dict(background='transparent', font='system-ui, sans-serif', view=dict(stroke=None),
-            text=dict(color='currentColor', fontSize=12),
-            axis=WORDS | dict(gridColor=GREY, gridOpacity=.3, domainColor=GREY, tickColor=GREY,
+             text=dict(color='currentColor', fontSize=12),
+             axis=WORDS | dict(gridColor=GREY, gridOpacity=.3, domainColor=GREY, tickColor=GREY,
                               titleFontWeight='normal', labelLimit=150),
-            legend=WORDS | dict(orient='top', titleFontWeight='normal', labelLimit=300),
-            title=dict(color='currentColor', anchor='start', fontSize=13, fontWeight=600))
+             legend=WORDS | dict(orient='top', titleFontWeight='normal', labelLimit=300),
+             title=dict(color='currentColor', anchor='start', fontSize=13, fontWeight=600))
 
 # %% ../nbs/tools/08_explorers.ipynb #54764fdb
 TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader('sparsecod'), autoescape=True, trim_blocks=True)
@@ -357,7 +357,7 @@ def forest() -> alt.LayerChart:
     return alt.layer(interval, point, ring, floor).properties(width='container', height=alt.Step(38), title=title)
 
 _RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='record', status='status', tokens='tokens',
-                  steps='steps', lr='learning rate', decay='weight decay', blocks='blocks', commit='commit', machine='machine')
+                   steps='steps', lr='learning rate', decay='weight decay', blocks='blocks', commit='commit', machine='machine')
 
 def _paper_chart() -> alt.Chart:
     "The paper's numbers for the chosen metric, on their own scale."
@@ -395,7 +395,7 @@ def _curves_chart() -> alt.LayerChart:
 
 # %% ../nbs/tools/08_explorers.ipynb #820f427c
 _WEAK = ('† The held-out loss of at least one run is not below that of token frequencies alone: that model has learnt less '
-        'than how frequent each token is.')
+         'than how frequent each token is.')
 PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Sparsity Mitigate the Curse of Depth in LLMs, '
          'arXiv 2603.15389; printed there or read off one of its figures, about far larger models, and no run of ours '
          'stands behind them')
@@ -560,8 +560,8 @@ def surgery_explorer(records: list[dict], study: str | None = 'depth', model: st
     bars = _block_bars()
     bars.layer[0] = bars.layer[0].add_params(pick)
     swaps = _pair_map('swap', 'swap', 'Swap blocks: relative change of the loss',
-                     "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == datum.J || "
-                     "datum.i == datum.J && datum.j == datum.I)")
+                      "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == datum.J || "
+                      "datum.i == datum.J && datum.j == datum.I)")
     causal = _pair_map('causal', 'skip', 'Skip block i: relative change of update j', "datum.now == 'skip' && datum.i == datum.I")
     charts = alt.concat(bars, swaps, causal, columns=3).resolve_scale(fillOpacity='independent').add_params(*params)
     single = dict(b='block', skip='skip: loss increase', linear='affine map: loss increase', ratio='affine map: loss ratio')
@@ -580,7 +580,7 @@ def surgery_explorer(records: list[dict], study: str | None = 'depth', model: st
 
 # %% ../nbs/tools/08_explorers.ipynb #7d1e5a02
 _COSTS = dict(causal='causal', permutation='permutation', usefulness='usefulness', linear_loss_increase='affine cost, nats',
-             skip_loss_increase='skip cost, nats', jacobian_deviation='Jacobian deviation')
+              skip_loss_increase='skip cost, nats', jacobian_deviation='Jacobian deviation')
 
 def stored_twins(start: str | Path = '.') -> list[dict]:
     "Runs of the twins chapter, seed 0: the usual model and its two twins, in the clone that `start` is in."

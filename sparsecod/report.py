@@ -410,7 +410,7 @@ def bars(name: str, title: str, unit: str, rows: list[dict], base: float = 0., l
     return alt.layer(*layers, *dashed(alt.Y('line:Q', title=unit), lines)).properties(width='container', height=190, title=title)
 
 def _stream_lines(rows: list[dict], name: str = 'streams', title: str = 'Variance by layer',
-                 colours: tuple = (BLUE, ORANGE, GREY)) -> alt.LayerChart:
+                  colours: tuple = (BLUE, ORANGE, GREY)) -> alt.LayerChart:
     "Variance of the streams: a line for each kind."
     here = alt.Chart(alt.Data(values=[r for r in rows if r['value'] > 0]))
     x = alt.X('block:Q', title='stream (0: embedding, l: after block l)', scale=alt.Scale(nice=False), axis=_LAYERS)
@@ -710,7 +710,7 @@ def comparison_page(a: dict, b: dict, called: tuple = ('A', 'B')) -> str:  # HTM
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
 def _report_setting(records: list[dict], rows: list[dict] | None = None,
-                   study: str | Study | None = None) -> tuple[list[dict], str, str]:
+                    study: str | Study | None = None) -> tuple[list[dict], str, str]:
     "What a report is about: records, labelled if there are variants; what they differ in; title."
     named = {row['study'] for row in rows or [] if row['study']}
     guess = next(iter(named)) if len(named) == 1 and records and records[0]['scale'] in SCALES else None

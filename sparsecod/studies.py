@@ -8,12 +8,11 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'ALWAYS', 'NEEDED', 'STUDIES', 'DEPTHS
            'scale_config', 'hardware', 'n_cores', 'code_state', 'provenance', 'shortened', 'score_windows', 'held_out',
            'check_text', 'training_bytes', 'check_folder', 'check_file', 'missing_measures', 'make_record',
            'work_folder', 'write_record', 'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold',
-           'forget', 'label_folder', 'read_run', 'note_training', 'training_note', 'complete', 'stored',
-           'check_training', 'run', 'seed_list', 'Study', 'add_study', 'equivalent_decay', 'source_setting',
-           'study_named', 'worker', 'Job', 'start_worker', 'complaint', 'Progress', 'own_gpus', 'Supervisor',
-           'ClusterRun', 'hand_over', 'plan', 'RunsFailed', 'run_study', 'variant_key', 'variant_keys', 'by_variant',
-           'one_corpus', 'read_records', 'load_results', 'read_metric', 'passed', 't_interval', 'logarithmic',
-           'over_seeds', 'summarise']
+           'forget', 'label_folder', 'read_run', 'training_note', 'complete', 'stored', 'check_training', 'run',
+           'seed_list', 'Study', 'add_study', 'equivalent_decay', 'source_setting', 'study_named', 'worker', 'Job',
+           'start_worker', 'complaint', 'Progress', 'own_gpus', 'Supervisor', 'ClusterRun', 'hand_over', 'plan',
+           'RunsFailed', 'run_study', 'variant_key', 'variant_keys', 'by_variant', 'one_corpus', 'read_records',
+           'load_results', 'read_metric', 'passed', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import hashlib
@@ -237,8 +236,8 @@ def provenance(corpus: Corpus, device: torch.device) -> dict:
 _SCHEMA = 1   # version of the format of records
 
 _CURVE = dict(step='step', loss='loss', lr='lr', grad_norm='grad_norm', variance_mean='variance_mean',
-             variance_median='variance_median', variance_without_first='variance_without_first',
-             attention_update='attention_variance', feed_forward_update='feed_forward_variance')  # name in a record: in the log
+              variance_median='variance_median', variance_without_first='variance_without_first',
+              attention_update='attention_variance', feed_forward_update='feed_forward_variance')  # name in a record: in the log
 
 def shortened(value):
     "Round all numbers with a fraction."
@@ -520,23 +519,18 @@ def read_run(folder: str | Path, model: ModelConfig | None = None) -> RunConfig:
     if model: check_identity(path, config.model.to_dict(), model.to_dict())
     return config
 
-def note_training(place: Place):
-    "Write `training.json` when a training begins: at which commit and when."
-    path = place.work / 'training.json'
-    try: return training_note(place)
+def training_note(place: Place) -> dict:
+    "When and at which commit the training of a run began, from `training.json`; written now unless it is there."
+    path, about = place.work / 'training.json', dict(run=place.work.name)
+    try:
+        note = check_stamp(read_json(path), path)
+        check_identity(path, note, about)
     except Damaged as error:
         if path.exists():
-            kept = set_aside(path).name
-            warnings.warn(f'{error}; kept as {kept}, and the training is dated now', stacklevel=3)
-    state = code_state() | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
-    note = dict(run=place.work.name) | {f'trained_{key}': value for key, value in state.items()}
-    write_text(path, json.dumps(stamp(note)))
-
-def training_note(place: Place) -> dict:
-    "What `note_training` wrote."
-    path = place.work / 'training.json'
-    note = check_stamp(read_json(path), path)
-    check_identity(path, note, dict(run=place.work.name))
+            warnings.warn(f'{error}; kept as {set_aside(path).name}, and the training is dated now', stacklevel=3)
+        state = code_state() | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
+        note = about | {f'trained_{key}': value for key, value in state.items()}
+        write_text(path, json.dumps(stamp(note)))
     return {key: value for key, value in note.items() if key.startswith('trained_')}
 
 # %% ../nbs/tools/05_studies.ipynb #261c96af
@@ -593,14 +587,13 @@ def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = N
         _check_run(place)
         if not found and place.record.exists(): set_aside(place.record)
         label_folder(place.work, place.config, place.corpus)
-        note_training(place)
-        config = place.config
+        began, config = training_note(place), place.config
         if (place.work / 'result.json').exists() and (label := read_label(place.work)):    # trained with other micro-batches, say
             config = config.replace(train=TrainConfig.from_dict(label['train']))
         result = train(config.model, config.train, place.corpus, place.work, progress=progress)
         if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
         record = make_record(config, place.corpus, result, progress)
-        record['provenance'] |= training_note(place) | dict(execution=result.execution)
+        record['provenance'] |= began | dict(execution=result.execution)
         write_record(place.record, record)
         shutil.rmtree(place.work / 'checkpoints', ignore_errors=True)
     return record
@@ -1154,9 +1147,9 @@ def _source_variants(base: RunConfig) -> dict[str, dict]:
 
 # %% ../nbs/tools/05_studies.ipynb #488d0c01
 _GROWTHS = dict(growth='variance_median', growth_mean='variance_mean',
-               growth_without_first='variance_without_first')   # metric: array of h_0 .. h_L
+                growth_without_first='variance_without_first')   # metric: array of h_0 .. h_L
 _CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy',
-             accuracy_normalised='accuracy_normalised')         # metric: name in a record
+              accuracy_normalised='accuracy_normalised')         # metric: name in a record
 
 def _metric_place(record: dict, name: str):  # name: see read_metric
     "Look a metric up in a record."

@@ -289,12 +289,11 @@ def test_the_label_of_a_run_is_checked(done, tmp_path):
 def test_a_damaged_note_of_a_training_is_kept_aside(done, tmp_path, damage):
     place = locate(QUICK, tmp_path, progress=False)
     place.work.mkdir(parents=True)
-    module.note_training(place)
     note, path = module.training_note(place), place.work / 'training.json'
-    module.note_training(place)
+    assert module.training_note(place) == note
     assert set(note) == {'trained_commit', 'trained_dirty', 'trained_date'} and len(list(place.work.iterdir())) == 1
     damage(path)
-    with pytest.warns(UserWarning, match='training.json'): module.note_training(place)
+    with pytest.warns(UserWarning, match='training.json'): module.training_note(place)
     assert set(module.training_note(place)) == set(note) and len(list(place.work.iterdir())) == 2
 
 
