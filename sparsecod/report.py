@@ -72,7 +72,6 @@ def by_pair(scores: dict, name: str) -> list[list[Estimate]]:  # (L, L); empty i
     low, high = (ends.get(end) or blank for end in ('low', 'high'))
     return [[checked(scores, name, *three) for three in zip(*rows)] for rows in zip(values, low, high)]
 
-# %% ../nbs/tools/09_report.ipynb #9bbc074f
 def n_blocks(scores: dict) -> int:
     "How many blocks the scored model has."
     arrays = scores['arrays']
@@ -115,7 +114,6 @@ def pairs_text(starts: list[int]) -> str:  # such as "1–2 and 4–5", or "each
     "Pairs of neighbours in words."
     return listed(starts, lambda i: f'{i}–{i + 1}', 'each pair from {} to {}')
 
-# %% ../nbs/tools/09_report.ipynb #b8ba6c2f
 def basis(sure: bool, end: str = 'upper') -> str:
     "What a statement rests on, in brackets."
     return f'({end} ends of the 95 % intervals)' if sure else '(by the values alone)'
@@ -124,7 +122,6 @@ def any_of(blocks: list[int]) -> str:  # such as "block 3", or "any one of block
     "Blocks that are changed one at a time."
     return ('any one of ' if len(blocks) > 1 else '') + names(blocks)
 
-# %% ../nbs/tools/09_report.ipynb #d9a4b19c
 def few(x: float | None, digits: int = 3) -> str:
     "A number with few digits, or a dash."
     text = '–' if clean(x) is None else f'{x:.{digits}g}'
@@ -480,7 +477,6 @@ def score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = (
                     f'Charts of the scores of a model of {L} blocks: {", ".join(t["title"] for t in tables)}.',
                     ' '.join(texts) + ' Whiskers: 95 % intervals.', {}, made or {}, dict(pick=views))
 
-# %% ../nbs/tools/09_report.ipynb #d08cb761
 _VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
 
 def skip_explorer(scores: dict, floors: tuple = (), name: str = 'sce-skips') -> Explorer | None:
@@ -518,7 +514,6 @@ _explained = lambda schema: {name: (entry['title'], entry['description']) for na
 MEANING = _explained(_scores['scalars'])                             # score -> title, what it says
 _SPARSE = _explained(_scores['sparsity']['properties']['scalars'])    # likewise
 
-# %% ../nbs/tools/09_report.ipynb #62731849
 def _table_rows(numbers: dict, about: dict) -> list[dict]:
     "Rows of a table of scalars."
     shown = lambda x: few(x, 6)
@@ -562,7 +557,6 @@ def write_page(path: str | Path, scores: dict, **more) -> Path:
     path.write_text(score_page(scores, **more), encoding='utf-8')
     return path
 
-# %% ../nbs/tools/09_report.ipynb #ffda6e30
 def record_page(record: dict) -> dict:
     "What a record knows about its model."
     from sparsecod.core import ModelConfig, param_counts
@@ -625,7 +619,6 @@ def mismatches(a: dict, b: dict) -> list[str]:
                      'beside each other, and only numbers of the whole model are subtracted.')
     return lines
 
-# %% ../nbs/tools/09_report.ipynb #ca1b4bc3
 def _layer_differences(a: dict, b: dict, name: str) -> list[Estimate]:
     "A score by layer, B minus A; empty unless both have it and as many blocks."
     if n_blocks(a) != n_blocks(b): return []
@@ -727,7 +720,6 @@ def plain(value) -> str:
     if value is None or isinstance(value, bool): return {True: 'yes', False: 'no', None: 'unknown'}[value]
     return str(value)
 
-# %% ../nbs/tools/09_report.ipynb #d58a38f1
 def summary_lines(records: list[dict], groups: dict, by: str) -> list[str]:
     "What was run, and how far it can be trusted."
     diverged = [r['name'] for r in records if r['status'] != 'finished']

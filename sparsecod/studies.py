@@ -223,7 +223,6 @@ def code_state() -> dict:
     commit = _git('rev-parse', 'HEAD')
     return dict(commit=commit, dirty=None if commit is None else bool(_git('status', '--porcelain', '--', '.')))
 
-# %% ../nbs/tools/05_studies.ipynb #33c2ada9
 def provenance(corpus: Corpus, device: torch.device) -> dict:
     "Where and with what a result was made."
     libraries = ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy')     # that can change a result
@@ -262,7 +261,6 @@ def held_out(config: RunConfig, corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]
     n = max(score.n_sequences + score.n_fit, min(config.n_eval, corpus.n_windows('val', T)))
     return corpus.sample_windows('val', n, T, score.seed), *score_windows(corpus, T, score)
 
-# %% ../nbs/tools/05_studies.ipynb #160cd6d5
 def check_text(config: RunConfig, corpus: Corpus):
     "Raise a ValueError unless there is text enough for the training, the scores and all further measurements."
     T, D, s = config.model.context_length, config.model.d_model, config.score
@@ -286,7 +284,6 @@ def check_text(config: RunConfig, corpus: Corpus):
         raise ValueError(f"measures='cloze' needs 2 held-out documents and there is {documents}; "
                          'give more text or smaller documents')
 
-# %% ../nbs/tools/05_studies.ipynb #54083013
 def training_bytes(config: RunConfig) -> int:  # bytes
     "The most that a training has on the disk at a time: checkpoints, one more in the making, and the model."
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
@@ -371,9 +368,8 @@ def _add_measures(record: dict, model: Transformer, config: RunConfig, corpus: C
     return record | dict(config=there | asked) | shortened(without_infinities(found)) | dict(
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
-# %% ../nbs/tools/05_studies.ipynb #719f71bf
 def make_record(config: RunConfig, corpus: Corpus, result: TrainResult, progress: bool) -> dict:
-    "Evaluate and score a trained model and put together its record."
+    "Evaluate and score a trained model and put together its record; of one that diverged it holds the curves."
     start, model, name = time.perf_counter(), result.model, run_name(config, corpus.fingerprint)
     final, device, measured = dict(val_loss=None, perplexity=None), next(model.parameters()).device, {}
     if result.status == 'finished':
@@ -406,7 +402,6 @@ def write_record(path: Path, record: dict):
     lines = ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in stamp(record).items())
     write_text(path, '{\n' + lines + '\n}\n')
 
-# %% ../nbs/tools/05_studies.ipynb #22861791
 NEEDED = dict(name=str, id=str, scale=str, config=dict, seed=int, status=str, step=int, tokens=int,
               seconds=dict, final=dict, curve=dict, provenance=dict)   # field of every record: its type
 
@@ -450,7 +445,7 @@ def check_record(record, path: Path) -> dict:
     return record
 
 def read_record(path: Path) -> dict | None:
-    "Read a record and check it."
+    "Read a record; one that was cut off, edited, renamed or written by a later version is reported by name, and counts as none."
     try: return with_true_names(check_record(read_json(path), path.absolute()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = str(error).replace(f'{path} ', 'it ')
@@ -476,10 +471,9 @@ def locate(config: RunConfig, out: str | Path, work: str | Path | None = None, p
     name = run_name(config, corpus.fingerprint)
     return Place(config, corpus, Path(out) / config.scale / f'{name}.json', work_folder(out, work) / name)
 
-# %% ../nbs/tools/05_studies.ipynb #3fc6203a
 @contextmanager
 def hold(place: Place, wait: bool = True):  # gives True if another process was at work
-    "Keep a run for this process."
+    "Keep a run for this process; a second one that wants it waits, and then finds the record."
     place.work.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.work.with_name(f'{place.work.name}.lock'))
     waited = False
@@ -839,7 +833,6 @@ def start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.P
         process.stdin.flush()
     return process
 
-# %% ../nbs/tools/05_studies.ipynb #60230343
 def _progress_of(job: Job) -> tuple[int, str]:
     "Steps that a run has done and what it is doing, from its files."
     if (job.place.work / 'result.json').exists(): return job.config.train.steps, 'scoring'
