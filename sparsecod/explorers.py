@@ -32,7 +32,7 @@ WORDS = dict(labelColor='currentColor', titleColor='currentColor', labelFontSize
 _LOOK = dict(background='transparent', font='system-ui, sans-serif', view=dict(stroke=None),
              text=dict(color='currentColor', fontSize=12),
              axis=WORDS | dict(gridColor=GREY, gridOpacity=.3, domainColor=GREY, tickColor=GREY,
-                              titleFontWeight='normal', labelLimit=150),
+                               titleFontWeight='normal', labelLimit=150),
              legend=WORDS | dict(orient='top', titleFontWeight='normal', labelLimit=300),
              title=dict(color='currentColor', anchor='start', fontSize=13, fontWeight=600))
 
@@ -400,17 +400,12 @@ PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Spar
          'arXiv 2603.15389; printed there or read off one of its figures, about far larger models, and no run of ours '
          'stands behind them')
 
-def results_explorer(
-    records: list[dict],         # of any scales, as from load_results
-    study: str | None = None,    # shown at first; None: the first that has runs
-    metric: str = 'causal',      # shown at first
-    curve: str = 'variance_mean',  # shown at first, a key of CURVES
-    curves: tuple = tuple(CURVES), # which curves the page holds; fewer make it smaller
-    name: str = 'sce-results',   # the HTML id
-    studies: dict | None = None, # name -> label -> runs; None: all studies that have runs
-    floors: dict = {},           # name -> loss of a simpler model, dashed where a loss is shown
-) -> Explorer:
-    "All recorded runs: choose study, metric and curve; every ring leads to its run."
+def results_explorer(records: list[dict], study: str | None = None, metric: str = 'causal', curve: str = 'variance_mean',
+                     curves: tuple = tuple(CURVES), name: str = 'sce-results', studies: dict | None = None,
+                     floors: dict = {}) -> Explorer:
+    """All recorded runs: choose study, metric and curve; every ring leads to its run. At first it shows `study` (None: the
+    first that has runs), `metric` and `curve`; it holds these `curves`, keys of CURVES, and `studies`, name -> label ->
+    runs (None: all that have runs). `floors` are losses of simpler models by name, dashed where a loss is shown."""
     if not records:
         raise ValueError('records is empty; the explorer needs at least one run: '
                          'run `sparsecod reproduce --study depth --scale tiny`')

@@ -1045,18 +1045,12 @@ class RunsFailed(RuntimeError):
         super().__init__(f'{len(failed)} run(s) failed: ' + '; '.join(f'{name}: {why}' for name, why in failed.items()))
         self.failed = failed
 
-def run_study(
-    study: str | Study,              # a key of STUDIES, or a study
-    scale: str | RunConfig = 'laptop', # a key of SCALES, or a configuration
-    seeds: int | Iterable[int] = 1,  # how many, or which
-    out: str | Path = 'runs',        # records go to out/<scale>/
-    jobs: int | None = None,         # runs at a time; None: one a GPU, or one a core where there is none
-    work: str | Path | None = None,  # checkpoints and models; see work_folder
-    force: bool = False,             # run again what has been run
-    progress: bool = True,
-    on: str | None = None,           # a cluster, such as 'slurm'; see hand_over. None: this machine
-) -> list[dict]:                     # the records of all runs
-    "Run what is missing of a study, several runs at a time; raises `RunsFailed` if some could not be done."
+def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int | Iterable[int] = 1, out: str | Path = 'runs',
+              jobs: int | None = None, work: str | Path | None = None, force: bool = False, progress: bool = True,
+              on: str | None = None) -> list[dict]:
+    """Run what is missing of a study (again what is there, with `force`), several runs at a time, and give all its records;
+    raises `RunsFailed` if some could not be done. `seeds` says how many, or which; jobs=None is one run a GPU, or a core
+    where there is none; `on` names a cluster, such as 'slurm', see `hand_over`. Files are those of `run`."""
     study, base, work = study_named(study), scale_config(scale), work_folder(out, work)
     if jobs is not None and jobs < 1: raise ValueError(f'jobs={jobs} must be at least 1')
     _check_start(base.scale, out, work)
