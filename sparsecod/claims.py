@@ -143,7 +143,6 @@ def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | N
     found = {seed: [runs[seed, label] for label in labels if (seed, label) in runs] for seed in seeds}
     return {seed: group for seed, group in found.items() if needs == () or len(group) == len(labels)}
 
-# %% ../nbs/tools/06_claims.ipynb #ac9f3c2a
 REGISTERED = dict(desk='12381b087a7aea381b1734c74f07e7a56d80d7b8')  # scale: the commit with its primary endpoints, older than its runs
 
 def _ends(span: Callable[[dict], list[float]], group: list[dict]) -> list[float]:

@@ -46,7 +46,6 @@ from .windows import DEFAULT_LENGTH, text_windows, tokenizer_of, without_repetit
 # %% ../nbs/build/07_scores.ipynb #a4e19f33
 JACOBIAN_EXACT_WIDTH, JACOBIAN_PROBES = 128, 32  # Jacobians are exact up to this width; beyond it, so many probes
 
-# %% ../nbs/build/07_scores.ipynb #9ae73f1d
 @dataclass(frozen=True)
 class ScoreConfig(Config):
     "How to score a model."
@@ -84,7 +83,6 @@ def sequence_loss(model: Transformer, h: Tensor, targets: Tensor) -> Tensor:
     "Mean cross-entropy of each sequence in nats, fp64, (B,), from the last stream (B, T, D) and next tokens (B, T)."
     return to_fp64(model.token_losses(h, targets)).mean(-1)
 
-# %% ../nbs/build/07_scores.ipynb #212447fc
 @torch.no_grad()
 def trace(model: Transformer, windows: Tensor) -> Trace:
     "Run a model in eval mode and fp32 once on tokens (B, T + 1); keep all streams and updates."
@@ -193,7 +191,6 @@ def swapped_run(model: Transformer, h: Tensor, i: int, j: int) -> Tensor:
     h = model.run(h, start=i - 1, stop=i)                # block i in the place of j
     return model.run(h, start=j)                         # blocks j+1 .. L
 
-# %% ../nbs/build/07_scores.ipynb #c2973093
 @torch.no_grad()
 def swap_row(model: Transformer, t: Trace, i: int, later: list[int] | None = None) -> Tensor:
     "Loss of each sequence after swapping block i with later ones (None: all): fp64, (L, B) at j-1, NaN where none was."
@@ -267,7 +264,6 @@ def solve_scaled(cov: Tensor, cross: Tensor, mean: Tensor) -> tuple[Tensor, int]
     vectors = scale[:, None] * vectors[:, kept]                         # (D, rank)
     return vectors @ (vectors.T @ cross / values[kept, None]), int(kept.sum())
 
-# %% ../nbs/build/07_scores.ipynb #65cdbf8b
 class AffineFit:
     "Least squares from running sums: y ~ x A + b."
     def __init__(self, D: int):
@@ -309,7 +305,6 @@ def fit_blocks(model: Transformer, windows: Tensor, batch_size: int = 16) -> lis
                              'though its weights are, so it cannot be scored')
     return [fit.solve() for fit in fits]
 
-# %% ../nbs/build/07_scores.ipynb #00fce027
 @torch.no_grad()
 def linear_loss(model: Transformer, t: Trace, l: int, fitted: tuple, transposed: bool = False) -> Tensor:
     "Loss of each sequence, (B,), after replacing block l by its affine map."
@@ -339,7 +334,6 @@ def batch_pieces(model: Transformer, maps: list, published_maps: list | None = N
     kinds, blocks = dict(skip=skip, linear=linear, swap=swap), range(1, len(model.blocks) + 1)
     return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l) for kind, do in kinds.items() for l in blocks}
 
-# %% ../nbs/build/07_scores.ipynb #bbbb01ec
 def measure_batch(model: Transformer, windows: Tensor, maps: list, published_maps: list | None = None,
                   keep: Callable[[str, Callable], dict] = lambda name, make: make(),  # gets a piece by name, or makes it
                   swapped: Tensor | None = None) -> dict[str, Tensor]:                # pairs, (L, L); None: all
@@ -459,7 +453,6 @@ def intervention_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None 
     if 'published_loss' in m: arrays['usefulness_ratio_as_published'] = average('published_loss') / loss
     return scalars, arrays, ends
 
-# %% ../nbs/build/07_scores.ipynb #054c5fcc
 def stream_scores(variance: Tensor, W: Tensor) -> tuple[dict, dict]:
     """Mean over tokens of the stream variance (L + 1, N, T), and mean without position 0, with weights (N + 1, N):
     scalars, each (N + 1,); arrays, each (L + 1, N + 1)."""
@@ -525,7 +518,6 @@ def untouched(model: Transformer):
         for p, flag in wanted.items():
             with torch.inference_mode(p.is_inference()): p.requires_grad = flag
 
-# %% ../nbs/build/07_scores.ipynb #43f6377c
 def to_lists(x):
     "Tensors to nested lists, and numbers that are not finite to None, for JSON."
     if isinstance(x, dict): return {k: to_lists(v) for k, v in x.items()}
@@ -612,7 +604,6 @@ def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, confi
     passes = n_probes(config, D) or D
     return work | {f'jacobian-{l}-{i}': passes * c.backward for l in range(1, L + 1) for i in range(len(windows[:config.n_jacobian]))}
 
-# %% ../nbs/build/07_scores.ipynb #05887040
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]   # gets a part by its name, or makes it
 
 def measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, name: str) -> list:
@@ -623,7 +614,6 @@ def measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, n
     found = keep(name, make)
     return list(zip(found['A'], found['b'], found['rank'].tolist()))
 
-# %% ../nbs/build/07_scores.ipynb #92689d27
 def measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: Plan, keep: Keep) -> list[dict]:
     "Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `join_jacobians`; from disk where they are there."
     L, probes, held, joined = len(model.blocks), n_probes(config, model.config.d_model), [], []
@@ -650,7 +640,6 @@ def counted(work: dict[str, float], parts: Parts, progress: bool):
             return found
         yield keep
 
-# %% ../nbs/build/07_scores.ipynb #b4fda2e7
 def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, progress: bool = False,
             plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
@@ -701,7 +690,6 @@ def text_config(D: int, T: int) -> ScoreConfig:
     "Settings for sequences that are cut from text: wide models get more of them to fit on, four tokens a channel."
     return ScoreConfig(n_fit=max(ScoreConfig.n_fit, -(-4 * D // T)))
 
-# %% ../nbs/build/07_scores.ipynb #6598ec9a
 def prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfig | None, length: int | None = None,
                     tokenizer=None) -> tuple[Tensor, Tensor, ScoreConfig]:
     """Sequences to score, sequences to fit on, and settings; data are ready sequences, (N, T + 1), or (N + M, T + 1)
@@ -814,7 +802,6 @@ def check_held_out(have: int, T: int, config: ScoreConfig):
                      f'{(N + M) * T + 1:,} held-out tokens, and the text holds out {have} sequences. Give more text, '
                      'hold out more of it, or ask for fewer or shorter sequences')
 
-# %% ../nbs/build/07_scores.ipynb #058d8b27
 def check_context(model: Transformer, windows: Tensor, fit_windows: Tensor):
     "Raise a ValueError if sequences are longer than the model was made for: some models fail there, others give scores of nothing."
     limit = model.config.context_length
@@ -870,7 +857,6 @@ def root_of_mean(squares: Tensor) -> tuple[Tensor, Tensor]:
     value, without = root_of_terms(squares)
     return value.mean(), jackknife_error(without.mean(1))
 
-# %% ../nbs/build/07_scores.ipynb #05baac4c
 def jacobian_estimate(block: Callable, h: Tensor, probes: int = JACOBIAN_PROBES, rows_at_once: int = 32,
                       seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Deviation of a block's Jacobian from the identity, averaged over tokens, and per token, each with its standard

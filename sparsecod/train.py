@@ -8,13 +8,10 @@ __all__ = ['DECAY_GROUPS', 'PRECISIONS', 'COMPILE', 'STRATEGIES', 'UNDECIDED', '
            'parameter_groups', 'make_optimizer', 'learning_rate', 'decay_product', 'accumulate_gradients',
            'channel_variance', 'StreamWatch', 'is_set', 'find_world', 'summarize_watch', 'summarize_experts', 'Run',
            'saved_bytes', 'activation_bytes', 'memory_bytes', 'choose_strategy', 'divide', 'whole', 'start_run',
-           'decide_execution', 'step_windows', 'Measured', 'training_step', 'make_label', 'read_configs', 'run_id',
-           'other_run', 'logs_at', 'without_infinities', 'open_tracker', 'say_where', 'log_line', 'write_record',
-           'read_records', 'read_log', 'shortened', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
-           'step_of', 'save_shares', 'load_shares', 'save_checkpoint', 'check_folder', 'read_state',
-           'choose_checkpoint', 'pick_up', 'restore', 'is_stamped', 'read_label', 'run_files', 'remove', 'drafts',
-           'open_folder', 'lock_folder', 'StopSignal', 'say_lost', 'run_steps', 'TrainResult', 'usual_torch',
-           'whole_model', 'finish', 'read_result', 'load_result', 'ended_result', 'train', 'evaluate']
+           'decide_execution', 'step_windows', 'Measured', 'training_step', 'make_label', 'run_id', 'logs_at',
+           'without_infinities', 'write_record', 'read_records', 'read_log', 'shortened', 'checkpoints', 'check_folder',
+           'restore', 'read_label', 'remove', 'drafts', 'lock_folder', 'TrainResult', 'usual_torch', 'finish',
+           'read_result', 'load_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import json
@@ -405,7 +402,7 @@ def make_label(model_config: ModelConfig, config: TrainConfig, fingerprint: str)
     "What a run is, as JSON."
     return json.loads(json.dumps(dict(model=model_config.to_dict(), train=config.to_dict(), corpus=fingerprint)))
 
-def read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
+def _read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
     "The configurations in a label, perhaps of an earlier version; a ValueError if there are none."
     try: return ModelConfig.from_dict(label['model']), TrainConfig.from_dict(label['train'])
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{type(error).__name__}: {error}') from None
@@ -415,12 +412,12 @@ def run_id(label: dict) -> str:
     def plain(f, value): return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
     parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
               if f.name not in FREE_FIELDS and getattr(c, f.name) != f.default}
-             for c in read_configs(label)]
+             for c in _read_configs(label)]
     return content_checksum(dict(parts=parts, corpus=label['corpus']))
 
-def other_run(found: dict, wanted: dict) -> str:
+def _other_run(found: dict, wanted: dict) -> str:
     "The first field in which the labels of two runs differ; '' if they are the same run."
-    try: there, here = read_configs(found), read_configs(wanted)
+    try: there, here = _read_configs(found), _read_configs(wanted)
     except ValueError as error: return f'its configuration cannot be read ({error})'
     pairs = {'corpus fingerprint': (found.get('corpus'), wanted['corpus'])}
     for a, b in zip(there, here): pairs |= {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(b)}
@@ -442,7 +439,7 @@ def without_infinities(value):
 TRACKERS = ('tensorboard', 'wandb')
 
 @contextmanager
-def open_tracker(run: Run, name: str | None):
+def _open_tracker(run: Run, name: str | None):
     "Let TensorBoard or Weights & Biases show the log too, through accelerate."
     if name and run.world.is_main_process:
         options = dict(logging_dir=run.folder) if name == 'tensorboard' else dict(
@@ -454,7 +451,7 @@ def open_tracker(run: Run, name: str | None):
         if run.tracker: run.tracker.finish()
 
 @contextmanager
-def say_where(path: Path):
+def _say_where(path: Path):
     "An error of the disk names the file or folder, and says how to go on."
     try: yield
     except (OSError, SafetensorError, dcp.CheckpointException) as error:
@@ -462,7 +459,7 @@ def say_where(path: Path):
         raise kind(f'{path} could not be written ({error}); make room or allow writing, then train again: '
                    'the run goes on from its last checkpoint') from error
 
-def log_line(record: dict, run: str) -> str:
+def _log_line(record: dict, run: str) -> str:
     "A record as a line of the log."
     return json.dumps(stamp(record | dict(run=run))) + '\n'
 
@@ -479,7 +476,7 @@ def write_record(run: Run, measured: Measured, watch: StreamWatch | None) -> dic
     record = without_infinities(record)
     if run.world.is_main_process:
         path = run.folder / 'log.jsonl'
-        with say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file: file.write(log_line(record, run.id))
+        with _say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file: file.write(_log_line(record, run.id))
         if run.tracker:
             numbers = {f'{key}/{l}': x for key, values in record.items() if isinstance(values, list) for l, x in enumerate(values)}
             run.tracker.log({key: x for key, x in (record | numbers).items() if isinstance(x, (int, float))}, step=run.step)
@@ -505,7 +502,7 @@ def read_records(path: Path, run: str | None) -> tuple[dict[int, dict], list[str
 def read_log(folder: str | Path) -> list[dict]:
     "The log of a run as a list of records; a damaged line is named and left out."
     path, label = Path(folder) / 'log.jsonl', read_label(Path(folder))
-    records, problems = read_records(path, run_id(label) if is_stamped(label) else None)
+    records, problems = read_records(path, run_id(label) if _is_stamped(label) else None)
     if problems: warnings.warn(f'{path} is damaged: {shortened(problems)}', stacklevel=2)
     return list(records.values())
 
@@ -514,12 +511,12 @@ def shortened(items: list) -> str:
     return ', '.join(map(str, items[:5])) + (f' and {len(items) - 5} more' if len(items) > 5 else '')
 
 # %% ../nbs/build/05_train.ipynb #c4480ba2
-def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     "The optimiser's state as one flat dictionary."
     return {f'{key}:{name}': value for group in optimizer.param_groups
             for name, p in zip(group['names'], group['params']) for key, value in optimizer.state[p].items()}
 
-def load_optimizer_tensors(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]):
+def _load_optimizer_tensors(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]):
     "Put a flat dictionary back into the optimiser."
     names = [name for group in optimizer.param_groups for name in group['names']]
     state = {i: {} for i in range(len(names))}
@@ -535,22 +532,22 @@ CHECKPOINT_FILES = ('model.safetensors', 'optimizer.safetensors', 'state.json')
 def checkpoints(folder: Path) -> list[Path]:  # folders checkpoints/step-00000200 and so on
     "The checkpoints of a run, oldest first."
     found = [path for path in (folder / 'checkpoints').glob('step-*') if re.fullmatch(r'step-\d{8,}', path.name)]
-    return sorted(found, key=step_of)
+    return sorted(found, key=_step_of)
 
-def step_of(checkpoint: Path) -> int:
+def _step_of(checkpoint: Path) -> int:
     "The step in the name of a checkpoint."
     return int(checkpoint.name.removeprefix('step-'))
 
 # %% ../nbs/build/05_train.ipynb #5d21a0b5
 SHARES = 'shard-*.safetensors'
 
-def save_shares(run: Run, folder: Path | None):  # folder: of the checkpoint; known to the main process
+def _save_shares(run: Run, folder: Path | None):  # folder: of the checkpoint; known to the main process
     "Let every process write its share of weights and optimiser."
     folder, = broadcast_object_list([folder])
-    tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.optimizer)
+    tensors = dict(run.model.named_parameters()) | _optimizer_tensors(run.optimizer)
     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
-def load_shares(run: Run, folder: Path):
+def _load_shares(run: Run, folder: Path):
     "Read what this process needs from a checkpoint that was saved whole or in shares."
     if not hasattr(dcp, 'HuggingFaceStorageReader'):
         raise ImportError(f'{folder} was saved by several processes; reading it needs PyTorch 2.9 or newer: pip install -U torch')
@@ -560,35 +557,35 @@ def load_shares(run: Run, folder: Path):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.distributed is')  # not used: one process reads the shares of several
         dcp.load(dict(run.model.named_parameters()) | state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    load_optimizer_tensors(run.optimizer, state)
+    _load_optimizer_tensors(run.optimizer, state)
 
 # %% ../nbs/build/05_train.ipynb #d0f80616
-def save_checkpoint(run: Run):
+def _save_checkpoint(run: Run):
     "Write a checkpoint of the run as it stands and drop the ones that are too old to keep."
     run.world.wait_for_everyone()
     main = run.world.is_main_process
     if not (main or run.divided): return
     target = run.folder / 'checkpoints' / f'step-{run.step:08d}'
-    with say_where(target), atomic_folder(target) if main else nullcontext() as draft:
-        if run.divided: save_shares(run, draft)
+    with _say_where(target), atomic_folder(target) if main else nullcontext() as draft:
+        if run.divided: _save_shares(run, draft)
         else:
             save_model(run.model, str(draft / 'model.safetensors'))
-            save_file(optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
+            save_file(_optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
         if not main: return
         write_text(draft / 'state.json', json.dumps(dict(step=run.step, seconds=run.seconds, mark=run.mark, execution=run.execution)))
         seal(draft, dict(format=FORMAT, step=run.step, **run.label))
-    older = [path for path in checkpoints(run.folder) if step_of(path) < run.step]
+    older = [path for path in checkpoints(run.folder) if _step_of(path) < run.step]
     for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
 
 # %% ../nbs/build/05_train.ipynb #b9b5c285
 def check_folder(folder: Path, step: int, label: dict, names: tuple):
     "Raise `Damaged` if a folder is not what a run has saved after a step."
     found = check_seal(folder, dict(format=FORMAT, step=step), names)
-    if other := other_run(found, label): raise Damaged(f'{folder} belongs to another run: {other}')
+    if other := _other_run(found, label): raise Damaged(f'{folder} belongs to another run: {other}')
 
-def read_state(checkpoint: Path, label: dict) -> dict:  # step, seconds and mark
+def _read_state(checkpoint: Path, label: dict) -> dict:  # step, seconds and mark
     "The state in a checkpoint; `Damaged` if anything in the folder is not as this run has saved it."
-    step, path = step_of(checkpoint), checkpoint / 'state.json'
+    step, path = _step_of(checkpoint), checkpoint / 'state.json'
     check_folder(checkpoint, step, label, ('state.json',) if any(checkpoint.glob(SHARES)) else CHECKPOINT_FILES)
     state = read_json(path)
     if not isinstance(state, dict) or not {'step', 'seconds', 'mark'} <= set(state): raise Damaged(f'{path} holds no state of a run')
@@ -596,11 +593,11 @@ def read_state(checkpoint: Path, label: dict) -> dict:  # step, seconds and mark
     return state
 
 # %% ../nbs/build/05_train.ipynb #d8862ff6
-def choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, list[int]]:
+def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, list[int]]:
     "The newest checkpoint that is sound, or an older one if fewer records are lost with it."
     best, lost = None, []
     for path in reversed(checkpoints(run.folder)):
-        try: step = read_state(path, run.label)['step']
+        try: step = _read_state(path, run.label)['step']
         except Damaged as error:
             warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one before it', stacklevel=2)
             continue
@@ -609,32 +606,32 @@ def choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, 
         if not lost: break
     return best, lost
 
-def pick_up(run: Run) -> Path | None:  # the checkpoint to continue from; None: start anew
+def _pick_up(run: Run) -> Path | None:  # the checkpoint to continue from; None: start anew
     "Label the folder, set aside what must not count any more, and end the log where the run continues."
     log = run.folder / 'log.jsonl'
     write_text(run.folder / 'config.json', json.dumps(stamp(run.label), indent=1))
     records, problems = read_records(log, run.id)
-    best, lost = choose_checkpoint(run, records)
-    start = 0 if best is None else step_of(best)
+    best, lost = _choose_checkpoint(run, records)
+    start = 0 if best is None else _step_of(best)
     if problems or lost:
         said = [*problems] + [f'the records of steps {shortened(lost)} are lost'] * bool(lost)
         warnings.warn(f'{log} is damaged: {shortened(said)}; the run goes on after step {start}, and resume=False would '
                       'begin it anew', stacklevel=2)
         if log.exists(): set_aside(log)
     for path in checkpoints(run.folder):
-        if best is None or step_of(path) > start: set_aside(path)
-    write_text(log, ''.join(log_line(record, run.id) for step, record in records.items() if step <= start))
+        if best is None or _step_of(path) > start: set_aside(path)
+    write_text(log, ''.join(_log_line(record, run.id) for step, record in records.items() if step <= start))
     return best
 
 # %% ../nbs/build/05_train.ipynb #8ccd0ae9
 def restore(run: Run):
     "Continue from the newest sound checkpoint, or start with an empty log if there is none."
-    path, = broadcast_object_list([pick_up(run) if run.world.is_main_process else None])
+    path, = broadcast_object_list([_pick_up(run) if run.world.is_main_process else None])
     if path is None: return
-    if run.divided or any(path.glob(SHARES)): load_shares(run, path)
+    if run.divided or any(path.glob(SHARES)): _load_shares(run, path)
     else:
         load_model(run.model, str(path / 'model.safetensors'))
-        load_optimizer_tensors(run.optimizer, load_file(path / 'optimizer.safetensors'))
+        _load_optimizer_tensors(run.optimizer, load_file(path / 'optimizer.safetensors'))
     state = read_json(path / 'state.json')
     run.step, run.seconds, run.mark = state['step'], state['seconds'], tuple(state['mark'])
     if state.get('execution'): run.execution = Execution(*state['execution'])
@@ -643,7 +640,7 @@ def restore(run: Run):
 # %% ../nbs/build/05_train.ipynb #ecbc8e1d
 OWN_FILES = ('config.json', 'log.jsonl', 'result.json', 'checkpoints', 'model')
 
-def is_stamped(label: dict | None) -> bool:
+def _is_stamped(label: dict | None) -> bool:
     "Whether a run's files carry checksums; those of earlier versions do not."
     return 'checksum' in (label or {})
 
@@ -653,15 +650,15 @@ def read_label(folder: Path) -> dict | None:  # folder: perhaps of a run
     if not path.exists(): return None
     try:
         label = read_json(path)
-        read_configs(label)
+        _read_configs(label)
         if 'corpus' not in label: raise ValueError('it names no corpus')
     except ValueError as error: raise ValueError(f'{path} is not that of a training ({error}); choose another folder') from None
-    if is_stamped(label): check_stamp(label, path)
+    if _is_stamped(label): check_stamp(label, path)
     elif (folder / 'model' / MANIFEST).exists(): raise Damaged(f'{path} has lost its checksum: the model beside it is sealed')
     return label
 
 # %% ../nbs/build/05_train.ipynb #1648d4a8
-def run_files(folder: Path) -> list[Path]:
+def _run_files(folder: Path) -> list[Path]:
     "Files and folders of a run; some with the same names that no run has made raise a ValueError."
     found = [folder / name for name in OWN_FILES if (folder / name).exists() or (folder / name).is_symlink()]
     for path in found:
@@ -673,7 +670,6 @@ def run_files(folder: Path) -> list[Path]:
                          'nothing was erased: choose another folder')
     return found
 
-# %% ../nbs/build/05_train.ipynb #0c750884
 def remove(path: Path):
     "Delete a file or a folder."
     if path.is_dir(): shutil.rmtree(path)
@@ -687,20 +683,20 @@ def drafts(folder: Path) -> list[Path]:
                     if re.fullmatch(r'step-\d+(\.\d+)?\.draft', path.name)]
 
 # %% ../nbs/build/05_train.ipynb #db5fc25d
-def open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool, world: PartialState):
+def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool, world: PartialState):
     "Make the folder of a run ready: erased unless to be resumed, and checked against the configuration and the corpus."
-    mine = run_files(folder)                         # raises if somebody else's files stand in the way
+    mine = _run_files(folder)                         # raises if somebody else's files stand in the way
     if not resume:
         world.wait_for_everyone()
         for path in sorted(mine, key=lambda path: path.name == 'config.json') if world.is_main_process else (): remove(path)
         world.wait_for_everyone()
     found = read_label(folder)
-    if found and (other := other_run(found, make_label(model_config, config, corpus.fingerprint))):
+    if found and (other := _other_run(found, make_label(model_config, config, corpus.fingerprint))):
         raise ValueError(f'{folder} holds another run: {other}; choose another folder, or resume=False to erase it and start afresh')
     world.wait_for_everyone()
     if world.is_main_process:
         for path in drafts(folder): remove(path)
-        for path in run_files(folder):
+        for path in _run_files(folder):
             if path.is_dir() != (path.name in ('checkpoints', 'model')):
                 warnings.warn(f'{path} is {"a folder" if path.is_dir() else "a file"}, which no training makes of it; '
                               f'it is now {set_aside(path).name}', stacklevel=2)
@@ -713,13 +709,13 @@ def lock_folder(folder: Path, world: PartialState):
     lock = FileLock(folder / 'run.lock', timeout=0)
     try:
         if world.is_main_process:
-            with say_where(folder): lock.acquire()
+            with _say_where(folder): lock.acquire()
     except Timeout: raise RuntimeError(f'{folder} is in use: another process is training in it') from None
     try: yield
     finally: lock.release()
 
 # %% ../nbs/build/05_train.ipynb #daafae3a
-class StopSignal:
+class _StopSignal:
     "Between enter and exit, turns SIGINT and SIGTERM into the flag `asked`; a SIGINT a second later interrupts at once."
     def __enter__(self):
         self.asked, self.before, self.since = False, {}, math.inf
@@ -735,9 +731,8 @@ class StopSignal:
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../nbs/build/05_train.ipynb #3f8be9e0
 @contextmanager
-def say_lost(run: Run):
+def _say_lost(run: Run):
     "An error of the connection to other processes says what it means, and how to go on."
     try: yield
     except RuntimeError as error:
@@ -747,7 +742,7 @@ def say_lost(run: Run):
                            'the run continues from its last checkpoint') from None
 
 # %% ../nbs/build/05_train.ipynb #022cafc1
-def run_steps(run: Run, stop: StopSignal, bar: tqdm) -> str:
+def _run_steps(run: Run, stop: _StopSignal, bar: tqdm) -> str:
     "The training loop."
     while run.step < run.config.steps:
         start = time.perf_counter()
@@ -763,7 +758,7 @@ def run_steps(run: Run, stop: StopSignal, bar: tqdm) -> str:
         bar.update()
         if diverged: return 'diverged'
         if run.step == run.config.steps: return 'finished'
-        if stopping or run.step % run.config.checkpoint_every == 0: save_checkpoint(run)
+        if stopping or run.step % run.config.checkpoint_every == 0: _save_checkpoint(run)
         if stopping: return 'interrupted'
     return 'finished'
 
@@ -792,9 +787,8 @@ def usual_torch():
         try: yield
         finally: torch.set_default_dtype(dtype)
 
-# %% ../nbs/build/05_train.ipynb #5d21a0b6
 @torch.no_grad()
-def whole_model(run: Run) -> Transformer:
+def _whole_model(run: Run) -> Transformer:
     "The model of a run, put together on the CPU if it is divided; all processes must ask for it."
     if not run.divided: return run.model
     model = Transformer(run.model.config)
@@ -808,12 +802,12 @@ def finish(run: Run, status: str) -> TrainResult:
     "Save the final model and the result of a run that has ended for good."
     result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step, seconds=run.seconds,
                   execution=run.execution._asdict())
-    model = run.model if status == 'interrupted' else whole_model(run)
+    model = run.model if status == 'interrupted' else _whole_model(run)
     if status != 'interrupted' and run.world.is_main_process:
         logged = {record['step'] for record in read_log(run.folder)}
         lost = [s for s in range(1, run.step + 1) if logs_at(s, run.config) and s not in logged]
         if lost: warnings.warn(f"{run.folder / 'log.jsonl'} lacks the records of steps {shortened(lost)}", stacklevel=2)
-        with say_where(run.folder / 'model'), atomic_folder(run.folder / 'model') as draft:
+        with _say_where(run.folder / 'model'), atomic_folder(run.folder / 'model') as draft:
             model.save_pretrained(draft)
             seal(draft, dict(format=FORMAT, step=run.step, **run.label), MODEL_FILES)
         known = dict(run=run.id, log=checksum(run.folder / 'log.jsonl'))
@@ -827,33 +821,32 @@ def read_result(folder: Path) -> dict:  # status, step, tokens, seconds
     path, label = folder / 'result.json', read_label(folder)
     if label is None: raise Damaged(f'{folder} holds a result, but its config.json is missing')
     result = read_json(path)
-    if is_stamped(label): check_identity(path, check_stamp(result, path), dict(run=run_id(label)))
+    if _is_stamped(label): check_identity(path, check_stamp(result, path), dict(run=run_id(label)))
     names = 'status', 'step', 'tokens', 'seconds'
     if not isinstance(result, dict) or not set(names) <= set(result): raise Damaged(f'{path} does not hold {", ".join(names)}')
     if result['status'] not in ENDINGS: raise Damaged(f'{path}: status={result["status"]!r} must be one of {", ".join(ENDINGS)}')
     if not all(isinstance(result[name], (int, float)) and result[name] >= 0 for name in names[1:]):
         raise Damaged(f'{path}: {", ".join(names[1:])} must be numbers, 0 or more')
-    if is_stamped(label):
+    if _is_stamped(label):
         check_folder(folder / 'model', result['step'], label, MODEL_FILES)
         log = folder / 'log.jsonl'
         if not log.is_file() or checksum(log) != result['log']: raise Damaged(f'{log} is not as it was when the run ended')
     return {name: result[name] for name in names} | dict(execution=result.get('execution'))
 
-# %% ../nbs/build/05_train.ipynb #2380d8d2
 @usual_torch()
 def load_result(folder: str | Path, device='cpu') -> TrainResult | None:
     "The result of a run that has finished or diverged, read from its folder."
     folder = Path(folder)
     if not (folder / 'result.json').exists(): return None
     result, weights = read_result(folder), folder / 'model' / 'model.safetensors'
-    model = Transformer(read_configs(read_label(folder))[0])
+    model = Transformer(_read_configs(read_label(folder))[0])
     try: load_model(model, str(weights))
     except FileNotFoundError: raise Damaged(f'{weights} is missing') from None
     except (SafetensorError, RuntimeError) as error: raise Damaged(f'{weights} is damaged ({error})') from error
     return TrainResult(model.to(device), read_log(folder), folder=folder, **result)
 
 # %% ../nbs/build/05_train.ipynb #f8592a78
-def ended_result(folder: Path, world: PartialState) -> TrainResult | None:
+def _ended_result(folder: Path, world: PartialState) -> TrainResult | None:
     "The result of a run that has ended; a damaged one is reported and set aside."
     try: return load_result(folder, world.device)
     except Damaged as error: problem = error
@@ -866,16 +859,10 @@ def ended_result(folder: Path, world: PartialState) -> TrainResult | None:
 
 # %% ../nbs/build/05_train.ipynb #60361c99
 @usual_torch()
-def train(
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    corpus,                     # a Corpus
-    folder: str | Path,         # where log, checkpoints and the final model go
-    resume: bool = True,        # whether to continue a run found in the folder; otherwise that run is erased
-    progress: bool = True,
-    tracker: str | None = None, # that shows the log as well, one of TRACKERS
-) -> TrainResult:               # the model, its log, and how the run ended
-    "Train a model, from the beginning or from where an earlier call stopped."
+def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: str | Path, resume: bool = True,
+          progress: bool = True, tracker: str | None = None) -> TrainResult:
+    """Train a model on a Corpus, from the beginning or from where an earlier call stopped; resume=False erases what that
+    has left. Log, checkpoints and the final model go into the folder; a tracker, one of TRACKERS, shows the log as well."""
     require(model_config.vocab_size >= corpus.vocab_size, model_config, 'vocab_size',
             f"must be at least the corpus's {corpus.vocab_size}")
     if tracker not in (None, *TRACKERS): raise ValueError(f'tracker={tracker!r} must be one of {", ".join(TRACKERS)}')
@@ -883,19 +870,19 @@ def train(
         raise ImportError(f'tracker={tracker!r} needs a package that is not installed: pip install {tracker}')
     world, folder = find_world(), Path(folder)
     sequences_per_step(train_config, model_config.context_length, world.num_processes)
-    with say_where(folder): folder.mkdir(parents=True, exist_ok=True)
+    with _say_where(folder): folder.mkdir(parents=True, exist_ok=True)
     device = world.device.type
     gpus = [world.device] if device == 'cuda' else []
     with lock_folder(folder, world), torch.random.fork_rng(gpus), torch.autocast(device, enabled=False):
-        open_folder(folder, model_config, train_config, corpus, resume, world)
-        if ended := ended_result(folder, world): return ended
+        _open_folder(folder, model_config, train_config, corpus, resume, world)
+        if ended := _ended_result(folder, world): return ended
         run = start_run(model_config, train_config, corpus, folder, world)
         restore(run)
         with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None, dynamic_ncols=True,
                    disable=not (progress and world.is_main_process)) as bar,
-              StopSignal() as stop, say_lost(run), open_tracker(run, tracker)):
+              _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker)):
             decide_execution(run, lambda text: bar.write(text, file=sys.stderr) if progress else None)
-            status = run_steps(run, stop, bar)
+            status = _run_steps(run, stop, bar)
             return finish(run, status)
 
 # %% ../nbs/build/05_train.ipynb #a9000fed

@@ -22,7 +22,7 @@ from sparsecod.core import ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
 from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, _complete_seeds, _correct, correlations, _needed, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, _statistic_text, verdict_counts
 from sparsecod.integrity import check_stamp, read_json
-from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Lines, RunConfig, RunsFailed, Study, by_variant, changed_fields,
+from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Progress, RunConfig, RunsFailed, Study, by_variant, changed_fields,
                                identity, load_results, locate, over_seeds, equivalent_decay, read_metric, run, run_name, run_study, source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
 from sparsecod.train import decay_product
@@ -289,12 +289,11 @@ def test_the_label_of_a_run_is_checked(done, tmp_path):
 def test_a_damaged_note_of_a_training_is_kept_aside(done, tmp_path, damage):
     place = locate(QUICK, tmp_path, progress=False)
     place.work.mkdir(parents=True)
-    module.note_training(place)
     note, path = module.training_note(place), place.work / 'training.json'
-    module.note_training(place)
+    assert module.training_note(place) == note
     assert set(note) == {'trained_commit', 'trained_dirty', 'trained_date'} and len(list(place.work.iterdir())) == 1
     damage(path)
-    with pytest.warns(UserWarning, match='training.json'): module.note_training(place)
+    with pytest.warns(UserWarning, match='training.json'): module.training_note(place)
     assert set(module.training_note(place)) == set(note) and len(list(place.work.iterdir())) == 2
 
 
@@ -531,16 +530,18 @@ def test_every_end_of_a_process_is_put_into_words(tmp_path):
 
 
 def test_plain_lines_now_and_then(capfd):
-    lines = Lines('title', 10., 0., every=0.0)
+    lines = Progress('title', 10., 0., every=0.0)
     lines.update(5., 'L2 step 3/6 loss 4.00', 'depth at tiny, 1 of 2 runs done')
     assert '50%] depth at tiny, 1 of 2 runs done; L2 step 3/6 loss 4.00' in capfd.readouterr().err
-    quiet = Lines('title', 10., 0.)
+    quiet = Progress('title', 10., 0., show=False, every=0.0)
     quiet.update(5., '', '')
+    quiet.say('a line')
     assert capfd.readouterr().err == ''
 
 
-def test_bars_follow_the_runs(capfd):
-    bars = module.Bars('depth', 10., 2.)
+def test_bars_follow_the_runs(capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    bars = Progress('depth', 10., 2.)
     bars.update(4., 'first step 1/6; second starting', 'depth, 0 of 3')
     bars.update(8., 'third step 2/6 loss 4.00', 'depth, 2 of 3')
     assert bars.study.n == 8
