@@ -481,7 +481,7 @@ def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
 def test_correlation_table():
     rows = [dict(x='density_attention', y='final_variance', value=.5, low=.25, high=.75, n=3, variants=5), dict(x='density', y='causal', value=None, low=None, high=None, n=0, variants=2),
             dict(x='density', y='val_loss', value=float('nan'), low=float('nan'), high=float('nan'), n=0, variants=2), dict(x='density', y='val_loss', value=-.5, low=float('nan'), high=float('nan'), n=1, variants=2)]
-    assert [row['rank correlation'] for row in cells(figures.correlation_table(rows))] == ['0.5 (0.25 to 0.75)', '-', '-', '-0.5']
+    assert [row['rank correlation'] for row in cells(figures.correlation_table(rows))] == ['0.5 (0.25\xa0to\xa00.75)', '-', '-', '-0.5']
     assert cells(figures.correlation_table(rows))[0]['variants'] == '5'
 
 
