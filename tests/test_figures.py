@@ -472,10 +472,7 @@ def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
         assert theirs == [f'{paper[row["variant"]][n]:g}' if row['variant'] in paper else '' for n in names[1:]]
         assert (row['Perplexity'] == '') == (row['variant'] not in LABELS)
     assert 'paper: Held-out loss' not in table[0]
-    assert [row['paper'] for row in cells(figures.published_rows('gqa', names))] == list(paper)
-    with pytest.raises(ValueError, match="study='gqa' has no published causal; there are perplexity"): figures.published_rows('gqa', ['causal'])
     assert 'paper:' not in figures.beside_table('gqa', gqa, ['causal'])
-    assert 'paper: mean downstream accuracy' in figures.published_rows('ladder', ['accuracy'])   # and not a cloze accuracy
 
 
 def test_correlation_table():
