@@ -10,9 +10,9 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'VARIANT', 'SETTINGS', 'STA
            'plot_published_peak', 'plot_published_jacobian', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance',
            'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'markdown_table', 'folded', 'estimate_text',
            'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records',
-           'learnt_little', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'published_rows',
-           'beside_table', 'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter',
-           'correlation_table', 'plot_lengths']
+           'learnt_little', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'beside_table',
+           'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table',
+           'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
@@ -745,12 +745,6 @@ def published_columns(study: str | Study, names: list[str]) -> dict[str, dict]:
                for name in names}
     return {title: column for title, column in columns.items() if column}
 
-def published_rows(study: str | Study, names: list[str]) -> str:
-    "The paper's table of a study."
-    columns, rows = published_columns(study, names), published_numbers(study)
-    if not columns: raise ValueError(f"study={study_named(study).name!r} has no published {', '.join(names)}; there are {', '.join({n: 0 for row in rows.values() for n in row}) or 'no numbers'}")
-    cells = [[v, *(column.get(v, '') for column in columns.values())] for v in rows]
-    return markdown_table(['paper', *columns], [row for row in cells if any(row[1:])])
 
 def beside_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None) -> str:
     "Our estimates and the paper's numbers side by side; rows that only the paper has come last."
