@@ -12,6 +12,7 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -395,6 +396,8 @@ def find_folder(
     folder = Path(source).expanduser()
     if is_gguf(folder): return folder
     if not folder.exists():
+        if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?(@.+)?', str(source)):
+            raise ValueError(f'{source} is no folder or file here, and not of the form OWNER/NAME or OWNER/NAME@REVISION of models on the Hugging Face Hub')
         from huggingface_hub import snapshot_download
         name, _, revision = str(source).partition('@')
         try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,

@@ -29,7 +29,7 @@ from .core import NORMS, ModelConfig, Transformer, param_counts
 from .data import Corpus, DataConfig, prepare
 from .figures import span
 from .moe import GATES
-from .ngrams import floors, is_trained
+from .ngrams import MARGIN, floors, is_trained
 from .resources import measured_speed, memory_bytes, scoring_flops, training_flops
 from .scores import ScoreConfig
 from .studies import RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary, write_record
@@ -344,7 +344,7 @@ def conclusion(run: Run) -> str:
     return (f'{run.name}: {useful_blocks(r)} blocks do what no affine map can do, and the cheapest one to leave out, block {b + 1}, '
             f'costs {span(skip[b], ends["low"][b], ends["high"][b])} nats. '
             f'Held-out loss {span(loss["value"], loss["low"], loss["high"])}, {abs(gap):.2f} {"above" if gap > 0 else "below"} a table of token pairs'
-            + ('.' if is_trained(loss['value'], run.floors) else ': too little for its blocks to say much.'))
+            + ('.' if is_trained(loss['value'], run.floors) else f': less than the {MARGIN} from which on blocks are judged.'))
 
 # %% ../nbs/tools/13_bench.ipynb #e3791b99
 def compare(runs: list[Run]):

@@ -74,7 +74,7 @@ def curves(runs: list[Run]) -> str:   # runs with records in their logs
         for run in runs:
             step, train, held_out = zip(*((r['step'], r['loss'], r['val_loss']) for r in run.log))
             ax.plot(step, train, color=colour(run), alpha=.3, lw=.8)
-            ax.plot(step, held_out, color=colour(run), label=run.name)
+            ax.plot(step, held_out, color=colour(run), label=run.name, marker='o' if len(step) == 1 else '')
         draw_floors(ax, {text: [end(r.floors[name] for r in runs) for end in (min, max)] for name, text in FLOORS.items()})
         ax.legend(fontsize=7)
     def variance(ax):
@@ -99,27 +99,30 @@ def findings(run: Run, others: list[Run]) -> str:   # the others share the scale
     blocks = range(1, run.config.model.n_layers + 1)
     def bars(name):
         values, ends = scores['arrays'][name], scores['intervals'].get(name)
-        top = max(max(r.record['scores']['arrays'][name]) for r in others)
+        found = [(r.record['scores']['arrays'][name], r.record['scores']['intervals'].get(name)) for r in others]
+        top, least = max(max(v) for v, _ in found), min(min(i['low'] if i else v) for v, i in found)
         def draw(ax):
             ax.bar(blocks, values, color=colour(run))
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if ends: ax.vlines(blocks, ends['low'], ends['high'], color='#222222', lw=1)
             if name != 'jacobian_per_token': ax.set_yscale('symlog', linthresh=.01)
-            ax.set_ylim(top=1.2 * top)
+            ax.set_ylim(min(1.2 * least, 0), 1.2 * top)
         return picture(BARS[name], draw, xlabel='block')
-    def heat(title, values, xlabel):
+    def heat(title, values, xlabel, top=None):
         def draw(ax):
             ax.grid(False)
             L, n = np.shape(values)
             for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(integer=True))
-            ax.figure.colorbar(ax.imshow(np.array(values, float), cmap='Blues', vmin=0, aspect='auto', extent=(.5, n + .5, L + .5, .5)))
+            ax.figure.colorbar(ax.imshow(np.array(values, float), cmap='Blues', vmin=0, vmax=top, aspect='auto', extent=(.5, n + .5, L + .5, .5)))
         return picture(title, draw, xlabel=xlabel, ylabel='block')
     def density(ax):
         shares = {name: share(sparsity['scalars']) for name, share in DENSITIES.items()}
         ax.barh(list(shares), list(shares.values()), color=colour(run))
         ax.invert_yaxis()
     pictures = [bars(name) for name in BARS]
-    if len(blocks) > 1: pictures.append(heat('Causal map: change of a later update', scores['arrays']['causal'], 'later block'))
+    if len(blocks) > 1:
+        maps = [np.array(r.record['scores']['arrays']['causal'], float) for r in others if r.config.model.n_layers > 1]
+        pictures.append(heat('Causal map: change of a later update', scores['arrays']['causal'], 'later block', max(map(np.nanmax, maps))))
     pictures.append(picture('Measured density of each source', density, xlim=(0, 1)))
     if 'expert_load' in sparsity['arrays']: pictures.append(heat('Load of the experts', sparsity['arrays']['expert_load'], 'expert'))
     return f'<p class="says" style="border-color:{colour(run)}">{html.escape(conclusion(run))}</p><div class="charts">{"".join(pictures)}</div>'
@@ -219,8 +222,9 @@ class TrainPanel(Panel):
     def price(self) -> float | None:
         "Show what the runs would take, or why there can be none; returns the seconds."
         self.agreed = None
+        for path, control in self.fields.items(): control.disabled = any(path in changes for changes in STORIES[self.story.value])
         try:
-            config = read_config(self.base, {path: control.value for path, control in self.fields.items()})
+            config = read_config(self.base, {path: control.value for path, control in self.fields.items() if not control.disabled})
             self.wanted = variants(config, self.story.value)
             costs = [run_cost(v.config, self.speeds) for v in self.wanted]
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -252,10 +256,10 @@ class TrainPanel(Panel):
             if training.state != 'training' or time.monotonic() >= self.next_curves: self.draw_curves()
 
     def draw_curves(self):
-        "Draw the curves, as often as takes a tenth of the time."
+        "Draw the curves, as often as takes a fifth of the time."
         start, drawn = time.monotonic(), [run for run in self.runs if run.log]
         self.curves.value = framed(curves(drawn)) if drawn else ''
-        self.next_curves = time.monotonic() + 9 * (time.monotonic() - start)
+        self.next_curves = time.monotonic() + 4 * (time.monotonic() - start)
 
     def settle(self):
         "Show the runs that have ended."

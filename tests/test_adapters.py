@@ -851,3 +851,8 @@ def test_the_model_of_another_training_is_named(tmp_path, change):
     (tmp_path / 'a' / 'model').rename(tmp_path / 'kept')
     (tmp_path / 'b' / 'model').rename(tmp_path / 'a' / 'model')
     with pytest.raises(Damaged, match=next(iter(change))): adapters.find_folder(tmp_path / 'a')
+
+
+@pytest.mark.parametrize('source', ['/no/such/folder', './nothing', '../nothing', 'a/b/c', 'no such model', '~/nothing'])
+def test_what_can_be_no_name_on_the_hub_is_not_looked_for_there(source):
+    with pytest.raises(ValueError, match='OWNER/NAME'): adapters.find_folder(source)

@@ -22,6 +22,7 @@ from sparsecod.adapters import open_model
 from sparsecod.bench import BENCH, STORIES, Training, read_config, read_number, run_cost, variants
 from sparsecod.core import BlockOutput, ModelConfig, Transformer, flops_per_token
 from sparsecod.data import Corpus
+from sparsecod.ngrams import MARGIN
 from sparsecod.scores import fit_blocks, linear_losses, skip_effects, swap_losses, trace
 from sparsecod.studies import read_record, vary
 from sparsecod.surgery import MODES, Plan, Surgery, skip_costs, write
@@ -242,7 +243,7 @@ def test_what_runs_have_shown(corpus, tmp_path):
     assert list(bench.compare(runs[:1]).columns)[0] == 'L'
     for run in runs:
         skip = run.record['scores']['arrays']['skip_loss_increase']
-        assert f'block {skip.index(min(skip)) + 1}' in bench.conclusion(run) and 'too little' in bench.conclusion(run)
+        assert f'block {skip.index(min(skip)) + 1}' in bench.conclusion(run) and f'{MARGIN}' in bench.conclusion(run)
     path = bench.export_run(runs[1], tmp_path)
     assert read_record(path)['scores']['arrays'] == runs[1].record['scores']['arrays']
     model, tokenizer = open_model(tmp_path / 'models' / path.stem)
@@ -877,3 +878,17 @@ def drive_surgery(lab, expect):
     lab.click(2, 'undo')
     expect(loss).to_have_text(own)
     assert 'skip' not in lab.printed(3, 'SAME')
+
+
+def test_a_story_sets_its_own_fields(corpus):
+    "They are grey while it is chosen, and what they hold, even nonsense, does not matter."
+    panel = wd.TrainPanel(TINY, corpus=corpus)
+    for story, changes in STORIES.items():
+        panel.fields['model.n_layers'].value = '3'
+        panel.story.value = story
+        assert {path for path, control in panel.fields.items() if control.disabled} == {path for one in changes for path in one} & set(panel.fields)
+    panel.story.value = 'shallow against deep'
+    panel.fields['model.n_layers'].value = 'nonsense'
+    assert panel.price() and [v.config.model.n_layers for v in panel.wanted] == [2, 12]
+    panel.story.value = 'one run'
+    assert panel.price() is None                                  # now it matters, and is named
