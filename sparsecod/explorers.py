@@ -136,7 +136,7 @@ def _simulate_all() -> dict:
     return dict(about=about, points=[simulate_points(p, step, norm) for norm in NORMS for p in DENSITIES for step in SCALED])
 
 def stored_points(start: str | Path = '.') -> dict:
-    "The dots as `_simulate_all` made them."
+    "The dots as _simulate_all made them."
     return json.loads((results_folder(start).parent / 'nbs' / 'tools' / '08_explorers.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/tools/08_explorers.ipynb #03167e85
@@ -213,7 +213,7 @@ def _variance_chart(quantity: str) -> alt.LayerChart:
 def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5, step: int = 10, norm: str = 'pre_ln',
                       name: str = 'sce-variance') -> Explorer:
     """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at first at depth L,
-    density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from `_simulate_all`."""
+    density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from _simulate_all."""
     known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS), norm=(norm, NORMS))
     made = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm, name=name)
     simulated = simulated or dict(about='', points=[])

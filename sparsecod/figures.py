@@ -194,8 +194,9 @@ def _draw_series(ax, series: dict, records: list[dict], by: str = DEPTH, markers
 
 def _draw_layers(ax, records: list[dict], line, by: str, x: str, **texts):
     "Something by layer, block or distance: whole numbers on the x axis."
+    series = _series(records, line, by)
     ax = ax or plt.subplots()[1]
-    _draw_series(ax, _series(records, line, by), records, by)
+    _draw_series(ax, series, records, by)
     ax.set(xlabel=x, **texts)
     ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     return ax

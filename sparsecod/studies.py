@@ -568,7 +568,7 @@ def _check_run(place: Place):
 
 def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = None, force: bool = False,
         progress: bool = True) -> dict:
-    """Prepare the corpus, train, evaluate, score, and store one record, out/<scale>/<name>.json; a finished run is read
+    """Prepare the corpus, train, evaluate, score, and store one record, `out/<scale>/<name>.json`; a finished run is read
     back unless `force` is set. Checkpoints and the model go into `work`, see `work_folder`."""
     _check_start(config.scale, out, work)
     place = locate(config, out, work, progress)
