@@ -693,9 +693,10 @@ def ledger_markdown(rows: list[dict]) -> str:
 
 # %% ../nbs/tools/06_claims.ipynb #6d1f3220
 def standing_ledger(folder: str | Path) -> list[dict]:
-    "All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged them, else `laptop`."
+    """All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged them, else `laptop`.
+    The study of three times the training is one of `laptop`."""
     small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))] for scale in ('laptop', 'desk'))
-    judged = {row['id']: row for row in large if row['study'] and row['statistic']['n'] >= _LEAST_SEEDS}
+    judged = {row['id']: row for row in large if row['study'] not in (None, 'budget') and row['statistic']['n'] >= _LEAST_SEEDS}
     return [judged.get(row['id'], row) for row in small]
 
 HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth',
