@@ -472,12 +472,12 @@ def add_prune(commands):
 
 def prune_lines(record: dict) -> list[str]:
     "What was removed and what it cost."
-    text = lambda name: f"{record['loss'][name]['value']:.4f} [{record['loss'][name]['low']:.4f}, {record['loss'][name]['high']:.4f}]"
+    def text(found): return f"{found['value']:.4f}" + (f" [{found['low']:.4f}, {found['high']:.4f}]" if found['low'] is not None else '')
     ratio, n = record['loss_ratio'], len(record['removed'])
     return [f"removed {n} of {record['n_layers']} blocks by {record['by']}: {', '.join(map(str, record['removed']))}; "
             f"{record['parameters'][0]:,} parameters became {record['parameters'][1]:,}",
-            f"loss on {record['text']['n_sequences']} sequences that did not choose: {text('before')} became {text('after')} nats a token, "
-            f"{ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] times as much",
+            f"loss on {record['text']['n_sequences']} sequences that did not choose: {text(record['loss']['before'])} became "
+            f"{text(record['loss']['after'])} nats a token, {text(ratio)} times as much",
             f"{n} blocks at random, {len(record['random']['losses'])} times: {record['random']['mean']:.4f} on average, "
             f"{min(record['random']['losses']):.4f} at best"]
 
@@ -485,8 +485,11 @@ def do_prune(args) -> int:
     "Write a model with fewer blocks."
     from sparsecod.bench import spell
     from sparsecod.pruning import check_removal, prune, step_seconds
+    from sparsecod.studies import check_folder
     out = Path(args.out)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'{out} exists; name a folder that does not')
+    if (args.blocks, args.spans, args.budget) == (None,) * 3: raise ValueError('say what goes: --blocks N, --spans A-B,C or --budget X')
+    check_folder(out.absolute().parent)
     subject = find_subject(args)
     try: check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
     except ValueError as error: raise ValueError(with_option(str(error), {f'--{name}': name for name in ('blocks', 'spans', 'budget', 'by')})) from error

@@ -414,15 +414,18 @@ def prune(
         draws = torch.Generator().manual_seed(seed)
         sets = [(torch.randperm(L, generator=draws)[:len(removed)] + 1).tolist() for _ in range(n_random)]
         before, after, *others = (loss_without(ready, held_out, gone, batch_size) for gone in ([], removed, *sets))   # (N,)
-    changed, dtype = dtype is not None, dtype or source_dtype(source)
     W = leave_one_out(len(held_out))
     with atomic_folder(out) as draft:
-        write_network(draft, cut_network(model, keep(removed), dtype), source, tokenizer)
-        written = adapt(load_network(draft)).to(device)
-        with untouched(written): found = loss_without(written, held_out, (), batch_size)
-        if not changed and not (found - after).abs().max() <= 1e-4 * after.mean():   # of any sequence
+        def put(kind):                                                                   # and take it up again
+            for file in draft.glob('*.safetensors*'): file.unlink()
+            write_network(draft, cut_network(model, keep(removed), kind), source, tokenizer)
+            written = adapt(load_network(draft)).to(device)
+            with untouched(written): return written, loss_without(written, held_out, (), batch_size)
+        written, found = put(source_dtype(source))
+        if not (found - after).abs().max() <= 1e-4 * after.mean():                       # of any sequence
             raise ValueError(f'{model.config.architecture} cannot do without these blocks: the checkpoint has a loss of {found.mean():.4f} '
                              f'where {after.mean():.4f} was measured, so what its blocks do depends on their place')
+        if dtype is not None: written, found = put(dtype)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, written)]
         record = to_lists(dict(
             architecture=model.config.architecture, n_layers=L, removed=removed, by='spans' if spans else by, budget=budget, parameters=sizes,

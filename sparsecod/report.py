@@ -24,6 +24,7 @@ from typing import NamedTuple
 import altair as alt
 import jinja2
 import markupsafe
+import numpy as np
 import pandas as pd
 
 from .claims import HEADS, ledger_cells, number, verdict_counts
@@ -590,9 +591,13 @@ def read_scores(path: str | Path) -> dict:  # scores, and what the file says abo
         corpus = (run.get('provenance') or {}).get('corpus_fingerprint')
         found = dict(model=run.get('name'), config=run.get('config'), sparsity=run.get('sparsity'), corpus=corpus) | run['scores']
     try:
-        n_blocks(found), [scalar(found, name) for name in found['scalars']]
-        for name in (*BARS, *STREAMS.values()): by_layer(found, name)
+        L = n_blocks(found)
+        for name in found['scalars']: scalar(found, name)
         for name in HEATS: by_pair(found, name)
+        for name in (*BARS, *STREAMS.values()):
+            values, want = by_layer(found, name), L + (name in STREAMS.values())
+            if len(values) not in (0, want): raise ValueError(f'{name} has {len(values)} numbers, and {want} are wanted')
+        for values in found['arrays'].values(): np.array(values, float)             # or it holds what is no number
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Damaged(f'{path} holds no scores as sparsecod score writes them ({type(error).__name__}: {error})') from error
     return found

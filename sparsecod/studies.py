@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'MEASURES', 'SCALES', 'ALWAYS', 'NEEDED', 'STUDIES', 'DEPTHS', 'PILOTS', 'MAIN', 'PUBLISHED_DECAY', 'LENGTHS',
            'SOURCES', 'SIZES', 'LOGARITHMIC', 'RunConfig', 'vary', 'changed_fields', 'identity', 'run_name',
-           'scale_config', 'hardware', 'n_cores', 'code_state', 'provenance', 'shortened', 'score_windows', 'held_out',
-           'check_text', 'training_bytes', 'check_folder', 'check_file', 'missing_measures', 'make_record',
+           'scale_config', 'hardware', 'n_cores', 'code_state', 'versions', 'provenance', 'shortened', 'score_windows',
+           'held_out', 'check_text', 'training_bytes', 'check_folder', 'check_file', 'missing_measures', 'make_record',
            'work_folder', 'write_record', 'check_record', 'read_record', 'fit_vocabulary', 'Place', 'locate', 'hold',
            'forget', 'label_folder', 'read_run', 'training_note', 'complete', 'stored', 'check_training', 'run',
            'seed_list', 'Study', 'add_study', 'equivalent_decay', 'source_setting', 'study_named', 'worker', 'Job',
@@ -223,12 +223,15 @@ def code_state() -> dict:
     commit = _git('rev-parse', 'HEAD')
     return dict(commit=commit, dirty=None if commit is None else bool(_git('status', '--porcelain', '--', '.')))
 
+def versions() -> dict[str, str]:
+    "Versions of the libraries that can change a result."
+    return {name: version(name) for name in ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy')}
+
 def provenance(corpus: Corpus, device: torch.device) -> dict:
     "Where and with what a result was made."
-    libraries = ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy')     # that can change a result
     return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(), device=str(device),
                 platform=platform.platform(), python=platform.python_version(), torch=torch.__version__,
-                sparsecod=sparsecod.__version__, versions={name: version(name) for name in libraries}, **code_state(),
+                sparsecod=sparsecod.__version__, versions=versions(), **code_state(),
                 date=datetime.now(UTC).isoformat(timespec='seconds'),
                 corpus_fingerprint=corpus.fingerprint, corpus_stats=dict(corpus.stats))
 

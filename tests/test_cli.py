@@ -348,6 +348,15 @@ def test_prune(checkpoint, trained, type_in, tmp_path):
         assert type_in(f'score {tmp_path}/{name} {SCORE_FAST} --json {tmp_path}/x.json --quiet')[0] == 0
 
 
+def test_prune_refuses_before_work_and_needs_no_interval(checkpoint, type_in, tmp_path):
+    (tmp_path / 'file').write_text('text', encoding='utf-8')
+    for line, word in ((f'{tmp_path}/small', '--blocks'), (f'{tmp_path}/file/small --blocks 1', 'file'), ('/proc/small --blocks 1', '/proc')):
+        code, text, errors = type_in(f'prune {checkpoint} {line} --sequences 4 --choose 4 --length 16')
+        assert code == 2 and text == '' and word in errors and 'draft' not in errors, errors
+    code, text, errors = type_in(f'prune {checkpoint} {tmp_path}/one --sequences 1 --choose 2 --length 16 --blocks 1 --quiet')
+    assert code == 0 and (tmp_path / 'one' / 'pruning.json').is_file(), errors
+
+
 def test_compare(checkpoint, trained, type_in, tmp_path):
     "Two checkpoints of one training, and two models of different text, in one call each."
     for name, model in dict(one=f'{trained} --sequences 4', two=f'{trained} --sequences 4 --dtype bfloat16', other=f'{checkpoint} {SCORE_FAST}').items():
@@ -369,7 +378,7 @@ def test_compare(checkpoint, trained, type_in, tmp_path):
 
 
 @pytest.mark.parametrize('options, says', [
-    ('--blocks 3', '--blocks: blocks=3'), ('--spans 2-9', '--spans: spans='), ('--spans 1-3', 'all 3 blocks'), ('--budget 0', 'budget='), ('--budget 0.01', 'budget='), ('', 'exactly one'),
+    ('--blocks 3', '--blocks: blocks=3'), ('--spans 2-9', '--spans: spans='), ('--spans 1-3', 'all 3 blocks'), ('--budget 0', 'budget='), ('--budget 0.01', 'budget='), ('', '--blocks N'),
     ('--blocks 1 --by age', "--by: by='age'"), ('--blocks 1 --length 99', '--length 99'), ('--blocks 0', 'positive whole number'), ('--blocks 1 OUT', 'exists')])
 def test_what_cannot_be_pruned_is_said(checkpoint, type_in, tmp_path, options, says):
     out = tmp_path / 'small'

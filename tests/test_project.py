@@ -1,5 +1,6 @@
 "The ground the project stands on: chapters' form, imports, packaging, links, and the tools that test all of it."
 import ast
+import importlib
 import json
 import os
 import re
@@ -372,3 +373,12 @@ def test_readme_says_what_results_say():
     import readme
     _, inside, _ = readme.parts(readme.README.read_text(encoding='utf-8'))
     assert inside == readme.findings(), 'run `make readme`'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').rglob('*.py')), ids=lambda path: path.stem)
+def test_benchmarks_find_what_they_import(path):
+    "Every name that a benchmark takes from the package is there."
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('sparsecod'):
+            module = importlib.import_module(node.module)
+            assert [a.name for a in node.names if not hasattr(module, a.name)] == [], node.module

@@ -119,8 +119,9 @@ def check_promise(network, gone, tmp_path):
 def test_families_that_count_their_blocks_are_refused(network, spans, tmp_path):
     network = network()
     adapt(network)
-    with pytest.raises(ValueError, match=type(network).__name__): prune(network, tmp_path / 'small', OTHERS, WINDOWS, spans=spans)
-    assert not any(tmp_path.iterdir())
+    for dtype in (None, torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match=type(network).__name__): prune(network, tmp_path / 'small', OTHERS, WINDOWS, spans=spans, dtype=dtype)
+        assert not any(tmp_path.iterdir())
 
 
 # --- known answers, and the published arithmetic

@@ -529,7 +529,10 @@ def test_what_stands_in_the_way_of_a_comparison_is_said():
 
 
 @pytest.mark.parametrize('content', ['no JSON', '[1]', '{}', '{"scalars": {}}', '{"scalars": {"loss": 3}, "arrays": {"variance_mean": [1, 2]}}',
-                                     '{"scalars": {}, "arrays": {"variance_mean": [1, 2], "causal": [1]}}', '{"scalars": {}, "arrays": {}}', '{"scores": {}}'])
+                                     '{"scalars": {}, "arrays": {"variance_mean": [1, 2], "causal": [1]}}', '{"scalars": {}, "arrays": {}}', '{"scores": {}}',
+                                     '{"scalars": {}, "arrays": {"skip_loss_increase": [1, 2], "block_influence": [1]}}',
+                                     '{"scalars": {}, "arrays": {"skip_loss_increase": [1, 2], "variance_median": [1, 2]}}',
+                                     '{"scalars": {}, "arrays": {"skip_loss_increase": [1, 2], "entropy": [1, "x"]}}'])
 def test_a_file_of_something_else_is_no_file_of_scores(tmp_path, content):
     path = tmp_path / 'other.json'
     path.write_text(content, encoding='utf-8')
