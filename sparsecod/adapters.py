@@ -397,7 +397,7 @@ def find_folder(
     if is_gguf(folder): return folder
     if not folder.exists():
         if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?(@.+)?', str(source)):
-            raise ValueError(f'{source} is no folder or file here, and not of the form OWNER/NAME or OWNER/NAME@REVISION of models on the Hugging Face Hub')
+            raise ValueError(f'{source} is no folder here and no file, nor of the form OWNER/NAME or OWNER/NAME@REVISION of models on the Hugging Face Hub')
         from huggingface_hub import snapshot_download
         name, _, revision = str(source).partition('@')
         try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
