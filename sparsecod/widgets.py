@@ -190,9 +190,9 @@ def held_out(run: Run) -> tuple[Tensor, Tensor]:
 
 class TrainPanel(Panel):
     "The bench: fields, buttons, pictures, and the runs so far."
-    def __init__(self, scale=BENCH, out='runs', corpus=None):  # see train_widget
+    def __init__(self, scale=None, out='runs', corpus=None):  # see train_widget
         w = controls()
-        self.base, self.corpus = scale_config(scale), corpus
+        self.base, self.corpus = scale_config(scale or BENCH), corpus
         if corpus is not None: self.base = fit_vocabulary(self.base, corpus)
         self.runs, self.speeds, self.training, self.surgery = [], {}, None, None
         self.drawing, self.shown, self.next_curves, self.agreed = threading.Lock(), 0, 0., None
@@ -290,7 +290,7 @@ class TrainPanel(Panel):
         return f'{run.name} lies on the table below.'
 
 def train_widget(
-    scale: str | RunConfig = BENCH,   # where the fields start: a run of your own, or a key of SCALES
+    scale: str | RunConfig | None = None,   # where the fields start: a run of your own, or a key of SCALES; None: BENCH
     out: str | Path = 'runs',         # where exported runs go
     corpus: Corpus | None = None,     # what to train on; None: as the scale says
 ) -> TrainPanel:                      # shown by a notebook
