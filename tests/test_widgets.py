@@ -789,17 +789,22 @@ def test_in_jupyterlab(tmp_path):
     in_jupyterlab(tmp_path, notebook_of(CELLS), drive_training, drive_surgery)
 
 
-SHOWN = """
+SHOWN = ["""
 import sparsecod
-from sparsecod.explorers import stored_points, variance_explorer
-variance_explorer(stored_points(sparsecod.__path__[0]))"""
+from sparsecod.explorers import *
+from sparsecod.explorers import stored_points, stored_twins
+from sparsecod.figures import results_folder
+from sparsecod.studies import load_results
+home = sparsecod.__path__[0]
+records = load_results(results_folder(home), 'desk', 'depth')
+variance_explorer(stored_points(home))""", 'results_explorer(records)', 'surgery_explorer(records)', 'twins_explorer(stored_twins(home))']
 
 
 def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
-    "Run All leaves both panels alive, and an explorer beside them."
+    "Run All leaves both panels alive, and one explorer of every kind beside them."
     import nbformat
     notebook = nbformat.read(root / 'nbs' / 'tools' / '12_widgets.ipynb', as_version=4)
-    notebook.cells += notebook_of([SHOWN]).cells
+    notebook.cells += notebook_of(SHOWN).cells
     in_jupyterlab(tmp_path, notebook, drive_chapter)
 
 
@@ -815,6 +820,14 @@ def drive_chapter(lab, expect):
     before = says.inner_text()
     explorer.locator('[name=p]').press('ArrowLeft')
     expect(says).not_to_have_text(before)
+    for name in ('results', 'surgery', 'twins'):                      # each answers to the first of its sliders
+        other = lab.page.locator(f'#sce-{name}')
+        other.scroll_into_view_if_needed()
+        slider, said = other.locator('input[type=range]').first, other.locator('.says').inner_text()
+        for key in ('ArrowRight', 'ArrowLeft', 'ArrowLeft'):
+            slider.press(key)
+            if other.locator('.says').inner_text() != said: break
+        expect(other.locator('.says')).not_to_have_text(said)
     panel, knife = panels.nth(0), panels.nth(1)
     panel.scroll_into_view_if_needed()
     expect(panel.get_by_text('a table of token pairs').first).to_be_visible()
