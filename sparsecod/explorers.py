@@ -497,8 +497,9 @@ def _block_bars() -> alt.LayerChart:
                "+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio > datum.threshold ? 'useful' : 'not useful') "
                "+ ' at the threshold ' + format(datum.threshold, '.2f') + '.'",
         swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and ' + datum.J "
-             "+ ' swapped, the loss of ' + format(datum.loss, '.3f') + ' changes by ' + format(datum.swap[datum.J - 1] * datum.loss, '.3~g') "
-             "+ ' nats a token, ' + format(100 * datum.swap[datum.J - 1], '.3~g') + ' % of it. Its direction is not recorded.'")
+             "+ ' swapped, the loss of ' + format(datum.loss, '.3f') + ' changes by ' "
+             "+ format(datum.swap[datum.J - 1] * datum.loss, '.3~g') + ' nats a token, ' "
+             "+ format(100 * datum.swap[datum.J - 1], '.3~g') + ' % of it. Its direction is not recorded.'")
     here = calculated(MODEL, dict(
         I=_FIRST, J=_OTHER, mode='pick.mode[0]',
         cost="datum.mode == 'swap' ? (datum.b == datum.I ? 0 : datum.swap[datum.I - 1] * datum.loss) : datum[datum.mode]",
@@ -506,7 +507,8 @@ def _block_bars() -> alt.LayerChart:
         i="datum.mode == 'swap' ? datum.I : datum.b", j="datum.mode == 'swap' ? datum.b : datum.J",
         what="datum.mode == 'swap' && datum.b == datum.I ? 'itself' : "
              "(datum.mode == 'swap' ? '±' : datum.cost > 0 ? '+' : '') + format(datum.cost, '.3~g')",
-        says=f"datum.b != datum.I ? null : datum.mode == 'skip' ? {says['skip']} : datum.mode == 'linear' ? {says['linear']} : ({says['swap']})"))
+        says=f"datum.b != datum.I ? null : datum.mode == 'skip' ? {says['skip']} : "
+             f"datum.mode == 'linear' ? {says['linear']} : ({says['swap']})"))
     y = alt.Y('b:O', title='block', axis=alt.Axis(domain=False, ticks=False))
     x = alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickCount=5, format='~g'))
     tip = [alt.Tooltip('b:O', title='block'), alt.Tooltip('what:N', title='nats a token')]

@@ -773,8 +773,8 @@ def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] 
         summary=summary_lines(records, groups, by), charts=[markupsafe.Markup(c.html) for c in charts],
         heads=[*HEADS, 'rule'], claims=[[*ledger_cells(row), row['rule']] for row in ledger_rows or []],
         counts=verdict_counts(ledger_rows) if ledger_rows else '', recorded=beside is not None,
-        beside=None if beside is None else beside.map(short).values.tolist(), run_heads=list(runs[0]), runs=[list(row.values()) for row in runs],
-        provenance=_provenance_rows(records), differ=differ,
+        beside=None if beside is None else beside.map(short).values.tolist(), run_heads=list(runs[0]),
+        runs=[list(row.values()) for row in runs], provenance=_provenance_rows(records), differ=differ,
         shared=[[name, plain(v)] for name, v in flat_config(records[0]).items() if name not in dict(differ)])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ __all__ = ['JACOBIAN_EXACT_WIDTH', 'JACOBIAN_PROBES', 'ALL_PAIRS_UP_TO', 'PAIRS'
            'pair_scores', 'usefulness_scores', 'intervention_scores', 'stream_scores', 'root_of_terms',
            'jackknife_error', 'block_jacobian', 'jacobian_scores', 'layer_intervals', 'scoring_model', 'untouched',
            'to_lists', 'attention_numbers', 'work_bytes', 'fixed_bytes', 'jacobian_bytes', 'needed_bytes', 'Plan',
-           'plan_memory', 'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'counted',
-           'measure', 'measured_costs', 'expected_seconds', 'text_config', 'prepare_windows', 'score_model',
-           'all_estimates', 'summarise', 'check_sequences', 'check_windows', 'check_held_out', 'check_context',
-           'with_true_names', 'scores_frame', 'random_signs', 'root_of_mean', 'jacobian_estimate']
+           'plan_memory', 'measurement_key', 'planned_work', 'measured_maps', 'measured_jacobians', 'measure',
+           'measured_costs', 'expected_seconds', 'text_config', 'prepare_windows', 'score_model', 'all_estimates',
+           'summarise', 'check_sequences', 'check_windows', 'check_held_out', 'check_context', 'with_true_names',
+           'scores_frame', 'random_signs', 'root_of_mean', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -627,19 +627,6 @@ def measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig,
     return joined
 
 # %% ../nbs/build/07_scores.ipynb #28ce8601
-@contextmanager
-def counted(work: dict[str, float], parts: Parts, progress: bool):
-    "A context whose value gets a part by its name, or makes it and moves the progress bar."
-    done = sum(cost for name, cost in work.items() if parts.has(name))
-    with tqdm(total=sum(work.values()), initial=done, desc='score', unit=' block runs', unit_scale=True,
-              disable=not progress, leave=False) as bar:
-        def keep(name, make):
-            fresh = not parts.has(name)
-            found = parts.get(name, make)
-            if fresh: bar.update(work[name])
-            return found
-        yield keep
-
 def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, progress: bool = False,
             plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
@@ -647,7 +634,15 @@ def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: Sc
     `measure_batch`, joined; of `measured_jacobians`; and the ranks of the fits, (L,)."""
     device, plan = next(model.parameters()).device, plan or plan_memory(model, len(windows), windows.shape[1] - 1, config)
     windows, fit_windows, found = windows.to(device), fit_windows.to(device), []
-    with counted(planned_work(model, windows, fit_windows, config, plan, as_published, swapped), parts, progress) as keep:
+    work = planned_work(model, windows, fit_windows, config, plan, as_published, swapped)
+    done = sum(cost for name, cost in work.items() if parts.has(name))
+    with tqdm(total=sum(work.values()), initial=done, desc='score', unit=' block runs', unit_scale=True,
+              disable=not progress, leave=False) as bar:
+        def keep(name, make):
+            fresh = not parts.has(name)
+            part = parts.get(name, make)
+            if fresh: bar.update(work[name])
+            return part
         maps = measured_maps(model, fit_windows, plan, keep, 'maps')
         published = measured_maps(model, windows, plan, keep, 'published_maps') if as_published else None
         for i, batch in enumerate(windows.split(plan.sequences)):
