@@ -7,8 +7,8 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'is_gguf', 'check_owner', 'find_folder', 'check_weights', 'gguf_types', 'gguf_options',
-           'load_network', 'load_model', 'run_label', 'find_tokenizer', 'open_model']
+           'adapt', 'is_gguf', 'check_owner', 'find_folder', 'check_weights', 'gguf_types', 'load_network',
+           'load_model', 'run_label', 'find_tokenizer', 'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
@@ -414,19 +414,15 @@ def gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; Non
     shares = {name: 100 * n / sizes.total() for name, n in sizes.most_common()}
     return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
 
-def gguf_options(file: Path) -> dict:  # for from_pretrained
-    "What makes the transformers library expand a GGUF file, in versions that could leave it packed as well."
-    import transformers
-    expand = getattr(transformers, 'GgufConfig', None)
-    return dict(gguf_file=file.name) | (dict(quantization_config=expand(dequantize=True)) if expand else {})
-
 # %% ../nbs/build/06_adapters.ipynb #a56c4505
 def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  # in fp32 and evaluation mode
     "Load a checkpoint of the transformers library."
-    place, gguf = folder.parent if is_gguf(folder) else folder, gguf_options(folder) if is_gguf(folder) else {}
-    try: from transformers import AutoModelForCausalLM
+    try: import transformers
     except ImportError as error: raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
-    try: network, found = AutoModelForCausalLM.from_pretrained(
+    place, gguf = (folder.parent, dict(gguf_file=folder.name)) if is_gguf(folder) else (folder, {})
+    if gguf and hasattr(transformers, 'GgufConfig'):           # versions with it could leave the weights packed as well
+        gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
+    try: network, found = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **gguf)
     except (OSError, RuntimeError, ValueError) as error:
         programs = not gguf and 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code

@@ -50,7 +50,6 @@ EOS = "<|endoftext|>"
 
 class Tokenizer:
     "Text to token ids and back. Special tokens are never added, nor recognised inside a text."
-
     def __init__(self, backend, eos_token: str = EOS):
         self.backend, self.eos_token = backend, eos_token
         self.eos_id = backend.token_to_id(eos_token)
@@ -89,7 +88,6 @@ def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     "Train a byte-level BPE tokenizer: EOS, 256 bytes and vocab_size - 257 merges, fewer if the text runs out of repeated pairs."
     import tokenizers as hf
-
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf.decoders.ByteLevel()
@@ -115,13 +113,11 @@ def find_eos(backend, settings: dict, name: str) -> str:
 def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
     "Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub; eos_token=None: as it declares."
     from tokenizers import Tokenizer as Backend
-
     path = Path(os.path.expanduser(name))
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if file.suffix == ".gguf" and file.is_file():
             from transformers import AutoTokenizer
-
             found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             backend, declared = found.backend_tokenizer, dict(eos_token=found.eos_token)
             return Tokenizer(backend, eos_token or find_eos(backend, declared, name))
@@ -139,7 +135,6 @@ def hub_file(name: str, filename: str) -> Path | None:
     "Local copy of a file on the Hub, None if the repository has no such file."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-
     try:
         return Path(hf_hub_download(name, filename))
     except EntryNotFoundError: return None
@@ -219,7 +214,6 @@ def parquet_rows(path: Path, field: str) -> Iterator[tuple]:
     "Rows of a parquet file, a few hundred in memory at a time; an OSError if it is damaged."
     import pyarrow as pa
     import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path) as table:
             names, size = table.schema_arrow.names, path.stat().st_size / max(1, table.metadata.num_rows)
@@ -329,7 +323,6 @@ ALIASES = {"fineweb-edu": {"source": "hf:HuggingFaceFW/fineweb-edu", "subset": "
 def hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
     "Rows of a Hugging Face dataset 'hf:NAME' or 'hf:NAME@REVISION', or of a local folder 'hf:FOLDER', streamed."
     from datasets import load_dataset
-
     name, _, revision = source.removeprefix("hf:").partition("@")
     try:
         rows = iter(load_dataset(os.path.expanduser(name), subset, split=split, streaming=True, revision=revision or None))
@@ -347,7 +340,6 @@ def hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
 # %% ../nbs/build/04_data.ipynb #b3de7da1
 class Seen:
     "The documents met so far, remembered by 8 bytes each."
-
     def __init__(self, block: int = 2**17):
         self.block = block                      # how many new ones to gather before they are sorted in
         self.recent: set[int] = set()
@@ -592,7 +584,6 @@ def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 # %% ../nbs/build/04_data.ipynb #355c40ff
 class StoredTokens:
     "The token files of a corpus, opened from the folder that `write_corpus` filled."
-
     def __init__(self, folder: Path, in_memory: bool = False, fingerprint: str | None = None):  # None: any
         self.folder, (self.meta, self.tokenizer) = Path(folder), read_entry(Path(folder), fingerprint)
         self.config = DataConfig(**self.meta["config"])
@@ -647,7 +638,6 @@ def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
 # %% ../nbs/build/04_data.ipynb #621c1db9
 class WindowedTokens(StoredTokens):
     "A corpus cut into windows of T + 1 tokens."
-
     def n_windows(self, split: str, T: int) -> int:
         "How many windows of T + 1 tokens a split holds; at least one, or an error."
         n_tokens = len(self.tokens(split))
@@ -672,7 +662,6 @@ class WindowedTokens(StoredTokens):
 # %% ../nbs/build/04_data.ipynb #ca904889
 class Corpus(WindowedTokens):
     "Tokens of a corpus, and the ways to draw windows from them."
-
     def batch(self, step: int, n_sequences: int, T: int, seed: int = 0) -> Tensor:  # (B, T+1)
         "The training windows of one step: a function of the arguments and of nothing else."
         n = self.n_windows("train", T)
