@@ -7,8 +7,8 @@ __all__ = ['OFFERS', 'LAYOUTS', 'ENCODER_DECODER', 'FLOATS', 'can_be_scored', 'u
            'Reached', 'take_stream', 'first_stream', 'block_arguments', 'BlockUpdate', 'read_out', 'AdaptedConfig',
            'read_config', 'Wrapper', 'AdaptedStack', 'AdaptedModel', 'all_streams', 'block_that_remembers',
            'token_argument', 'why_not_blockwise', 'check_logits', 'why_not_weights', 'why_not', 'why_no_network',
-           'adapt', 'is_gguf', 'check_owner', 'find_folder', 'check_weights', 'gguf_types', 'gguf_options',
-           'load_network', 'load_model', 'run_label', 'find_tokenizer', 'open_model']
+           'adapt', 'is_gguf', 'check_owner', 'find_folder', 'check_weights', 'gguf_types', 'load_network',
+           'load_model', 'run_label', 'find_tokenizer', 'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
@@ -62,10 +62,8 @@ LAYOUTS = (Layout('layers', 'norm'),              # Llama and the many that foll
            Layout('h', 'ln_f'),                   # GPT-2, BLOOM
            Layout('blocks', 'norm_f'))            # MPT
 
-def find_decoder(
-    network: nn.Module,  # a causal language model of the transformers library
-) -> nn.Module:          # embedding, blocks and final norm; the network itself if they cannot be told apart
-    "The network without its head."
+def find_decoder(network: nn.Module) -> nn.Module:
+    "A causal language model of the transformers library without its head; itself if they cannot be told apart."
     decoder = unwrap(network.get_decoder())
     # Llama 4 returns itself
     return decoder if decoder is not network else getattr(network, 'model', network)
@@ -87,10 +85,7 @@ def take_stream(args: tuple, kwargs: dict) -> tuple:  # the stream, and both wit
     rest = {name: value for name, value in kwargs.items() if name != 'hidden_states'}
     return kwargs['hidden_states'], (), rest
 
-def first_stream(
-    decoder: nn.Module, blocks: nn.ModuleList,
-    tokens: Tensor,  # (B, T)
-) -> Tensor:         # h_0, (B, T, D)
+def first_stream(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:  # h_0, (B, T, D)
     "What the first block receives."
     def stop(block, args, kwargs): raise Reached(take_stream(args, kwargs)[0])
     with blocks[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True):
@@ -98,11 +93,9 @@ def first_stream(
         except Reached as reached: return reached.args[0]
 
 # %% ../nbs/build/06_adapters.ipynb #ed2c0088
-def block_arguments(
-    decoder: nn.Module, blocks: nn.ModuleList,
-    tokens: Tensor,  # any of the right number, (B, T)
-) -> list[tuple]:    # for each block: positional arguments after the stream, keyword arguments
-    "What the network passes to each of its blocks for sequences of this length."
+def block_arguments(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> list[tuple]:
+    """What the network passes to each of its blocks for sequences of this length: positional arguments after the
+    stream, and keyword arguments."""
     calls = []
     def note(block, args, kwargs): calls.append((block, *take_stream(args, kwargs)[1:]))
     with ExitStack() as hooks, torch.inference_mode(False), torch.no_grad():
@@ -125,11 +118,8 @@ class BlockUpdate(NamedTuple):
         return self.stream - self.before
 
 # %% ../nbs/build/06_adapters.ipynb #33d7cca4
-def read_out(
-    network: nn.Module,  # of the transformers library
-    h: Tensor,           # last stream after the final norm, (..., D)
-) -> Tensor:             # logits, (..., V)
-    "The network's head, with its scaling or softcapping of logits."
+def read_out(network: nn.Module, h: Tensor) -> Tensor:  # logits, (..., V)
+    "A network's head on the last stream after the final norm, with its scaling or softcapping of logits."
     config = network.config.get_text_config()
     logits = network.get_output_embeddings()(h)                          # (..., V)
     factor, divisor = getattr(config, 'logit_scale', None), getattr(config, 'logits_scaling', None)
@@ -236,19 +226,14 @@ class AdaptedModel(AdaptedStack):
         return cross_entropy(flat, head, targets.flatten(), chunk).view_as(targets)        # (B, T)
 
 # %% ../nbs/build/06_adapters.ipynb #3de512f2
-def all_streams(
-    model,           # ours or an adapted one
-    tokens: Tensor,  # (B, T)
-) -> list[Tensor]:   # h_0 .. h_L, copies, (B, T, D) each
-    "The streams of one run."
+def all_streams(model, tokens: Tensor) -> list[Tensor]:  # (B, T, D) each
+    "Copies of the streams h_0 .. h_L of one run."
     streams = [model.embed(tokens).clone()]
     model.run(streams[0].clone(), watch=lambda l, out: streams.append(out.stream.clone()))
     return streams
 
-def block_that_remembers(
-    model, streams: list[Tensor],
-) -> int | None:  # its number, 1..L; None if there is none
-    "A block that does not do again what it did before other tokens were run."
+def block_that_remembers(model, streams: list[Tensor]) -> int | None:
+    "The number of a block, 1..L, that does not do again what it did before other tokens were run."
     for l in range(len(model.blocks), 0, -1):
         before, after = streams[l - 1].clone(), streams[l]                               # (B, T, D)
         again = model.run(before, start=l - 1, stop=l)
@@ -256,11 +241,8 @@ def block_that_remembers(
         if not ((again - after).abs().max() <= rounding and torch.equal(before, streams[l - 1])): return l
 
 # %% ../nbs/build/06_adapters.ipynb #713d6cf4
-def token_argument(
-    model,             # an AdaptedModel
-    tokens: Tensor,    # two batches, (2, B, T)
-) -> str | None:       # its name; None if there is none
-    "What a block is told that depends on the tokens."
+def token_argument(model, tokens: Tensor) -> str | None:
+    "The name of what a block is told that depends on the tokens, two batches, (2, B, T)."
     calls = (block_arguments(model.decoder, model.blocks, batch) for batch in tokens)
     for block, *both in zip(model.blocks, *calls):
         names = list(inspect.signature(block.forward).parameters)[1:]                    # the first is the stream
@@ -270,11 +252,8 @@ def token_argument(
             if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs): return name
 
 # %% ../nbs/build/06_adapters.ipynb #a2c9c018
-def why_not_blockwise(
-    model,            # an AdaptedModel in evaluation mode
-    tokens: Tensor,   # two batches, (2, B, T)
-) -> str | None:      # None if all is well
-    "Why a network cannot be run block by block."
+def why_not_blockwise(model, tokens: Tensor) -> str | None:
+    "Why a network in evaluation mode cannot be run block by block on tokens, two batches, (2, B, T); None if it can."
     network = model.network
     forward = getattr(network, '_original_forward', network)   # not in the half precision that accelerate adds
     own = forward(input_ids=tokens[0], use_cache=False).logits.float()                     # (B, T, V)
@@ -317,10 +296,8 @@ def check_logits(model):
 ENCODER_DECODER = 'it is an encoder-decoder; looked for a decoder alone'
 FLOATS = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-def why_not_weights(
-    network: nn.Module,  # a model of the transformers library
-) -> str | None:         # None if all weights are numbers in the memory of one device
-    "Why the weights of a network cannot be used as they are."
+def why_not_weights(network: nn.Module) -> str | None:
+    "Why the weights are not all numbers in the memory of one device; None if they are."
     weights = dict(network.named_parameters())
     places = {str(w.device): name for name, w in weights.items()}
     if 'meta' in places:
@@ -357,10 +334,9 @@ def why_no_network(model) -> str:
     return f'it must be a model of the transformers library, or offer {", ".join(OFFERS)}'
 
 # %% ../nbs/build/06_adapters.ipynb #b2a93648
-def adapt(
-    model,  # one of ours, an adapted one, or a causal language model of the transformers library
-):          # a model that offers what scores ask for; nothing is copied
-    "A model that can be scored: itself if it can be already, else an `AdaptedModel` around it."
+def adapt(model):
+    """A model that can be scored, nothing copied: itself if it can be already, else an `AdaptedModel` around a causal language
+    model of the transformers library."""
     model = unwrap(model)
     if can_be_scored(model): return model
     library = sys.modules.get('transformers')          # a model of that library exists only where it was imported
@@ -389,10 +365,8 @@ def check_owner(folder: Path):
         check_identity(folder / 'model', found[part], {name: label[part][name] for name in names})
     check_identity(folder / 'model', found, dict(corpus=label['corpus']))
 
-def find_folder(
-    source: str | Path, trust_remote_code: bool = False,
-) -> Path:  # the folder of the model, or the GGUF file
-    "Where the files of a model are, on this machine."
+def find_folder(source: str | Path, trust_remote_code: bool = False) -> Path:
+    "The folder of the files of a model on this machine, or its GGUF file."
     folder = Path(source).expanduser()
     if is_gguf(folder): return folder
     if not folder.exists():
@@ -440,19 +414,15 @@ def gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; Non
     shares = {name: 100 * n / sizes.total() for name, n in sizes.most_common()}
     return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
 
-def gguf_options(file: Path) -> dict:  # for from_pretrained
-    "What makes the transformers library expand a GGUF file, in versions that could leave it packed as well."
-    import transformers
-    expand = getattr(transformers, 'GgufConfig', None)
-    return dict(gguf_file=file.name) | (dict(quantization_config=expand(dequantize=True)) if expand else {})
-
 # %% ../nbs/build/06_adapters.ipynb #a56c4505
 def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  # in fp32 and evaluation mode
     "Load a checkpoint of the transformers library."
-    place, gguf = folder.parent if is_gguf(folder) else folder, gguf_options(folder) if is_gguf(folder) else {}
-    try: from transformers import AutoModelForCausalLM
+    try: import transformers
     except ImportError as error: raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
-    try: network, found = AutoModelForCausalLM.from_pretrained(
+    place, gguf = (folder.parent, dict(gguf_file=folder.name)) if is_gguf(folder) else (folder, {})
+    if gguf and hasattr(transformers, 'GgufConfig'):           # versions with it could leave the weights packed as well
+        gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
+    try: network, found = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **gguf)
     except (OSError, RuntimeError, ValueError) as error:
         programs = not gguf and 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
@@ -466,10 +436,8 @@ def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  #
     return network
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
-def load_model(
-    folder: str | Path, trust_remote_code: bool = False,
-) -> nn.Module:  # in fp32 and evaluation mode
-    "Load a saved model."
+def load_model(folder: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    "Load a saved model, in fp32 and evaluation mode."
     folder = Path(folder)
     if is_gguf(folder):
         stored, network = gguf_types(folder), load_network(folder)
@@ -501,12 +469,9 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:  # None if there is no tok
     label = run_label(run) if (run / 'run.json').is_file() else {}
     return load_tokenizer(str(run), label.get('data', {}).get('eos_token'))
 
-def open_model(
-    source,                           # a live model, a folder, a GGUF file, or a name on the Hub
-    trust_remote_code: bool = False,  # run programs that come with the model
-    device: str | None = None,        # where to put it; None: where it is
-) -> tuple:                           # a model that can be scored, and its tokenizer or None
-    "Open any causal language model for scoring."
+def open_model(source, trust_remote_code: bool = False, device: str | None = None) -> tuple:
+    """Open a live model, a folder, a GGUF file, or a name on the Hub for scoring; its tokenizer is None if there is none.
+    trust_remote_code runs programs that come with the model; device=None leaves it where it is."""
     if not isinstance(source, (str, Path)): model, tokenizer = source, None
     else:
         folder = find_folder(source, trust_remote_code)

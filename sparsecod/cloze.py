@@ -41,11 +41,8 @@ class Question(NamedTuple):
     answer: int               # number of the right choice, from 0
 
 # %% ../nbs/build/10_cloze.ipynb #b5a2f416
-def held_out_texts(
-    corpus: Corpus,              # with a validation split
-    max_tokens: int = 2 ** 20,   # read no further than this
-) -> list[str]:                  # whole documents
-    "The first documents of the validation split."
+def held_out_texts(corpus: Corpus, max_tokens: int = 2 ** 20) -> list[str]:
+    "The first whole documents of the validation split."
     tokens = np.asarray(corpus.tokens('val')[:max_tokens])            # (n,)
     ends = np.flatnonzero(tokens == corpus.eos_id)                    # (documents,)
     return [corpus.tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
@@ -60,10 +57,7 @@ class Gap(NamedTuple):
     middle: int  # of the choice: position of the newline between the two
     end: int     # of the choice
 
-def context_start(
-    text: str,    # a document
-    middle: int,  # where the context ends
-) -> int:
+def context_start(text: str, middle: int) -> int:
     "Where a context begins: with the document, else with a line, else with a word."
     first = max(0, middle - CONTEXT)
     line = text.find('\n', max(0, first - 1), middle) + 1
@@ -73,10 +67,8 @@ def context_start(
     return word.start() if word else first
 
 # %% ../nbs/build/10_cloze.ipynb #ed7df617
-def find_gaps(
-    text: str,                 # a document
-) -> dict[str, list[Gap]]:     # by the indentation of the choice
-    "All places of a document where a question can be asked."
+def find_gaps(text: str) -> dict[str, list[Gap]]:
+    "All places of a document where a question can be asked, by the indentation of the choice."
     gaps = {}
     for newline in re.finditer(r'(?<=\S)\n', text):
         choice, start = CHOICE.match(text, newline.end()), context_start(text, newline.start())
@@ -85,15 +77,10 @@ def find_gaps(
     return gaps
 
 # %% ../nbs/build/10_cloze.ipynb #7105bca1
-def wrong_choices(
-    here: int,                # number of the document that asks
-    right: str,               # the right choice
-    texts: list[str],         # all documents
-    places: dict[int, list],  # gaps with the same indentation, by document
-    n: int,                   # how many are wanted
-    rng: random.Random,       # source of chance
-) -> list[str] | None:        # None if there are too few
-    "Continuations from other documents, all different from each other and from the right one."
+def wrong_choices(here: int, right: str, texts: list[str], places: dict[int, list], n: int,
+        rng: random.Random) -> list[str] | None:
+    """Continuations from other documents, all different from each other and from the right one; None if there are too few.
+    Places are the gaps of each document with the same indentation; document number `here` asks."""
     others, found = [d for d in places if d != here], []
     for _ in range(20 * n if others else 0):
         d = rng.choice(others)
@@ -104,23 +91,15 @@ def wrong_choices(
     return None
 
 # %% ../nbs/build/10_cloze.ipynb #cab441de
-def taking_turns(
-    gaps: list[dict[str, list[Gap]]],  # of each document
-    rng: random.Random,                # source of chance
-) -> Iterator[tuple[int, str, Gap]]:   # document, indentation, place
-    "Every gap once, in random order, one document after the other."
+def taking_turns(gaps: list[dict[str, list[Gap]]], rng: random.Random) -> Iterator[tuple[int, str, Gap]]:
+    "Every gap once with its document and indentation, in random order, one document after the other."
     each = [[(d, indent, gap) for indent, places in found.items() for gap in places] for d, found in enumerate(gaps)]
     for places in [*each, each]: rng.shuffle(places)
     for turn in zip_longest(*each): yield from (place for place in turn if place is not None)
 
 # %% ../nbs/build/10_cloze.ipynb #b140f286
-def make_questions(
-    corpus: Corpus,      # its validation split is asked about
-    n: int = 1000,       # questions; fewer if the documents do not hold as many
-    n_choices: int = 4,  # for each question
-    seed: int = 0,       # another seed, other questions
-) -> list[Question]:
-    "Multiple-choice questions from the held-out documents of a corpus; the same arguments give the same questions."
+def make_questions(corpus: Corpus, n: int = 1000, n_choices: int = 4, seed: int = 0) -> list[Question]:
+    "Questions on the held-out documents, n or as many as these hold; the same arguments give the same questions."
     if n < 1 or n_choices < 2: raise ValueError(f'n={n} must be at least 1, and n_choices={n_choices} at least 2')
     rng, texts = random.Random(seed), held_out_texts(corpus)
     gaps, questions, by_indent = [find_gaps(text) for text in texts], [], {}
@@ -137,11 +116,8 @@ def make_questions(
     raise ValueError(f'the validation split has {len(texts)} documents, {sum(map(bool, gaps))} of them with lines to ask about; 2 are needed')
 
 # %% ../nbs/build/10_cloze.ipynb #38d40a1b
-def encode_pairs(
-    tokenizer: Tokenizer,           # of the model
-    pairs: list[tuple[str, str]],   # contexts and continuations
-) -> list[tuple[list[int], int]]:   # tokens of both, and how many of them continue
-    "Tokens of contexts with their continuations."
+def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    "Tokens of contexts with their continuations, and how many of them continue."
     ends = [len(context.rstrip()) for context, _ in pairs]
     heads = tokenizer.encode_batch([context[:end] for (context, _), end in zip(pairs, ends)])
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
@@ -154,41 +130,28 @@ def encode_pairs(
     return texts
 
 # %% ../nbs/build/10_cloze.ipynb #3b7584e3
-def pieces(
-    ids: list[int],  # context and continuation
-    n: int,          # tokens of the continuation
-    T: int,          # positions that the model reads at once
-) -> list[tuple[list[int], int]]:  # at most T + 1 tokens each, and how many at the end of them are scored
-    "Cut a text so that each token of its continuation is scored once, with as much context as fits."
+def pieces(ids: list[int], n: int, T: int) -> list[tuple[list[int], int]]:
+    """Cut a text so that each of the n tokens of its continuation is scored once, with as much context as fits.
+    Pieces have at most T + 1 tokens each, and the number at the end of them that is scored."""
     cuts = [*range(len(ids) - n, len(ids), T), len(ids)]
     return [(ids[max(0, stop - T - 1):stop], stop - start) for start, stop in zip(cuts, cuts[1:])]
 
 # %% ../nbs/build/10_cloze.ipynb #3ae77137
-def read_off(
-    logits: Tensor,   # (M, V)
-    targets: Tensor,  # the tokens that came next, (M,)
-) -> Tensor:          # log-probability of each target in nats, and 1. unless it has the largest logit; fp32, (M, 2)
-    "How well logits predict."
+def read_off(logits: Tensor, targets: Tensor) -> Tensor:  # fp32, (M, 2)
+    "Log-probability of each target, (M,), in nats under logits, (M, V), and 1. unless it has the largest one."
     chosen = logits.float().log_softmax(-1).gather(1, targets[:, None])                     # (M, 1)
     return torch.cat([chosen, (logits.argmax(-1) != targets)[:, None].float()], dim=1)      # (M, 2)
 
-def token_scores(
-    model: Transformer,  # in eval mode, fp32
-    tokens: Tensor,      # padded on the right, (B, T)
-    picked: Tensor,      # where the next token is scored, bool, (B, T)
-    targets: Tensor,     # the next tokens at these places, (M,)
-) -> Tensor:             # as read_off, (M, 2)
-    "Scores of some of the tokens in a batch."
+def token_scores(model: Transformer, tokens: Tensor, picked: Tensor, targets: Tensor) -> Tensor:  # (M, 2)
+    """Scores, as read_off, of some of the tokens, (B, T), in a batch padded on the right.
+    Picked, bool, (B, T), says where the next token is scored; targets, (M,), are the tokens there."""
     h = model.run(model.embed(tokens))[picked]                                              # (M, D)
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     return torch.cat([read_off(model.logits(part), y) for part, y in zip(h.split(chunk), targets.split(chunk))])
 
 # %% ../nbs/build/10_cloze.ipynb #6d89929a
-def batches(
-    lengths: list[int],  # of the pieces
-    batch_tokens: int,   # tokens in a batch, with the padding
-) -> Iterator[list[int]]:  # numbers of the pieces
-    "Pieces of like length together, the longest first."
+def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    "Numbers of pieces of like length together, the longest first, up to batch_tokens with the padding."
     batch = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
@@ -198,24 +161,18 @@ def batches(
     if batch: yield batch
 
 # %% ../nbs/build/10_cloze.ipynb #ac323a5b
-def pad_batch(
-    parts: list[tuple[list[int], int]],  # from pieces
-) -> tuple[Tensor, Tensor, Tensor]:      # tokens (B, T), where the next token is scored (B, T), and these next tokens (M,)
-    "Pieces side by side, padded on the right."
+def pad_batch(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    "Pieces side by side, padded on the right: tokens, (B, T), where the next one is scored, (B, T), and these, (M,)."
     tokens = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in parts], batch_first=True)   # (B, T)
     stop, n = torch.tensor([[len(ids) - 1, n] for ids, n in parts])[:, :, None].unbind(1)   # (B, 1) each
     t = torch.arange(tokens.shape[1])                                                       # (T,)
     return tokens, (t < stop) & (t >= stop - n), torch.cat([torch.tensor(ids[-n:]) for ids, n in parts])
 
 # %% ../nbs/build/10_cloze.ipynb #0c8e0092
-def continuation_scores(
-    score: Callable,             # as token_scores without its first argument
-    texts: list[tuple[list[int], int]],  # from encode_pairs
-    T: int,                      # positions that the model reads at once
-    batch_tokens: int = 2 ** 14, # tokens a forward pass
-    device='cpu',                # where to compute
-) -> Tensor:                     # log-probability in nats, and how many tokens were not the most probable ones; fp64, (N, 2)
-    "Score the continuation of every text."
+def continuation_scores(score: Callable, texts: list[tuple[list[int], int]], T: int,
+        batch_tokens: int = 2 ** 14, device='cpu') -> Tensor:  # fp64, (N, 2)
+    """Log-probability in nats of the continuation of every text, and how many of its tokens were not the most probable ones.
+    Score is as token_scores without its first argument; texts are from encode_pairs; the model reads T positions at once."""
     rows, parts = [], []
     for i, (ids, n) in enumerate(texts):
         for piece in pieces(ids, n, T): rows.append(i), parts.append(piece)
@@ -228,10 +185,8 @@ def continuation_scores(
 
 # %% ../nbs/build/10_cloze.ipynb #18b1f87e
 @contextmanager
-def reading(
-    model: Transformer,  # any state; left as it was
-):                       # the model to read with
-    "A model without gradients, in eval mode and fp32."
+def reading(model: Transformer):
+    "A model without gradients, in eval mode and fp32; afterwards it is as it was."
     modes, device = {part: part.training for part in model.modules()}, next(model.parameters()).device.type
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False): yield scoring_model(model).eval()
@@ -239,71 +194,46 @@ def reading(
         for part, mode in modes.items(): part.training = mode
 
 # %% ../nbs/build/10_cloze.ipynb #f0b88c7b
-def score_texts(
-    model: Transformer,          # left as it was
-    texts: list[tuple[list[int], int]],  # from encode_pairs
-    batch_tokens: int = 2 ** 14, # tokens a forward pass
-) -> Tensor:                     # as continuation_scores, (N, 2)
-    "Score the continuation of every text with a model."
+def score_texts(model: Transformer, texts: list[tuple[list[int], int]],
+        batch_tokens: int = 2 ** 14) -> Tensor:  # as continuation_scores, (N, 2)
+    "Score the continuation of every text of encode_pairs with a model."
     with reading(model) as reader:
         return continuation_scores(partial(token_scores, reader), texts, model.config.context_length, batch_tokens,
                                    next(model.parameters()).device)
 
-def answer_scores(
-    model: Transformer,          # left as it was
-    tokenizer: Tokenizer,        # of the model
-    questions: list[Question],   # all with the same number of choices
-    batch_tokens: int = 2 ** 14, # tokens a forward pass
-) -> Tensor:                     # log-probability of each choice in nats, (n, n_choices)
-    "How probable a model finds each choice."
+def answer_scores(model: Transformer, tokenizer: Tokenizer, questions: list[Question],
+        batch_tokens: int = 2 ** 14) -> Tensor:  # (n, n_choices)
+    "Log-probability in nats of each choice of questions with the same number of choices."
     texts = encode_pairs(tokenizer, [(q.context, choice) for q in questions for choice in q.choices])
     return score_texts(model, texts, batch_tokens)[:, 0].view(len(questions), -1)
 
 # %% ../nbs/build/10_cloze.ipynb #754be179
-def right_answers(
-    scores: Tensor,             # of each choice, (n, n_choices)
-    questions: list[Question],  # as many
-    normalised: bool = False,   # divide by characters first
-) -> np.ndarray:                # bool, (n,)
-    "Which questions are answered rightly; of equal scores the first counts."
+def right_answers(scores: Tensor, questions: list[Question], normalised: bool = False) -> np.ndarray:  # bool, (n,)
+    "Which questions are answered rightly by scores, (n, n_choices), normalised by characters or not; of equal ones the first counts."
     if normalised: scores = scores / torch.tensor([[float(len(choice)) for choice in q.choices] for q in questions])
     return np.asarray(scores).argmax(1) == [q.answer for q in questions]
 
 # %% ../nbs/build/10_cloze.ipynb #f7f463de
-def wilson(
-    share: float,     # of successes
-    n: int,           # trials
-    z: float = 1.96,  # half width in standard deviations; 1.96 for 95 %
-) -> tuple[float, float]:
-    "Wilson's score interval for a share: its low and its high end."
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    "Wilson's interval for a share of n trials, z standard deviations to each side: its low and its high end."
     middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** .5
     return max(0., (middle - half) / (1 + z * z / n)), min(1., (middle + half) / (1 + z * z / n))
 
-def accuracy(
-    scores: Tensor,             # of each choice, (n, n_choices)
-    questions: list[Question],  # as many
-    normalised: bool = False,   # divide scores by characters first
-) -> dict:                      # value, low and high ends of the 95 % interval, n, chance
-    "Share of questions that are answered rightly, with Wilson's interval over questions."
+def accuracy(scores: Tensor, questions: list[Question], normalised: bool = False) -> dict:
+    "Share of questions that are answered rightly, with the ends of Wilson's 95 % interval over questions; n, and chance."
     share, n = float(right_answers(scores, questions, normalised).mean()), len(questions)
     low, high = wilson(share, n)
     return dict(value=share, low=low, high=high, n=n, chance=sum(1 / len(q.choices) for q in questions) / n)
 
 # %% ../nbs/build/10_cloze.ipynb #4df20d24
-def without_context(
-    questions: list[Question],  # to ask
-) -> list[Question]:
+def without_context(questions: list[Question]) -> list[Question]:
     "The same questions with nothing before the choices."
     return [q._replace(context='') for q in questions]
 
 # %% ../nbs/build/10_cloze.ipynb #a4dce738
-def measure_cloze(
-    model: Transformer,      # trained on the corpus; left as it was
-    corpus: Corpus,          # its validation split is asked about
-    n_questions: int = 1000, # fewer if the documents do not hold as many
-    seed: int = 0,           # of the questions
-) -> dict:                   # 'accuracy', 'accuracy_normalised', 'accuracy_mutual_information': value, low, high; 'n_questions', 'chance', 'settings'
-    "Accuracy of a model on cloze questions, ready for JSON."
+def measure_cloze(model: Transformer, corpus: Corpus, n_questions: int = 1000, seed: int = 0) -> dict:
+    """Accuracy of a model on cloze questions from its corpus' validation split, ready for JSON.
+    Returns 'accuracy', 'accuracy_normalised', 'accuracy_mutual_information', and 'n_questions', 'chance', 'settings'."""
     questions = make_questions(corpus, n_questions, seed=seed)
     scores, alone = (answer_scores(model, corpus.tokenizer, asked) for asked in (questions, without_context(questions)))  # (n, 4)
     found = dict(accuracy=accuracy(scores, questions), accuracy_normalised=accuracy(scores, questions, normalised=True),
@@ -316,11 +246,7 @@ def measure_cloze(
 # %% ../nbs/build/10_cloze.ipynb #c2c3bee7
 class Answers:
     "What lm-eval asks of a language model, answered by a `Transformer`."
-    def __init__(self,
-        model: Transformer,           # left as it was
-        tokenizer: Tokenizer,         # of the model
-        batch_tokens: int = 2 ** 14,  # tokens a forward pass
-    ):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_tokens: int = 2 ** 14):
         super().__init__()
         self.model, self.coder, self.batch_tokens = model, tokenizer, batch_tokens
 
@@ -349,13 +275,9 @@ class Answers:
         with reading(self.model) as model: return [continue_text(model, self.coder, *request.args) for request in requests]
 
 # %% ../nbs/build/10_cloze.ipynb #d9e19f91
-def continue_text(
-    model: Transformer,    # in eval mode, without gradients
-    tokenizer: Tokenizer,  # of the model
-    context: str,          # what to continue
-    options: dict,         # of lm-eval: until, max_gen_toks, do_sample, temperature
-) -> str:                  # the new text, without the stop string
-    "Continue a text until a stop string, the end of the document, or a number of tokens."
+def continue_text(model: Transformer, tokenizer: Tokenizer, context: str, options: dict) -> str:
+    """The new text up to a stop string (left out), the end of the document, or a number of tokens.
+    Options are lm-eval's: until, max_gen_toks, do_sample, temperature."""
     stops = options.get('until') or []
     stops = [stops] if isinstance(stops, str) else stops
     temperature = float(options.get('temperature', 1)) if options.get('do_sample') else 0
@@ -375,12 +297,8 @@ def need_lm_eval():
     except ImportError as error: raise ImportError("lm-eval is needed for this: pip install 'sparsecod[eval]'") from error
     return lm_eval
 
-def lm_eval_model(
-    model: Transformer,           # left as it was
-    tokenizer: Tokenizer,         # of the model
-    batch_tokens: int = 2 ** 14,  # tokens a forward pass
-):                                # an lm_eval.api.model.TemplateLM
-    "A `Transformer` as lm-eval wants it."
+def lm_eval_model(model: Transformer, tokenizer: Tokenizer, batch_tokens: int = 2 ** 14):
+    "A `Transformer` as lm-eval wants it: an lm_eval.api.model.TemplateLM."
     need_lm_eval()
     from lm_eval.api.model import TemplateLM
     class SparsecodLM(Answers, TemplateLM): "A `Transformer` of sparsecod."
@@ -406,11 +324,8 @@ metadata: {{version: 1.0}}
 '''
 
 # %% ../nbs/build/10_cloze.ipynb #bee88a03
-def write_task(
-    questions: list[Question],  # to ask
-    folder: str | Path,         # cloze.jsonl and cloze.yaml go here
-) -> Path:                      # the YAML file
-    "Write questions as a task of lm-eval."
+def write_task(questions: list[Question], folder: str | Path) -> Path:
+    "Write questions as a task of lm-eval, cloze.jsonl and cloze.yaml, into a folder; returns the path of the latter."
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'cloze.jsonl').write_text(''.join(json.dumps(q._asdict()) + '\n' for q in questions), encoding='utf-8')
@@ -419,11 +334,8 @@ def write_task(
     return folder / 'cloze.yaml'
 
 # %% ../nbs/build/10_cloze.ipynb #d8d56394
-def load_tasks(
-    manager,           # an lm_eval.tasks.TaskManager
-    names: list[str],  # tasks, groups or tags of lm-eval
-) -> list:             # tasks and groups of lm-eval
-    "Load tasks with their data, or say which cannot be loaded."
+def load_tasks(manager, names: list[str]) -> list:
+    "Load tasks, groups or tags of lm-eval with their data, or say which cannot be loaded."
     loaded = []
     for name in names:
         try: found = manager.load([name])
@@ -436,13 +348,8 @@ def load_tasks(
 # %% ../nbs/build/10_cloze.ipynb #d11f7ca9
 SHARES = ('acc', 'acc_norm', 'acc_bytes', 'acc_mutual_info')
 
-def share_columns(
-    out: dict,      # from lm_eval.simple_evaluate
-    task: str,      # in it
-    metric: str,    # in it
-    value: float,   # of the metric
-) -> dict:          # low, high, chance; None each unless the metric is a share of right choices
-    "Interval and chance level of an accuracy."
+def share_columns(out: dict, task: str, metric: str, value: float) -> dict:
+    "Low, high and chance of an accuracy of lm_eval.simple_evaluate; None each if the metric is no share of right choices."
     samples, config = out['samples'].get(task), out['configs'].get(task, {})
     if metric not in SHARES or not samples or config['output_type'] != 'multiple_choice': return dict(low=None, high=None, chance=None)
     passes = 1 + any(m['metric'] == 'acc_mutual_info' for m in config['metric_list'])    # over each choice
@@ -450,10 +357,8 @@ def share_columns(
     return dict(low=low, high=high, chance=float(np.mean([passes / len(s['resps']) for s in samples])))
 
 # %% ../nbs/build/10_cloze.ipynb #3d469259
-def result_rows(
-    out: dict,    # from lm_eval.simple_evaluate
-) -> list[dict]:  # task, metric, value, stderr, n, low, high, chance; None where it does not apply
-    "Results of lm-eval, one task and metric a row."
+def result_rows(out: dict) -> list[dict]:
+    "Results of lm_eval.simple_evaluate, one task and metric a row, with an interval and chance; None where it does not apply."
     rows = []
     for task, found in out['results'].items():
         for key, value in found.items():
@@ -477,17 +382,12 @@ def silence():
         if shown: enable_progress_bars()
 
 # %% ../nbs/build/10_cloze.ipynb #8cf06400
-def evaluate_tasks(
-    model: Transformer,                       # left as it was
-    tokenizer: Tokenizer,                     # of the model
-    tasks: list[str],                         # 'cloze', or names of lm-eval such as 'hellaswag', 'arc_easy', 'piqa', 'mmlu'
-    questions: list[Question] | None = None,  # for the task 'cloze'
-    limit: int | None = None,                 # questions of each task; None: all
-    batch_tokens: int = 2 ** 14,              # tokens a forward pass
-    samples: bool = False,                    # also return lm-eval's protocol, question by question
-    progress: bool = False,                   # let lm-eval show what it does
-) -> dict:                                    # 'results': see result_rows; 'lm_eval': its version; 'limit'; 'samples'
-    "Evaluate a model with lm-eval."
+def evaluate_tasks(model: Transformer, tokenizer: Tokenizer, tasks: list[str],
+        questions: list[Question] | None = None, limit: int | None = None, batch_tokens: int = 2 ** 14,
+        samples: bool = False, progress: bool = False) -> dict:
+    """Evaluate a model with lm-eval, on 'cloze' or its own tasks such as 'hellaswag', 'arc_easy', 'piqa', 'mmlu'.
+    A limit is of questions of each task. Returns 'results', see result_rows; 'lm_eval', its version; 'limit'; and with
+    samples=True lm-eval's protocol, question by question."""
     if 'cloze' in tasks and not questions: raise ValueError("the task 'cloze' needs questions; make_questions makes some")
     lm = lm_eval_model(model, tokenizer, batch_tokens)
     from lm_eval import simple_evaluate, tasks as harness

@@ -31,39 +31,26 @@ TRAPS = {1: 'affine map applied transposed', 2: 'affine map fitted where it is e
          5: 'scores in bf16', 6: 'everything decays', 7: 'auxiliary weights compound', 8: 'sequences fixed, own length', 9: 'mean variance only',
          10: 'gates not renormalised', 11: 'training text, unseeded choice', 12: 'full forward passes', 13: 'loss divided by B x T'}
 
-def row(
-    trap: int,            # a key of TRAPS
-    quantity: str,        # what is measured
-    as_published: float,  # with the trap
-    ours: float,          # without it
-    note: str = '',       # what a reader should know
-    detail: dict = {},    # more numbers, for pictures
-) -> dict:                # for JSON
-    "One quantity before and after a correction."
+def row(trap: int, quantity: str, as_published: float, ours: float, note: str = '',
+        detail: dict = {}) -> dict:
+    "One quantity, with a trap of TRAPS and without it; a note for readers, and more numbers for pictures. Ready for JSON."
     if trap not in TRAPS: raise ValueError(f'trap={trap!r} must be one of 1 to {len(TRAPS)}')
     return dict(trap=trap, quantity=quantity, as_published=float(as_published), ours=float(ours), note=note, detail=to_lists(detail))
 
-def ratio(
-    as_published: float,  # with the trap
-    ours: float,          # without it
-) -> float:               # as published / ours; infinite if only ours is 0; NaN if it is not positive
-    "The effect of a trap as a factor."
+def ratio(as_published: float, ours: float) -> float:
+    "The effect of a trap, as published / ours; infinite if only ours is 0, NaN if it is not positive."
     if as_published == ours: return 1.0
     if as_published * ours < 0 or as_published == 0: return math.nan
     return as_published / ours if ours else math.inf
 
 # %% ../nbs/beyond/02_corrections.ipynb #4524199d
-def over_models(
-    values: list[float],  # one a model
-) -> tuple[float, float, float]:  # mean, low and high; without an interval, all the same
-    "Mean with its interval, geometric for positive numbers."
+def over_models(values: list[float]) -> tuple[float, float, float]:
+    "Mean over models with its low and high end, geometric for positive numbers; without an interval, all the same."
     found = over_seeds([dict(value=v, low=v, high=v) for v in values], log=min(values) > 0)
     return found['value'], found['low'], found['high']
 
-def combine(
-    rows: list[dict],  # from row, of several models
-) -> list[dict]:       # one a quantity: mean, low and high of both numbers and of their ratio; n models
-    "Quantities over seeds."
+def combine(rows: list[dict]) -> list[dict]:
+    "Quantities over seeds: mean, low and high of both numbers and of their ratio; n models."
     found = []
     for trap, quantity in dict.fromkeys((r['trap'], r['quantity']) for r in rows):
         same = [r for r in rows if (r['trap'], r['quantity']) == (trap, quantity)]
@@ -74,20 +61,15 @@ def combine(
     return found
 
 # %% ../nbs/beyond/02_corrections.ipynb #4c48d970
-def ratio_text(
-    found: tuple[float, float, float],  # from combine
-) -> str:
-    "A factor with its interval; more digits near 1."
+def ratio_text(found: tuple[float, float, float]) -> str:
+    "A factor with its low and high end; more digits near 1."
     value, low, high = found
     if not math.isfinite(value): return 'none' if math.isnan(value) else 'infinite'
     digits = 4 if .9 < value < 1.1 else 3
     return f'{value:.{digits}g}' + (f' ({low:.{digits}g} to {high:.{digits}g})' if low < high else '')
 
-def corrections_table(
-    rows: list[dict],  # of one or several models
-    *traps: int,       # which; none: all
-) -> str:              # Markdown
-    "Numbers before and after, a row a quantity."
+def corrections_table(rows: list[dict], *traps: int) -> str:
+    "Numbers before and after as Markdown, a row a quantity; of some traps, or of all."
     shown = [c for c in combine(rows) if not traps or c['trap'] in traps]
     cells = [[c['quantity'], span(*c['as_published']), span(*c['ours']), ratio_text(c['ratio']), c['note']] for c in shown]
     return markdown_table(['quantity', 'as published', 'ours', 'as published / ours', 'note'], cells)
@@ -103,24 +85,17 @@ class AffineBlock(nn.Module):
         u = h @ self.A + self.b                         # (B, T, D)
         return BlockOutput(h + u, u, torch.zeros_like(u))
 
-def with_block(
-    model: Transformer,  # the model; stays as it is
-    l: int,              # number of the block, 1..L
-    block: nn.Module,    # what takes its place
-) -> Transformer:        # a copy
-    "Put another block into a copy of a model."
+def with_block(model: Transformer, l: int, block: nn.Module) -> Transformer:
+    "A copy of a model with another block l, 1..L."
     changed = copy.deepcopy(model)
     changed.blocks[l - 1] = block
     return changed.eval()
 
 # %% ../nbs/beyond/02_corrections.ipynb #ebf6ca66
 @torch.no_grad()
-def affine_ratios(
-    model: Transformer,    # in eval mode, fp32
-    windows: Tensor,       # sequences to score, (N, T + 1)
-    fit_windows: Tensor,   # other sequences, (M, T + 1)
-) -> dict[str, Tensor]:    # 'ours', 'transposed', 'same tokens' and 'both', each (L,); 'loss', a scalar
-    "Loss with each block replaced by its affine map, divided by the loss, with and without the two traps."
+def affine_ratios(model: Transformer, windows: Tensor, fit_windows: Tensor) -> dict[str, Tensor]:
+    """Loss with each block replaced by its affine map, divided by the loss, with and without the two traps: 'ours',
+    'transposed', 'same tokens' and 'both', each (L,); 'loss', a scalar. The model is in eval mode and fp32."""
     t = trace(model, windows)
     elsewhere, same = fit_blocks(model, fit_windows), fit_blocks(model, windows)
     ways = {'ours': (elsewhere, False), 'transposed': (elsewhere, True), 'same tokens': (same, False), 'both': (same, True)}
@@ -129,34 +104,24 @@ def affine_ratios(
 
 # %% ../nbs/beyond/02_corrections.ipynb #3c4b8819
 @torch.no_grad()
-def states(
-    model: Transformer,   # in eval mode
-    windows: Tensor,      # tokens, (B, T + 1)
-    skip: int = 0,        # the block to skip, 1..L; 0: none
-    shifted: bool = False, # leave no entry for the skipped block
-) -> list[Tensor]:        # h_0 .. h_L, each (B, T, D); one less if shifted
-    "Streams of a full forward pass."
+def states(model: Transformer, windows: Tensor, skip: int = 0, shifted: bool = False) -> list[Tensor]:
+    "Streams h_0 .. h_L, each (B, T, D), of full forward passes that skip a block; if shifted, without an entry for it."
     found = [model.embed(windows[:, :-1])]                                   # (B, T, D)
     for l in range(1, len(model.blocks) + 1):
         if l != skip: found.append(model.run(found[-1], start=l - 1, stop=l))
         elif not shifted: found.append(found[-1])
     return found
 
-def differences(
-    found: list[Tensor],  # from states
-) -> list[Tensor]:        # updates, each (B, T, D)
-    "Updates as differences of consecutive states."
+def differences(found: list[Tensor]) -> list[Tensor]:
+    "Updates, each (B, T, D), as differences of consecutive states."
     return [b - a for a, b in zip(found, found[1:])]
 
 # %% ../nbs/beyond/02_corrections.ipynb #76c3d827
 @torch.no_grad()
-def causal_from_states(
-    model: Transformer,     # in eval mode, any dtype
-    windows: Tensor,        # tokens, (B, T + 1)
-    shifted: bool = False,  # with trap 3
-    normed: bool = False,   # with trap 4: the last state is taken after the final norm
-) -> Tensor:                # C(s, l), fp64, (L, L) at [s-1, l-1]; NaN unless s < l (< L if shifted)
-    "Causal scores from the states of full forward passes."
+def causal_from_states(model: Transformer, windows: Tensor, shifted: bool = False,
+        normed: bool = False) -> Tensor:  # fp64, (L, L)
+    """Causal scores C(s, l) from the states of full forward passes, at [s-1, l-1]; NaN unless s < l (< L if shifted).
+    Shifted: with trap 3. Normed: with trap 4, the last state is taken after the final norm."""
     L = len(model.blocks)
     last = (lambda found: [*found[:-1], model.final_norm(found[-1])]) if normed else (lambda found: found)
     before = differences(last(states(model, windows)))                                     # L of (B, T, D)
@@ -168,37 +133,26 @@ def causal_from_states(
     if shifted: scores[:, -1] = float('nan')                                               # block L has no successor
     return scores
 
-def mean_score(
-    scores: Tensor,  # (L, L), NaN where there is none
-) -> float:
-    "Mean over the pairs that have a score."
+def mean_score(scores: Tensor) -> float:
+    "Mean over the pairs that have a score, (L, L); NaN where there is none."
     return scores.nanmean().item()
 
 # %% ../nbs/beyond/02_corrections.ipynb #fd1fd934
 @torch.no_grad()
-def last_variances(
-    model: Transformer,  # in eval mode
-    windows: Tensor,     # tokens, (N, T + 1)
-) -> tuple[float, float]:  # variance over channels, mean over tokens: of h_L, and of h_L after the final norm
-    "Variance of the last state before and after the final norm."
+def last_variances(model: Transformer, windows: Tensor) -> tuple[float, float]:
+    "Variance over channels, mean over tokens, of the last state before and after the final norm."
     h = states(model, windows)[-1]                                           # (N, T, D)
     return tuple(x.double().var(-1).mean().item() for x in (h, model.final_norm(h)))
 
 # %% ../nbs/beyond/02_corrections.ipynb #14d83d3d
 @torch.no_grad()
-def with_embeddings_scaled(
-    model: Transformer,  # the model; stays as it is
-    scale: float,        # factor
-) -> Transformer:        # a copy
-    "Enlarge the stream at its source."
+def with_embeddings_scaled(model: Transformer, scale: float) -> Transformer:
+    "A copy of a model whose stream is enlarged at its source."
     changed = copy.deepcopy(model)
     changed.embedding.weight.mul_(scale)
     return changed
 
-def permutation_score(
-    model: Transformer,  # in eval mode, any dtype
-    windows: Tensor,     # tokens, (N, T + 1)
-) -> float:
+def permutation_score(model: Transformer, windows: Tensor) -> float:
     "Mean over pairs of the relative change of the loss when two blocks are swapped."
     t = trace(model, windows)
     loss = t.loss.mean().cpu()
@@ -206,22 +160,16 @@ def permutation_score(
 
 # %% ../nbs/beyond/02_corrections.ipynb #956b76e8
 @torch.no_grad()
-def rounding(
-    model: Transformer,  # in eval mode, fp32
-    windows: Tensor,     # tokens, (N, T + 1)
-) -> dict[str, float]:   # 'size': the stream relative to updates; causal scores 'bf16' and 'fp32'
-    "Causal score in both precisions."
+def rounding(model: Transformer, windows: Tensor) -> dict[str, float]:
+    "Causal score of a model in fp32, in both precisions: 'bf16' and 'fp32'; and 'size', the stream relative to updates."
     found = states(model, windows)
     sizes = [h.norm(dim=-1).mean() / u.norm(dim=-1).mean() for h, u in zip(found[1:], differences(found))]
     low, high = (mean_score(causal_from_states(m, windows)) for m in (copy.deepcopy(model).bfloat16(), model))
     return dict(size=torch.stack(sizes).mean().item(), bf16=low, fp32=high)
 
 # %% ../nbs/beyond/02_corrections.ipynb #674b907f
-def decaying(
-    model: nn.Module,               # any model
-    decay_groups: str = 'matrices', # 'matrices' (ours) or 'all' (as published)
-) -> dict[str, int]:                # kind of parameter -> how many numbers decay
-    "Which parameters decay."
+def decaying(model: nn.Module, decay_groups: str = 'matrices') -> dict[str, int]:
+    "How many numbers of each kind of parameter decay, with decay_groups 'matrices' (ours) or 'all' (as published)."
     sizes, found = {name: p.numel() for name, p in model.named_parameters()}, {}
     for name in parameter_groups(model, 1.0, decay_groups)[0]['names']:
         kind = 'norm gains' if 'norm' in name else 'embedding' if name.startswith('embedding') else 'head' if name.startswith('head') else 'matrices of blocks'
@@ -229,54 +177,36 @@ def decaying(
     return found
 
 # %% ../nbs/beyond/02_corrections.ipynb #201c2b84
-def per_seed(
-    study: str,           # a key of STUDIES
-    records: list[dict],  # of one scale
-    read: dict[str, str], # name -> label of a variant
-    metric: str,          # see read_metric
-) -> list[dict[str, float]]:  # for each seed that has all variants, name -> number
-    "The same metric of several variants, seed by seed."
+def per_seed(study: str, records: list[dict], read: dict[str, str], metric: str) -> list[dict[str, float]]:
+    "The same metric of several variants by their labels, for each seed that has them all."
     groups = by_variant(study, records)
     found = {name: {r['seed']: m['value'] for r in groups.get(label, []) if (m := read_metric(r, metric))} for name, label in read.items()}
     shared = sorted(set.intersection(*(set(v) for v in found.values())))
     return [{name: v[seed] for name, v in found.items()} for seed in shared]
 
 # %% ../nbs/beyond/02_corrections.ipynb #5ab87799
-def decay_rows(
-    records: list[dict],  # of the study of weight decay
-    decay: str = '0.1',   # published lambda
-) -> list[dict]:
-    "Trap 6 on the records of trained models."
+def decay_rows(records: list[dict], decay: str = '0.1') -> list[dict]:
+    "Trap 6 on the records of the study of weight decay, at the published lambda."
     labels, rows = dict(published=f'λ={decay}, all', ours=f'λ={decay}'), []
     for metric, name in dict(final_variance='final variance', perplexity='perplexity', linear_loss_increase='cost of an affine block (nats)').items():
         rows += [row(6, f'{name}, λ = {decay}', m['published'], m['ours'], 'trained with either') for m in per_seed('decay', records, labels, metric)]
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #b388fa48
-def auxiliary_weights(
-    L: int,                   # blocks
-    compounded: bool = False, # with the trap
-) -> Tensor:                  # share of w that each block gets, fp64, (L,)
-    "Weights of the auxiliary losses by block."
+def auxiliary_weights(L: int, compounded: bool = False) -> Tensor:  # fp64, (L,)
+    "Share of w that each block gets in the auxiliary loss."
     return float(L) ** -torch.arange(1, L + 1, dtype=torch.float64) if compounded else torch.full((L,), 1 / L, dtype=torch.float64)
 
 @torch.no_grad()
-def balance_by_block(
-    model: Transformer,  # a mixture of experts, in eval mode
-    windows: Tensor,     # tokens, (N, T + 1)
-) -> Tensor:             # load-balancing loss of each block, fp64, (L,)
-    "How unbalanced each block's routing is; 1 if balanced."
+def balance_by_block(model: Transformer, windows: Tensor) -> Tensor:  # fp64, (L,)
+    "Load-balancing loss of each block of a mixture of experts; 1 if balanced."
     found = []
     model.run(model.embed(windows[:, :-1]), watch=lambda l, out: found.append(balance_loss(out.routing, len(windows)).double()))
     return torch.stack(found)
 
 # %% ../nbs/beyond/02_corrections.ipynb #8df50149
-def context_rows(
-    records: list[dict],  # of the context study
-    short: int = 32,      # context lengths to compare
-    long: int = 512,
-) -> list[dict]:
-    "Traps 8 and 9 on the records of the context study."
+def context_rows(records: list[dict], short: int = 32, long: int = 512) -> list[dict]:
+    "Traps 8 and 9 on the records of the context study, at a short and a long context."
     labels = dict(short=f'T={short}', long=f'T={long}', short_fixed=f'T={short}, sequences fixed', long_fixed=f'T={long}, sequences fixed')
     get = lambda metric: per_seed('context', records, labels, metric)
     growth, common, median, without = (get(f'final_variance{m}') for m in ('', '@common', '_median', '_without_first'))
@@ -290,40 +220,28 @@ def context_rows(
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #6cb1efb3
-def mean_with_sink(
-    v: float,  # variance of every token but one
-    s: float,  # variance of the token at position 0
-    T: int,    # tokens
-) -> float:
-    "Mean variance of a sequence with a sink."
+def mean_with_sink(v: float, s: float, T: int) -> float:
+    "Mean variance of T tokens of variance v, of which the first has variance s."
     return v + (s - v) / T
 
 # %% ../nbs/beyond/02_corrections.ipynb #eab75082
 @torch.no_grad()
-def branch_variances(
-    model: Transformer,  # in eval mode
-    windows: Tensor,     # tokens, (N, T + 1)
-) -> Tensor:             # of every block, fp64, (L,)
+def branch_variances(model: Transformer, windows: Tensor) -> Tensor:  # of every block, fp64, (L,)
     "Variance over channels of the feed-forward update, mean over tokens."
     found = []
     model.run(model.embed(windows[:, :-1]), watch=lambda l, out: found.append(out.feed_forward.double().var(-1).mean()))
     return torch.stack(found)
 
-def with_gates(
-    model: Transformer,  # a mixture of experts; stays as it is
-    gates: str,          # one of sparsecod.moe.GATES
-) -> Transformer:        # a copy with the same weights
-    "Change the kind of gates of a model."
+def with_gates(model: Transformer, gates: str) -> Transformer:
+    "A copy of a mixture of experts with the same weights and other gates, one of sparsecod.moe.GATES."
     changed = copy.deepcopy(model)
     for part in changed.modules():
         if isinstance(part, MixtureOfExperts): part.gates = gates
     return changed
 
 # %% ../nbs/beyond/02_corrections.ipynb #45c45d39
-def gate_rows(
-    records: list[dict],  # of the study of mixtures of experts
-) -> list[dict]:
-    "Trap 10 on the records of trained mixtures."
+def gate_rows(records: list[dict]) -> list[dict]:
+    "Trap 10 on the records of the study of mixtures of experts."
     labels = dict(dense='dense', published='gates as published', ours='gates renormalised')
     rows = []
     for metric, name in dict(final_variance='final variance', final_variance_median='final variance, median', perplexity='perplexity').items():
@@ -332,13 +250,8 @@ def gate_rows(
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #a7db57ed
-def seen_and_unseen(
-    corpus: Corpus,      # what the model was trained on
-    train: TrainConfig,  # how
-    T: int,              # its context length
-    n: int,              # sequences
-) -> tuple[Tensor, Tensor]:  # of the last steps, and of the steps that would come next, each (n, T + 1)
-    "Training text that a model has seen, and training text that it has not."
+def seen_and_unseen(corpus: Corpus, train: TrainConfig, T: int, n: int) -> tuple[Tensor, Tensor]:
+    "Training text of the last steps, and of the steps that would come next; n sequences of T + 1 tokens each."
     per_step = sequences_per_step(train, T)
     steps = -(-n // per_step)                                                # rounded up
     if train.steps < steps: raise ValueError(f'n={n} must be at most {train.steps * per_step}, the sequences seen in training')
@@ -346,45 +259,30 @@ def seen_and_unseen(
     draw = lambda first: torch.cat([corpus.batch(first + i, per_step, T, train.seed) for i in range(steps)])[:n]
     return draw(train.steps - steps), draw(train.steps)
 
-def choices(
-    N: int,      # sequences there are
-    n: int,      # sequences to choose
-    R: int,      # how often
-    seed: int = 0,
-) -> Tensor:     # 1 where a sequence is chosen, fp64, (R, N)
-    "Random choices of sequences, without repetition."
+def choices(N: int, n: int, R: int, seed: int = 0) -> Tensor:  # fp64, (R, N)
+    "R random choices of n out of N sequences, without repetition: 1 where a sequence is chosen."
     order = torch.rand(R, N, generator=torch.Generator().manual_seed(seed)).argsort(1)     # (R, N)
     return (order < n).double()
 
 # %% ../nbs/beyond/02_corrections.ipynb #7f08dffc
 @torch.no_grad()
-def chosen_scores(
-    model: Transformer,   # in eval mode, fp32
-    windows: Tensor,      # sequences to choose from, (N, T + 1)
-    fit_windows: Tensor,  # other sequences, to fit the affine maps on
-    weights: Tensor,      # from choices, (R, N)
-    batch_size: int = 16, # sequences in memory at once
-) -> dict[str, Tensor]:   # scalar scores of each choice, (R,)
-    "Scores on many choices of sequences from one measurement."
+def chosen_scores(model: Transformer, windows: Tensor, fit_windows: Tensor, weights: Tensor,
+        batch_size: int = 16) -> dict[str, Tensor]:
+    "Scalar scores, (R,) each, on many choices, (R, N), of N sequences, from one measurement of a model in fp32."
     maps, found = fit_blocks(model, fit_windows, batch_size), []
     for part in windows.split(batch_size): found.append(measure_batch(model, part, maps))
     joined = {name: torch.cat([f[name] for f in found], dim=-1) for name in found[0] if name != 'variance'}
     return intervention_scores(joined, weights)[0]
 
 # %% ../nbs/beyond/02_corrections.ipynb #b022b56a
-def full_block_runs(
-    L: int,  # blocks
-) -> int:    # block evaluations for each sequence
-    "What the interventions of `score_model` cost with full forward passes."
+def full_block_runs(L: int) -> int:
+    "Block evaluations a sequence that the interventions of `score_model` cost with full forward passes."
     trace, skips, partial, maps = L, L * (L - 1), (L - 1) * L, L * (L - 1)
     return trace + skips + partial + maps + L * (L - 1) // 2 * L
 
 # %% ../nbs/beyond/02_corrections.ipynb #54a2ffc0
-def padded_loss(
-    loss: float,  # mean cross-entropy over the T - 1 targets of each window
-    T: int,       # tokens in a window
-) -> float:
-    "The mean cross-entropy that results from dividing by T."
+def padded_loss(loss: float, T: int) -> float:
+    "What a mean over the T - 1 targets of a window of T tokens becomes when it is divided by T."
     return loss * (T - 1) / T
 
 # %% ../nbs/beyond/02_corrections.ipynb #4437fc35
@@ -392,17 +290,13 @@ MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal s
         7: 'weighted sum of balancing losses, published gates', 8: 'perplexity, T = 512 / T = 32', 9: 'final variance', 10: 'final variance, median, mixture / dense',
         11: 'loss', 12: 'block evaluations, L = 8', 13: 'loss'}
 
-def ordered(
-    rows: list[dict],  # of all traps
-) -> list[dict]:       # from combine, largest effect first
-    "The main quantity of each trap, by effect."
+def ordered(rows: list[dict]) -> list[dict]:
+    "The main quantity of each trap, largest effect first."
     main = [c for c in combine(rows) if MAIN[c['trap']] == c['quantity']]
     return sorted(main, key=lambda c: -abs(math.log(c['ratio'][0])) if c['ratio'][0] > 0 else 1.0)
 
-def closing_table(
-    rows: list[dict],  # of all traps
-) -> str:              # Markdown
-    "How much each trap matters."
+def closing_table(rows: list[dict]) -> str:
+    "How much each trap matters, in Markdown."
     cells = [[c['trap'], TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']), ratio_text(c['ratio'])] for c in ordered(rows)]
     return markdown_table(['trap', 'what it is', 'main quantity', 'as published', 'ours', 'as published / ours'], cells)
 
@@ -426,12 +320,8 @@ def usefulness_rows(model: Transformer, windows: Tensor, fit_windows: Tensor) ->
             row(2, f'{name}, with trap 1', cost['both'].mean(), cost['ours'].mean(), f'{unit}; both traps')]
 
 # %% ../nbs/beyond/02_corrections.ipynb #d2189e5b
-def state_rows(
-    model: Transformer,  # in eval mode, fp32
-    windows: Tensor,     # sequences to score, (N, T + 1)
-    scales: tuple = (1, 4, 16, 64, 256, 1024),  # factors on the embeddings
-) -> list[dict]:
-    "Traps 3 to 5."
+def state_rows(model: Transformer, windows: Tensor, scales: tuple = (1, 4, 16, 64, 256, 1024)) -> list[dict]:
+    "Traps 3 to 5, the last with embeddings enlarged by several scales."
     ours, shifted = causal_from_states(model, windows), causal_from_states(model, windows, shifted=True)
     common = torch.where(shifted.isnan(), shifted, ours)                     # pairs s < l < L
     sizes = torch.stack([u.norm(dim=-1).mean() for u in differences(states(model, windows))])        # (L,)
@@ -454,16 +344,9 @@ def state_rows(
             row(5, f'causal score, embeddings x {loudest["scale"]}', loudest['bf16'], loudest['fp32'], f'8 sequences; stream / update about {loudest["size"]:.0f}')]
 
 # %% ../nbs/beyond/02_corrections.ipynb #f7c6d1fe
-def text_rows(
-    model: Transformer,   # in eval mode, fp32
-    corpus: Corpus,       # what it was trained on
-    train: TrainConfig,   # how
-    fit_windows: Tensor,  # held-out sequences, to fit the affine maps on, (M, T + 1)
-    pool: Tensor,         # other held-out sequences, (N, T + 1)
-    n: int,               # sequences of a choice
-    n_loss: int,          # sequences for losses
-) -> list[dict]:
-    "Trap 11."
+def text_rows(model: Transformer, corpus: Corpus, train: TrainConfig, fit_windows: Tensor, pool: Tensor,
+        n: int, n_loss: int) -> list[dict]:
+    "Trap 11: scores on choices of n held-out sequences out of a pool, (N, T + 1), and on training text; losses on n_loss."
     T = fit_windows.shape[1] - 1
     seen, unseen = seen_and_unseen(corpus, train, T, max(n_loss, len(pool)))
     held_out = corpus.sample_windows('val', min(n_loss, corpus.n_windows('val', T)), T, train.seed)
@@ -480,11 +363,8 @@ def text_rows(
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #e8ae81f7
-def mixture_rows(
-    mixtures: dict[str, Transformer],  # kind of gates -> model trained with it, in eval mode
-    windows: Tensor,     # sequences to score, (N, T + 1)
-) -> list[dict]:
-    "Traps 7 and 10 on trained mixtures."
+def mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dict]:
+    "Traps 7 and 10 on mixtures by the kind of gates they were trained with."
     rows = []
     for gates, model in mixtures.items():
         L, balance = len(model.blocks), balance_by_block(model, windows)                   # (L,)
@@ -511,18 +391,12 @@ def closed_rows(model: Transformer, loss: float, T: int) -> list[dict]:
             row(13, 'perplexity', math.exp(padded_loss(loss, T)), math.exp(loss), f'T = {T}')]
 
 # %% ../nbs/beyond/02_corrections.ipynb #9aee0762
-def corrections(
-    model: Transformer,   # dense, in eval mode, fp32
-    corpus: Corpus,       # what it was trained on
-    train: TrainConfig,   # how
-    mixtures: dict[str, Transformer] = {},  # kind of gates -> mixture of experts trained with it, in eval mode
-    n_sequences: int = 32,  # held-out sequences to score
-    n_fit: int = 64,      # further ones to fit affine maps on
-    n_pool: int = 96,     # further ones, to choose from in trap 11
-    n_loss: int = 512,    # for losses
-    seed: int = 0,        # of the choice of sequences
-) -> list[dict]:          # from row; traps 6, 8 and 9 need records of trained runs and are not among them
-    "Every trap's numbers before and after, on one model."
+def corrections(model: Transformer, corpus: Corpus, train: TrainConfig, mixtures: dict[str, Transformer] = {},
+        n_sequences: int = 32, n_fit: int = 64, n_pool: int = 96, n_loss: int = 512,
+        seed: int = 0) -> list[dict]:
+    """Every trap's numbers before and after, on one dense model in fp32 and on mixtures by their kind of gates.
+    Traps 6, 8 and 9 need records of trained runs and are not among them. Held-out sequences: n_sequences to score, n_fit to
+    fit affine maps on, n_pool to choose from in trap 11, n_loss for losses."""
     T = model.config.context_length
     windows, fit_windows, pool = corpus.sample_windows('val', n_sequences + n_fit + n_pool, T, seed).split([n_sequences, n_fit, n_pool])
     with torch.no_grad():

@@ -7,12 +7,12 @@ __all__ = ['EOS', 'LONGEST_WORD', 'LONG_RUN', 'USUAL_EOS', 'PROBLEMS', 'TEXT_SUF
            'ALIASES', 'FORMAT', 'STEP', 'Tokenizer', 'special_tokens', 'cut_long_words', 'train_bpe', 'find_eos',
            'load_tokenizer', 'hub_file', 'Item', 'to_item', 'cut', 'text_items', 'row_items', 'jsonl_rows',
            'parquet_rows', 'read_file', 'walk', 'is_python', 'python_folders', 'content_id', 'folders_below',
-           'matching_files', 'list_files', 'no_files', 'hf_rows', 'Seen', 'split_number', 'DataConfig', 'Source',
-           'file_stamp', 'open_source', 'expand_alias', 'Document', 'unique_documents', 'fit_tokenizer',
-           'encode_documents', 'token_dtype', 'write_tokens', 'write_corpus', 'count_left_out', 'check_sides',
-           'gather_windows', 'mix', 'order_key', 'shuffled', 'StoredTokens', 'read_entry', 'describe', 'tell_left_out',
-           'count_tokens', 'unigram_loss', 'count_windows', 'WindowedTokens', 'Corpus', 'cache_folder', 'shared_folder',
-           'cache_lock', 'request_name', 'find_corpus', 'publish', 'build', 'progress_bar', 'wait_for', 'prepare']
+           'matching_files', 'list_files', 'hf_rows', 'Seen', 'split_number', 'DataConfig', 'Source', 'file_stamp',
+           'open_source', 'expand_alias', 'Document', 'unique_documents', 'fit_tokenizer', 'encode_documents',
+           'token_dtype', 'write_tokens', 'write_corpus', 'count_left_out', 'check_sides', 'gather_windows', 'mix',
+           'order_key', 'shuffled', 'StoredTokens', 'read_entry', 'tell_left_out', 'count_tokens', 'unigram_loss',
+           'WindowedTokens', 'Corpus', 'cache_folder', 'shared_folder', 'cache_lock', 'request_name', 'find_corpus',
+           'publish', 'build', 'progress_bar', 'wait_for', 'prepare']
 
 # %% ../nbs/build/04_data.ipynb #1fc4332d
 import gc
@@ -48,10 +48,8 @@ from .integrity import Damaged, check_identity, check_seal, check_stamp, flush, 
 # %% ../nbs/build/04_data.ipynb #963b2029
 EOS = "<|endoftext|>"
 
-
 class Tokenizer:
     "Text to token ids and back. Special tokens are never added, nor recognised inside a text."
-
     def __init__(self, backend, eos_token: str = EOS):
         self.backend, self.eos_token = backend, eos_token
         self.eos_id = backend.token_to_id(eos_token)
@@ -73,9 +71,7 @@ class Tokenizer:
         return self.backend.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False)
 
 # %% ../nbs/build/04_data.ipynb #14d81b1a
-def special_tokens(
-    backend,  # a tokenizers.Tokenizer
-) -> list[str]:
+def special_tokens(backend) -> list[str]:
     "The tokens that a tokenizer marks as special."
     return sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
 
@@ -83,100 +79,68 @@ def special_tokens(
 LONGEST_WORD = 1000  # characters; beyond that a run of letters, digits, blanks or signs is cut, for training only
 LONG_RUN = re.compile("|".join("(?:%s){%d}" % (kind, LONGEST_WORD) for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]|_")))
 
-
-def cut_long_words(
-    texts: Iterable[str],
-) -> Iterator[str]:  # the same texts; one with a longer word comes in several pieces
-    "Bound the length of a word: the time to learn merges grows with its square."
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    "Bound the length of a word, as the time to learn merges grows with its square; a text with a longer word comes in pieces."
     for text in texts:
         ends = [0, *(run.end() for run in LONG_RUN.finditer(text)), len(text)]
         yield from (text[start:end] for start, end in zip(ends, ends[1:]))
 
-
-def train_bpe(
-    texts: Iterable[str],  # training documents
-    vocab_size: int,       # V: EOS, 256 bytes and V - 257 merges (fewer if the text runs out of repeated pairs)
-) -> Tokenizer:
-    "Train a byte-level BPE tokenizer; the same texts give the same tokenizer."
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    "Train a byte-level BPE tokenizer: EOS, 256 bytes and vocab_size - 257 merges, fewer if the text runs out of repeated pairs."
     import tokenizers as hf
-
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, show_progress=False,
-        special_tokens=[EOS], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-    )
+    trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[EOS],
+                                     initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(cut_long_words(texts), trainer)
     return Tokenizer(backend)
 
 # %% ../nbs/build/04_data.ipynb #47878e92
 USUAL_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 
-
-def find_eos(
-    backend,         # a tokenizers.Tokenizer
-    settings: dict,  # contents of tokenizer_config.json, may be empty
-    name: str,       # for the error message
-) -> str:
-    "The token that ends a document: the declared one, else one of the usual spellings."
+def find_eos(backend, settings: dict, name: str) -> str:
+    "The token that ends a document: the one in tokenizer_config.json, else one of the usual spellings."
     declared = settings.get("eos_token") if isinstance(settings, dict) else None
-    if isinstance(declared, dict):
-        declared = declared.get("content")
+    if isinstance(declared, dict): declared = declared.get("content")
     for token in (declared, *USUAL_EOS):
-        if isinstance(token, str) and backend.token_to_id(token) is not None:
-            return token
-    raise ValueError(
-        f"eos_token=None, but tokenizer={name!r} has no end-of-document token that we know; "
-        f"set eos_token to one of its tokens, for example one of {special_tokens(backend) or list(backend.get_vocab())[:5]}"
-    )
+        if isinstance(token, str) and backend.token_to_id(token) is not None: return token
+    some = special_tokens(backend) or list(backend.get_vocab())[:5]
+    raise ValueError(f"eos_token=None, but tokenizer={name!r} has no end-of-document token that we know; "
+                     f"set eos_token to one of its tokens, for example one of {some}")
 
 # %% ../nbs/build/04_data.ipynb #f0aae253
-def load_tokenizer(
-    name: str,                     # folder with tokenizer.json, such a file, a GGUF file, or a name on the Hub
-    eos_token: str | None = None,  # None: the one that the tokenizer declares
-) -> Tokenizer:
-    "Load a pretrained tokenizer."
+def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
+    "Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub; eos_token=None: as it declares."
     from tokenizers import Tokenizer as Backend
-
     path = Path(os.path.expanduser(name))
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if file.suffix == ".gguf" and file.is_file():
             from transformers import AutoTokenizer
-
             found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             backend, declared = found.backend_tokenizer, dict(eos_token=found.eos_token)
             return Tokenizer(backend, eos_token or find_eos(backend, declared, name))
         if file.is_file():
             backend, settings_file = Backend.from_file(str(file)), file.with_name("tokenizer_config.json")
-        else:
-            backend, settings_file = Backend.from_pretrained(name), hub_file(name, "tokenizer_config.json")
+        else: backend, settings_file = Backend.from_pretrained(name), hub_file(name, "tokenizer_config.json")
     except Exception as error:
-        raise ValueError(
-            f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a GGUF file, "
-            f"or a name that can be fetched from the Hugging Face Hub: {error}"
-        ) from error
+        raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a GGUF file, "
+                         f"or a name that can be fetched from the Hugging Face Hub: {error}") from error
     settings = read_json(settings_file) if settings_file and settings_file.is_file() else {}
     return Tokenizer(backend, eos_token or find_eos(backend, settings, name))
 
 # %% ../nbs/build/04_data.ipynb #dce261fb
-def hub_file(
-    name: str,      # repository on the Hub
-    filename: str,  # file in it
-) -> Path | None:
+def hub_file(name: str, filename: str) -> Path | None:
     "Local copy of a file on the Hub, None if the repository has no such file."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-
     try:
         return Path(hf_hub_download(name, filename))
-    except EntryNotFoundError:
-        return None
+    except EntryNotFoundError: return None
 
 # %% ../nbs/build/04_data.ipynb #f8bef7d7
 PROBLEMS = ("empty", "binary", "not_utf8", "malformed", "unreadable")
-
 
 class Item(NamedTuple):
     "One document of a source, or the reason why it is left out."
@@ -185,27 +149,17 @@ class Item(NamedTuple):
     problem: str = ""  # '' or one of PROBLEMS
     where: str = ""    # file or row that it comes from
 
-
-def to_item(
-    raw: bytes,     # one document
-    consumed: int,  # bytes of the source read for it
-    where: str,     # file or row that it comes from
-) -> Item:
-    "Decode a document, or name its problem."
-    if b"\0" in raw:
-        return Item("", consumed, "binary", where)
+def to_item(raw: bytes, consumed: int, where: str) -> Item:
+    "Decode a document, for which so many bytes of the source were read, or name its problem."
+    if b"\0" in raw: return Item("", consumed, "binary", where)
     try:
         text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return Item("", consumed, "not_utf8", where)
+    except UnicodeDecodeError: return Item("", consumed, "not_utf8", where)
     return Item(text, consumed, "" if text.strip() else "empty", where)
 
 # %% ../nbs/build/04_data.ipynb #ca5b9254
-def cut(
-    raw: bytes,  # a text
-    limit: int,  # most bytes in a piece, at least 4
-) -> Iterator[bytes]:
-    "Pieces of at most `limit` bytes, cut behind line ends where possible and never inside a character."
+def cut(raw: bytes, limit: int) -> Iterator[bytes]:
+    "Pieces of at most `limit` (4 or more) bytes, cut behind line ends where possible and never inside a character."
     start = 0
     while len(raw) - start > limit:
         end = raw.rfind(b"\n", start, start + limit) + 1
@@ -218,12 +172,8 @@ def cut(
     yield raw[start:]
 
 # %% ../nbs/build/04_data.ipynb #f1ae3dba
-def text_items(
-    path: Path,  # a text file
-    limit: int,  # most bytes in a document
-    where: str,  # its name, to be shown
-) -> Iterator[Item]:
-    "A text file as one document, or as several if it is longer than `limit`."
+def text_items(path: Path, limit: int, where: str) -> Iterator[Item]:
+    "A text file as one document, or as several if it is longer than `limit` bytes."
     rest = b""
     with open(path, "rb") as file:
         while block := file.read(limit + 1):
@@ -232,13 +182,8 @@ def text_items(
     yield to_item(rest, len(rest), where)
 
 # %% ../nbs/build/04_data.ipynb #e086473e
-def row_items(
-    rows: Iterable[tuple],  # (row as a dict, or None if it is broken; bytes read for it)
-    field: str,             # the field that holds the text
-    limit: int,             # most bytes in a document
-    where: str,             # name of the file or dataset, to be shown
-) -> Iterator[Item]:
-    "Documents out of rows."
+def row_items(rows: Iterable[tuple], field: str, limit: int, where: str) -> Iterator[Item]:
+    "Documents of at most `limit` bytes out of pairs: a row as a dict, or None if it is broken, and the bytes read for it."
     checked = False
     for number, (row, consumed) in enumerate(rows, 1):
         text = row.get(field) if isinstance(row, dict) else None
@@ -255,32 +200,24 @@ def row_items(
             consumed = 0
 
 # %% ../nbs/build/04_data.ipynb #4b1592da
-def jsonl_rows(
-    path: Path,  # one JSON object a line
-) -> Iterator[tuple]:
-    "Rows of a jsonl file with the bytes they take; None for a line that is no JSON."
+def jsonl_rows(path: Path) -> Iterator[tuple]:
+    "Rows of a file with one JSON object a line, and the bytes they take; None for a line that is no JSON."
     with open(path, "rb") as file:
         for line in file:
             try:
-                if line.strip():
-                    yield json.loads(line), len(line)
+                if line.strip(): yield json.loads(line), len(line)
             except (ValueError, RecursionError):  # no JSON, or brackets in brackets without end
                 yield None, len(line)
 
 # %% ../nbs/build/04_data.ipynb #9d19874e
-def parquet_rows(
-    path: Path,  # a parquet file
-    field: str,  # the column to read
-) -> Iterator[tuple]:
+def parquet_rows(path: Path, field: str) -> Iterator[tuple]:
     "Rows of a parquet file, a few hundred in memory at a time; an OSError if it is damaged."
     import pyarrow as pa
     import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path) as table:
             names, size = table.schema_arrow.names, path.stat().st_size / max(1, table.metadata.num_rows)
-            if field not in names:
-                yield dict.fromkeys(names), 0
+            if field not in names: yield dict.fromkeys(names), 0
             else:
                 for batch in table.iter_batches(batch_size=256, columns=[field]):
                     yield from (({field: text}, size) for text in batch.column(0).to_pylist())
@@ -288,35 +225,22 @@ def parquet_rows(
         raise OSError(f"{path} is no whole parquet file: {error}") from error
 
 # %% ../nbs/build/04_data.ipynb #a62a15df
-def read_file(
-    path: Path,  # .jsonl, .parquet, anything else is read as text
-    field: str,  # the field that holds the text, for rows
-    limit: int,  # most bytes in a document
-) -> Iterator[Item]:
-    "Documents of one file."
+def read_file(path: Path, field: str, limit: int) -> Iterator[Item]:
+    "Documents of at most `limit` bytes of a file: rows of .jsonl and .parquet, else text."
     suffix, where = path.suffix.lower(), str(path).encode("utf-8", "backslashreplace").decode()
     try:
-        if suffix == ".jsonl":
-            yield from row_items(jsonl_rows(path), field, limit, where)
-        elif suffix == ".parquet":
-            yield from row_items(parquet_rows(path, field), field, limit, where)
-        else:
-            yield from text_items(path, limit, where)
-    except OSError:
-        yield Item("", 0, "unreadable", where)
+        if suffix == ".jsonl": yield from row_items(jsonl_rows(path), field, limit, where)
+        elif suffix == ".parquet": yield from row_items(parquet_rows(path, field), field, limit, where)
+        else: yield from text_items(path, limit, where)
+    except OSError: yield Item("", 0, "unreadable", where)
 
 # %% ../nbs/build/04_data.ipynb #164eed4d
 TEXT_SUFFIXES = tuple(".txt .md .rst .tex .html .py .js .ts .java .c .h .cpp .go .rs .sh".split())
 ROW_SUFFIXES = (".jsonl", ".parquet")
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
-
-def walk(
-    root: Path,       # where to start
-    suffixes: tuple,  # which files to take
-    skip: tuple = (), # names of folders to pass over, besides hidden ones
-) -> list[tuple[str, Path]]:
-    "Files below a folder, as pairs of the name relative to it and the path."
+def walk(root: Path, suffixes: tuple, skip: tuple = ()) -> list[tuple[str, Path]]:
+    "Files below a folder, as pairs of the name relative to it and the path; without hidden ones and folders to skip."
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
@@ -325,21 +249,15 @@ def walk(
     return found
 
 # %% ../nbs/build/04_data.ipynb #9feaef03
-def is_python(
-    source: str,
-) -> bool:
+def is_python(source: str) -> bool:
     "Is it the sources of this Python or of its packages?"
     return source in ("stdlib", "site") or source.startswith("site:")
 
-
-def python_folders(
-    source: str,  # 'stdlib', 'site' or 'site:NAMES'
-) -> list[Path]:
-    "Folders with the sources of the standard library, with 'site' also of all packages; with 'site:NAMES' of those packages."
+def python_folders(source: str) -> list[Path]:
+    "Folders of the standard library for 'stdlib', with those of all packages for 'site', or only of packages for 'site:NAMES'."
     stdlib = [Path(sysconfig.get_path("stdlib"))]
     packages = [Path(p) for p in dict.fromkeys(sys.path) if Path(p).name in PACKAGE_FOLDERS and os.path.isdir(p)]
-    if ":" not in source:
-        return stdlib + (packages if source == "site" else [])
+    if ":" not in source: return stdlib + (packages if source == "site" else [])
     names = source.partition(":")[2].split(",")
     found = {name: next((p / name for p in packages if name and (p / name).is_dir()), None) for name in names}
     if missing := [name for name, folder in found.items() if folder is None]:
@@ -347,16 +265,12 @@ def python_folders(
     return list(found.values())
 
 # %% ../nbs/build/04_data.ipynb #0db25dfd
-def content_id(
-    text: str,  # a document, or a name
-) -> bytes:
+def content_id(text: str) -> bytes:
     "A 16-byte number that stands for a text: equal texts share it, different texts do not."
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 # %% ../nbs/build/04_data.ipynb #8cabb467
-def folders_below(
-    root: str,
-) -> Iterator[str]:
+def folders_below(root: str) -> Iterator[str]:
     "A folder and all below it that are not hidden, each once, however many links lead to it."
     seen, real, links = set(), [root], []
     while real or links:
@@ -365,86 +279,58 @@ def folders_below(
             status, names = os.stat(folder), sorted(os.listdir(folder))
         except OSError:  # gone, or not ours to read
             continue
-        if (status.st_dev, status.st_ino) in seen:
-            continue
+        if (status.st_dev, status.st_ino) in seen: continue
         seen.add((status.st_dev, status.st_ino))
         yield folder
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
-            if os.path.isdir(path):
-                (links if os.path.islink(path) else real).append(path)
+            if os.path.isdir(path): (links if os.path.islink(path) else real).append(path)
 
-
-def matching_files(
-    pattern: str,  # with * ? [] as in a shell; ** stands for any number of folders
-) -> set[Path]:
-    "Files that match a pattern, also where links lead in circles."
+def matching_files(pattern: str) -> set[Path]:
+    "Files that match a pattern with * ? [] and ** for any number of folders, also where links lead in circles."
     parts = Path(pattern).parts
-    if "**" not in parts:
-        return {Path(p) for p in glob.glob(pattern) if os.path.isfile(p)}
+    if "**" not in parts: return {Path(p) for p in glob.glob(pattern) if os.path.isfile(p)}
     i = parts.index("**")
     starts, rest = glob.glob(os.path.join(*parts[:i])) if i else [os.curdir], os.path.join(*parts[i + 1:] or "*")
     folders = (folder for start in starts for folder in folders_below(start))
     return {path for folder in folders for path in matching_files(os.path.join(glob.escape(folder), rest))}
 
-
-def list_files(
-    source: str,  # 'stdlib', 'site', 'site:NAMES', or a file, folder or pattern
-) -> list[tuple[str, Path]]:
-    "Names and paths of a source's files, shuffled by the hash of the name."
+def list_files(source: str) -> list[tuple[str, Path]]:
+    "Names and paths of the files of 'stdlib', 'site', 'site:NAMES', a file, folder or pattern, shuffled by the hash of the name."
     path = Path(os.path.expanduser(source))
     if is_python(source):
         skip, named = (*PACKAGE_FOLDERS, "__pycache__"), ":" in source
         files = [(f"{folder.name}/{name}" if named else name, file)
                  for folder in python_folders(source) for name, file in walk(folder, (".py",), skip)]
-    elif path.is_dir():
-        files = walk(path, TEXT_SUFFIXES + ROW_SUFFIXES)
-    elif path.is_file():
-        files = [(path.name, path)]
+    elif path.is_dir(): files = walk(path, TEXT_SUFFIXES + ROW_SUFFIXES)
+    elif path.is_file(): files = [(path.name, path)]
     else:
         paths = matching_files(str(path))
         root = os.path.commonpath([p.parent for p in paths]) if paths else ""
         files = [(p.relative_to(root).as_posix(), p) for p in paths]
+    if not files and path.is_dir():
+        suffixes = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
+        raise ValueError(f"source={source!r} is a folder without any file that ends in {suffixes}")
     if not files:
-        raise ValueError(no_files(source, path))
+        raise ValueError(f"source={source!r} is not a file, a folder or a pattern that matches one; allowed are those and "
+                         f"'stdlib', 'site', 'site:PACKAGE,PACKAGE', {', '.join(map(repr, ALIASES))} "
+                         "and 'hf:OWNER/NAME' for a Hugging Face dataset")
     return sorted(files, key=lambda file: (content_id(file[0]), file[1]))
 
-# %% ../nbs/build/04_data.ipynb #f20f3ea3
-def no_files(
-    source: str,  # as the user wrote it
-    path: Path,   # the same as a path
-) -> str:
-    "Explain why a source gave no file."
-    if path.is_dir():
-        return f"source={source!r} is a folder without any file that ends in {' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}"
-    return (
-        f"source={source!r} is not a file, a folder or a pattern that matches one; allowed are those and "
-        f"'stdlib', 'site', 'site:PACKAGE,PACKAGE', {', '.join(map(repr, ALIASES))} and 'hf:OWNER/NAME' for a Hugging Face dataset"
-    )
-
 # %% ../nbs/build/04_data.ipynb #d56f443a
-ALIASES = {
-    "fineweb-edu": {"source": "hf:HuggingFaceFW/fineweb-edu", "subset": "sample-10BT", "max_tokens": 5_000_000_000},
-}
+ALIASES = {"fineweb-edu": {"source": "hf:HuggingFaceFW/fineweb-edu", "subset": "sample-10BT",
+                           "max_tokens": 5_000_000_000}}
 
-
-def hf_rows(
-    source: str,         # 'hf:NAME' or 'hf:NAME@REVISION'; NAME may be a local folder
-    subset: str | None,  # named configuration of the dataset
-    split: str,          # split to read
-) -> Iterator[tuple]:
-    "Rows of a Hugging Face dataset, streamed."
+def hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
+    "Rows of a Hugging Face dataset 'hf:NAME' or 'hf:NAME@REVISION', or of a local folder 'hf:FOLDER', streamed."
     from datasets import load_dataset
-
     name, _, revision = source.removeprefix("hf:").partition("@")
     try:
         rows = iter(load_dataset(os.path.expanduser(name), subset, split=split, streaming=True, revision=revision or None))
     except Exception as error:
-        raise ValueError(
-            f"source={source!r}, subset={subset!r}, split={split!r} must be a dataset that the datasets library can open: {error}"
-        ) from error
+        raise ValueError(f"source={source!r}, subset={subset!r}, split={split!r} must be a dataset "
+                         f"that the datasets library can open: {error}") from error
     try:
-        for row in rows:
-            yield row, 0
+        for row in rows: yield row, 0
     except Exception as error:
         raise ValueError(f"source={source!r} could not be read further: {type(error).__name__}: {error}") from error
     finally:  # threads of a reader that is stopped early must end before Python does
@@ -454,7 +340,6 @@ def hf_rows(
 # %% ../nbs/build/04_data.ipynb #b3de7da1
 class Seen:
     "The documents met so far, remembered by 8 bytes each."
-
     def __init__(self, block: int = 2**17):
         self.block = block                      # how many new ones to gather before they are sorted in
         self.recent: set[int] = set()
@@ -464,8 +349,7 @@ class Seen:
         "Remember a content id; True if it is new."
         key = int.from_bytes(content[:8], "little")
         place = np.searchsorted(self.sorted, np.uint64(key))
-        if key in self.recent or (place < len(self.sorted) and int(self.sorted[place]) == key):
-            return False
+        if key in self.recent or (place < len(self.sorted) and int(self.sorted[place]) == key): return False
         self.recent.add(key)
         if len(self.recent) == self.block:
             self.sorted = np.sort(np.concatenate([self.sorted, np.fromiter(self.recent, np.uint64)]))
@@ -473,11 +357,8 @@ class Seen:
         return True
 
 # %% ../nbs/build/04_data.ipynb #9ebd73bd
-def split_number(
-    content: bytes,  # content id of a document
-    seed: int = 0,   # another seed, another split
-) -> float:          # in [0, 1)
-    "A number that looks random and depends only on the content and the seed."
+def split_number(content: bytes, seed: int = 0) -> float:
+    "A number in [0, 1) that looks random and depends only on the content and the seed."
     salted = hashlib.blake2b(b"%d:" % seed + content, digest_size=8).digest()
     return int.from_bytes(salted, "little") / 2**64
 
@@ -516,18 +397,13 @@ class Source(NamedTuple):
     stamp: list            # changes when the source does
     n_bytes: int | None    # size of the files, None if it is not known before reading
 
-
-def file_stamp(
-    path: Path,
-) -> list:
+def file_stamp(path: Path) -> list:
     "Path, size and time of change of a file."
     status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 # %% ../nbs/build/04_data.ipynb #bb9044b4
-def open_source(
-    config: DataConfig,  # without alias
-) -> Source:
+def open_source(config: DataConfig) -> Source:
     "Open the source that a config names, without reading its text."
     limit = config.max_document_bytes or 2**20
     if config.source.startswith("hf:"):
@@ -543,9 +419,7 @@ def open_source(
     return Source(items, stamp, sum(size for _, size, _ in stamp))
 
 # %% ../nbs/build/04_data.ipynb #09ca8892
-def expand_alias(
-    config: DataConfig,
-) -> DataConfig:
+def expand_alias(config: DataConfig) -> DataConfig:
     "Replace an alias such as 'fineweb-edu' by what it stands for; fields that the user set are kept."
     meant = ALIASES.get(config.source, {})
     changes = {field: value for field, value in meant.items() if field == "source" or getattr(config, field) is None}
@@ -560,55 +434,40 @@ class Document(NamedTuple):
     consumed: int   # bytes of the source read since the document before
 
 # %% ../nbs/build/04_data.ipynb #3d7a328c
-def unique_documents(
-    items: Iterable[Item],  # what the source yields
-    config: DataConfig,
-    stats: Counter,         # problems and duplicates are counted here
-    left_out: dict | None = None,  # problem to the first file or row that has it, filled here
-) -> Iterator[Document]:
-    "The documents that are usable and new, each with its side of the split."
+def unique_documents(items: Iterable[Item], config: DataConfig, stats: Counter,
+        left_out: dict | None = None) -> Iterator[Document]:
+    "The usable and new documents, each with its side of the split; fills stats and left_out, which names the first of each problem."
     seen, consumed, n_documents = Seen(), 0, 0
     for item in items:
         consumed += item.consumed
         content = content_id(item.text)
         if item.problem:
             stats[item.problem] += 1
-            if left_out is not None:
-                left_out.setdefault(item.problem, item.where)
-        elif not seen.add(content):
-            stats["duplicates"] += 1
+            if left_out is not None: left_out.setdefault(item.problem, item.where)
+        elif not seen.add(content): stats["duplicates"] += 1
         else:
             side = "val" if split_number(content, config.seed) < config.val_share else "train"
             yield Document(item.text, content, side, consumed)
             consumed, n_documents = 0, n_documents + 1
-            if n_documents == config.max_documents:
-                return
+            if n_documents == config.max_documents: return
 
 # %% ../nbs/build/04_data.ipynb #93812c13
-def fit_tokenizer(
-    documents: Iterator[Document],
-    config: DataConfig,
-) -> tuple[Tokenizer, Iterator[Document]]:  # the tokenizer, and all the documents again
-    "Load the tokenizer of a config, or train it on the first training documents."
-    if config.tokenizer != "bpe":
-        return load_tokenizer(config.tokenizer, config.eos_token), documents
+def fit_tokenizer(documents: Iterator[Document], config: DataConfig) -> tuple[Tokenizer, Iterator[Document]]:
+    "Load the tokenizer of a config, or train it on the first training documents; returned with all documents again."
+    if config.tokenizer != "bpe": return load_tokenizer(config.tokenizer, config.eos_token), documents
     head, sample, n_bytes = [], [], 0
     for document in documents:
         head.append(document)
         if document.side == "train":
             sample.append(document.text)
             n_bytes += len(document.text.encode())
-        if n_bytes >= config.sample_bytes:
-            break
+        if n_bytes >= config.sample_bytes: break
     return train_bpe(sample, config.vocab_size), chain(head, documents)
 
 # %% ../nbs/build/04_data.ipynb #5e1da388
-def encode_documents(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    batch_bytes: int = 2**20,  # about how many characters to encode at once
-) -> Iterator[tuple[Document, list[int]]]:
-    "Each document with its token ids."
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer,
+        batch_bytes: int = 2**20) -> Iterator[tuple[Document, list[int]]]:
+    "Each document with its token ids, encoded in batches of about batch_bytes characters."
     batch, size = [], 0
     for document in chain(documents, [None]):
         if document is not None:
@@ -619,22 +478,15 @@ def encode_documents(
             batch, size = [], 0
 
 # %% ../nbs/build/04_data.ipynb #b48bf9d9
-def token_dtype(
-    vocab_size: int,  # V
-) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     "The smallest type that we use for ids: uint16, or uint32 for V > 65535."
     return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
 
 # %% ../nbs/build/04_data.ipynb #13ff52e8
-def write_tokens(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    folder: Path,    # train.bin and val.bin are written here
-    stats: Counter,  # documents, bytes and tokens are counted here
-    advance,         # called with each document and its number of tokens, for a progress bar
-) -> str:
-    "Encode, append EOS, write; returns a hash of the documents with their order and sides."
+def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, config: DataConfig, folder: Path,
+        stats: Counter, advance) -> str:
+    """Encode, append EOS, write train.bin and val.bin; returns a hash of the documents with their order and sides.
+    Counts into stats, and calls advance with each document and its number of tokens."""
     dtype, content = token_dtype(tokenizer.vocab_size), hashlib.blake2b(digest_size=16)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for document, ids in encode_documents(documents, tokenizer):
@@ -651,13 +503,9 @@ def write_tokens(
 # %% ../nbs/build/04_data.ipynb #0beb4cfc
 FORMAT = 1  # raise it when the same config would give other tokens
 
-def write_corpus(
-    items: Iterable[Item],
-    config: DataConfig,  # without alias
-    folder: Path,        # an empty folder
-    advance=lambda document, n_tokens: None,  # called for each document
-) -> dict:               # the contents of meta.json
-    "Write the tokens of a source, and what describes them, into a folder, and seal it."
+def write_corpus(items: Iterable[Item], config: DataConfig, folder: Path,
+        advance=lambda document, n_tokens: None) -> dict:
+    "Write the tokens of a source, and what describes them, into an empty folder, and seal it; returns the contents of meta.json."
     counted = [f"{side}_{what}" for side in ("train", "val") for what in ("documents", "bytes", "tokens")]
     stats, left_out = Counter(dict.fromkeys([*counted, "duplicates", *PROBLEMS], 0)), {}
     tokenizer, documents = fit_tokenizer(unique_documents(items, config, stats, left_out), config)
@@ -666,51 +514,33 @@ def write_corpus(
     definition = tokenizer.backend.to_str()
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     summary = json.dumps([FORMAT, content, definition, tokenizer.eos_token])
-    meta = {
-        "fingerprint": content_id(summary).hex()[:16], "content": content, "eos_token": tokenizer.eos_token,
-        "vocab_size": tokenizer.vocab_size, "dtype": token_dtype(tokenizer.vocab_size).name,
-        "config": config.to_dict(), "stats": {**stats, "tokenizer": content_id(definition).hex()[:16]},
-        "left_out": left_out,
-    }
+    meta = dict(fingerprint=content_id(summary).hex()[:16], content=content, eos_token=tokenizer.eos_token,
+                vocab_size=tokenizer.vocab_size, dtype=token_dtype(tokenizer.vocab_size).name, config=config.to_dict(),
+                stats={**stats, "tokenizer": content_id(definition).hex()[:16]}, left_out=left_out)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     seal(folder, {"fingerprint": meta["fingerprint"]})
     return meta
 
 # %% ../nbs/build/04_data.ipynb #6aabd1a3
-def count_left_out(
-    stats: dict,     # counts by reason
-    left_out: dict,  # reason to the first file or row that has it; {}: no names
-) -> str:
-    "What was left out of a corpus, in words."
+def count_left_out(stats: dict, left_out: dict) -> str:
+    "What was left out of a corpus, in words: counts by reason, with the first file or row where left_out names it."
     first = {reason: f" (first: {where})" for reason, where in left_out.items()}
     reasons = [reason for reason in ("duplicates", *PROBLEMS) if stats[reason]]
     return ", ".join(f"{stats[reason]:,} {reason}{first.get(reason, '')}" for reason in reasons) or "none"
 
-
-def check_sides(
-    stats: Counter,
-    left_out: dict,  # reason to the first file or row that has it
-    config: DataConfig,
-) -> None:
+def check_sides(stats: Counter, left_out: dict, config: DataConfig) -> None:
     "Raise a ValueError if one side of the split got no document."
     empty = [side for side in ("train", "val") if not stats[f"{side}_documents"]]
-    if not empty:
-        return
+    if not empty: return
     total = stats["train_documents"] + stats["val_documents"]
-    raise ValueError(
-        f"source={config.source!r}: usable documents: {total}, left out: {count_left_out(stats, left_out)}; "
-        f"none fell on the {' and the '.join(empty)} side and both sides need one. "
-        f"Give more text, or change val_share={config.val_share}, seed={config.seed}, "
-        f"max_document_bytes={config.max_document_bytes} (smaller pieces) or max_tokens={config.max_tokens}"
-    )
+    raise ValueError(f"source={config.source!r}: usable documents: {total}, left out: {count_left_out(stats, left_out)}; "
+                     f"none fell on the {' and the '.join(empty)} side and both sides need one. "
+                     f"Give more text, or change val_share={config.val_share}, seed={config.seed}, "
+                     f"max_document_bytes={config.max_document_bytes} (smaller pieces) or max_tokens={config.max_tokens}")
 
 # %% ../nbs/build/04_data.ipynb #5458e1ee
-def gather_windows(
-    tokens: np.ndarray,  # a strip of token ids
-    indices,             # which windows, (B,)
-    T: int,              # positions
-) -> Tensor:             # token ids as int64, (B, T+1)
-    "Cut windows out of a strip of tokens."
+def gather_windows(tokens: np.ndarray, indices, T: int) -> Tensor:
+    "Windows number `indices`, (B,), of a strip of tokens; int64, (B, T+1)."
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)        # (B,)
     n = max(0, len(tokens) - 1) // T
     if len(indices) and not 0 <= indices.min() <= indices.max() < n:
@@ -721,33 +551,23 @@ def gather_windows(
 # %% ../nbs/build/04_data.ipynb #16e0f7f4
 STEP = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step, 2**64 over the golden ratio
 
-
-def mix(
-    x: np.ndarray,   # uint64
-) -> np.ndarray:     # uint64, same shape
-    "Scramble 64-bit numbers (finaliser of splitmix64)."
+def mix(x: np.ndarray) -> np.ndarray:
+    "Scramble uint64 numbers (finaliser of splitmix64)."
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):  # arithmetic is meant modulo 2**64
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-
-def order_key(
-    seed: int,          # of the run
-    epoch: np.ndarray,  # int64
-) -> np.ndarray:        # uint64, same shape
-    "The key of an epoch's order: another seed or another epoch gives an unrelated key."
+def order_key(seed: int, epoch: np.ndarray) -> np.ndarray:
+    "The key, uint64, of an epoch's order: another seed or another epoch gives an unrelated key."
     with np.errstate(over="ignore"):
         return mix(mix(np.uint64(seed % 2**64) + STEP) + STEP * np.asarray(epoch, np.uint64))
 
 # %% ../nbs/build/04_data.ipynb #3adc4e44
-def shuffled(
-    places: np.ndarray,  # positions in the shuffled order, each in 0..n-1, (B,)
-    n: int,              # size of the permutation
-    key: np.ndarray,     # uint64, one for all or one for each place
-) -> np.ndarray:         # what stands at these places, (B,)
-    "Entries of a random-looking permutation of 0..n-1, computed without building it."
+def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """What stands at some places, (B,), of a random-looking permutation of 0..n-1, computed without building it.
+    The key is a uint64, one for all or one for each place."""
     half = next(k for k in range(32) if 4**k >= n)                                # bits in each half
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     x = np.array(places, dtype=np.uint64).reshape(-1)                             # (B,)
@@ -764,7 +584,6 @@ def shuffled(
 # %% ../nbs/build/04_data.ipynb #355c40ff
 class StoredTokens:
     "The token files of a corpus, opened from the folder that `write_corpus` filled."
-
     def __init__(self, folder: Path, in_memory: bool = False, fingerprint: str | None = None):  # None: any
         self.folder, (self.meta, self.tokenizer) = Path(folder), read_entry(Path(folder), fingerprint)
         self.config = DataConfig(**self.meta["config"])
@@ -775,18 +594,17 @@ class StoredTokens:
 
     def tokens(self, split: str) -> np.ndarray:
         "The strip of a split, 'train' or 'val'."
-        if split not in ("train", "val"):
-            raise ValueError(f"split={split!r} must be 'train' or 'val'")
+        if split not in ("train", "val"): raise ValueError(f"split={split!r} must be 'train' or 'val'")
         return self.train if split == "train" else self.val
 
     def __repr__(self) -> str:
-        return describe(self)
+        sides = ", ".join(f"{side} {self.stats[f'{side}_tokens']:,} tokens in {self.stats[f'{side}_documents']:,} documents"
+                          for side in ("train", "val"))
+        return (f"Corpus({self.config.source!r}, fingerprint {self.fingerprint}, V = {self.vocab_size}, {sides}, "
+                f"left out: {count_left_out(self.stats, {})})")
 
 # %% ../nbs/build/04_data.ipynb #c1f7699d
-def read_entry(
-    folder: Path,  # as write_corpus left it
-    fingerprint: str | None = None,  # the corpus it should be; None: any
-) -> tuple[dict, Tokenizer]:
+def read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tokenizer]:
     "Check every file of a stored corpus, and read what describes it; `Damaged` if it is not what was written."
     names = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
     check_seal(folder, fingerprint and {"fingerprint": fingerprint}, names)
@@ -798,67 +616,36 @@ def read_entry(
         raise Damaged(f"{folder} was written by another version ({type(error).__name__}: {error})") from error
 
 # %% ../nbs/build/04_data.ipynb #a097cf6f
-def describe(
-    corpus: StoredTokens,
-) -> str:
-    "One line about a corpus."
-    stats = corpus.stats
-    sides = ", ".join(f"{side} {stats[f'{side}_tokens']:,} tokens in {stats[f'{side}_documents']:,} documents"
-                      for side in ("train", "val"))
-    return (f"Corpus({corpus.config.source!r}, fingerprint {corpus.fingerprint}, "
-            f"V = {corpus.vocab_size}, {sides}, left out: {count_left_out(stats, {})})")
-
-
-def tell_left_out(
-    corpus: StoredTokens,
-) -> None:
+def tell_left_out(corpus: StoredTokens) -> None:
     "Warn about documents of the user's own that could not be read, by number and first name."
     unread = {reason: corpus.stats[reason] for reason in ("duplicates", *PROBLEMS)} | {"duplicates": 0, "empty": 0}
     if any(unread.values()) and not is_python(corpus.config.source):
         warnings.warn(f"source={corpus.config.source!r}: left out {count_left_out(unread, corpus.left_out)}", stacklevel=3)
 
 # %% ../nbs/build/04_data.ipynb #74d2afa3
-def count_tokens(
-    tokens: np.ndarray,    # a strip of ids
-    vocab_size: int,       # V
-    block: int = 2**22,    # ids to hold in memory at once
-) -> np.ndarray:           # counts, (V,)
-    "How often each token occurs."
+def count_tokens(tokens: np.ndarray, vocab_size: int, block: int = 2**22) -> np.ndarray:
+    "How often each token occurs, (V,); a block of ids is held in memory at a time."
     counts = np.zeros(vocab_size, np.int64)                                              # (V,)
     for start in range(0, len(tokens), block):
         counts += np.bincount(tokens[start:start + block], minlength=vocab_size)         # (V,)
     return counts
 
-
-def unigram_loss(
-    train_counts: np.ndarray,  # (V,)
-    val_counts: np.ndarray,    # (V,)
-) -> float:                    # nats per token
-    "Cross-entropy of the validation tokens under the training frequencies, one added to each count."
+def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
+    "Cross-entropy in nats of validation counts, (V,), under the frequencies of training counts, (V,), one added to each."
     p = (train_counts + 1) / (train_counts + 1).sum()                                    # (V,)
     return float(-(val_counts * np.log(p)).sum() / val_counts.sum())
-
-# %% ../nbs/build/04_data.ipynb #9e951999
-def count_windows(
-    n_tokens: int,  # length of the strip
-    split: str,     # for the error message
-    T: int,         # positions
-) -> int:
-    "Windows of T + 1 tokens in a strip."
-    if T < 1:
-        raise ValueError(f"T={T} must be at least 1")
-    if n_tokens < T + 1:
-        raise ValueError(f"T={T} needs windows of {T + 1} tokens, but the {split} split has {n_tokens}; "
-                         f"allowed is T up to {n_tokens - 1}")
-    return (n_tokens - 1) // T
 
 # %% ../nbs/build/04_data.ipynb #621c1db9
 class WindowedTokens(StoredTokens):
     "A corpus cut into windows of T + 1 tokens."
-
     def n_windows(self, split: str, T: int) -> int:
         "How many windows of T + 1 tokens a split holds; at least one, or an error."
-        return count_windows(len(self.tokens(split)), split, T)
+        n_tokens = len(self.tokens(split))
+        if T < 1: raise ValueError(f"T={T} must be at least 1")
+        if n_tokens < T + 1:
+            raise ValueError(f"T={T} needs windows of {T + 1} tokens, but the {split} split has {n_tokens}; "
+                             f"allowed is T up to {n_tokens - 1}")
+        return (n_tokens - 1) // T
 
     def windows(self, split: str, indices, T: int) -> Tensor:  # (B, T+1)
         "Windows by number: window i covers tokens i*T to i*T + T."
@@ -875,7 +662,6 @@ class WindowedTokens(StoredTokens):
 # %% ../nbs/build/04_data.ipynb #ca904889
 class Corpus(WindowedTokens):
     "Tokens of a corpus, and the ways to draw windows from them."
-
     def batch(self, step: int, n_sequences: int, T: int, seed: int = 0) -> Tensor:  # (B, T+1)
         "The training windows of one step: a function of the arguments and of nothing else."
         n = self.n_windows("train", T)
@@ -902,9 +688,7 @@ class Corpus(WindowedTokens):
         return corpus
 
 # %% ../nbs/build/04_data.ipynb #b6179790
-def cache_folder(
-    cache_dir: str | Path | None = None,  # None: from the environment
-) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
     "Where corpora are kept: the argument, else $SPARSECOD_CACHE, else sparsecod in $XDG_CACHE_HOME or ~/.cache."
     standard = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sparsecod")
     folder = os.path.expanduser(cache_dir or os.environ.get("SPARSECOD_CACHE") or standard)
@@ -912,11 +696,7 @@ def cache_folder(
         raise ValueError(f"corpora would be kept in {folder}, but no home folder is known; set SPARSECOD_CACHE to a folder")
     return Path(folder)
 
-
-def shared_folder(
-    cache: Path,
-    name: str,  # of a folder in the cache
-) -> Path:
+def shared_folder(cache: Path, name: str) -> Path:
     "A folder in the cache, with the cache's own permissions: who may write there may write here."
     folder = cache / name
     if not folder.is_dir():
@@ -924,52 +704,35 @@ def shared_folder(
         folder.chmod(stat.S_IMODE(cache.stat().st_mode))
     return folder
 
-
-def cache_lock(
-    cache: Path,
-    name: str,  # of what only one process may do at a time
-) -> FileLock:
-    "A lock in the cache, for all who share it."
+def cache_lock(cache: Path, name: str) -> FileLock:
+    "A lock in the cache, for all who share it, on what only one process may do at a time."
     return FileLock(shared_folder(cache, "locks") / f"{name}.lock", mode=stat.S_IMODE(cache.stat().st_mode) & 0o666)
 
-
-def request_name(
-    config: DataConfig,  # without alias
-    stamp: list,         # of the source
-) -> str:
+def request_name(config: DataConfig, stamp: list) -> str:
     "A hash of everything that tells, without reading text, which corpus is asked for."
     tokenizer = Path(os.path.expanduser(config.tokenizer))
-    files = sorted(tokenizer.glob("tokenizer*.json")) if tokenizer.is_dir() else [file for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")) if file.is_file()]
+    if tokenizer.is_dir(): files = sorted(tokenizer.glob("tokenizer*.json"))
+    else: files = [f for f in (tokenizer, tokenizer.with_name("tokenizer_config.json")) if f.is_file()]
     tokenizer_stamp = [file_stamp(file) for file in files] if config.tokenizer != "bpe" else []
     return content_id(json.dumps([FORMAT, config.to_dict(), stamp, tokenizer_stamp])).hex()[:16]
 
 # %% ../nbs/build/04_data.ipynb #467ff7be
-def find_corpus(
-    cache: Path,
-    request: str,       # a request name
-    warn: bool = False, # say so if something is damaged
-) -> Corpus | None:
+def find_corpus(cache: Path, request: str, warn: bool = False) -> Corpus | None:
     "The stored corpus of a request, every file checked; None if it has to be built."
     note = cache / "requests" / f"{request}.json"
-    if not note.exists():
-        return None
+    if not note.exists(): return None
     try:
         answer = check_stamp(read_json(note), note)
         check_identity(note, answer, {"request": request})
         corpus = Corpus(cache / "corpora" / answer["fingerprint"], fingerprint=answer["fingerprint"])
     except Damaged as error:
-        if warn:
-            warnings.warn(f"a stored corpus cannot be trusted: {error}; building it again", stacklevel=3)
+        if warn: warnings.warn(f"a stored corpus cannot be trusted: {error}; building it again", stacklevel=3)
         return None
     corpus.stats, corpus.left_out = answer["stats"], answer["left_out"]  # of this source; others may share the tokens
     return corpus
 
 # %% ../nbs/build/04_data.ipynb #55aad4b5
-def publish(
-    cache: Path,
-    finished: Path,  # a complete corpus under building/
-    fingerprint: str,
-) -> None:
+def publish(cache: Path, finished: Path, fingerprint: str) -> None:
     "Move a finished corpus to its place in one step; an intact one that is already there stays."
     entry = shared_folder(cache, "corpora") / fingerprint
     with cache_lock(cache, fingerprint):  # another request may lead to the same tokens
@@ -979,22 +742,14 @@ def publish(
                 return shutil.rmtree(finished)
             except Damaged:
                 warnings.warn(f"the corpus that was there is kept as {set_aside(entry)}", stacklevel=4)
-        for path in (*finished.iterdir(), finished):
-            flush(path)
+        for path in (*finished.iterdir(), finished): flush(path)
         os.replace(finished, entry)
         flush(entry.parent)
 
 # %% ../nbs/build/04_data.ipynb #127c673c
-def build(
-    cache: Path,
-    request: str,        # a request name, whose lock we hold
-    source: Source,
-    config: DataConfig,  # without alias
-    progress: bool,      # show a bar
-) -> Corpus:
-    "Build a corpus, store it and note which request it answers."
-    for leftover in (cache / "building").glob(f"{request}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def build(cache: Path, request: str, source: Source, config: DataConfig, progress: bool) -> Corpus:
+    "Build a corpus, store it and note which request it answers; the lock of the request must be held."
+    for leftover in (cache / "building").glob(f"{request}-*"): shutil.rmtree(leftover, ignore_errors=True)
     folder = shared_folder(cache, "building") / f"{request}-{os.getpid()}"
     folder.mkdir()
     try:
@@ -1009,43 +764,29 @@ def build(
 
 # %% ../nbs/build/04_data.ipynb #e6372582
 @contextmanager
-def progress_bar(
-    config: DataConfig,
-    n_bytes: int | None,  # size of the source
-    progress: bool,       # False: a bar that is not shown
-):
+def progress_bar(config: DataConfig, n_bytes: int | None, progress: bool):
     "A tqdm bar that knows where the end is, and how far a document with its number of tokens moves it."
-    if config.max_tokens:
-        unit, total, size = "token", config.max_tokens, lambda document, n_tokens: n_tokens
-    elif config.max_documents:
-        unit, total, size = "document", config.max_documents, lambda document, n_tokens: 1
-    else:
-        unit, total, size = "B", n_bytes, lambda document, n_tokens: document.consumed
+    unit, total, size = "B", n_bytes, lambda document, n_tokens: document.consumed
+    if config.max_documents: unit, total, size = "document", config.max_documents, lambda document, n_tokens: 1
+    if config.max_tokens: unit, total, size = "token", config.max_tokens, lambda document, n_tokens: n_tokens
     with tqdm(desc=f"tokens of {config.source}", unit=unit, total=total, unit_scale=True, disable=not progress) as bar:
         yield bar, size
         if unit == "B" and total:
             bar.update(total - bar.n)  # what came after the last document
 
 # %% ../nbs/build/04_data.ipynb #d5efa59a
-def wait_for(
-    lock: FileLock,
-    progress: bool,  # say so if we have to wait
-):
-    "Acquire a lock; the result releases it at the end of a with block."
+def wait_for(lock: FileLock, progress: bool):
+    "Acquire a lock, saying so if we have to wait; the result releases it at the end of a with block."
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        if progress:
-            tqdm.write("another process is building this corpus, waiting for it", file=sys.stderr)
+        if progress: tqdm.write("another process is building this corpus, waiting for it", file=sys.stderr)
         return lock.acquire()
 
 # %% ../nbs/build/04_data.ipynb #fb63f546
-def prepare(
-    config: DataConfig = DataConfig(),    # what the corpus is made of
-    cache_dir: str | Path | None = None,  # None: see cache_folder
-    progress: bool = True,                # show a bar while building
-) -> Corpus:
-    "The corpus of a config: found in the cache, or built and put there."
+def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = None,
+        progress: bool = True) -> Corpus:
+    "The corpus of a config: found in the cache, see `cache_folder`, or built and put there."
     cache, config = cache_folder(cache_dir), expand_alias(config)
     source = open_source(config)
     request = request_name(config, source.stamp)

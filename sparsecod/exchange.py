@@ -53,17 +53,11 @@ EXPERTS = {'feed_forward.router.weight': 'mlp.gate.weight'} | {
 RENAMED = GAINS | ATTENTION | DENSE | EXPERTS  # in a block: our name, the stock name
 
 # %% ../nbs/tools/10_exchange.ipynb #1e4246f0
-def interleave(
-    weight: Tensor,  # query or key matrix for half-split rotation, (heads * D_h, D)
-    D_h: int,        # channels a head
-) -> Tensor:         # the matrix for interleaved rotation, same shape
-    "Put channels i and i + D_h/2 of every head next to each other."
+def interleave(weight: Tensor, D_h: int) -> Tensor:  # same shape
+    "Put channels i and i + D_h/2 of every head next to each other: query or key matrix, (heads * D_h, D)."
     return weight.unflatten(0, (-1, 2, D_h // 2)).transpose(1, 2).flatten(0, 2)  # (heads * D_h, D)
 
-def half_split(
-    weight: Tensor,  # query or key matrix for interleaved rotation, (heads * D_h, D)
-    D_h: int,        # channels a head
-) -> Tensor:         # the matrix for half-split rotation, same shape
+def half_split(weight: Tensor, D_h: int) -> Tensor:  # same shape
     "Undo `interleave`."
     return weight.unflatten(0, (-1, D_h // 2, 2)).transpose(1, 2).flatten(0, 2)  # (heads * D_h, D)
 
@@ -73,10 +67,8 @@ def fold(weight: Tensor, factor: float) -> Tensor:  # same shape and dtype
     return weight if factor == 1 else (weight.float() * factor).to(weight.dtype)
 
 # %% ../nbs/tools/10_exchange.ipynb #7c63c8ae
-def expert_factors(
-    config: ModelConfig,     # of a mixture of experts
-) -> tuple[float, float]:    # for the routed experts, and for the shared one
-    "Constants to fold into the last matrices of the experts."
+def expert_factors(config: ModelConfig) -> tuple[float, float]:
+    "Constants to fold into the last matrices of the routed experts, and of the shared one."
     k = config.experts_per_token
     routed = k if config.gates == 'scale_matched' else 1
     return (routed * k / (k + 1), 2 / (k + 1)) if config.d_shared_expert else (routed, 1)
@@ -116,10 +108,8 @@ def stock_config(config: ModelConfig, eos_id: int | None = None):  # a transform
     return made
 
 # %% ../nbs/tools/10_exchange.ipynb #6236ea81
-def stock_experts(
-    block: dict[str, Tensor], config: ModelConfig,
-) -> dict[str, Tensor]:  # the weights that are not merely renamed
-    "Routed experts, and the shared expert, as the stock classes hold them."
+def stock_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    "Routed experts, and the shared expert, as the stock classes hold them; not what is merely renamed."
     routed, shared = expert_factors(config)
     gate, up, down = (block[f'feed_forward.{name}'].transpose(1, 2) for name in ('gate', 'up', 'down'))  # (E, F, D) twice, (E, D, F)
     made = {'mlp.experts.gate_up_proj': torch.cat([gate, up], 1), 'mlp.experts.down_proj': fold(down, routed)}  # (E, 2F, D), (E, D, F)
@@ -130,10 +120,8 @@ def stock_experts(
     return made | {names['gate']: gate.new_zeros(1, D), names['up']: gate.new_zeros(1, D), names['down']: gate.new_zeros(D, 1)}
 
 # %% ../nbs/tools/10_exchange.ipynb #66ee1394
-def stock_block(
-    block: dict[str, Tensor], config: ModelConfig, l: int,
-) -> dict[str, Tensor]:  # names without model.layers.{l-1}.
-    "The weights of one block as the stock class holds them."
+def stock_block(block: dict[str, Tensor], config: ModelConfig, l: int) -> dict[str, Tensor]:
+    "The weights of one block as the stock class holds them; names without model.layers.{l-1}."
     made = {RENAMED[name]: weight for name, weight in block.items() if name in RENAMED}
     if config.norm == 'layernorm_scaling':
         for name in ('input_layernorm.weight', 'post_attention_layernorm.weight'): made[name] = fold(made[name], l ** -0.5)  # (D,)
@@ -165,11 +153,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig):
         raise ValueError(f'the tokenizer has vocab_size={tokenizer.vocab_size} tokens; '
                          f'allowed are at most {config.vocab_size}, which the model knows')
 
-def to_hf(
-    model: Transformer,                  # left as it was
-    tokenizer: Tokenizer | None = None,  # of the model; gives the id that ends a text
-):                                       # a transformers model for causal language modelling, in evaluation mode
-    "A stock transformers model with the same function, dtype and device."
+def to_hf(model: Transformer, tokenizer: Tokenizer | None = None):
+    "A stock transformers model with the same function, dtype and device; a tokenizer gives the id that ends a text."
     transformers = need_transformers()
     if tokenizer is not None: check_vocabulary(tokenizer, model.config)
     config = stock_config(model.config, None if tokenizer is None else tokenizer.eos_id)
@@ -223,10 +208,8 @@ def own_config(config) -> ModelConfig:  # of the Transformer with the same funct
                        init_std=c.initializer_range or 0.02, tie_embeddings=c.tie_word_embeddings, **experts)
 
 # %% ../nbs/tools/10_exchange.ipynb #f81279d0
-def own_experts(
-    block: dict[str, Tensor], config: ModelConfig,
-) -> dict[str, Tensor]:  # our names without blocks.l.
-    "Routed and shared experts as our layer holds them."
+def own_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    "Routed and shared experts as our layer holds them; names without blocks.l."
     routed, shared = expert_factors(config)
     gate, up = block.pop('mlp.experts.gate_up_proj').transpose(1, 2).chunk(2, -1)                # two of (E, D, F)
     made = {'feed_forward.gate': gate, 'feed_forward.up': up}
@@ -250,10 +233,8 @@ def split_projections(block: dict[str, Tensor], config: ModelConfig):
         for part, weight in zip(parts, whole.split([rows[p] for p in parts])): block[f'{layer}.{part}_proj.weight'] = weight
 
 # %% ../nbs/tools/10_exchange.ipynb #400174b0
-def own_block(
-    block: dict[str, Tensor], config: ModelConfig,
-) -> dict[str, Tensor]:  # our names without blocks.l.
-    "The weights of one block as our block holds them."
+def own_block(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    "The weights of one block as our block holds them; names without blocks.l."
     split_projections(block, config)
     if config.norm == 'peri_ln':
         D_h = config.d_model // config.n_heads
@@ -262,18 +243,14 @@ def own_block(
     return made | {ours: block.pop(theirs) for ours, theirs in RENAMED.items() if theirs in block}
 
 # %% ../nbs/tools/10_exchange.ipynb #5fe7c15c
-def drop_silent_experts(
-    config: ModelConfig, weights: dict[str, Tensor],
-) -> ModelConfig:  # without a shared expert if there was none that did anything
-    "Leave out shared experts that add nothing."
+def drop_silent_experts(config: ModelConfig, weights: dict[str, Tensor]) -> ModelConfig:
+    "Leave out shared experts that add nothing, from the weights and from the returned configuration."
     parts = [name for name in weights if '.mlp.shared_expert.' in name]
     if any(weights[name].any() for name in parts if name.endswith('down_proj.weight')): return config
     for name in parts: del weights[name]
     return config.replace(d_shared_expert=0)
 
-def own_weights(
-    config: ModelConfig, weights: dict[str, Tensor],
-) -> dict[str, Tensor]:  # state dictionary of our model
+def own_weights(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "All weights as our model holds them; a ValueError for those without a place."
     outer = {ours: weights.pop(theirs) for ours, theirs in OUTER.items() if theirs in weights}
     if config.tie_embeddings: outer['head.weight'] = outer['embedding.weight']
@@ -304,10 +281,8 @@ def open_stock(folder: Path, dtype: torch.dtype):  # a transformers model
     return stock
 
 # %% ../nbs/tools/10_exchange.ipynb #572532c8
-def own_tokenizer(
-    folder: Path, config: ModelConfig,
-) -> Tokenizer | None:  # None if there is none; None with a warning if there is one that cannot be used
-    "The tokenizer that lies beside a model."
+def own_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    "The tokenizer that lies beside a model; None if there is none, or with a warning if it cannot be used."
     if not (folder / 'tokenizer.json').exists(): return None
     try:
         tokenizer = load_tokenizer(str(folder))
@@ -337,11 +312,9 @@ def check_class(model):  # the same
     if reason := why_not_weights(model): raise ValueError(f'source cannot become a Transformer: {reason}')
     return model
 
-def from_hf(
-    source,                             # a transformers model, a folder with a checkpoint, or a name on the Hub
-    dtype: torch.dtype = torch.float32, # of the weights
-) -> tuple[Transformer, Tokenizer | None]:  # in evaluation mode; None for a live model and where there is no tokenizer.json
-    "A `Transformer` with the function of a stock model, and its tokenizer; a ValueError where there is none."
+def from_hf(source, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
+    """A `Transformer` with the function of a stock model, and its tokenizer; a ValueError where there is none.
+    The source is a live model, which comes without a tokenizer, a folder with a checkpoint, or a name on the Hub."""
     folder = find_folder(source) if isinstance(source, (str, Path)) else None
     stock = check_class(source) if folder is None else open_stock(folder, dtype)
     weights = {name: weight.detach() for name, weight in stock.state_dict().items()}
@@ -393,10 +366,9 @@ def refuse_other_record(known: dict, told: dict):
                 raise ValueError(f'the record is of another run: {part}.{name}={theirs[name]!r} there, {ours[name]!r} in the folder')
 
 # %% ../nbs/tools/10_exchange.ipynb #0435d278
-def run_facts(
-    folder: str | Path | None = None, record: dict | None = None,
-) -> dict:  # model, train, data, corpus, status, step, tokens, final, scores, score, scored_on, tasks, provenance: those known
-    "All that is known about a model, for its card."
+def run_facts(folder: str | Path | None = None, record: dict | None = None) -> dict:
+    """All that is known about a model, for its card: model, train, data, corpus, status, step, tokens, final, scores, score,
+    scored_on, tasks, provenance."""
     known = {}
     if folder is not None:
         folder = Path(folder)
@@ -450,13 +422,10 @@ def measured(facts: dict) -> dict:  # name: value, low, high
     return {name: s for name, s in found.items() if isinstance(s, dict) and s.get('value') is not None}
 
 # %% ../nbs/tools/10_exchange.ipynb #b8b72fcb
-def model_card(
-    config: ModelConfig,
-    facts: dict | None = None,   # from run_facts; None: nothing is known
-    library: str = 'sparsecod', name: str = 'A sparsecod model',
-    license: str | None = None,  # such as 'apache-2.0'; None: not stated
-):                               # a huggingface_hub.ModelCard
-    "A card that says what the model is, how it was trained, what was measured and what was not."
+def model_card(config: ModelConfig, facts: dict | None = None, library: str = 'sparsecod',
+        name: str = 'A sparsecod model', license: str | None = None):
+    """A huggingface_hub.ModelCard that says what the model is, how it was trained, what was measured and what was not.
+    Facts are from run_facts; a license is such as 'apache-2.0'."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     facts, scores = facts or {}, measured(facts or {})
     number = lambda x: '-' if x is None else f'{x:.4g}'
@@ -494,12 +463,8 @@ def known_facts(model: Transformer) -> dict:  # keys as in run_facts; empty if n
     return run_facts(folder, find_record(folder)) if same else {}
 
 # %% ../nbs/tools/10_exchange.ipynb #7fbc7936
-def generate_model_card(
-    self,                       # a Transformer
-    facts: dict | None = None,  # from run_facts; None: what is known of its training
-    **fields,                   # further arguments of model_card
-):
-    "The README.md of a model that is saved or shared."
+def generate_model_card(self, facts: dict | None = None, **fields):
+    "The README.md of a Transformer that is saved or shared; facts=None: what is known of its training."
     return model_card(self.config, known_facts(self) if facts is None else facts, **fields)
 
 def _from_pretrained(cls, *, model_id: str, **options):
@@ -530,16 +495,11 @@ def check_target(out: Path, format: str, overwrite: bool, source: Path | None = 
         raise FileExistsError(f'out={str(out)!r} holds something else than an exported model and is not overwritten; choose another folder')
 
 # %% ../nbs/tools/10_exchange.ipynb #c3ce30ee
-def export_model(
-    model: Transformer,                  # left as it was
-    out: str | Path,                     # the folder to make
-    tokenizer: Tokenizer | None = None,  # of the model
-    facts: dict | None = None,           # for the card, from run_facts; None: what is known of its training
-    format: str = 'hf',                  # one of FORMATS
-    overwrite: bool = False,             # whether a model there may be replaced
-    license: str | None = None,          # for the card, such as 'apache-2.0'
-) -> Path:                               # the folder
-    "Write a model, its tokenizer and its card into a folder."
+def export_model(model: Transformer, out: str | Path, tokenizer: Tokenizer | None = None,
+        facts: dict | None = None, format: str = 'hf', overwrite: bool = False,
+        license: str | None = None) -> Path:
+    """Write a model, its tokenizer and its card into a folder, in one of FORMATS.
+    Facts, from run_facts, are for the card; None: what is known of its training."""
     out = Path(out)
     check_target(out, format, overwrite)
     if tokenizer is not None: check_vocabulary(tokenizer, model.config)
@@ -590,15 +550,10 @@ def open_saved(folder: Path, format: str) -> tuple[Transformer, Tokenizer | None
     return model, own_tokenizer(folder, model.config)
 
 # %% ../nbs/tools/10_exchange.ipynb #5fa02d9d
-def export_folder(
-    folder: str | Path,          # of a training, of a saved Transformer, or of a transformers checkpoint
-    out: str | Path,             # the folder to make
-    format: str = 'hf',          # one of FORMATS
-    overwrite: bool = False,     # whether a model there may be replaced
-    record: dict | None = None,  # of the run, or scores by themselves; None: look for them
-    license: str | None = None,  # for the card, such as 'apache-2.0'
-) -> Path:                       # the folder
-    "Export what lies in a folder, with a card that says all that is known about it."
+def export_folder(folder: str | Path, out: str | Path, format: str = 'hf', overwrite: bool = False,
+        record: dict | None = None, license: str | None = None) -> Path:
+    """Export the training, saved Transformer or transformers checkpoint in a folder, with a card of all that is known about it.
+    The record is that of the run, or scores by themselves; None: look for them."""
     folder, out = Path(folder), Path(out)
     if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}): folder = folder.parent
     check_target(out, format, overwrite, folder)
@@ -609,14 +564,9 @@ def export_folder(
     return export_model(model, out, tokenizer, facts, format, overwrite, license)
 
 # %% ../nbs/tools/10_exchange.ipynb #c59f2eb0
-def push_folder(
-    folder: str | Path,        # written by export_model or export_folder
-    repo_id: str,              # 'user/name'
-    private: bool = True,      # whether a new repository is private
-    token: str | None = None,  # None: the one that was logged in with
-    message: str = 'Upload model',  # of the commit
-) -> str:                      # address of the commit
-    "Upload an exported folder to the Hugging Face Hub."
+def push_folder(folder: str | Path, repo_id: str, private: bool = True, token: str | None = None,
+        message: str = 'Upload model') -> str:
+    "Upload an exported folder to 'user/name' on the Hugging Face Hub; returns the address of the commit."
     import huggingface_hub
     folder = Path(folder)
     missing = [name for name in ('README.md', 'config.json') if not (folder / name).exists()]

@@ -13,42 +13,29 @@ from torch.nn import functional
 
 # %% ../nbs/build/01_layers.ipynb #cd8390d8
 class RMSNorm(nn.Module):
-    "Root-mean-square normalisation with a learnt gain and no bias (Zhang and Sennrich, 2019)."
-    def __init__(self,
-        D: int,              # model width
-        eps: float = 1e-6,   # added to the mean square
-        scale: float = 1.0,  # fixed factor on the output; 1/sqrt(l) for LayerNorm Scaling
-    ):
+    """Root-mean-square normalisation with a learnt gain and no bias (Zhang and Sennrich, 2019).
+    The fixed scale on the output is 1/sqrt(l) for LayerNorm Scaling."""
+    def __init__(self, D: int, eps: float = 1e-6, scale: float = 1.0):
         super().__init__()
         self.eps, self.scale = eps, scale
         self.weight = nn.Parameter(torch.ones(D))  # (D,)
 
-    def forward(self,
-        x: Tensor,  # input, (..., D)
-    ) -> Tensor:    # normalised, same shape and dtype
+    def forward(self, x: Tensor) -> Tensor:  # normalised, same shape and dtype
         "Normalise over the last axis; statistics in fp32."
         normed = functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # (..., D)
         return (normed * (self.scale * self.weight)).to(x.dtype)    # (..., D)
 
 # %% ../nbs/build/01_layers.ipynb #c2d05184
-def rope_angles(
-    T: int,              # positions
-    D_h: int,            # channels per head, even
-    theta: float = 1e4,  # base of the frequencies
-    device=None,         # where to put the tables
-) -> tuple[Tensor, Tensor]:  # cosines and sines, each (T, D_h/2)
-    "Cosines and sines of position times frequency (RoPE, Su et al. 2021)."
+def rope_angles(T: int, D_h: int, theta: float = 1e4, device=None) -> tuple[Tensor, Tensor]:  # each (T, D_h/2)
+    "Cosines and sines of T positions times frequencies of base theta (RoPE, Su et al. 2021); D_h channels a head, even."
     omega = theta ** (-torch.arange(0, D_h, 2, device=device, dtype=torch.float32) / D_h)   # (D_h/2,)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), omega)         # (T, D_h/2)
     return angle.cos(), angle.sin()
 
 # %% ../nbs/build/01_layers.ipynb #ce20c144
-def rotate(
-    x: Tensor,    # queries (B, H, T, D_h) or keys (B, K, T, D_h)
-    cos: Tensor,  # cosines, (T, D_h/2)
-    sin: Tensor,  # sines, (T, D_h/2)
-) -> Tensor:      # rotated, same shape
-    "Rotate channel pairs (i, i + D_h/2) by the angle of their position."
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # same shape
+    """Rotate channel pairs (i, i + D_h/2) of queries (B, H, T, D_h) or keys (B, K, T, D_h) by the angle of their position;
+    cos and sin are (T, D_h/2)."""
     a, b = x.chunk(2, dim=-1)                                                # two of (..., T, D_h/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (..., T, D_h)
 
@@ -91,21 +78,13 @@ class AttentionInBlocks(torch.autograd.Function):
         return torch.cat(dq, 2), dk.to(k.dtype), dv.to(v.dtype)
 
 # %% ../nbs/build/01_layers.ipynb #a7d73860
-def project(
-    x: Tensor,            # (..., D)
-    *layers: nn.Linear,   # from D channels, without biases
-) -> tuple[Tensor, ...]:  # the output of each layer
-    "Several linear layers on one input, as one matrix product."
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    "Several linear layers without biases on one input, (..., D), as one matrix product."
     out = functional.linear(x, torch.cat([layer.weight for layer in layers]))
     return out.split([layer.out_features for layer in layers], dim=-1)
 
-
-def attend(
-    q: Tensor,  # queries, (B, H, T, D_h)
-    k: Tensor,  # keys, (B, K, T, D_h)
-    v: Tensor,  # values, (B, K, T, D_h)
-) -> Tensor:    # causal averages of the values, (B, H, T, D_h)
-    "Causal attention by the fastest way that fits."
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D_h)
+    "Causal averages of values (B, K, T, D_h) by queries (B, H, T, D_h) and keys (B, K, T, D_h), by the fastest way that fits."
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     plain = torch.compiler.is_compiling() and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512
     if G > 1 and (plain or q.dtype == torch.float32):   # kernels without a whole map share heads in 16 bits only
@@ -113,14 +92,9 @@ def attend(
     if plain: return AttentionInBlocks.apply(q, k, v)
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
-
 class Attention(nn.Module):
     "Causal self-attention with H query heads that share K key/value heads in groups of G = H/K."
-    def __init__(self,
-        D: int,  # model width
-        H: int,  # query heads; divides D
-        K: int,  # key/value heads; divides H
-    ):
+    def __init__(self, D: int, H: int, K: int):
         super().__init__()
         if D % H or H % K: raise ValueError(f'H={H} must divide D={D}, and K={K} must divide H={H}')
         self.H, self.K, self.D_h = H, K, D // H
@@ -139,12 +113,9 @@ class Attention(nn.Module):
         return self.output(out.transpose(1, 2).flatten(2))                # (B, T, D)
 
 # %% ../nbs/build/01_layers.ipynb #2daa3595
-def attention_weights(
-    attention: Attention,         # the layer to look into
-    x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from rope_angles, each (T, D_h/2)
-) -> Tensor:                      # probabilities, (B, H, T, T): query position, then key position
-    "The attention map of every head, computed as the equation says."
+def attention_weights(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # (B, H, T, T)
+    """The attention map of every head, query position, then key position, computed as the equation says.
+    The input x is the normalised stream, (B, T, D); rope is from rope_angles."""
     q, k, _ = attention.heads(x, rope)                                      # (B, H, T, D_h), (B, K, T, D_h)
     k = k.repeat_interleave(attention.H // attention.K, dim=1)              # (B, H, T, D_h)
     products = (q @ k.transpose(-1, -2)).float() / attention.D_h ** 0.5     # (B, H, T, T)
@@ -152,31 +123,20 @@ def attention_weights(
     return products.masked_fill(hidden, float('-inf')).softmax(-1)          # (B, H, T, T)
 
 # %% ../nbs/build/01_layers.ipynb #139caf1d
-def kv_cache_bytes(
-    T: int,    # positions kept
-    K: int,    # key/value heads
-    D_h: int,  # channels per head
-    L: int,    # blocks
-    bytes_per_number: int = 2,  # 2 for bf16, 4 for fp32
-) -> int:    # bytes for one sequence
-    "Size of the key/value cache of one sequence: two numbers a position, head, channel and block."
+def kv_cache_bytes(T: int, K: int, D_h: int, L: int, bytes_per_number: int = 2) -> int:
+    "Bytes of the key/value cache of one sequence: two numbers a position, key/value head, channel and block."
     return 2 * T * K * D_h * L * bytes_per_number
 
 # %% ../nbs/build/01_layers.ipynb #d2ca6158
 class SwiGLU(nn.Module):
-    "Gated feed-forward layer (Shazeer, 2020), no biases."
-    def __init__(self,
-        D: int,  # model width
-        F: int,  # feed-forward width
-    ):
+    "Gated feed-forward layer of width F (Shazeer, 2020), no biases."
+    def __init__(self, D: int, F: int):
         super().__init__()
         self.gate = nn.Linear(D, F, bias=False)
         self.up = nn.Linear(D, F, bias=False)
         self.down = nn.Linear(F, D, bias=False)
 
-    def forward(self,
-        x: Tensor,  # normalised stream, (..., D)
-    ) -> Tensor:    # the update, (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # the update, (..., D)
         "Gate, expand, project back."
         gate, up = project(x, self.gate, self.up)                     # (..., F) each
         return self.down(functional.silu(gate) * up)                  # (..., D)

@@ -20,12 +20,9 @@ from .train import channel_variance
 
 # %% ../nbs/tools/04_measures.ipynb #1ad7113c
 @torch.no_grad()
-def at_length(
-    model: Transformer,        # weights in fp32
-    windows: Tensor,           # held-out windows, (N, T + 1)
-    batch_tokens: int = 2 ** 13, # tokens in memory at once
-) -> dict[str, dict]:          # val_loss and the forms of final_variance: value, low and high each
-    "Loss and final-layer variance on windows of any length."
+def at_length(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 13) -> dict[str, dict]:
+    """Loss and the forms of final-layer variance, with low and high each, on held-out windows of any length, (N, T + 1);
+    weights in fp32."""
     losses, variances, T = [], [], windows.shape[1] - 1
     for part in windows.to(next(model.parameters()).device).split(max(1, batch_tokens // T)):
         h = model.run(model.embed(part[:, :-1]))                               # (b, T, D)
@@ -37,14 +34,10 @@ def at_length(
     return {name: jackknife_estimate(v, 0.) for name, v in scalars.items()} | dict(final_variance_median=median_estimate(variance))
 
 # %% ../nbs/tools/04_measures.ipynb #abd28caf
-def measure_lengths(
-    model: Transformer,        # weights in fp32
-    corpus,                    # a Corpus
-    lengths: tuple,            # context lengths to evaluate at
-    n_tokens: int = 2 ** 14,   # about how many tokens at each
-    seed: int = 0,             # of the choice of windows
-) -> dict[str, dict]:          # length -> from at_length, and the number of windows
-    "Loss and final-layer variance at several context lengths, on as many held-out tokens at each."
+def measure_lengths(model: Transformer, corpus, lengths: tuple, n_tokens: int = 2 ** 14,
+        seed: int = 0) -> dict[str, dict]:
+    """Loss and final-layer variance, from at_length, by context length, on about n_tokens held-out tokens each, and the
+    number of windows."""
     found = {}
     for T in lengths:
         N = min(max(2, n_tokens // T), corpus.n_windows('val', T))
@@ -52,21 +45,17 @@ def measure_lengths(
     return found
 
 # %% ../nbs/tools/04_measures.ipynb #9ea9ad40
-def mask_dependence(
-    matrices: list[Tensor],   # of one sublayer
-    threshold: float = 0.1,   # of a small weight, in units of its matrix's root mean square
-) -> float:                   # 1 if mask and weights are independent
-    "Dependence of the mask of small weights on the weights, averaged over a sublayer's matrices by size."
+def mask_dependence(matrices: list[Tensor], threshold: float = 0.1) -> float:
+    """Dependence of the mask of small weights on the weights, averaged over a sublayer's matrices by size; 1 if there is none.
+    The threshold is in units of each matrix's root mean square."""
     ratio = lambda m: mask_weight_dependence(m, m.abs() >= threshold * m.square().mean().sqrt())['ratio']
     return sum(ratio(m) * m.numel() for m in matrices) / sum(m.numel() for m in matrices)
 
 # %% ../nbs/tools/04_measures.ipynb #d9456bba
 @torch.no_grad()
-def compare_with_theory(
-    model: Transformer,  # weights in fp32
-    tokens: Tensor,      # text, (B, T)
-) -> dict:               # lists over the layers; predictions are missing for a mixture of experts
-    "Measured and predicted stream variance (means over positions 1..T-1), and how the assumptions fail."
+def compare_with_theory(model: Transformer, tokens: Tensor) -> dict:
+    """Measured and predicted stream variance (means over positions 1..T-1), and how the assumptions fail, on tokens (B, T).
+    Lists over the layers; predictions are missing for a mixture of experts."""
     tokens = tokens.to(next(model.parameters()).device)
     budget = {name: x.mean(1).tolist() for name, x in variance_budget(model, tokens).items()}     # L numbers each
     v0, density = budget['before'][0], effective_density(model, tokens)
@@ -81,22 +70,17 @@ def compare_with_theory(
 # %% ../nbs/tools/04_measures.ipynb #697c7004
 BINS = 10.0 ** torch.linspace(-6, 0.5, 53)  # edges for the sizes of weights
 
-def weight_histogram(
-    model: Transformer,  # the model to look into
-) -> list[float]:        # share of the weights in each bin, (len(BINS) + 1,); the outer two are below and above all edges
-    "Sizes of the weights of all blocks, as shares of their number."
+def weight_histogram(model: Transformer) -> list[float]:  # (len(BINS) + 1,)
+    "Share of the weights of all blocks in each bin of sizes; the outer two are below and above all edges."
     sizes = torch.cat([m.detach().float().abs().flatten().cpu() for block in sublayer_matrices(model) for ms in block.values() for m in ms])
     counts = torch.bincount(torch.bucketize(sizes, BINS), minlength=len(BINS) + 1)
     return (counts / len(sizes)).tolist()
 
 # %% ../nbs/tools/04_measures.ipynb #72f9e4ed
 @torch.no_grad()
-def sample_mechanisms(
-    model: Transformer,  # the model to look into
-    tokens: Tensor,      # one sequence, (T,)
-    decode,              # from a list of token ids to text
-) -> dict:               # tokens, block and attention of that block, histogram, and the experts of each token and block
-    "What weights, attention and routing of a model look like on one sequence."
+def sample_mechanisms(model: Transformer, tokens: Tensor, decode) -> dict:
+    """What weights, attention and routing of a model look like on one sequence, (T,): its tokens as text, a block and its
+    attention, the histogram of weights, and the experts of each token and block."""
     tokens = tokens.to(next(model.parameters()).device)
     maps = torch.cat(list(attention_maps(model, tokens[None])))                                              # (L, H, T, T)
     entropy = -torch.xlogy(maps, maps).sum(-1).mean((1, 2))                                 # (L,)

@@ -27,26 +27,17 @@ class Routing(NamedTuple):
     experts: Tensor  # the k experts of each token, (N, k)
     gates: Tensor    # their weights, (N, k)
 
-def route(
-    logits: Tensor,           # of the router, (N, E)
-    k: int,                   # experts a token
-    gates: str = 'published', # one of GATES
-) -> Routing:
-    "Choose the k most probable experts of each token."
+def route(logits: Tensor, k: int, gates: str = 'published') -> Routing:
+    "Choose the k most probable experts of each token, by logits (N, E); gates are one of GATES."
     probabilities = logits.float().softmax(-1)                      # (N, E)
     chosen, experts = probabilities.topk(k, dim=-1)                 # (N, k)
     if gates != 'published': chosen = chosen / chosen.sum(-1, keepdim=True) * (k if gates == 'scale_matched' else 1)
     return Routing(logits.float(), experts, chosen)
 
 # %% ../nbs/build/02_moe.ipynb #ded8733c
-def experts_loop(
-    x: Tensor,        # tokens, (N, D)
-    routing: Routing, # from route
-    gate: Tensor,     # (E, D, F)
-    up: Tensor,       # (E, D, F)
-    down: Tensor,     # (E, F, D)
-) -> Tensor:          # sum of gated expert outputs, (N, D)
-    "The experts one after the other: slow, obvious, and the reference for `experts_grouped`."
+def experts_loop(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
+    """The sum of gated outputs of experts on tokens x, (N, D), one expert after the other: slow, obvious, and the reference
+    for `experts_grouped`. Matrices: gate and up, (E, D, F), and down, (E, F, D)."""
     out = torch.zeros_like(x)                                                         # (N, D)
     gate, up, down = (w.to(x.dtype) for w in (gate, up, down))
     for e in range(len(gate)):
@@ -57,21 +48,13 @@ def experts_loop(
     return out
 
 # %% ../nbs/build/02_moe.ipynb #8c6e2e24
-def expert_ends(
-    experts: Tensor,  # of each assignment, (M,)
-    E: int,           # experts
-) -> Tensor:          # last row of each expert when assignments are sorted, int32, (E,)
-    "Where the rows of each expert end; unlike a count of bins, it does not make a GPU wait."
+def expert_ends(experts: Tensor, E: int) -> Tensor:  # int32, (E,)
+    """Last row of each of E experts when assignments, (M,), are sorted; unlike a count of bins, it does not make
+    a GPU wait."""
     return (experts[:, None] <= torch.arange(E, device=experts.device)).sum(0).int()
 
-def experts_grouped(
-    x: Tensor,        # tokens, (N, D)
-    routing: Routing, # from route
-    gate: Tensor,     # (E, D, F)
-    up: Tensor,       # (E, D, F)
-    down: Tensor,     # (E, F, D)
-) -> Tensor:          # sum of gated expert outputs, (N, D)
-    "All experts at once, on tokens sorted by expert."
+def experts_grouped(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
+    "All experts at once, on tokens sorted by expert; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
     order, ends = experts.argsort(stable=True), expert_ends(experts, len(gate))       # (N*k,) assignments by expert, (E,)
     rows = x[order // k]                                                              # (N*k, D)
@@ -89,14 +72,10 @@ def expert_rows(ends: Tensor) -> list[slice]:
     ends = ends.tolist()
     return [slice(*pair) for pair in zip([0, *ends], ends)]
 
-
 @torch.library.custom_op('sparsecod::expert_products', mutates_args=())
-def expert_products(
-    rows: Tensor,     # sorted by expert, (M, A)
-    ends: Tensor,     # last row of each expert, (E,)
-    weights: Tensor,  # a matrix of each expert, (E, A, B)
-) -> Tensor:          # rows times the matrix of their expert, (M, B)
-    "The matrix products of all experts, as one operation for a compiler."
+def expert_products(rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:  # (M, B)
+    """Rows, (M, A), sorted by expert, times the matrix, (A, B), of their expert, as one operation for a compiler;
+    ends, (E,), has the last row of each expert."""
     M, out = len(rows), rows.new_empty(len(rows), weights.shape[2])
     for part, weight in zip(expert_rows(ends), weights):         # in order: what is written past an end is written again
         n = -(-(part.stop - part.start) // TILE) * TILE
@@ -105,14 +84,9 @@ def expert_products(
         else: out[part] = (rows[wide] @ weight)[part.start - wide.start:part.stop - wide.start]
     return out
 
-
 @torch.library.custom_op('sparsecod::expert_derivatives', mutates_args=())
-def expert_derivatives(
-    rows: Tensor,   # as above, (M, A)
-    ends: Tensor,   # (E,)
-    slope: Tensor,  # derivatives of the loss by the products, (M, B)
-) -> Tensor:        # and by the matrices, (E, A, B)
-    "The derivatives by the matrices of all experts."
+def expert_derivatives(rows: Tensor, ends: Tensor, slope: Tensor) -> Tensor:  # (E, A, B)
+    "The derivatives by the matrices of all experts, from those by the products, (M, B)."
     M, out = len(rows), rows.new_empty(len(ends), rows.shape[1], slope.shape[1])
     for part, weight in zip(expert_rows(ends), out):
         middle = part.stop - (part.stop - part.start) % TILE
@@ -136,7 +110,6 @@ def products_backward(ctx, slope: Tensor):
 
 expert_products.register_autograd(products_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-
 class Reorder(torch.autograd.Function):
     "Rows in another order; its derivative puts them back, where that of indexing would add them up one by one."
     @staticmethod
@@ -147,12 +120,8 @@ class Reorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor): return slope[ctx.saved_tensors[0]], None, None
 
-
-def fits_grouped(
-    x: Tensor,     # tokens, (N, D)
-    gate: Tensor,  # (E, D, F)
-) -> bool:
-    "Whether PyTorch has `grouped_mm`, and rows are of the kind and length that it wants."
+def fits_grouped(x: Tensor, gate: Tensor) -> bool:
+    "Whether PyTorch has `grouped_mm`, and tokens, (N, D), are of the kind and length that it wants."
     aligned = all(width * x.element_size() % 16 == 0 for width in gate.shape[1:])
     return aligned and hasattr(functional, 'grouped_mm') and (x.device.type == 'cpu' or x.dtype == torch.bfloat16)
 
@@ -161,14 +130,8 @@ def products_of(x: Tensor, gate: Tensor) -> Callable:
     if x.device.type == 'cpu' or not fits_grouped(x, gate): return expert_products
     return lambda rows, ends, weights: functional.grouped_mm(rows, weights, offs=ends)
 
-def experts_compiled(
-    x: Tensor,        # tokens, (N, D)
-    routing: Routing, # from route
-    gate: Tensor,     # (E, D, F)
-    up: Tensor,       # (E, D, F)
-    down: Tensor,     # (E, F, D)
-) -> Tensor:          # sum of gated expert outputs, (N, D)
-    "All experts at once, in operations that a compiler can join."
+def experts_compiled(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
+    "All experts at once, in operations that a compiler can join; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
     order = experts.argsort(stable=True)                                              # (N*k,) assignments by expert
     back = order.argsort()                                                            # (N*k,)
@@ -181,35 +144,24 @@ def experts_compiled(
     return (routing.gates[:, :, None] * outputs).sum(1).to(x.dtype)                   # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #fcc0854b
-def working_precision(
-    x: Tensor,  # any shape
-) -> Tensor:    # same values, in autocast's type where autocast is on
-    "What autocast would do to the input of a matrix product."
+def working_precision(x: Tensor) -> Tensor:
+    "What autocast would do to the input of a matrix product: the same values, in its type where it is on."
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-def run_experts(
-    x: Tensor,         # tokens, (N, D)
-    routing: Routing,  # from route
-    *weights: Tensor,  # gate and up, (E, D, F), and down, (E, F, D)
-) -> Tensor:           # sum of gated expert outputs, (N, D)
-    "All experts, by the fastest way that fits."
+def run_experts(x: Tensor, routing: Routing, *weights: Tensor) -> Tensor:  # (N, D)
+    "All experts, by the fastest way that fits; as `experts_loop`."
     if torch.compiler.is_compiling(): return experts_compiled(x, routing, *weights)
     return (experts_grouped if fits_grouped(x, weights[0]) else experts_loop)(x, routing, *weights)
 
 # %% ../nbs/build/02_moe.ipynb #8dbb4925
-def expert_load(
-    routing: Routing,  # from route
-) -> Tensor:           # assignments to each expert per token, (E,); sums to k
-    "How busy each expert is."
+def expert_load(routing: Routing) -> Tensor:  # (E,)
+    "How busy each expert is: assignments per token; sums to k."
     N, E = routing.logits.shape
     return functional.one_hot(routing.experts.flatten(), E).sum(0) / N
 
-def balance_loss(
-    routing: Routing,    # of B sequences of the same length
-    sequences: int = 1,  # B
-) -> Tensor:             # a scalar
-    "Load-balancing loss (E/k) sum_e f_e P_e of each sequence, averaged over them; 1 when balanced."
+def balance_loss(routing: Routing, sequences: int = 1) -> Tensor:  # a scalar
+    "Load-balancing loss (E/k) sum_e f_e P_e of each sequence, all of one length, averaged over them; 1 when balanced."
     (N, E), k, B = routing.logits.shape, routing.experts.shape[1], sequences
     load = functional.one_hot(routing.experts.view(B, -1), E).sum(1) * (B / N)              # f, (B, E)
     probability = routing.logits.softmax(-1).view(B, -1, E).mean(1)                         # P, (B, E)
@@ -221,24 +173,15 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 # %% ../nbs/build/02_moe.ipynb #1c8116cb
 class MixtureOfExperts(nn.Module):
-    "E experts of which each token uses k, without dropping tokens."
-    def __init__(self,
-        D: int,          # model width
-        F: int,          # width of one expert
-        E: int,          # experts
-        k: int,          # experts a token
-        shared: int = 0,           # width of a shared expert; 0: none
-        gates: str = 'published',  # one of GATES
-    ):
+    "E experts of width F of which each token uses k, without dropping tokens, and a shared one if it has a width."
+    def __init__(self, D: int, F: int, E: int, k: int, shared: int = 0, gates: str = 'published'):
         super().__init__()
         self.k, self.gates = k, gates
         self.router = nn.Linear(D, E, bias=False)
         self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape)) for shape in ((E, D, F), (E, D, F), (E, F, D)))
         self.shared = SwiGLU(D, shared) if shared else None
 
-    def forward(self,
-        x: Tensor,  # normalised stream, (B, T, D)
-    ) -> tuple[Tensor, Routing]:  # the update, (B, T, D), and where the tokens went
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # the update, (B, T, D), and where the tokens went
         flat = x.flatten(0, -2)                                                   # (N, D), N = B*T
         with torch.autocast(x.device.type, enabled=False):                        # near-ties must not hang on rounding
             routing = route(functional.linear(flat.float(), self.router.weight.float()), self.k, self.gates)
@@ -247,13 +190,7 @@ class MixtureOfExperts(nn.Module):
         return (self.shared(x) + self.k * routed) / (self.k + 1), routing
 
 # %% ../nbs/build/02_moe.ipynb #f3ed10c6
-def moe_params(
-    D: int,           # model width
-    F: int,           # width of one expert
-    E: int,           # experts
-    k: int,           # experts a token
-    shared: int = 0,  # width of a shared expert
-) -> tuple[int, int]: # all parameters, and those that one token uses
-    "Parameters of one mixture-of-experts layer: total and active."
+def moe_params(D: int, F: int, E: int, k: int, shared: int = 0) -> tuple[int, int]:
+    "Parameters of a layer of E experts of width F, with a shared one or not: all, and those that a token uses."
     always = D * E + 3 * D * shared                        # router and shared expert
     return always + E * 3 * D * F, always + k * 3 * D * F

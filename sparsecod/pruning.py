@@ -41,10 +41,9 @@ def block_influence(t: Trace) -> Tensor:  # fp64, (L, B)
     cosine = lambda a, b: functional.cosine_similarity(to_fp64(a), to_fp64(b), dim=-1)   # (B, T)
     return torch.stack([1 - cosine(*pair).mean(-1) for pair in zip(t.streams, t.streams[1:])]).cpu()
 
-def angular_distance(
-    t: Trace, last: bool = True,
-) -> Tensor:  # fp64, (L, L, B) at [n-1, l-1]; NaN where there are no blocks l .. l+n-1
-    "Angle between the input of block l and the output of block l+n-1, in units of a half turn."
+def angular_distance(t: Trace, last: bool = True) -> Tensor:  # fp64, (L, L, B)
+    """Angle between the input of block l and the output of block l+n-1, in units of a half turn, at [n-1, l-1]; NaN where
+    there are no blocks l .. l+n-1."""
     h = [functional.normalize(to_fp64(x[:, -1:] if last else x), dim=-1) for x in t.streams]
     L, found = len(t.updates), torch.full((len(t.updates), len(t.updates), len(t.targets)), math.nan).double()
     for n in range(1, L + 1):
@@ -96,21 +95,15 @@ def sublayer_losses(model, t: Trace, l: int) -> dict[str, Tensor]:  # fp64, (B,)
     return found
 
 # %% ../nbs/build/12_pruning.ipynb #d1cd2021
-def rank_agreement(
-    a: Tensor,   # (L, ...)
-    b: Tensor,   # (L, ...)
-) -> Tensor:     # (...)
-    "Spearman's rank correlation over blocks."
+def rank_agreement(a: Tensor, b: Tensor) -> Tensor:  # (...)
+    "Spearman's rank correlation over blocks, of two (L, ...)."
     ranks = [torch.tensor(stats.rankdata(x, axis=0)) for x in (a, b)]
     a, b = (r - r.mean(0) for r in ranks)
     return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
 
-def measure_influence(
-    model,            # in eval mode, fp32
-    windows: Tensor,  # a batch, (B, T + 1)
-    longest: int, last: bool, keep: Callable,
-) -> dict[str, Tensor]:  # measurements; the last axis is the sequence
-    "Influence, angles, and losses without parts, from one trace; keep gets what is known of a block, or makes it."
+def measure_influence(model, windows: Tensor, longest: int, last: bool, keep: Callable) -> dict[str, Tensor]:
+    """Influence, angles, and losses without parts, from one trace of a model in fp32 on a batch, (B, T + 1); the last axis is the
+    sequence. Keep gets what is known of a block, or makes it."""
     t, L = trace(model, windows), len(model.blocks)
     try: sublayers = [find_sublayers(model, l, h[:1]) for l, h in enumerate(t.streams[:-1], 1)]
     except ValueError as error: sublayers = warnings.warn(str(error), stacklevel=2)
@@ -122,16 +115,12 @@ def measure_influence(
     found = dict(loss=t.loss.cpu(), block_influence=block_influence(t), angular_distance=angular_distance(t, last))
     return found | {name: torch.stack([row[name] for row in rows], -2) for name in rows[0]}
 
-def influence_scores(
-    model,                 # anything that adapt takes; left as it was
-    windows: Tensor,       # held-out sequences, (N, T + 1)
-    longest: int = 3,      # span to skip
-    last: bool = True,     # angles at the last token, as published; else mean over tokens
-    batch_size: int = 16,  # sequences in memory at once
-    resume: Path | None = None,  # folder for what has been measured; None: keep nothing
-    progress: bool = False,
-) -> dict:                 # 'scalars', 'arrays' and 'intervals', as in score_model; spans and angles at [n-1][l-1]
-    "What each block does to the stream, and what it costs to leave out blocks, spans and sublayers."
+def influence_scores(model, windows: Tensor, longest: int = 3, last: bool = True, batch_size: int = 16,
+        resume: Path | None = None, progress: bool = False) -> dict:
+    """What each block does to the stream, and what it costs to leave out blocks, spans and sublayers.
+    Longest is the longest span to skip; last=True takes angles at the last token, as published, else the mean over tokens;
+    what has been measured is kept in the folder resume. Returns 'scalars', 'arrays' and 'intervals', as score_model does,
+    with spans and angles at [n-1][l-1]."""
     model = adapt(model)
     if not 1 <= longest <= len(model.blocks): raise ValueError(f'longest={longest} must be 1 to {len(model.blocks)}')
     windows, W, found = windows.to(next(model.parameters()).device), leave_one_out(len(windows)), []
@@ -156,25 +145,18 @@ def influence_scores(
     return to_lists(dict(scalars=scalars, arrays={name: x[..., 0] for name, x in arrays.items()}, intervals=ends))
 
 # %% ../nbs/build/12_pruning.ipynb #caaf9598
-def add_influence(
-    scores: dict,     # from score_model
-    model,            # that was scored; left as it was
-    windows: Tensor,  # sequences that were scored, (N, T + 1)
-    **options,        # of influence_scores
-) -> dict:            # the scores, with influence and its rank agreement, angles, and costs of sublayers
-    "Scores, and what block influence, angles and sublayers add to them."
+def add_influence(scores: dict, model, windows: Tensor, **options) -> dict:
+    """Scores of a model, and what block influence, its rank agreement, angles and costs of sublayers add to them.
+    Windows are those that were scored; options are those of influence_scores."""
     found = influence_scores(model, windows, longest=1, **options)
     more = lambda part: {name: x for name, x in found[part].items() if name not in scores[part] and name != 'span_loss_increase'}
     return scores | {part: scores[part] | more(part) for part in found}
 
 # %% ../nbs/build/12_pruning.ipynb #838a6414
 @torch.no_grad()
-def loss_frame(
-    model,            # anything that adapt takes; left as it was
-    windows: Tensor,  # (N, T + 1)
-    removed: Iterable[int] = (),  # blocks, 1..L
-):                    # a pandas DataFrame: sequence and position (both from 0), token that was to be foretold, loss
-    "Losses by sequence and position, with or without some blocks."
+def loss_frame(model, windows: Tensor, removed: Iterable[int] = ()):
+    """Losses by sequence and position, with or without some blocks, 1..L: a pandas DataFrame of sequence and position, both
+    from 0, token that was to be foretold, and loss."""
     from pandas import DataFrame
     model = adapt(model)
     windows = windows.to(next(model.parameters()).device)
@@ -224,14 +206,9 @@ def step_seconds(model, windows: Tensor, batch_size: int = 16) -> float:  # seco
     with untouched(model): one, costs = measured_costs(scoring_model(model), some, 1)
     return len(windows) * one * (L * (L + 1) / 2 + L * costs.loss)
 
-def greedy_order(
-    model,                 # anything that adapt takes; left as it was
-    windows: Tensor,       # to choose on, (N, T + 1)
-    most: int,             # blocks to remove
-    batch_size: int = 16,  # sequences in memory at once
-    progress: bool = False,# show a progress bar
-) -> dict:                 # 'order' of blocks; 'loss' without the first k, from k = 0, and 'gap', with intervals
-    "Which blocks go first, the loss after each removal, and how far that is from the sum of single costs."
+def greedy_order(model, windows: Tensor, most: int, batch_size: int = 16, progress: bool = False) -> dict:
+    """The order in which most blocks go, the loss without the first k, from k = 0, and its gap to the sum of single costs, both
+    with intervals; chosen on windows, (N, T + 1)."""
     model = adapt(model)
     if not 1 <= most < len(model.blocks): raise ValueError(f'most={most} must be 1 to {len(model.blocks) - 1}: one block stays')
     windows, order, losses = windows.to(next(model.parameters()).device), [], []
@@ -249,12 +226,9 @@ def greedy_order(
 # %% ../nbs/build/12_pruning.ipynb #759e4f90
 CRITERIA = 'greedy', 'influence', 'angle', 'skip', 'random'
 
-def removals(
-    model,
-    windows: Tensor,       # to choose on, (N, T + 1)
-    by: str = 'greedy', batch_size: int = 16, seed: int = 0,
-) -> Iterator[list[int]]:  # sets of 1, 2, .. L - 1 blocks
-    "What a criterion would remove."
+def removals(model, windows: Tensor, by: str = 'greedy', batch_size: int = 16,
+        seed: int = 0) -> Iterator[list[int]]:
+    "What a criterion would remove, chosen on windows, (N, T + 1): sets of 1, 2, .. L - 1 blocks."
     L, order = len(model.blocks), []
     if by == 'greedy':
         for l, _ in greedy_steps(model, windows, batch_size):
@@ -280,10 +254,9 @@ def parse_spans(text: str, L: int) -> list[int]:  # blocks, 1..L
         removed |= {*range(first, last + 1)}
     return sorted(removed)
 
-def check_removal(
-    L: int, blocks: int | None, spans: str | None, budget: float | None, by: str,
-) -> list[int] | None:  # the blocks of spans
-    "Raise a ValueError unless exactly one of the three says what is to be removed, and a block stays."
+def check_removal(L: int, blocks: int | None, spans: str | None, budget: float | None,
+        by: str) -> list[int] | None:
+    "Raise a ValueError unless exactly one of the three says what is to be removed, and a block stays; the blocks of spans."
     given = [x for x in (blocks, spans, budget) if x is not None]
     if len(given) != 1: raise ValueError(f'blocks={blocks}, spans={spans}, budget={budget}: exactly one of them must be given')
     if by not in CRITERIA: raise ValueError(f'by={by!r} must be one of {", ".join(CRITERIA)}')
@@ -295,13 +268,9 @@ def check_removal(
     return removed
 
 @torch.no_grad()
-def choose_removal(
-    model,
-    windows: Tensor,  # to choose on, (N, T + 1)
-    blocks: int | None = None, budget: float | None = None, by: str = 'greedy', batch_size: int = 16,
-    seed: int = 0, progress: bool = False,
-) -> list[int]:       # blocks, 1..L
-    "So many blocks, or as many as the loss bears."
+def choose_removal(model, windows: Tensor, blocks: int | None = None, budget: float | None = None,
+        by: str = 'greedy', batch_size: int = 16, seed: int = 0, progress: bool = False) -> list[int]:  # 1..L
+    "So many blocks, or as many as the loss bears, chosen on windows, (N, T + 1)."
     L, chosen = len(model.blocks), []
     base = loss_without(model, windows, (), batch_size).mean()
     sets = removals(model, windows, by, batch_size, seed)
@@ -332,11 +301,8 @@ def cut_config(config, kept: list[int], L: int):  # of the same class
     part[text.attribute_map.get('num_hidden_layers', 'num_hidden_layers')] = len(kept)
     return type(config).from_dict(whole)
 
-def cut_network(
-    model: AdaptedModel, kept: list[int],
-    dtype: torch.dtype | None = None,  # of the weights; None: as they are
-):                                     # a transformers network to be saved, not to be run
-    "The network with fewer blocks."
+def cut_network(model: AdaptedModel, kept: list[int], dtype: torch.dtype | None = None):
+    "A transformers network with fewer blocks, to be saved, not to be run; weights in dtype, None: as they are."
     network, L, kind = model.network, len(model.blocks), type(model.network).__name__
     prefix = next(name for name, part in network.named_modules() if part is model.blocks) + '.'
     weights = {}
@@ -381,24 +347,16 @@ def source_dtype(source: Path | None) -> torch.dtype | None:  # None if it does 
     return getattr(torch, str(settings.get('dtype') or settings.get('torch_dtype')).removeprefix('torch.'), None)
 
 # %% ../nbs/build/12_pruning.ipynb #b59550e3
-def prune(
-    model,                 # a Transformer, or anything that adapt takes; left as it was
-    out: str | Path,       # folder to make
-    choose_on: Tensor,     # sequences to choose on, (M, T + 1)
-    held_out: Tensor,      # other sequences, to state the loss on, (N, T + 1)
-    blocks: int | None = None,    # how many blocks go
-    spans: str | None = None,     # or which, such as 3-5,8
-    budget: float | None = None,  # or how much the loss may grow on choose_on, as a factor
-    by: str = 'greedy',    # one of CRITERIA, for blocks and budget
-    source: Path | None = None,   # folder or GGUF file the model comes from
-    tokenizer: Tokenizer | None = None,  # of a Transformer
-    dtype: torch.dtype | None = None,    # of the written weights; None: as in source, else as they are
-    batch_size: int = 16,  # sequences in memory at once
-    seed: int = 0,         # of chance
-    n_random: int = 10,    # random removals of as many blocks, to compare with
-    progress: bool = False,# show a progress bar
-) -> dict:                 # what was removed, and the loss before and after; also in out/pruning.json
-    "Write a checkpoint with fewer blocks."
+def prune(model, out: str | Path, choose_on: Tensor, held_out: Tensor, blocks: int | None = None,
+        spans: str | None = None, budget: float | None = None, by: str = 'greedy', source: Path | None = None,
+        tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None, batch_size: int = 16,
+        seed: int = 0, n_random: int = 10, progress: bool = False) -> dict:
+    """Write a checkpoint with fewer blocks into a new folder; returns what was removed, and the loss before and after, which
+    are also in out/pruning.json.
+    What goes is said by one of: so many blocks; spans such as 3-5,8; or a budget, the factor by which the loss may grow on
+    choose_on, (M, T + 1). Blocks and budget choose by one of CRITERIA. The loss is stated on held_out, (N, T + 1), and
+    compared with n_random random removals of as many blocks. Source is the folder or GGUF file the model comes from;
+    a Transformer needs its tokenizer; dtype=None writes weights as in source, else as they are."""
     out, model = Path(out), adapt(model)
     removed = check_removal(len(model.blocks), blocks, spans, budget, by)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'out={str(out)!r} exists; name a folder that does not')

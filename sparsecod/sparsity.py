@@ -24,30 +24,23 @@ from .moe import expert_load
 from .scores import attention_numbers, scoring_model, to_fp64, untouched, work_bytes
 
 # %% ../nbs/build/08_sparsity.ipynb #c2daf5d1
-def weight_sparsity(
-    matrix: Tensor,          # any shape
-    thresholds: list[float], # to count entries under
-    relative: bool = False,  # thresholds in units of the matrix's root mean square
-) -> Tensor:                 # share of entries under each threshold, fp64, (len(thresholds),)
-    "Share of a matrix's entries whose magnitude lies under each threshold."
+def weight_sparsity(matrix: Tensor, thresholds: list[float], relative: bool = False) -> Tensor:
+    """Share of a matrix's entries whose magnitude lies under each threshold, fp64, (len(thresholds),); if relative, in
+    units of its root mean square."""
     size = matrix.detach().float().abs()                                               # same shape
     unit = size.square().mean().sqrt().item() if relative else 1.
     if unit == 0: return torch.ones(len(thresholds), dtype=torch.float64)              # a matrix of zeros is sparse
     return torch.stack([to_fp64(size < threshold * unit).mean() for threshold in thresholds]).cpu()
 
 # %% ../nbs/build/08_sparsity.ipynb #62973fce
-def participation(
-    matrix: Tensor,  # any shape
-) -> float:          # between 1/n and 1; 1/3 for Gaussian entries
-    "Participation ratio of a matrix's entries: the share that effectively carries the energy."
+def participation(matrix: Tensor) -> float:
+    "Participation ratio of n entries, the share that effectively carries the energy: 1/n to 1; 1/3 if they are Gaussian."
     square = to_fp64(matrix.detach()).square().flatten()                               # (n,)
     return (square.sum() ** 2 / (len(square) * square.square().sum()).clamp(min=1e-300)).item()
 
 # %% ../nbs/build/08_sparsity.ipynb #fb2a738d
-def sublayer_matrices(
-    model,  # ours, or any that adapt takes
-) -> list[dict[str, list[Tensor]]]:  # for each block: 'attention' and 'feed_forward'
-    "The weight matrices of both sublayers of every block."
+def sublayer_matrices(model) -> list[dict[str, list[Tensor]]]:
+    "The weight matrices of 'attention' and 'feed_forward' of every block of a model, ours or any that adapt takes."
     found = []
     for block in adapt(model).blocks:
         found.append(dict(attention=[], feed_forward=[]))
@@ -56,37 +49,27 @@ def sublayer_matrices(
             if p.dim() > 1: found[-1][part] += p.unbind(0) if p.dim() == 3 else [p]
     return found
 
-def weight_density(
-    matrices: list[Tensor],   # of one sublayer
-    threshold: float = 0.1,   # in units of each matrix's root mean square
-) -> float:                   # share of entries at or above it
-    "Density of a sublayer's weights: share of entries that are not small for their matrix."
+def weight_density(matrices: list[Tensor], threshold: float = 0.1) -> float:
+    "Share of a sublayer's entries that are at or above a threshold, in units of each matrix's root mean square."
     small = sum(weight_sparsity(m, [threshold], relative=True).item() * m.numel() for m in matrices)
     return 1 - small / sum(m.numel() for m in matrices)
 
 # %% ../nbs/build/08_sparsity.ipynb #d033bc2f
-def keys_for_mass(
-    p: Tensor,          # attention maps, (B, H, T, T): query position, then key position
-    mass: float = 0.9,  # share of the attention to collect
-) -> Tensor:            # share of the visible keys that is needed, (B, H, T)
-    "How many of its keys a query needs for most of its attention."
+def keys_for_mass(p: Tensor, mass: float = 0.9) -> Tensor:  # (B, H, T)
+    "Share of its visible keys that a query needs for most of its attention, from maps (B, H, T, T)."
     collected = to_fp64(p).sort(-1, descending=True).values.cumsum(-1)                   # (B, H, T, T)
     visible = torch.arange(1, p.shape[-1] + 1, device=collected.device)                  # (T,)
     needed = (collected < mass - 1e-6).sum(-1) + 1                                       # (B, H, T)
     return needed.minimum(visible) / visible                                             # (B, H, T)
 
-def normalised_entropy(
-    p: Tensor,          # attention maps, (B, H, T, T)
-) -> Tensor:            # (B, H, T); NaN at position 0
-    "Entropy of each query's attention over the log of its number of visible keys."
+def normalised_entropy(p: Tensor) -> Tensor:  # (B, H, T)
+    "Entropy of each query's attention over the log of its number of visible keys; NaN at position 0."
     entropy = -torch.xlogy(p, p).sum(-1)                                                 # (B, H, T)
     return entropy / torch.arange(1, p.shape[-1] + 1, device=p.device).log()             # (B, H, T)
 
 # %% ../nbs/build/08_sparsity.ipynb #b7004924
 @contextmanager
-def plain_attention(
-    model,             # a Transformer, or an AdaptedModel
-):
+def plain_attention(model):
     "Within, a network of the transformers library writes out its attention; afterwards, it computes it as before."
     if not isinstance(model, AdaptedModel): yield
     else:
@@ -96,12 +79,8 @@ def plain_attention(
         finally: network.set_attn_implementation(used)
 
 # %% ../nbs/build/08_sparsity.ipynb #4ac47789
-def seen_maps(
-    model: AdaptedModel,  # with plain attention
-    h: Tensor,            # the stream that a block reads, one sequence, (1, T, D)
-    l: int,               # the block, 1..L
-) -> tuple[Tensor, Tensor]:  # its maps, (1, H, T, T), and the stream after it, (1, T, D)
-    "Run a block and keep what its attention layer returns beside its result."
+def seen_maps(model: AdaptedModel, h: Tensor, l: int) -> tuple[Tensor, Tensor]:
+    "Run block l, 1..L, of a model with plain attention on one stream, (1, T, D); its maps, (1, H, T, T), and the next stream."
     maps, T = [], h.shape[1]
     model.arguments(h)                                             # these come from a run of their own, which must not be seen
     def look(part, args, out):
@@ -114,11 +93,8 @@ def seen_maps(
     return maps[0], h
 
 # %% ../nbs/build/08_sparsity.ipynb #4b4e4dcb
-def attention_maps(
-    model,             # a Transformer, or an AdaptedModel with plain attention
-    sequence: Tensor,  # tokens, (1, T)
-) -> Iterator[Tensor]: # the maps of each block, (1, H, T, T)
-    "What every head of every block attends to."
+def attention_maps(model, sequence: Tensor) -> Iterator[Tensor]:
+    "The maps, (1, H, T, T), of each block of a Transformer, or an AdaptedModel with plain attention, on tokens (1, T)."
     h, L = model.embed(sequence), len(model.blocks)                                           # (1, T, D)
     if isinstance(model, AdaptedModel):
         for l in range(1, L + 1):
@@ -132,21 +108,15 @@ def attention_maps(
             h = block(h, rope).stream                                                         # (1, T, D)
 
 # %% ../nbs/build/08_sparsity.ipynb #eb92b577
-def head_sparsity(
-    p: Tensor,              # attention maps, (B, H, T, T)
-    mass: float = 0.9,      # see keys_for_mass
-) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (H,): means over sequences and positions 1 .. T-1
-    "The three numbers for every head of one block."
+def head_sparsity(p: Tensor, mass: float = 0.9) -> dict[str, Tensor]:  # (H,) each
+    "'keys', 'entropy' and 'first' of every head, from maps (B, H, T, T): means over sequences and positions 1 .. T-1."
     rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0]) for one in p.split(1, 1)]  # (B, 1, T) each
     return {name: torch.stack([to_fp64(row[name][..., 1:]).mean() for row in rows]).cpu() for name in rows[0]}                 # (H,) each
 
 @torch.no_grad()
-def attention_sparsity(
-    model,                  # ours, or any that adapt takes
-    tokens: Tensor,         # (B, T)
-    mass: float = 0.9,      # see keys_for_mass
-) -> dict[str, Tensor]:     # 'keys', 'entropy' and 'first', each (L, H)
-    "Sparsity of every head's attention on some text; maps of one sequence are held at a time."
+def attention_sparsity(model, tokens: Tensor, mass: float = 0.9) -> dict[str, Tensor]:  # (L, H) each
+    """Sparsity of every head's attention on tokens, (B, T): 'keys', 'entropy' and 'first'; maps of one sequence are
+    held at a time. The model is ours, or any that adapt takes."""
     model, total = adapt(model), None
     with plain_attention(model):
         for sequence in tokens.to(next(model.parameters()).device).split(1):
@@ -156,21 +126,16 @@ def attention_sparsity(
     return total
 
 # %% ../nbs/build/08_sparsity.ipynb #32f45284
-def expert_counts(
-    model,               # a Transformer, or an AdaptedModel
-) -> tuple[int, int]:    # E and k; both 0 in a dense model
-    "How many experts a model has in a block, and how many a token uses."
+def expert_counts(model) -> tuple[int, int]:
+    "How many experts a model has in a block, and how many a token uses; both 0 in a dense model."
     if not isinstance(model, AdaptedModel): return model.config.n_experts, model.config.experts_per_token if model.config.n_experts else 0
     c = model.network.config.get_text_config()
     E = getattr(c, 'num_local_experts', None) or getattr(c, 'num_experts', None) or 0
     return E, c.num_experts_per_tok if E else 0
 
 # %% ../nbs/build/08_sparsity.ipynb #d29ed0cf
-def sequence_loads(
-    model,               # a mixture of experts: a Transformer, or an AdaptedModel
-    sequence: Tensor,    # tokens, (1, T)
-) -> Tensor:             # assignments to each expert per token, (L, E)
-    "Load of every expert on one sequence."
+def sequence_loads(model, sequence: Tensor) -> Tensor:  # (L, E)
+    "Assignments to each expert per token of one sequence, (1, T)."
     (E, k), loads = expert_counts(model), []
     if isinstance(model, AdaptedModel):
         out = model.decoder(input_ids=sequence, output_router_logits=True, use_cache=False)
@@ -180,37 +145,27 @@ def sequence_loads(
     return torch.stack(loads).cpu()
 
 @torch.no_grad()
-def expert_loads(
-    model,               # a mixture of experts, ours or any that adapt takes
-    tokens: Tensor,      # (B, T)
-) -> Tensor:             # assignments to each expert per token, (L, E), of the blocks that have experts; rows sum to k
-    "Measured load of every expert of every block."
+def expert_loads(model, tokens: Tensor) -> Tensor:  # (L, E)
+    "Assignments to each expert per token, on tokens (B, T), of the blocks that have experts; rows sum to k."
     model = adapt(model)
     if not expert_counts(model)[0]: raise ValueError('n_experts=0: a dense model has no expert load')
     tokens = tokens.to(next(model.parameters()).device)
     return sum(sequence_loads(model, sequence) for sequence in tokens.split(1)) / len(tokens)
 
 # %% ../nbs/build/08_sparsity.ipynb #0f12c491
-def load_entropy(
-    load: Tensor,  # assignments per token, (..., E)
-) -> Tensor:       # 1 if all experts are equally busy, 0 if one does everything, (...)
-    "Evenness of the load: its entropy over log E."
+def load_entropy(load: Tensor) -> Tensor:  # (...)
+    "Entropy of a load, (..., E), over log E: 1 if all experts are equally busy, 0 if one does everything."
     share = load / load.sum(-1, keepdim=True)                                            # (..., E)
     return -torch.xlogy(share, share).sum(-1) / math.log(load.shape[-1])
 
 # %% ../nbs/build/08_sparsity.ipynb #58d88287
-def kv_share(
-    model,      # a Transformer, or an AdaptedModel
-) -> float:
+def kv_share(model) -> float:
     "Key/value heads over query heads, 1/G."
     c = model.config
     return c.n_kv_heads / c.n_heads if c.n_heads and c.n_kv_heads else 1.
 
-def routed_share(
-    model,      # a Transformer, or an AdaptedModel
-    block,      # one of its blocks
-) -> float:     # 1 for a dense block
-    "Share of a block's feed-forward weights that a token uses, the router aside."
+def routed_share(model, block) -> float:
+    "Share of a block's feed-forward weights that a token uses, the router aside; 1 for a dense block."
     (E, k), routed, always, router = expert_counts(model), 0, 0, False
     for name, p in block.named_parameters():
         if not E or p.dim() < 2 or re.search('attn|attention', name): continue
@@ -222,14 +177,11 @@ def routed_share(
     return (routed * k / E + always) / (routed + always) if routed else 1.
 
 # %% ../nbs/build/08_sparsity.ipynb #54405bbc
-def effective_density(
-    model,                    # ours, or any that adapt takes
-    tokens: Tensor,           # text for the attention maps, (B, T)
-    threshold: float = 0.1,   # of a small weight, in units of its matrix's root mean square
-    mass: float = 0.9,        # of attention to collect
-    attention: dict | None = None,  # from attention_sparsity with this mass, if it is there already
-) -> dict[str, list[float]]:  # 'attention' and 'feed_forward': density of each block, L numbers each
-    "Share of active connections of both sublayers, block by block."
+def effective_density(model, tokens: Tensor, threshold: float = 0.1, mass: float = 0.9,
+        attention: dict | None = None) -> dict[str, list[float]]:
+    """Share of active connections of 'attention' and 'feed_forward', block by block, L numbers each, on tokens (B, T).
+    Small weights are below a threshold in units of their matrix's root mean square; attention, from attention_sparsity with
+    this mass, is measured unless given."""
     model = adapt(model)
     keys = (attention or attention_sparsity(model, tokens, mass))['keys'].mean(1).tolist()  # L numbers
     shared = (2 + 2 * kv_share(model)) / 4
@@ -240,20 +192,15 @@ def effective_density(
 # %% ../nbs/build/08_sparsity.ipynb #34085bbe
 ABSOLUTE, RELATIVE = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [.01, .03, .1, .3, 1.]
 
-def measure_sparsity(
-    model,           # ours, or any that adapt takes; left as it was
-    tokens: Tensor,  # text for attention maps and routing, (B, T)
-) -> dict:           # 'scalars' and 'arrays' of plain numbers
-    "Weight, attention, sharing and routing sparsity of a model, with threshold sweeps."
+def measure_sparsity(model, tokens: Tensor) -> dict:
+    """Weight, attention, sharing and routing sparsity of a model on tokens (B, T), with threshold sweeps: 'scalars' and
+    'arrays' of plain numbers."""
     check_finite(model)
     with untouched(adapt(model)) as whole: return sparsity_of(scoring_model(whole), tokens)
 
 # %% ../nbs/build/08_sparsity.ipynb #f2429f4b
-def sparsity_of(
-    model,           # a Transformer or an AdaptedModel, in fp32 and evaluation mode
-    tokens: Tensor,  # (B, T)
-) -> dict:
-    "What `measure_sparsity` returns."
+def sparsity_of(model, tokens: Tensor) -> dict:
+    "What `measure_sparsity` returns, of a Transformer or an AdaptedModel in fp32 and evaluation mode."
     attention, (E, k) = attention_sparsity(model, tokens), expert_counts(model)
     density = effective_density(model, tokens, attention=attention)
     matrices = [m for block in sublayer_matrices(model) for ms in block.values() for m in ms]
@@ -273,10 +220,7 @@ def sparsity_of(
     return dict(scalars=scalars, arrays=arrays)
 
 # %% ../nbs/build/08_sparsity.ipynb #c9edfcc4
-def sparsity_bytes(
-    model,          # in fp32, ours or an adapted one
-    T: int,         # positions of a sequence
-) -> int:           # bytes
+def sparsity_bytes(model, T: int) -> int:  # bytes
     "A bound on the memory that `measure_sparsity` takes beyond the model."
     H, maps = model.config.n_heads or 1, 4 * attention_numbers(model, T)               # the second is part of `work_bytes`
     largest = max(m.numel() for block in sublayer_matrices(model) for ms in block.values() for m in ms)

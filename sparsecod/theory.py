@@ -27,26 +27,18 @@ from .scores import jacobian_deviation as measured_jacobian
 from .train import channel_variance
 
 # %% ../nbs/build/09_theory.ipynb #8e2b16a4
-def masked_std(
-    init_std: float,       # sigma, standard deviation of the weights
-    p: float,              # density, 0..1
-    rescale: float = 0.0,  # r: surviving weights are divided by p ** r
-) -> float:                # standard deviation of a masked weight
-    "Standard deviation of a weight behind a random mask."
+def masked_std(init_std: float, p: float, rescale: float = 0.0) -> float:
+    "Standard deviation of a weight behind a random mask of density p, 0..1; surviving weights are divided by p ** rescale."
     if not 0 <= p <= 1: raise ValueError(f'p={p} must lie between 0 and 1')
     return init_std * p ** (0.5 - rescale) if p > 0 else 0.0
 
 # %% ../nbs/build/09_theory.ipynb #eb13c9b6
 SUBLAYERS = ('block', 'linear')
 
-def update_variance(
-    config: ModelConfig,       # D, F, initial scale and norm placement
-    l: int = 1,                # block number, 1..L
-    p: float = 1.0,            # density of the masks, 0..1
-    rescale: float = 0.0,      # r: surviving weights are divided by p ** r
-    sublayers: str = 'block',  # 'block': attention on one position, then SwiGLU; 'linear': one D x D matrix
-) -> tuple[float, float]:      # variance a channel of the first and the second update (0 for 'linear')
-    "Variance that block l adds to the stream when random masks of density p lie on all its matrices."
+def update_variance(config: ModelConfig, l: int = 1, p: float = 1.0, rescale: float = 0.0,
+        sublayers: str = 'block') -> tuple[float, float]:
+    """Variance a channel that the first and second update of block l, 1..L, add when random masks of density p lie on it.
+    Sublayers: 'block', attention on one position, then SwiGLU; or 'linear', one D x D matrix, whose second update is 0."""
     if sublayers not in SUBLAYERS: raise ValueError(f'sublayers={sublayers!r} must be one of {", ".join(SUBLAYERS)}')
     if config.n_experts: raise ValueError(f'n_experts={config.n_experts}: the closed form is for SwiGLU, so it must be 0')
     std = masked_std(config.init_std, p, rescale)
@@ -56,11 +48,8 @@ def update_variance(
     return (1.0 if config.norm == 'peri_ln' else config.d_model * std ** 2 * c), 0.0
 
 # %% ../nbs/build/09_theory.ipynb #27968aa1
-def gaussian_mean(
-    f: Callable[[float], float],  # a smooth function
-    s2: float,                    # variance
-) -> float:                       # E[f(z)] for z ~ N(0, s2)
-    "Mean of a function of a normal variable, by the trapezoidal rule on 401 points."
+def gaussian_mean(f: Callable[[float], float], s2: float) -> float:
+    "Mean of f(z) for z ~ N(0, s2), f smooth, by the trapezoidal rule on 401 points."
     points = [0.04 * i - 8 for i in range(401)]
     return sum(0.04 * math.exp(-x * x / 2) * f(math.sqrt(s2) * x) for x in points) / math.sqrt(2 * math.pi)
 
@@ -71,10 +60,8 @@ class GateMoments(NamedTuple):
     mean_square: float   # E[SiLU(z)^2]
     slope_square: float  # E[SiLU'(z)^2]
 
-def gate_moments(
-    s2: float,  # variance of the pre-activation z
-) -> GateMoments:
-    "Mean, mean square and mean squared slope of the gate."
+def gate_moments(s2: float) -> GateMoments:
+    "Mean, mean square and mean squared slope of the gate, for pre-activations of variance s2."
     sigmoid = lambda z: 0.5 + 0.5 * math.tanh(z / 2)
     silu = lambda z: z * sigmoid(z)
     slope = lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z)))
@@ -82,20 +69,15 @@ def gate_moments(
                        gaussian_mean(lambda z: slope(z) ** 2, s2))
 
 # %% ../nbs/build/09_theory.ipynb #7029ff75
-def by_layer(
-    p,      # a number; L numbers; or 'attention' and 'feed_forward' with L numbers each, as from effective_density
-    L: int, # blocks
-) -> list[tuple[float, float]]:  # densities of both sublayers, for blocks 1..L
-    "Two densities a block, from one of the three ways to give them."
+def by_layer(p, L: int) -> list[tuple[float, float]]:
+    """Densities of both sublayers of blocks 1..L, from p: a number, L numbers, or 'attention' and 'feed_forward' with
+    L numbers each, as from effective_density."""
     if isinstance(p, (int, float)): p = [p] * L
     pairs = list(zip(p['attention'], p['feed_forward'], strict=True)) if isinstance(p, dict) else [(x, x) for x in p]
     if len(pairs) != L: raise ValueError(f'p has densities for {len(pairs)} blocks; it must have them for all {L}')
     return [(float(a), float(f)) for a, f in pairs]
 
-def magnitude_mask(
-    weight: Tensor,  # a matrix
-    p: float,        # share of entries to keep
-) -> Tensor:         # bool, same shape
+def magnitude_mask(weight: Tensor, p: float) -> Tensor:  # bool, same shape
     "True for the share p of entries that are largest in size."
     keep = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)      # (entries,)
     keep[weight.abs().flatten().topk(round(p * weight.numel())).indices] = True
@@ -103,14 +85,9 @@ def magnitude_mask(
 
 # %% ../nbs/build/09_theory.ipynb #b07fb75f
 @torch.no_grad()
-def apply_masks(
-    model: Stack,                 # changed in place
-    p,                            # density, see by_layer
-    how: str = 'random',          # 'random', or 'magnitude': keep the largest entries
-    rescale: float = 0.0,         # r: surviving weights are divided by p ** r
-    seed: int = 0,                # of the random masks
-) -> Stack:                       # the same model
-    "Mask every matrix in the blocks of a model."
+def apply_masks(model: Stack, p, how: str = 'random', rescale: float = 0.0, seed: int = 0) -> Stack:
+    """Mask every matrix in the blocks of a model, in place: 'random', or 'magnitude', which keeps the largest entries.
+    For p, see by_layer; surviving weights are divided by p ** rescale."""
     if how not in ('random', 'magnitude'): raise ValueError(f'how={how!r} must be random or magnitude')
     generator = torch.Generator().manual_seed(seed)
     if how == 'random' and p == 1: return model                                    # nothing to remove
@@ -125,14 +102,10 @@ def apply_masks(
 
 # %% ../nbs/build/09_theory.ipynb #35e7abe6
 @torch.no_grad()
-def random_stack(
-    config: ModelConfig,              # the architecture
-    p=1.0,                            # density, see by_layer
-    rescale: float = 0.0,             # r: surviving weights are divided by p ** r
-    sublayers: str = 'block',         # one of SUBLAYERS
-    seed: int = 0,                    # of weights and masks
-) -> Stack:                           # at initialisation, masked
-    "A random model that fulfils the assumptions of the theory at its first position."
+def random_stack(config: ModelConfig, p=1.0, rescale: float = 0.0, sublayers: str = 'block',
+        seed: int = 0) -> Stack:
+    """A random masked model that fulfils the assumptions of the theory at its first position.
+    For p, see by_layer; for rescale and sublayers, update_variance."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = apply_masks(Stack(config), p, rescale=rescale, seed=10 ** 6 + seed)  # other numbers than the weights
@@ -144,14 +117,9 @@ def random_stack(
 
 # %% ../nbs/build/09_theory.ipynb #98e7725b
 @torch.no_grad()
-def simulate_stream(
-    config: ModelConfig,               # the architecture
-    p=1.0,                             # density, see by_layer
-    n_models: int = 8,                 # independent models
-    n_tokens: int = 64,                # sequences of one token, all different; at most V
-    **options,                         # as in random_stack
-) -> Tensor:                           # mean over tokens of the stream variance, (n_models, L + 1)
-    "Stream variance by layer of random masked models."
+def simulate_stream(config: ModelConfig, p=1.0, n_models: int = 8, n_tokens: int = 64, **options) -> Tensor:
+    """Stream variance by layer of random masked models, (n_models, L + 1), mean over n_tokens different sequences of
+    one token each. For p, see by_layer; for options, random_stack."""
     tokens = torch.arange(n_tokens)[:, None]                               # (B, 1)
     rows = []
     for seed in range(n_models):
@@ -162,63 +130,43 @@ def simulate_stream(
         rows.append(torch.stack(row))                                      # (L + 1,)
     return torch.stack(rows)
 
-def mean_interval(
-    samples: Tensor,       # independent samples, (n, ...)
-    level: float = 0.95,   # of the interval
-) -> tuple[Tensor, Tensor]:  # mean and half-width of the Student t interval, each (...)
-    "Mean of independent samples with its interval."
+def mean_interval(samples: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:  # each (...)
+    "Mean and half-width of the Student t interval of n independent samples, (n, ...)."
     n = len(samples)
     return samples.mean(0), student_t.ppf((1 + level) / 2, n - 1) * samples.std(0) / n ** 0.5
 
 # %% ../nbs/build/09_theory.ipynb #8eb1c689
-def block_updates(
-    config: ModelConfig,       # D, F, L, initial scale and norm placement
-    p=1.0,                     # density, see by_layer
-    rescale: float = 0.0,      # r: surviving weights are divided by p ** r
-    sublayers: str = 'block',  # one of SUBLAYERS
-) -> list[tuple[float, float]]: # for blocks 1..L: variance of the first and the second update
-    "Variances of all updates of a stack."
+def block_updates(config: ModelConfig, p=1.0, rescale: float = 0.0,
+        sublayers: str = 'block') -> list[tuple[float, float]]:
+    "Variances of the first and the second update of blocks 1..L; arguments as in update_variance and by_layer."
     u = lambda l, density: update_variance(config, l, density, rescale, sublayers)
     return [(u(l, a)[0], u(l, f)[1]) for l, (a, f) in enumerate(by_layer(p, config.n_layers), 1)]
 
-def stream_variance(
-    config: ModelConfig,               # D, F, L, initial scale and norm placement
-    p=1.0,                             # density, see by_layer
-    v0: float | None = None,           # variance of the embedding; None: init_std squared
-    rescale: float = 0.0,              # r: surviving weights are divided by p ** r
-    sublayers: str = 'block',          # one of SUBLAYERS
-) -> list[float]:                      # L + 1 numbers, for h_0 .. h_L
-    "Expected variance of the stream after every block, for sequences of one token."
+def stream_variance(config: ModelConfig, p=1.0, v0: float | None = None, rescale: float = 0.0,
+        sublayers: str = 'block') -> list[float]:  # L + 1 numbers
+    """Expected variance of the stream h_0 .. h_L, for sequences of one token, from that of the embedding, v0, by default
+    init_std squared. Other arguments as in block_updates."""
     v = [config.init_std ** 2 if v0 is None else v0]
     for a, f in block_updates(config, p, rescale, sublayers): v.append(v[-1] + a + f)
     return v
 
 # %% ../nbs/build/09_theory.ipynb #729fdd1a
-def relative_update(
-    variance: Sequence[float],  # of the streams h_0 .. h_L
-) -> list[float]:               # L numbers, for blocks 1..L
-    "Size of what a block adds relative to the stream it reads: root of (v_l - v_{l-1}) / v_{l-1}."
+def relative_update(variance: Sequence[float]) -> list[float]:
+    "Size of what blocks 1..L add relative to the stream they read: root of (v_l - v_{l-1}) / v_{l-1}."
     return [math.sqrt((after - before) / before) for before, after in zip(variance, variance[1:])]
 
 # %% ../nbs/build/09_theory.ipynb #176f7433
-def gate_gain(
-    s2: float,        # variance of the pre-activations
-    tokens: int = 1,  # N, unrelated tokens over which the Jacobian is averaged before taking its norm
-) -> float:           # gamma; 1 for a linear sublayer
-    "Squared Jacobian of SwiGLU relative to a linear sublayer whose update has the same variance."
+def gate_gain(s2: float, tokens: int = 1) -> float:
+    """Squared Jacobian of SwiGLU relative to a linear sublayer whose update has the same variance; s2 is the variance of
+    pre-activations, and the Jacobian is averaged over so many unrelated tokens before taking its norm."""
     m = gate_moments(s2)
     return (1 + s2 * m.slope_square / m.mean_square) / tokens + (1 - 1 / tokens) * m.mean ** 2 / m.mean_square
 
 # %% ../nbs/build/09_theory.ipynb #3e977665
-def jacobian_deviation(
-    config: ModelConfig,       # D, F, L, initial scale and norm placement
-    p=1.0,                     # density, see by_layer
-    v0: float | None = None,   # variance of the embedding; None: init_std squared
-    rescale: float = 0.0,      # r: surviving weights are divided by p ** r
-    sublayers: str = 'block',  # one of SUBLAYERS
-    tokens: int = 1,           # tokens over which the Jacobian is averaged before taking its norm; 1: per token
-) -> list[float]:              # L numbers, ||J - I||_F / D for blocks 1..L
-    "Expected deviation of every block's Jacobian from the identity, for sequences of one token."
+def jacobian_deviation(config: ModelConfig, p=1.0, v0: float | None = None, rescale: float = 0.0,
+        sublayers: str = 'block', tokens: int = 1) -> list[float]:
+    """Expected ||J - I||_F / D of the Jacobians of blocks 1..L, for sequences of one token, averaged over so many tokens
+    before taking the norm. Other arguments as in stream_variance."""
     D, N, norm = config.d_model, tokens, config.norm
     v = stream_variance(config, p, v0, rescale, sublayers)
     kept = (D - 2 + 1 / N + (1 - 1 / N) / D) / D * ((D - 1) / D if norm == 'peri_ln' else 1)   # by the projections
@@ -232,14 +180,10 @@ def jacobian_deviation(
     return result
 
 # %% ../nbs/build/09_theory.ipynb #1d347bf7
-def simulate_jacobian(
-    config: ModelConfig,  # the architecture
-    p=1.0,                # density, see by_layer
-    n_models: int = 6,    # independent models
-    n_tokens: int = 6,    # sequences of one token, all different; at most V
-    **options,            # as in random_stack
-) -> tuple[Tensor, Tensor]:  # ||J - I||_F / D: of the average over tokens, and mean per token; each (n_models, L)
-    "Jacobian deviation by layer of random masked models."
+def simulate_jacobian(config: ModelConfig, p=1.0, n_models: int = 6, n_tokens: int = 6,
+        **options) -> tuple[Tensor, Tensor]:  # each (n_models, L)
+    """||J - I||_F / D by layer of random masked models: of the average over tokens, and mean per token.
+    Arguments as in simulate_stream."""
     D, L = config.d_model, config.n_layers
     averaged, per_token = torch.zeros(2, n_models, L, dtype=torch.float64)
     for seed in range(n_models):
@@ -254,20 +198,14 @@ def simulate_jacobian(
     return averaged, per_token
 
 # %% ../nbs/build/09_theory.ipynb #1fcc7688
-def weighted_variance(
-    weights: Tensor,           # of the terms, (..., n)
-    correlation: float = 0.0,  # between every two terms
-) -> Tensor:                   # variance of the sum relative to that of one term, (...)
-    "Variance of a weighted sum of terms with equal variance."
+def weighted_variance(weights: Tensor, correlation: float = 0.0) -> Tensor:  # (...)
+    "Variance of a sum with weights (..., n) of equally correlated terms, relative to that of one term."
     return correlation * weights.sum(-1) ** 2 + (1 - correlation) * weights.square().sum(-1)
 
 # %% ../nbs/build/09_theory.ipynb #019217ee
-def attention_averaging(
-    attention: nn.Module,         # an Attention layer
-    x: Tensor,                    # its input, the normalised stream, (B, T, D)
-    rope: tuple[Tensor, Tensor],  # from rope_angles, each (T, D_h/2)
-) -> Tensor:                      # mean over heads, (B, T); 1 at position 0
-    "Variance of the attention average relative to that of a single value, for random value matrices."
+def attention_averaging(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # (B, T)
+    """Variance of the attention average relative to that of a single value, for random value matrices; mean over heads.
+    The input x is the normalised stream, (B, T, D); 1 at position 0."""
     weights = attention_weights(attention, x, rope)                                # (B, H, T, T)
     n = x / x.square().mean(-1, keepdim=True).sqrt()                               # (B, T, D)
     overlap = n @ n.transpose(1, 2) / x.shape[-1]                                  # (B, T, T)
@@ -275,11 +213,9 @@ def attention_averaging(
 
 # %% ../nbs/build/09_theory.ipynb #fddb7968
 @torch.no_grad()
-def variance_budget(
-    model: Stack,     # any model
-    tokens: Tensor,   # text, (B, T), T > 1
-) -> dict[str, Tensor]:  # before, attention, feed_forward, covariance, after; each (L, B), means over positions 1..T-1
-    "What every block adds to the variance of the stream."
+def variance_budget(model: Stack, tokens: Tensor) -> dict[str, Tensor]:  # each (L, B)
+    """What every block adds to the variance of the stream on tokens, (B, T): means over positions 1..T-1 of 'before',
+    'attention', 'feed_forward', 'covariance' and 'after'."""
     mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()             # (B, T, D) -> (B,)
     rows, last = [], [model.embed(tokens)]
     def keep(l, out):
@@ -291,12 +227,10 @@ def variance_budget(
 
 # %% ../nbs/build/09_theory.ipynb #2fd4c501
 @torch.no_grad()
-def own_update_variance(
-    block: Block,             # any block with a SwiGLU
-    averaging: float = 1.0,   # variance of the attention average relative to one value, see attention_averaging
-    p: tuple[float, float] = (1.0, 1.0),  # density of random masks on the matrices of both sublayers
-) -> tuple[float, float]:     # attention update, feed-forward update
-    "Update variances if the block's matrices were random, with the mean squares that they have."
+def own_update_variance(block: Block, averaging: float = 1.0,
+        p: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
+    """Variances of both updates if the block's matrices were random, with the mean squares that they have and masks of
+    densities p. For averaging, see attention_averaging."""
     if not isinstance(block.feed_forward, SwiGLU):
         raise TypeError(f'the feed-forward layer is {type(block.feed_forward).__name__}; the closed form is for SwiGLU')
     square = lambda w: w.float().square().mean().item()
@@ -311,11 +245,8 @@ def own_update_variance(
 
 # %% ../nbs/build/09_theory.ipynb #7d344e11
 @torch.no_grad()
-def measure_averaging(
-    model: Stack,      # any model
-    tokens: Tensor,    # text, (B, T), T > 1
-) -> list[float]:      # L numbers, means over sequences, heads and positions 1..T-1
-    "`attention_averaging` of every block on some text."
+def measure_averaging(model: Stack, tokens: Tensor) -> list[float]:
+    "`attention_averaging` of every block on tokens, (B, T), T > 1; means over sequences, heads and positions 1..T-1."
     c, inputs = model.config, [model.embed(tokens)]
     model.run(inputs[0], watch=lambda l, out: inputs.append(out.stream))
     rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
@@ -324,14 +255,11 @@ def measure_averaging(
 
 # %% ../nbs/build/09_theory.ipynb #cbd3ba25
 @torch.no_grad()
-def predict_variance(
-    model: Stack,               # any model with SwiGLU blocks
-    p=1.0,                      # density, see by_layer
-    v0: float | None = None,    # variance of the embedding; None: mean over the vocabulary
-    averaging: Sequence[float] | None = None,  # from measure_averaging; None: first position, 1 in all blocks
-    masks: str = 'matrices',    # what p lies on: 'matrices', all of a block's, or 'sublayers', one factor p each
-) -> list[float]:               # L + 1 numbers
-    "Stream variance that the theory predicts from the size of a model's weights."
+def predict_variance(model: Stack, p=1.0, v0: float | None = None, averaging: Sequence[float] | None = None,
+        masks: str = 'matrices') -> list[float]:
+    """Stream variance h_0 .. h_L that the theory predicts from the size of a model's weights; v0 of the embedding, by default
+    its mean over the vocabulary. For p, see by_layer; it lies on all of a block's 'matrices', or is one factor for each of
+    its 'sublayers'. Averaging is from measure_averaging; by default 1, as at the first position."""
     if masks not in ('matrices', 'sublayers'): raise ValueError(f'masks={masks!r} must be matrices or sublayers')
     L = len(model.blocks)
     v = [channel_variance(model.embedding.weight).mean().item() if v0 is None else v0]
@@ -341,49 +269,34 @@ def predict_variance(
     return v
 
 # %% ../nbs/build/09_theory.ipynb #e6b1d8e9
-def gaussian_dependence(
-    p: float,  # share of entries that a magnitude mask keeps, above 0
-) -> float:    # E[W^2 | M = 1] / E[W^2]
-    "Dependence of a magnitude mask on normal weights."
+def gaussian_dependence(p: float) -> float:
+    "E[W^2 | M = 1] / E[W^2] of normal weights W and the magnitude mask M that keeps a share p > 0 of them."
     t = NormalDist().inv_cdf(1 - p / 2)
     return 1 + 2 * t * NormalDist().pdf(t) / p
 
-def mask_weight_dependence(
-    weight: Tensor,      # a matrix
-    mask: Tensor,        # bool, same shape; True where an entry counts
-) -> dict[str, float]:   # density p; energy, the share of the squared weights that is kept; ratio = energy / density
-    "How far a mask and the weights under it are from independent; the ratio is 1 if they are."
+def mask_weight_dependence(weight: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far a mask and the weights under it are from independent: 'density' p; 'energy', the share of the squared weights
+    that is kept; and 'ratio', energy / density, which is 1 if they are."""
     square, mask = weight.detach().cpu().double().square(), mask.cpu().bool()
     density, energy = mask.double().mean().item(), (square[mask].sum() / square.sum()).item()
     if density == 0: raise ValueError('the mask keeps nothing, so there is no ratio')
     return dict(density=density, energy=energy, ratio=energy / density)
 
 # %% ../nbs/build/09_theory.ipynb #f5f3cf9b
-def coherence(
-    weight: Tensor,  # (out, in)
-    x: Tensor,       # inputs, (..., in)
-) -> float:          # 1 for random weights, at most the number of inputs
-    "Power of a matrix's output relative to the sum of the powers of its terms."
+def coherence(weight: Tensor, x: Tensor) -> float:
+    """Power of a matrix's output, for inputs (..., in), relative to the sum of the powers of its terms: 1 for random weights,
+    at most the number of inputs."""
     return ((x @ weight.T).square().sum() / (x.square() @ weight.square().T).sum()).item()
 
-def masked_power(
-    weight: Tensor,  # (out, in)
-    x: Tensor,       # inputs, (..., in)
-    p: float,        # density of a random mask
-) -> float:          # relative to the power without a mask
-    "Expected power of a randomly masked matrix's output, for fixed weights."
+def masked_power(weight: Tensor, x: Tensor, p: float) -> float:
+    "Expected power of a randomly masked matrix's output, for fixed weights, relative to that without a mask."
     return p ** 2 + p * (1 - p) / coherence(weight, x)
 
 # %% ../nbs/build/09_theory.ipynb #c86e76c9
 @torch.no_grad()
-def masked_updates(
-    model: Stack,              # left as it is
-    tokens: Tensor,            # text, (B, T), T > 1
-    p: float,                  # density of the masks
-    how: str = 'magnitude',    # as in apply_masks
-    seed: int = 0,             # of random masks
-) -> Tensor:                   # attention and feed-forward, (2, L, B); variances relative to those without masks
-    "Variance that masks leave of every update, each block reading the stream of the intact model."
+def masked_updates(model: Stack, tokens: Tensor, p: float, how: str = 'magnitude', seed: int = 0) -> Tensor:
+    """Variance that masks, as in apply_masks, leave of attention and feed-forward updates, (2, L, B), relative to that
+    without them; each block reads the stream of the intact model on tokens, (B, T), T > 1."""
     c, masked = model.config, apply_masks(copy.deepcopy(model), p, how, seed=seed)
     rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
     mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()              # (B, T, D) -> (B,)

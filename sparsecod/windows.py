@@ -31,8 +31,8 @@ def names_source(data) -> bool:
     return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(matching_files(path))
 
 def text_tokens(data: str | Path | Iterable[str], tokenizer: Tokenizer, text_field: str = 'text',
-        stats: Counter | None = None) -> tuple[Tensor, int]:  # ids of all documents, (n,); bytes of text they were made of
-    "One strip of tokens from text."
+        stats: Counter | None = None) -> tuple[Tensor, int]:
+    "One strip of tokens, (n,), of all documents of a text, and the bytes of text they were made of."
     config = expand_alias(DataConfig(str(data) if names_source(data) else 'texts', text_field=text_field))
     texts = [data] if isinstance(data, str) else data
     items = open_source(config).items if names_source(data) else row_items((({text_field: text}, 0) for text in texts), text_field, 2 ** 20, 'data')
@@ -46,8 +46,9 @@ def text_tokens(data: str | Path | Iterable[str], tokenizer: Tokenizer, text_fie
 
 # %% ../nbs/tools/16_windows.ipynb #1801fd9b
 def text_windows(data: str | Path | Iterable[str], tokenizer: Tokenizer, T: int, N: int, M: int,
-        seed: int = 0, text_field: str = 'text') -> tuple[Tensor, Tensor]:  # to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored one are left out
-    "Cut text into sequences to score and others to fit affine maps on."
+        seed: int = 0, text_field: str = 'text') -> tuple[Tensor, Tensor]:
+    """Cut text into sequences to score, (N, T + 1), and others to fit affine maps on, (at most M, T + 1): repetitions
+    of a scored one are left out."""
     stats = Counter()
     strip, size = text_tokens(data, tokenizer, text_field, stats)
     unread = {reason: n for reason, n in stats.items() if reason not in ('duplicates', 'empty')}
@@ -66,11 +67,8 @@ def text_windows(data: str | Path | Iterable[str], tokenizer: Tokenizer, T: int,
     return without_repetitions(windows[:N], windows[N:])
 
 # %% ../nbs/tools/16_windows.ipynb #88563087
-def without_repetitions(
-    windows: Tensor,      # to score, (N, T + 1)
-    fit_windows: Tensor,  # to fit on, (M, T + 1)
-) -> tuple[Tensor, Tensor]:
-    "The same, without sequences to fit on that are scored."
+def without_repetitions(windows: Tensor, fit_windows: Tensor) -> tuple[Tensor, Tensor]:
+    "Sequences to score, (N, T + 1), and those to fit on, (M, T + 1), that are not scored."
     scored = set(map(tuple, windows.tolist()))
     return windows, fit_windows[[tuple(w) not in scored for w in fit_windows.tolist()]]
 
