@@ -16,7 +16,7 @@ from score_model import commit, processor
 from torch.profiler import ProfilerActivity, profile
 from train_step import SIZES, make_step
 
-from sparsecod.compilation import use_compiler_cache
+from sparsecod.compilation import kept_memory, use_compiler_cache
 from sparsecod.core import ModelConfig
 from sparsecod.integrity import stamp, write_text
 
@@ -64,7 +64,7 @@ if __name__ == '__main__':
     use_compiler_cache()
     found = {}
     for name in options.sizes:
-        found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
+        with kept_memory(): found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
         print(name, json.dumps({k: v for k, v in found[name].items() if k != 'model'}), flush=True)
         if options.out:
             record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1, torch=torch.__version__,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOGITS_IN_CACHE', 'WORTH_A_TRIAL', 'chunk_losses', 'LinearCrossEntropy', 'CompiledLoss', 'Execution',
-           'plain_execution', 'missing_compiler', 'processor', 'allowed_ways', 'use_compiler_cache',
+           'plain_execution', 'missing_compiler', 'processor', 'allowed_ways', 'use_compiler_cache', 'kept_memory',
            'compiler_errors_in_short', 'step_seconds', 'choose_execution', 'run_trial', 'kept_speed']
 
 # %% ../nbs/tools/02_compilation.ipynb #2f704729
+import ctypes
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,6 +138,22 @@ def use_compiler_cache():
     folder = os.environ.get('TORCHINDUCTOR_CACHE_DIR', '')
     if not folder or Path(folder).name.startswith('torchinductor_'):  # PyTorch's own choice, in a folder for temporary files
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder() / 'inductor')
+
+_MALLOC = dict(M_MMAP_MAX=(-4, 0, 65536), M_TRIM_THRESHOLD=(-1, 2 ** 31 - 1, 2 ** 26), M_TOP_PAD=(-2, 2 ** 28, 2 ** 17))
+
+@contextmanager
+def kept_memory():
+    """Meanwhile, the C library keeps the memory of freed tensors for the next ones, instead of handing it back to the
+    system and asking for it anew, page by page. Without effect where that library is not glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    def choose(column):
+        with suppress(AttributeError):  # another C library
+            for setting in _MALLOC.values(): libc.mallopt(setting[0], setting[column])
+    choose(1)
+    try: yield
+    finally:
+        choose(2)
+        with suppress(AttributeError): libc.malloc_trim(0)
 
 @contextmanager
 def compiler_errors_in_short():

@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
-from .compilation import plain_execution, use_compiler_cache
+from .compilation import kept_memory, plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
 from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, auxiliary_loss, full_precision, param_counts
 from .integrity import (MANIFEST, Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum,
@@ -880,7 +880,8 @@ def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: 
         restore(run)
         with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None, dynamic_ncols=True,
                    disable=not (progress and world.is_main_process)) as bar,
-              _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker)):
+              _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker),
+              kept_memory() if device == 'cpu' else nullcontext()):
             decide_execution(run, lambda text: bar.write(text, file=sys.stderr) if progress else None)
             status = _run_steps(run, stop, bar)
             return finish(run, status)
