@@ -3,9 +3,10 @@
     python benchmarks/train_step.py [--sizes small medium large] [--rounds 15] [--out results/benchmarks/train_step.json]
 
 Both models have the same sizes, optimiser, clipping and loss, and read the same tokens. Each is timed eager and compiled, with matrix products in
-fp32 and in bf16; ours as training runs it (the stack compiled with the log's measurements, the loss a few positions at a time), and both also in a
-process that keeps the memory of freed tensors, as training does. One step of each is timed in turn, so that all see the same machine; the medians
-count. Time is that of the processor, which leaves out what other programs did meanwhile. Compiling is not counted: it is paid once for a shape.
+fp32 and in bf16, each in a process of its own; ours as training runs it (the stack compiled with the log's measurements, the loss a few positions
+at a time), and both also with the memory of freed tensors kept, as training does. One step of each is timed in turn, so that all see the same
+machine; the medians count. Time is that of the processor, which leaves out what other programs did meanwhile. Compiling is not counted: it is paid
+once for a shape.
 """
 import argparse
 import json
@@ -70,30 +71,31 @@ def make_step(config: ModelConfig, owner: str, precision: str, way: str, device:
     return step
 
 
-def prepare(config: ModelConfig, tokens: int, keep: bool):
-    "In a process of its own: the steps that keep memory, or the others, and the windows that they read."
-    global windows, steps, memory
+def prepare(config: ModelConfig, tokens: int, way: tuple):
+    "In a process of its own: a kind of step, and the windows that it reads."
+    global step, windows, memory
     torch.set_num_threads(1)
     compilation.use_compiler_cache()
+    owner, precision, mode = way
     memory = ExitStack()
-    if keep: memory.enter_context(compilation.kept_memory())
+    if mode == 'kept': memory.enter_context(compilation.kept_memory())
     torch.manual_seed(0)
     windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
-    steps = {way: make_step(config, way[0], way[1], 'compiled' if keep else way[2]) for way in WAYS if keep == (way[2] == 'kept')}
+    step = make_step(config, owner, precision, 'compiled' if mode == 'kept' else mode)
 
 
-def timed(way: tuple) -> tuple[float, float]:
+def timed() -> tuple[float, float]:
     "In such a process: seconds of one step, and its loss."
     start = time.process_time()
-    loss = steps[way](windows)
+    loss = step(windows)
     return time.process_time() - start, loss
 
 
 def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
     "Tokens a second of every way, and what their second losses are."
-    with (ProcessPoolExecutor(1, get_context('spawn'), prepare, (config, tokens, False)) as plain,
-          ProcessPoolExecutor(1, get_context('spawn'), prepare, (config, tokens, True)) as keeping):
-        def run(way): return (keeping if way[2] == 'kept' else plain).submit(timed, way).result()
+    with ExitStack() as stack:
+        workers = {way: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'), prepare, (config, tokens, way))) for way in WAYS}
+        def run(way): return workers[way].submit(timed).result()
         losses = {way: [run(way)[1] for _ in range(2)][1] for way in WAYS}
         seconds = {way: [] for way in WAYS}
         for _ in range(rounds):

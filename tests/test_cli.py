@@ -16,10 +16,10 @@ import torch
 
 import sparsecod
 from sparsecod import cli
-from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, STUDY_LINES, main, parser, setting
+from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, _STUDY_LINES, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
-from sparsecod.studies import MAIN, PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
+from sparsecod.studies import MAIN, _PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = '--quiet --set train.steps=6 --set score.n_bootstrap=20 --set n_eval=8 --set score.n_fit=4'
@@ -67,14 +67,14 @@ def test_help_names_what_there_is(type_in):
 
 
 def test_help_says_what_studies_ask_and_how_long_they_take(type_in):
-    studies = STUDIES | dict(main=MAIN, pilots=PILOTS)
-    assert {name: question for name, (question, _) in STUDY_LINES.items()} == {name: study.question for name, study in studies.items()}
+    studies = STUDIES | dict(main=MAIN, pilots=_PILOTS)
+    assert {name: question for name, (question, _) in _STUDY_LINES.items()} == {name: study.question for name, study in studies.items()}
     records = load_results(ROOT / 'results', 'laptop')
-    for name, (_, minutes) in STUDY_LINES.items():
+    for name, (_, minutes) in _STUDY_LINES.items():
         groups = by_variant(studies[name], records).values()
         assert (minutes is None) == (not groups), name                   # where nothing is recorded, nothing is said
         if minutes: assert .6 < sum(sum(sum(r['seconds'].values()) for r in g) / len(g) for g in groups) / 60 / minutes < 1.6, name
-    for command in ('study', 'reproduce', 'plan'): assert all(f'{name} ' in type_in(f'{command} --help')[1] for name in STUDY_LINES)
+    for command in ('study', 'reproduce', 'plan'): assert all(f'{name} ' in type_in(f'{command} --help')[1] for name in _STUDY_LINES)
 
 
 def test_every_source_of_sparsity_has_options(type_in, tmp_path):
@@ -157,7 +157,7 @@ def test_settings():
 def test_a_terminal_that_lacks_letters_kills_no_command(tmp_path):
     code = ('from sparsecod.cli import main; import sparsecod.cli as cli\n'
             'def show(args): print("λ = 0.1, η/3, …"); raise ValueError("é")\n'
-            'cli.do_report = show\nraise SystemExit(main(["report"]))')
+            'cli._do_report = show\nraise SystemExit(main(["report"]))')
     for encoding in ('ascii', 'cp1252', 'cp437', 'utf-8'):
         done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
         shown = done.stdout.decode(encoding)
@@ -303,12 +303,12 @@ def test_what_a_stock_checkpoint_cannot_do_is_said(checkpoint, option, says, typ
 def test_what_a_stopped_scoring_left_is_used(checkpoint, type_in, tmp_path, monkeypatch):
     line = f'score {checkpoint} --sequences 4 --fit 8 --json {tmp_path}/x.json --quiet'
     import sparsecod.scores as scores
-    whole = scores.measured_jacobians
+    whole = scores._measured_jacobians
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(scores, 'measured_jacobians', stop)
+    monkeypatch.setattr(scores, '_measured_jacobians', stop)
     code, _, errors = type_in(line)
     assert code == 130 and list((tmp_path / 'x.parts').glob('*.safetensors')) and not (tmp_path / 'x.json').exists()
-    monkeypatch.setattr(scores, 'measured_jacobians', whole)
+    monkeypatch.setattr(scores, '_measured_jacobians', whole)
     code, _, errors = type_in(line.replace('--fit 8', '--fit 9'))
     assert code == 2 and 'another measurement' in errors and '--force discards them' in errors
     assert type_in(line.replace('--fit 8', '--fit 9') + ' --force')[0] == 0
@@ -504,11 +504,11 @@ def test_a_label_that_was_changed_is_named(trained, type_in, tmp_path):
 
 
 def test_wide_models_get_more_sequences_for_short_ones(checkpoint, type_in, tmp_path):
-    from sparsecod.cli import Subject, score_settings
+    from sparsecod.cli import Subject, _score_settings
     from sparsecod.core import ModelConfig
     class Args: sequences = fit = jacobian_probes = seed = None; length = 128
     class Wide: config = ModelConfig(d_model=4096, n_heads=32, context_length=512)
-    assert score_settings(Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
+    assert _score_settings(Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
 
 
 def test_export_and_back(trained, type_in, tmp_path):
@@ -583,13 +583,13 @@ def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
 
 def test_the_main_job_sets_its_runs_beside_the_record(tmp_path, capsys):
     from sparsecod.claims import QUANTITIES
-    from sparsecod.cli import show_main
+    from sparsecod.cli import _show_main
     from sparsecod.studies import by_variant, load_results
     found = by_variant('main', load_results(ROOT / 'results', 'laptop'))
     assert len(found) == 2 and all(len(runs) >= 3 for runs in found.values())
     (tmp_path / 'laptop').mkdir()
     for runs in found.values(): shutil.copy(ROOT / 'results' / 'laptop' / f"{runs[0]['name']}.json", tmp_path / 'laptop')
-    assert show_main(str(tmp_path), 'laptop') == 0
+    assert _show_main(str(tmp_path), 'laptop') == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert sum(line.startswith(tuple(found)) for line in lines) == 2 * len(QUANTITIES)   # a line a number; a seed of the record agrees with it
     assert sum(line.startswith(tuple(found)) and line.endswith('agrees') for line in lines) >= 2 * len(QUANTITIES) - 1
@@ -696,8 +696,8 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
 
 
 def test_help_names_every_study():
-    from sparsecod.cli import STUDY_NAMES
-    assert STUDY_NAMES.split(', ') == ['main', *STUDIES, 'pilots']
+    from sparsecod.cli import _STUDY_NAMES
+    assert _STUDY_NAMES.split(', ') == ['main', *STUDIES, 'pilots']
 
 
 def launched(line: str, folder: Path) -> float:

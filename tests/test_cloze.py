@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sparsecod.cloze import (
-    CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, continue_text, encode_pairs, evaluate_tasks, find_gaps,
-    held_out_texts, lm_eval_model, make_questions, measure_cloze, pieces, read_off, reading, right_answers, score_texts, wilson,
-    without_context, write_task)
+    CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, encode_pairs, evaluate_tasks, find_gaps,
+    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, read_off, reading, right_answers, score_texts, wilson,
+    without_context, _write_task)
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.studies import SCALES
@@ -290,7 +290,7 @@ def test_answers_equal_those_of_lm_evals_own_class(corpus, tmp_path):
     from sparsecod.exchange import to_hf, to_hf_tokenizer
     model = small_model(corpus, T=24)
     theirs = HFLM(pretrained=to_hf(model, corpus.tokenizer), tokenizer=to_hf_tokenizer(corpus.tokenizer, 24), batch_size=3, max_length=24)
-    ours = lm_eval_model(model, corpus.tokenizer)
+    ours = _lm_eval_model(model, corpus.tokenizer)
     asked = [Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(PAIRS)]
     expected, found = theirs.loglikelihood(asked, disable_tqdm=True), ours.loglikelihood(asked)
     for pair, (a, greedy), (b, as_greedy) in zip(PAIRS, found, expected):
@@ -305,7 +305,7 @@ def test_what_melts_into_its_context_is_scored(corpus):
     model, tokenizer = small_model(corpus), corpus.tokenizer
     pairs = melted(tokenizer, ['line', ' line', 'line 1 of', ' of', 'story'])
     assert len(pairs) >= 3
-    found = lm_eval_model(model, tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(pairs)])
+    found = _lm_eval_model(model, tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(pairs)])
     for (a, b), (score, _) in zip(pairs, found):
         head, whole = tokenizer.encode(a.rstrip()), tokenizer.encode(a + b)
         same = next(i for i in range(len(whole)) if head[i] != whole[i])
@@ -322,7 +322,7 @@ def test_an_empty_continuation_has_no_score(corpus, context):
     instance = pytest.importorskip('lm_eval.api.instance')
     model = small_model(corpus)
     with pytest.raises(ValueError, match='continuation'):
-        lm_eval_model(model, corpus.tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, (context, ''), 0)])
+        _lm_eval_model(model, corpus.tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, (context, ''), 0)])
     with pytest.raises(ValueError, match='continuation'): encode_pairs(corpus.tokenizer, [(context, '')])
 
 
@@ -339,7 +339,7 @@ def test_a_limit_and_a_missing_task(corpus, questions):
 def test_lm_eval_rolls_over_long_texts_and_continues_texts(corpus):
     instance = pytest.importorskip('lm_eval.api.instance')
     model = small_model(corpus, T=12)
-    lm, text = lm_eval_model(model, corpus.tokenizer), story(0)[:150]
+    lm, text = _lm_eval_model(model, corpus.tokenizer), story(0)[:150]
     request = lambda kind, *arguments: instance.Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
     total, ids = 0., [corpus.eos_id, *corpus.tokenizer.encode(text)]
     for i in range(1, len(ids), 12):                                                # what lm-eval documents: full windows, the last with full context
@@ -352,13 +352,13 @@ def test_lm_eval_rolls_over_long_texts_and_continues_texts(corpus):
     greedy = corpus.tokenizer.decode(model.generate(torch.tensor([prompt]), 6, temperature=0)[0, len(prompt):])
     assert lm.generate_until([request('generate_until', 'line 1 of', dict(until=[], max_gen_toks=6))]) == [greedy]
     stop = greedy[3:5]
-    assert continue_text(model, corpus.tokenizer, 'line 1 of', dict(until=stop, max_gen_toks=6)) == greedy[:greedy.find(stop)]
-    assert continue_text(model, corpus.tokenizer, '', dict(max_gen_toks=0)) == ''
+    assert _continue_text(model, corpus.tokenizer, 'line 1 of', dict(until=stop, max_gen_toks=6)) == greedy[:greedy.find(stop)]
+    assert _continue_text(model, corpus.tokenizer, '', dict(max_gen_toks=0)) == ''
 
 
 def test_the_task_file_works_on_lm_evals_own_command_line(questions, tmp_path):
     pytest.importorskip('lm_eval')
-    assert write_task(questions, tmp_path / 'with space: #1') == tmp_path / 'with space: #1' / 'cloze.yaml'
+    assert _write_task(questions, tmp_path / 'with space: #1') == tmp_path / 'with space: #1' / 'cloze.yaml'
     done = subprocess.run([sys.executable, '-m', 'lm_eval', '--model', 'dummy', '--tasks', 'cloze', '--include_path', tmp_path / 'with space: #1'],
                           capture_output=True, text=True, cwd=tmp_path, encoding='utf-8')
     assert done.returncode == 0 and 'acc_mutual_info' in done.stdout and 'cloze' in done.stdout, done.stderr[-2000:]

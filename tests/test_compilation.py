@@ -178,7 +178,7 @@ def test_a_damaged_trial_is_made_again(trial, monkeypatch, tmp_path):
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, traced):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
     monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
     corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(300)])
     config, plan = ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)), TrainConfig(steps=8, tokens_per_step=48, checkpoint_every=3)
@@ -269,15 +269,15 @@ def test_a_compiler_that_fails_is_named(precision, monkeypatch):
     class Broken:
         def __init__(self, model): raise RuntimeError('no compiler for this card')
     monkeypatch.setattr(compilation, 'CompiledLoss', Broken)
-    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
     model, windows = Transformer(ModelConfig(**SMALL)), torch.randint(97, (2, 13))
     with pytest.raises(ValueError, match='compile=.*no compiler for this card'):
-        compilation.run_trial(model, windows, compilation.allowed_ways(precision, 'on', None), compilation.cache_folder() / 'none', lambda: None, print, None)
+        compilation._run_trial(model, windows, compilation._allowed_ways(precision, 'on', None), compilation.cache_folder() / 'none', lambda: None, print, None)
 
 
 def test_the_speed_that_a_trial_found_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
-    monkeypatch.setattr(compilation, 'WORTH_A_TRIAL', 0)
+    monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
     config, model, cpu = TrainConfig(steps=1, tokens_per_step=24, compile='off'), ModelConfig(**SMALL), torch.device('cpu')
     assert compilation.kept_speed(model, config, cpu) is None
     choose_execution(Transformer(model), torch.randint(97, (2, 13)), 10, 'auto', 'off')

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.corrections import (MAIN, TRAPS, AffineBlock, affine_ratios, auxiliary_weights, branch_variances, causal_from_states, choices, chosen_scores,
+from sparsecod.corrections import (MAIN, TRAPS, AffineBlock, affine_ratios, auxiliary_weights, branch_variances, causal_from_states, choices, _chosen_scores,
                                    closing_table, combine, context_rows, corrections, corrections_table, decay_rows, decaying, full_block_runs, gate_rows,
                                    last_variances, mean_score, mean_with_sink, ordered, padded_loss, permutation_score, ratio, rounding, row,
-                                   seen_and_unseen, states, with_block, with_embeddings_scaled, with_gates)
+                                   _seen_and_unseen, states, with_block, with_embeddings_scaled, with_gates)
 from sparsecod.data import Corpus
 from sparsecod.scores import ScoreConfig, causal_ratio, score_model, skip_effects, trace, update_sizes
 from sparsecod.studies import load_results
@@ -131,7 +131,7 @@ def test_scores_agree_with_score_model(model, windows, fit_windows):
     assert permutation_score(model, windows) == pytest.approx(s['scalars']['permutation']['value'], rel=1e-5)
     assert mean_score(causal_from_states(model, windows)) == pytest.approx(s['scalars']['causal']['value'], rel=1e-4)
     assert last_variances(model, windows)[0] == pytest.approx(s['scalars']['final_variance']['value'], rel=1e-5)
-    chosen = chosen_scores(model, windows, fit_windows, torch.ones(1, 16).double())
+    chosen = _chosen_scores(model, windows, fit_windows, torch.ones(1, 16).double())
     assert {k: v.item() for k, v in chosen.items()} == pytest.approx({k: s['scalars'][k]['value'] for k in chosen}, rel=1e-5)
 
 
@@ -252,7 +252,7 @@ def test_gates_scale_the_branch(windows):
 
 def test_seen_and_unseen_text(corpus):
     train = TrainConfig(steps=3, tokens_per_step=32, seed=5)
-    seen, unseen = seen_and_unseen(corpus, train, 8, 10)
+    seen, unseen = _seen_and_unseen(corpus, train, 8, 10)
     trained = {tuple(w) for step in range(3) for w in corpus.batch(step, 4, 8, 5).tolist()}
     assert len(seen) == len(unseen) == 10 and {tuple(w) for w in seen.tolist()} <= trained
     later = torch.cat([corpus.batch(step, 4, 8, 5) for step in range(3, 6)])
@@ -261,7 +261,7 @@ def test_seen_and_unseen_text(corpus):
 
 @pytest.mark.parametrize('steps, n, message', [(3, 13, 'n=13 must be at most 12'), (10 ** 5, 8, 'leave fewer than n=8 sequences unseen')])
 def test_text_that_is_not_there(corpus, steps, n, message):
-    with pytest.raises(ValueError, match=message): seen_and_unseen(corpus, TrainConfig(steps=steps, tokens_per_step=32), 8, n)
+    with pytest.raises(ValueError, match=message): _seen_and_unseen(corpus, TrainConfig(steps=steps, tokens_per_step=32), 8, n)
 
 
 def test_choices_are_seeded_and_fair():

@@ -127,27 +127,27 @@ def test_files_are_read_in_blocks_without_changing_the_pieces(tmp_path):
     raw = ("αβγδ" * 50 + "\n" + "short\n" * 30 + "x" * 700).encode()
     (tmp_path / "a.txt").write_bytes(raw)
     for limit in (4, 5, 64, 333, len(raw), 10**6):
-        items = list(data.text_items(tmp_path / "a.txt", limit, "a.txt"))
+        items = list(data._text_items(tmp_path / "a.txt", limit, "a.txt"))
         assert [item.text.encode() for item in items] == list(data.cut(raw, limit))
         assert {item.problem for item in items} <= {"", "empty"} and sum(item.consumed for item in items) == len(raw)
     assert list(data.cut(b"\x80" * 100, 10))  # no character starts here: still ends
 
 
 def test_stdlib_is_that_of_the_base_interpreter():
-    paths = [path for _, path in data.list_files("stdlib")]
-    assert Path(os.__file__) in paths and not any(part in data.PACKAGE_FOLDERS for path in paths for part in path.parts)
+    paths = [path for _, path in data._list_files("stdlib")]
+    assert Path(os.__file__) in paths and not any(part in data._PACKAGE_FOLDERS for path in paths for part in path.parts)
     assert all(path.suffix == ".py" for path in paths)
-    assert {*paths, Path(torch.__file__)} <= {path for _, path in data.list_files("site")}
+    assert {*paths, Path(torch.__file__)} <= {path for _, path in data._list_files("site")}
 
 
 def test_named_packages():
-    files = dict(data.list_files("site:tqdm,filelock"))
+    files = dict(data._list_files("site:tqdm,filelock"))
     assert {name.split("/")[0] for name in files} == {"tqdm", "filelock"} and "tqdm/__init__.py" in files
     assert all(path.suffix == ".py" and path.parent.joinpath(path.name).exists() for path in files.values())
-    one = dict(data.list_files("site:tqdm"))
+    one = dict(data._list_files("site:tqdm"))
     assert one == {name: path for name, path in files.items() if name.startswith("tqdm/")}
     for wrong in ("site:", "site:tqdm,nosuchpackage", "site:tqdm,"):
-        with pytest.raises(ValueError, match=wrong): data.list_files(wrong)
+        with pytest.raises(ValueError, match=wrong): data._list_files(wrong)
 
 
 def test_stdlib_inside_a_virtual_environment(tmp_path):
@@ -217,7 +217,7 @@ def test_revision_goes_to_datasets(monkeypatch):
 
     asked = {}
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.update(args=args, **options) or [])
-    list(data.hf_rows("hf:owner/name@v1", "subset", "test"))
+    list(data._hf_rows("hf:owner/name@v1", "subset", "test"))
     assert asked == {"args": ("owner/name", "subset"), "split": "test", "streaming": True, "revision": "v1"}
 
 
@@ -235,7 +235,7 @@ def test_unusable_documents_are_counted(tmp_path, cache, texts):
     (folder / "ignored.bin").write_bytes(b"not of a text suffix")
     (folder / ".hidden.txt").write_text("hidden", encoding="utf-8")
     corpus = make(folder, cache)
-    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data.PROBLEMS)}
+    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data._PROBLEMS)}
     assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3, "unreadable": 0}
     assert all_texts(corpus) == sorted([*texts, "a row of its own"])
     assert "1 duplicates, 2 empty" in repr(corpus)
@@ -251,7 +251,7 @@ def test_unreadable_file_is_counted(tmp_path, monkeypatch):
 
 def test_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    assert [item.text for item in data.text_items(tmp_path / "a.txt", 100, "a.txt")] == ["hello"]
+    assert [item.text for item in data._text_items(tmp_path / "a.txt", 100, "a.txt")] == ["hello"]
 
 
 def test_missing_source_names_what_is_allowed(tmp_path, cache):
@@ -369,7 +369,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer='.*' must be 'bpe', a folder with a tokenizer.json"):
         load_tokenizer(str(tmp_path))
-    monkeypatch.setattr(data, "hub_file", lambda name, filename: None)
+    monkeypatch.setattr(data, "_hub_file", lambda name, filename: None)
 
     class Unreachable:
         @staticmethod
@@ -408,7 +408,7 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path, cache, texts):
     assert small.train.dtype == np.uint16 and large.train.dtype == np.uint32 and large.vocab_size == 70_000
     assert isinstance(large.train, np.memmap) and not large.train.flags.writeable
     assert large.train.tolist() == small.train.tolist()
-    assert data.token_dtype(65535) == np.uint16 and data.token_dtype(65536) == np.uint32
+    assert data._token_dtype(65535) == np.uint16 and data._token_dtype(65536) == np.uint32
     assert large.batch(0, 2, 8).dtype == torch.int64
 
 
@@ -600,7 +600,7 @@ def test_statistics_are_those_of_the_own_source(tmp_path, cache, texts):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + extra), encoding="utf-8")
         for _ in range(2):  # built, then found
             made[name] = make(tmp_path / f"{name}.jsonl", cache)
-            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS) if made[name].stats[reason]}
+            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data._PROBLEMS) if made[name].stats[reason]}
             assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7}, "empty": {"empty": 1}}[name]
     assert len({corpus.fingerprint for corpus in made.values()}) == 1 and len(list((cache / "corpora").iterdir())) == 1
     assert made["broken"].left_out == {"malformed": f"{tmp_path / 'broken.jsonl'}, row 61"} and not made["clean"].left_out
@@ -665,7 +665,7 @@ def test_stdlib_does_not_warn_of_its_own_oddities():
         corpus.config = corpus.config.replace(source=source)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            data.tell_left_out(corpus)
+            data._tell_left_out(corpus)
         assert len(caught) == n
 
 
@@ -724,17 +724,17 @@ def test_patterns_follow_links_to_text_elsewhere(tree, tmp_path, texts):
 
 @pytest.mark.parametrize("alphabet", ["ab", "acgt", "0123456789", " ", "\n\t ", "-_#", "日本語", "é"])
 def test_long_words_are_cut_and_nothing_else(alphabet):
-    long = "".join(random.Random(0).choices(alphabet, k=5 * data.LONGEST_WORD + 3))
-    pieces = list(data.cut_long_words([f"before {long} after", "short"]))
+    long = "".join(random.Random(0).choices(alphabet, k=5 * data._LONGEST_WORD + 3))
+    pieces = list(data._cut_long_words([f"before {long} after", "short"]))
     assert "".join(pieces) == f"before {long} after" + "short" and pieces[-1] == "short"
     from tokenizers.pre_tokenizers import ByteLevel
     longest = max(len(word) for piece in pieces for word, _ in ByteLevel(add_prefix_space=False, trim_offsets=False).pre_tokenize_str(piece))
-    assert longest <= 3 * data.LONGEST_WORD + 1  # in bytes, with the blank before
+    assert longest <= 3 * data._LONGEST_WORD + 1  # in bytes, with the blank before
 
 
 def test_normal_text_is_not_cut(texts):
     code = ["x = {" + "'key': [1, 2.5, None], " * 500 + "}", "-" * 79 + "\n" + " " * 400, "a1b2" * 2000, "lang" * 200]
-    assert list(data.cut_long_words([*texts, *code, ""])) == [*texts, *code, ""]
+    assert list(data._cut_long_words([*texts, *code, ""])) == [*texts, *code, ""]
 
 
 def test_a_word_of_half_a_megabyte_is_no_obstacle():
@@ -775,7 +775,7 @@ def test_a_killed_build_leaves_nothing_readable(tmp_path, cache, texts):
 def stop_here(*args):
     print("half-way", flush=True)
     time.sleep(60)
-data.check_sides = stop_here
+data._check_sides = stop_here
 """, source, cache)
     assert process.stdout.readline().strip() == "half-way"
     process.send_signal(signal.SIGKILL)
@@ -793,7 +793,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, cache, texts, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "check_sides", interrupt)
+        patch.setattr(data, "_check_sides", interrupt)
         make(source, cache)
     assert not list((cache / "building").iterdir()) and not (cache / "corpora").exists()
     assert all_texts(make(source, cache)) == sorted(texts)
@@ -854,7 +854,7 @@ def test_those_who_may_write_to_a_cache_may_build_there(mode, tmp_path, cache, t
 def test_what_is_stored_needs_no_right_to_write(tmp_path, cache, texts, monkeypatch):
     source = write_folder(tmp_path / "texts", texts)
     base = make(source, cache)
-    for name in ("cache_lock", "shared_folder", "write_text"):
+    for name in ("_cache_lock", "_shared_folder", "write_text"):
         monkeypatch.setattr(data, name, lambda *args: pytest.fail("something was written"))
     assert make(source, cache).fingerprint == base.fingerprint
 
@@ -872,7 +872,7 @@ def test_a_stream_is_closed_when_enough_is_read(monkeypatch, cache, texts):
             closed.append(True)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: endless())
-    monkeypatch.setattr(data, "publish", lambda *args, publish=data.publish: (closed.append("published"), publish(*args)))
+    monkeypatch.setattr(data, "_publish", lambda *args, publish=data._publish: (closed.append("published"), publish(*args)))
     make("hf:endless", cache, max_documents=100)
     assert closed == [True, "published"]
 

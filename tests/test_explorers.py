@@ -112,7 +112,7 @@ def test_the_stored_dots_can_be_made_again(points):
     stored = next(s for s in points['points'] if (s['p'], s['step'], s['norm']) == (0.25, 5, 'layernorm_scaling'))
     again = ex.simulate_points(0.25, 5, 'layernorm_scaling', n_jacobian=2)
     assert [m for m, _ in again['variance']] == pytest.approx([m for m, _ in stored['variance']], rel=1e-3)
-    assert {(s['p'], s['step'], s['norm']) for s in points['points']} == set(product(ex.DENSITIES, ex.SCALED, NORMS))
+    assert {(s['p'], s['step'], s['norm']) for s in points['points']} == set(product(ex.DENSITIES, ex._SCALED, NORMS))
 
 
 @pytest.mark.parametrize('bad', [dict(L=1), dict(L=65), dict(p=0.0), dict(p=0.33), dict(p=1.05), dict(step=15), dict(norm='post_ln')])
@@ -214,7 +214,7 @@ def test_the_formulas_on_the_screen_are_those_of_the_theory(browser, saved, poin
         check(32, 0.45, 10, 'pre_ln')
         e.press('L', 'End')
         for norm in NORMS:
-            e.control('norm').select_option(ex.NORM_NAMES[norm])
+            e.control('norm').select_option(ex._NORM_NAMES[norm])
             for step in (0, 7, 14):
                 e.control('sigma').select_option(index=step)
                 check(64, 0.45, step, norm)
@@ -242,7 +242,7 @@ def test_results_follow_their_controls(browser, saved, made, records):
         for study, metric, curve in views:
             e.control('study').select_option(f'{study}: {STUDIES[study].question}')
             e.control('metric').select_option(ex.metric_text(metric)[0])
-            e.control('curve').select_option(ex.CURVES[curve][0])
+            e.control('curve').select_option(ex._CURVES[curve][0])
             e.press('pick_row', 'End')                      # the slider ends where the study does
             mine = [s for s in data['settings'] if s['study'] == study]
             assert e.control('pick_row').input_value() == str(len(mine)) and e.says().startswith(mine[-1]['label'])
@@ -277,7 +277,7 @@ def test_floors_are_drawn_where_a_loss_is_shown(records, browser, tmp_path):
         assert drawn() == 4
         e.control('metric').select_option('Usefulness')
         assert drawn() == 2
-        e.control('curve').select_option(ex.CURVES['variance_mean'][0])
+        e.control('curve').select_option(ex._CURVES['variance_mean'][0])
         assert drawn() == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'benchmarks' / 'gpu'))
 import common
 from sparsecod.integrity import stamp
-from sparsecod.studies import DEPTHS, SCALES
+from sparsecod.studies import _DEPTHS, SCALES
 
 
 @pytest.fixture
@@ -66,4 +66,4 @@ def test_models_start_as_published():
     c = common.base_config('gpu')
     assert c.train.steps * c.train.tokens_per_step >= 60e6
     label, first = common.depth_study('gpu', dict.fromkeys(common.DEPTHS['gpu'], 1e-3)).runs(c, 1)[0]
-    assert first.measures == ('null',) and common.DEPTHS['gpu'] == DEPTHS['gpu']
+    assert first.measures == ('null',) and common.DEPTHS['gpu'] == _DEPTHS['gpu']

@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparsecod.adapters import adapt, load_network
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import check_stamp
-from sparsecod.pruning import (CRITERIA, add_influence, angular_distance, block_influence, choose_removal, cut_config, greedy_order, influence_scores,
+from sparsecod.pruning import (CRITERIA, add_influence, angular_distance, block_influence, _choose_removal, _cut_config, greedy_order, influence_scores,
                                loss_frame, loss_without, parse_spans, prune, rank_agreement, removals, span_loss, sublayer_losses)
 from sparsecod.scores import SCORES_SCHEMA, ScoreConfig, score_model, scores_frame, trace
 from test_adapters import FAMILIES, L, MORE, T, V, tiny
@@ -252,9 +252,9 @@ def test_a_budget_is_used_up_and_not_exceeded(model):
     for budget in (ratios[1] + 1e-4, max(ratios[:4]) + 1e-4):
         held = 0
         while held + 1 < len(ratios) and ratios[held + 1] <= budget: held += 1
-        assert choose_removal(model, WINDOWS, budget=budget) == sets[held]
-    with pytest.raises(ValueError, match='budget='): choose_removal(model, WINDOWS, budget=ratios[1] - 1e-4)
-    assert choose_removal(model, WINDOWS, blocks=3, by='skip') == next(s for s in removals(model, WINDOWS, 'skip') if len(s) == 3)
+        assert _choose_removal(model, WINDOWS, budget=budget) == sets[held]
+    with pytest.raises(ValueError, match='budget='): _choose_removal(model, WINDOWS, budget=ratios[1] - 1e-4)
+    assert _choose_removal(model, WINDOWS, blocks=3, by='skip') == next(s for s in removals(model, WINDOWS, 'skip') if len(s) == 3)
 
 
 # --- what is written, and what is refused
@@ -292,7 +292,7 @@ def test_files_beside_the_weights_are_kept(tmp_path):
 def test_numbers_of_blocks_in_a_configuration_are_counted_anew():
     config = further('Qwen2Moe').config
     config.max_window_layers, config.eos_token_id = 3, [1, 2, 3, 4]
-    cut = cut_config(config, [1, 4], L)
+    cut = _cut_config(config, [1, 4], L)
     assert cut.mlp_only_layers == [1] and cut.max_window_layers == 1 and cut.eos_token_id == [1, 2, 3, 4]
     assert config.mlp_only_layers == [1, 3] and config.num_hidden_layers == L
 

@@ -13,8 +13,8 @@ from sparsecod import report as pages
 from sparsecod.claims import ledger
 from sparsecod.figures import label_variants
 from sparsecod.integrity import Damaged
-from sparsecod.report import NEAR_IDENTITY, SMALL_SWAP, Estimate, comparison_frame, comparison_page, difference, file_names, layers, made_up, mismatches, pairs
-from sparsecod.report import plain_reading, read_comparison, read_scores, score_explorer, score_page, score_table, skip_explorer, write_page, write_report
+from sparsecod.report import _NEAR_IDENTITY, _SMALL_SWAP, Estimate, comparison_frame, comparison_page, difference, file_names, layers, made_up, mismatches, pairs
+from sparsecod.report import plain_reading, read_comparison, read_scores, _score_explorer, score_page, score_table, _skip_explorer, write_page, write_report
 from sparsecod.studies import SCALES, STUDIES
 from synthetic import depth_study, variants
 from synthetic import record as made_record
@@ -84,12 +84,12 @@ def test_tables_hold_the_scores(scores, text):
             ends = scores['intervals'][name]
             for l, (row, *three) in enumerate(zip(tables[title], arrays[name], ends['low'], ends['high'], strict=True), 1):
                 assert int(row[0]) == l and all(map(close, row[1:], three))
-        for name, (title, *_) in ((name, x) for name, x in pages.HEATS.items() if name in arrays):
+        for name, (title, *_) in ((name, x) for name, x in pages._HEATS.items() if name in arrays):
             cells = {(int(i), int(j)): v for i, j, v, *_ in tables[title]}
             assert cells.keys() == {(i, j) for i in range(1, 9) for j in range(1, 9) if arrays[name][i - 1][j - 1] is not None}
             assert all(close(v, arrays[name][i - 1][j - 1]) for (i, j), v in cells.items())
         streams = {(kind, int(l)): v for kind, l, v, *_ in tables['Variance by layer']}
-        for kind, name in pages.STREAMS.items(): assert all(close(streams[kind, l], v) for l, v in enumerate(arrays[name]))
+        for kind, name in pages._STREAMS.items(): assert all(close(streams[kind, l], v) for l, v in enumerate(arrays[name]))
     assert texts(text, 'li') == plain_reading(scores, ABOUT)
     for name, (title, _) in pages.MEANING.items():
         if name in scores['scalars']: assert f'{scores["scalars"][name]["value"]:.6g}' in text[text.index(f'<th scope="row">{title}<small>'):][:600]
@@ -116,8 +116,8 @@ def test_a_floor_is_drawn_with_the_costs(scores):
         chart = next(c for c in spec['concat'] if any((layer.get('name') or '').startswith(view) for layer in c.get('layer', [])))
         rows = [(spec['datasets'][data['name']] if 'name' in (data := layer['data']) else data['values'])[0] for layer in chart['layer'] if 'data' in layer]
         return [row['line'] for row in rows if 'line' in row]
-    assert lines(score_explorer(scores, floors=(.25, .5)), 'skip_loss_increase') == [.25, .5]
-    assert lines(score_explorer(scores), 'skip_loss_increase') == [] and lines(score_explorer(scores), 'usefulness_ratio') == [1.1]
+    assert lines(_score_explorer(scores, floors=(.25, .5)), 'skip_loss_increase') == [.25, .5]
+    assert lines(_score_explorer(scores), 'skip_loss_increase') == [] and lines(_score_explorer(scores), 'usefulness_ratio') == [1.1]
 
 
 # Scores with holes, and of any size
@@ -224,17 +224,17 @@ def test_no_cost_shown_says_what_cannot_be_excluded():
 
 
 def test_interchangeable_neighbours():
-    P = [[None, SMALL_SWAP * .9, .5], [SMALL_SWAP * .9, None, SMALL_SWAP * 1.1], [.5, SMALL_SWAP * 1.1, None]]
-    scores = made_up(variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .05))
+    P = [[None, _SMALL_SWAP * .9, .5], [_SMALL_SWAP * .9, None, _SMALL_SWAP * 1.1], [.5, _SMALL_SWAP * 1.1, None]]
+    scores = made_up(variance_mean=[1] * 4, permutation=pairs(P, _SMALL_SWAP * .05))
     assert said(scores, None, 'Interchangeable neighbours: 1–2.', 'upper ends') and said(scores, None, 'by more than 1 % of it: 2–3 (lower ends') and said(scores, None, 'For 1 of all 3 pairs of blocks')
-    wide = made_up(variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .2))
+    wide = made_up(variance_mean=[1] * 4, permutation=pairs(P, _SMALL_SWAP * .2))
     assert said(wide, None, 'Undecided, interchangeable or not: 1–2 and 2–3.') and not said(wide, None, 'Interchangeable') and said(wide, None, 'For 0 of all 3 pairs')
     bare = made_up(variance_mean=[1] * 4, permutation=P)
     assert not said(bare, None, 'Interchangeable') and said(bare, None, 'less than 1 % of it: 1–2, one pair at a time (by the values alone)', 'cannot be said without intervals of pairs')
     assert said(bare, None, 'of it or more: 2–3 (by the values alone)') and said(bare, None, 'For 1 of all 3 pairs of blocks', 'by the values alone')
-    one = made_up(n_sequences=1, variance_mean=[1] * 4, permutation=pairs(P, SMALL_SWAP * .05))
+    one = made_up(n_sequences=1, variance_mean=[1] * 4, permutation=pairs(P, _SMALL_SWAP * .05))
     assert not said(one, None, 'Interchangeable')                                                      # one sequence gives no interval
-    assert pages.pairs_text([1, 3, 4, 5]) == '1–2 and each pair from 3–4 to 5–6'
+    assert pages._pairs_text([1, 3, 4, 5]) == '1–2 and each pair from 3–4 to 5–6'
     assert said(made_up(variance_mean=[1, 1]), None, 'One block has no pairs') and said(made_up(variance_mean=[1, 1, 1]), None, 'Swaps: what they cost is not known')
 
 
@@ -252,7 +252,7 @@ def test_variance_grows_where_intervals_do_not_overlap(values, width, expected):
 
 
 def test_near_identity_depends_on_width_and_probes():
-    limit = NEAR_IDENTITY / 8   # for a width of 64
+    limit = _NEAR_IDENTITY / 8   # for a width of 64
     scores = made_up(variance_mean=[1] * 4, jacobian_per_token=layers([.8 * limit, limit, 1.2 * limit], .1 * limit))
     assert said(scores, ABOUT, 'Near the identity: block 1.') and said(scores, ABOUT, 'Not near the identity in this sense: block 3 ') and said(scores, ABOUT, 'near the identity or not: block 2,')
     assert said(scores, None, 'width of the model was not given')
@@ -291,7 +291,7 @@ def test_the_table_holds_the_scores(scores):
     rows = [line.split() for line in lines if re.match(r' +\d', line)]
     assert len(rows) == 8
     for l, row in enumerate(rows, 1):
-        wanted = [scores['arrays'][name][l - 1 if name[0] != 'v' else l] for name in pages.COLUMNS if name in scores['arrays']]
+        wanted = [scores['arrays'][name][l - 1 if name[0] != 'v' else l] for name in pages._COLUMNS if name in scores['arrays']]
         assert int(row[0]) == l and [float(x) for x in row[1:]] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -453,13 +453,13 @@ def test_the_page_begins_with_what_can_go():
     cost, streams = [.5, -.3, .01, .2], [1.] * 5
     sure, bare = (made_up(skip_loss_increase=c, variance_mean=streams) for c in (layers(cost, .1), cost))
     for scores, kinds in ((sure, ['better without it', 'no cost shown', 'costs something', 'costs something']), (bare, ['better without it'] + 3 * ['costs something'])):
-        explorer = skip_explorer(scores)
+        explorer = _skip_explorer(scores)
         rows = explorer.data['spec']['concat'][0]['layer'][0]['data']['values']
         assert [r['block'] for r in rows] == [2, 3, 4, 1] and [r['verdict'] for r in rows] == kinds
         assert ('by the values alone' in explorer.html) == (scores is bare)
     page = score_page(sure, about=ABOUT)
     assert page.index('id="sce-skips"') < page.index('class="facts"') < page.index('id="sce-scores"')
-    assert skip_explorer(made_up(variance_mean=streams)) is None and 'id="sce-skips"' not in score_page(made_up(variance_mean=streams))
+    assert _skip_explorer(made_up(variance_mean=streams)) is None and 'id="sce-skips"' not in score_page(made_up(variance_mean=streams))
     sure['scalars']['influence_rank_agreement'] = dict(value=.8, low=None, high=None)
     [line] = said(sure, None, 'influence', '0.8')
     assert line in unescape(score_page(sure)) and not said(bare, None, 'influence')
@@ -471,7 +471,7 @@ def test_sublayers_and_spans_are_read_and_drawn():
                      attention_loss_increase=layers([.5, .05, -.3], .1), feed_forward_loss_increase=layers([.5, .4, .3], .1))
     [line], [dear], [spans] = (said(scores, None, *parts) for parts in (('attention alone', 'no cost'), ('feed-forward layer', 'every block'), ('spans',)))
     assert 'blocks 2 and 3' in line and '2 blocks from block 2 (0.25)' in spans and dear
-    tables = {t['title']: t['view'] for t in score_explorer(scores).data['tables']}
+    tables = {t['title']: t['view'] for t in _score_explorer(scores).data['tables']}
     assert list(tables.values())[:4] == ['skip_loss_increase', 'attention_loss_increase', 'feed_forward_loss_increase', 'angular_distance']
     bare = made_up(variance_mean=[1.] * 4, skip_loss_increase=[.5, .4, .3], attention_loss_increase=[.5, .05, -.3])
     assert not said(bare, None, 'attention alone') and not said(bare, None, 'spans')       # nothing is sure without intervals

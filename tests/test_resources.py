@@ -8,7 +8,7 @@ import pytest
 from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, flops_per_token
 from sparsecod.resources import (CARDS, Machine, Speed, recorded_speeds, scoring_flops, shape,
-                                 speed_of, study_needs, training_flops)
+                                 _speed_of, study_needs, training_flops)
 from sparsecod.studies import SCALES, STUDIES, by_variant, read_records, vary
 from sparsecod.train import activation_bytes, memory_bytes, saved_bytes
 
@@ -34,12 +34,12 @@ def test_memory_follows_the_sizes():
 
 
 def test_speed_of_a_card_and_of_a_stated_number():
-    half = speed_of(TINY, TINY, Machine('A100', 4, .5), {})
+    half = _speed_of(TINY, TINY, Machine('A100', 4, .5), {})
     assert half[:2] == (2 * CARDS['A100'].bf16, 2 * CARDS['A100'].fp32)
-    stated = speed_of(vary(TINY, {'model.n_layers': 3}), TINY, Machine(tokens_per_second=1000), {})
+    stated = _speed_of(vary(TINY, {'model.n_layers': 3}), TINY, Machine(tokens_per_second=1000), {})
     assert stated.training == 1000 * flops_per_token(TINY.model)
     known = {shape(TINY): Speed(1, 2, 'x')}
-    assert speed_of(TINY, TINY, Machine(), known) == (1, 2, 'x')
+    assert _speed_of(TINY, TINY, Machine(), known) == (1, 2, 'x')
 
 
 def test_hours_of_recorded_studies():

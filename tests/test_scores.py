@@ -28,7 +28,7 @@ from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
 from sparsecod.measures import at_length, compare_with_theory
 from sparsecod.parts import Parts
-from sparsecod.scores import SCORES_SCHEMA, AffineFit, ScoreConfig, choose_pairs, fit_blocks, jacobian_deviation, jacobian_estimate, jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory, root_of_mean, score_model, scores_frame, skip_effects, swap_losses, text_config, token_variances, trace, update_sizes
+from sparsecod.scores import SCORES_SCHEMA, AffineFit, ScoreConfig, choose_pairs, fit_blocks, jacobian_deviation, jacobian_estimate, _jacobian_products, n_probes, needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory, _root_of_mean, score_model, scores_frame, skip_effects, swap_losses, text_config, token_variances, trace, update_sizes
 from sparsecod.sparsity import measure_sparsity
 
 SETTINGS = ScoreConfig(n_sequences=6, n_fit=40, n_jacobian=2, batch_size=4, n_bootstrap=50)
@@ -365,8 +365,8 @@ def test_the_root_of_few_noisy_squares_is_corrected():
     "Squares of normal numbers have mean 1; the root of the mean of 8 of them is 3 % too small on average."
     squares = torch.randn(8, 6000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square()
     assert squares.mean(0).sqrt().mean() < .98
-    assert root_of_mean(squares)[0] == pytest.approx(1, abs=.012)
-    assert root_of_mean(torch.full((8, 3), 4.)) == (2, 0)
+    assert _root_of_mean(squares)[0] == pytest.approx(1, abs=.012)
+    assert _root_of_mean(torch.full((8, 3), 4.)) == (2, 0)
 
 
 def test_more_probes_err_less(model):
@@ -390,11 +390,11 @@ def test_probes_of_blocks_with_known_answers():
 def test_products_do_not_depend_on_how_many_run_together(model):
     block, h, _ = real_block(model, 2)
     V = torch.randn(7, 16)
-    want = torch.cat(list(jacobian_products(block, h, V, 7)))
+    want = torch.cat(list(_jacobian_products(block, h, V, 7)))
     J = torch.autograd.functional.jacobian(lambda x: block(x[None])[0], h).sum(0)          # (out, T, in)
     assert torch.allclose(want, torch.einsum('rk,ktd->rtd', V, J), atol=1e-4)
     for rows_at_once in (1, 3, 32):
-        assert torch.allclose(torch.cat(list(jacobian_products(block, h, V, rows_at_once))), want, atol=1e-5)
+        assert torch.allclose(torch.cat(list(_jacobian_products(block, h, V, rows_at_once))), want, atol=1e-5)
 
 
 def test_wide_models_get_probes(model, monkeypatch):
@@ -1124,8 +1124,8 @@ def test_a_device_without_fp64_gives_the_same_sparsity_and_measures(model, exper
 
 def test_new_settings_leave_names_of_old_runs_alone():
     "A run is named after the fields that differ from their defaults; results of old runs must still be found."
-    from sparsecod.studies import changed_fields
-    assert changed_fields(ScoreConfig()) == {} and changed_fields(ScoreConfig(jacobian_probes=8)) == dict(jacobian_probes=8)
+    from sparsecod.studies import _changed_fields
+    assert _changed_fields(ScoreConfig()) == {} and _changed_fields(ScoreConfig(jacobian_probes=8)) == dict(jacobian_probes=8)
     assert ScoreConfig.from_dict(dict(n_sequences=32, n_fit=64, n_jacobian=4, batch_size=16, threshold=1.1, n_bootstrap=1000, seed=0)) == ScoreConfig()
 
 

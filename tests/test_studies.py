@@ -22,9 +22,9 @@ from sparsecod.core import ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
 from sparsecod.claims import CHECKS, CLAIMS, REGISTERED, _complete_seeds, _correct, correlations, _needed, judge, ledger, ledger_markdown, ledger_table, rank_correlation, slope, _statistic_text, verdict_counts
 from sparsecod.integrity import check_stamp, read_json
-from sparsecod.studies import (DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Progress, RunConfig, RunsFailed, Study, by_variant, changed_fields,
-                               identity, load_results, locate, over_seeds, equivalent_decay, read_metric, run, run_name, run_study, source_setting,
-                               scale_config, summarise, t_interval, variant_key, vary, work_folder, write_record)
+from sparsecod.studies import (_DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Progress, RunConfig, RunsFailed, Study, by_variant, _changed_fields,
+                               identity, load_results, _locate, over_seeds, equivalent_decay, read_metric, run, run_name, run_study, _source_setting,
+                               scale_config, summarise, t_interval, _variant_key, vary, _work_folder, write_record)
 from sparsecod.train import decay_product
 from synthetic import ends_early, record as made_up_record
 
@@ -85,8 +85,8 @@ def test_new_fields_with_a_default_keep_identities():
     @dataclass(frozen=True)
     class New(Old):
         c: int = 2
-    assert changed_fields(Old(5)) == changed_fields(New(5)) == {'a': 5}
-    assert changed_fields(New(5, c=3)) == {'a': 5, 'c': 3}
+    assert _changed_fields(Old(5)) == _changed_fields(New(5)) == {'a': 5}
+    assert _changed_fields(New(5, c=3)) == {'a': 5, 'c': 3}
 
 
 def test_identity_is_what_decides_the_outcome():
@@ -96,18 +96,18 @@ def test_identity_is_what_decides_the_outcome():
     assert {identity(vary(QUICK, c), 'f') for c in same} == {base}
     assert len({base, identity(QUICK, 'g'), *(identity(vary(QUICK, c), 'f') for c in other)}) == len(other) + 2
     assert run_name(QUICK, 'f') == f'L2_D32_T32_seed0-{base}'
-    assert variant_key(vary(QUICK, {'seed': 1, 'model.vocab_size': 400})) == variant_key(QUICK)
+    assert _variant_key(vary(QUICK, {'seed': 1, 'model.vocab_size': 400})) == _variant_key(QUICK)
 
 
 def test_scales_and_studies():
-    assert {'tiny', 'laptop', 'gpu', 'paper'} <= set(SCALES) == set(DEPTHS)
+    assert {'tiny', 'laptop', 'gpu', 'paper'} <= set(SCALES) == set(_DEPTHS)
     paper = SCALES['paper']
     assert (paper.train.steps, paper.train.tokens_per_step, paper.train.decay_groups) == (19073, 256 * 1024, 'all')
     assert abs(paper.train.steps * paper.train.tokens_per_step - 5e9) < 1e6 and paper.model.vocab_size == 50280
     for study in STUDIES.values():
         for scale in SCALES:
             runs = study.runs(scale, [0, 5])
-            keys = [(variant_key(c), c.seed) for _, c in runs]
+            keys = [(_variant_key(c), c.seed) for _, c in runs]
             assert len(set(keys)) == len(keys) and {c.scale for _, c in runs} == {scale} and {c.seed for _, c in runs} == {0, 5}
     for wrong in (0, [], [-1]):
         with pytest.raises(ValueError, match='seeds='): STUDIES['depth'].runs('tiny', wrong)
@@ -115,9 +115,9 @@ def test_scales_and_studies():
 
 
 def test_work_never_goes_into_results(tmp_path):
-    assert work_folder('runs') == Path('runs/.work')
-    assert work_folder(tmp_path / 'results') == tmp_path / 'runs' / '.work'
-    assert work_folder('results', 'here') == Path('here')
+    assert _work_folder('runs') == Path('runs/.work')
+    assert _work_folder(tmp_path / 'results') == tmp_path / 'runs' / '.work'
+    assert _work_folder('results', 'here') == Path('here')
 
 
 # ---- runs and records
@@ -231,7 +231,7 @@ DAMAGES = {
     'curves of unequal length': (restamped(lambda r: dict(curve=r['curve'] | dict(loss=[1.]))), 'curve'), 'a curve less': (restamped(dict(curve={})), 'curve'),
     'times are text': (restamped(dict(seconds=dict(train='long'))), 'seconds'), 'an unknown status': (restamped(dict(status='banana')), 'status'),
     'steps are true': (restamped(dict(step=True)), 'step'), 'sparsity is a number': (restamped(dict(sparsity=3)), 'sparsity'),
-    'lengths are a list': (restamped(dict(lengths=[1])), 'lengths'), **{f'no {key}': (restamped({key: ...}), key) for key in module.NEEDED}}
+    'lengths are a list': (restamped(dict(lengths=[1])), 'lengths'), **{f'no {key}': (restamped({key: ...}), key) for key in module._NEEDED}}
 
 
 @pytest.mark.parametrize('name', DAMAGES)
@@ -287,14 +287,14 @@ def test_the_label_of_a_run_is_checked(done, tmp_path):
 @pytest.mark.parametrize('damage', [rewritten(lambda b: b[:9]), rewritten(lambda b: b.replace(b'"run": "L', b'"run": "M')),
                                     restamped(dict(run='another'))])
 def test_a_damaged_note_of_a_training_is_kept_aside(done, tmp_path, damage):
-    place = locate(QUICK, tmp_path, progress=False)
+    place = _locate(QUICK, tmp_path, progress=False)
     place.work.mkdir(parents=True)
-    note, path = module.training_note(place), place.work / 'training.json'
-    assert module.training_note(place) == note
+    note, path = module._training_note(place), place.work / 'training.json'
+    assert module._training_note(place) == note
     assert set(note) == {'trained_commit', 'trained_dirty', 'trained_date'} and len(list(place.work.iterdir())) == 1
     damage(path)
-    with pytest.warns(UserWarning, match='training.json'): module.training_note(place)
-    assert set(module.training_note(place)) == set(note) and len(list(place.work.iterdir())) == 2
+    with pytest.warns(UserWarning, match='training.json'): module._training_note(place)
+    assert set(module._training_note(place)) == set(note) and len(list(place.work.iterdir())) == 2
 
 
 def test_runs_on_several_corpora_are_not_mixed(done, tmp_path):
@@ -315,14 +315,14 @@ def test_what_cannot_be_scored_is_refused_before_the_training(done, tmp_path, mo
     monkeypatch.setattr(module, 'train', lambda *a, **k: pytest.fail('trained'))
     config = vary(QUICK, changes)
     with pytest.raises(ValueError, match=re.escape(named)): run(config, tmp_path, progress=False)
-    monkeypatch.setattr(module, 'start_worker', lambda *a: pytest.fail('started'))
+    monkeypatch.setattr(module, '_start_worker', lambda *a: pytest.fail('started'))
     study = Study('mixed', '?', lambda base: {'fine': {}, 'too much': changes})
     with pytest.raises(ValueError, match='too much.*' + re.escape(named)): run_study(study, QUICK, 1, tmp_path, progress=False)
     assert not list(tmp_path.glob('**/checkpoints'))
 
 
 def test_just_enough_text_is_enough(done):
-    place = locate(QUICK, done[0], progress=False)
+    place = _locate(QUICK, done[0], progress=False)
     have = place.corpus.n_windows('val', 32)
     module.check_text(vary(place.config, {'score.n_fit': have - 4}), place.corpus)
     module.score_windows(place.corpus, 32, vary(place.config, {'score.n_fit': have - 4}).score)
@@ -342,7 +342,7 @@ def test_places_that_cannot_be_written_to_are_named_before_the_corpus_is_built(t
 
 
 def test_a_full_disk_is_noticed_before_the_training(done, tmp_path, monkeypatch):
-    place = locate(QUICK, done[0], progress=False)
+    place = _locate(QUICK, done[0], progress=False)
     need = module.training_bytes(place.config)
     free = [need]
     monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: module.shutil._ntuple_diskusage(2 ** 40, 2 ** 40 - free[0], free[0]))
@@ -357,7 +357,7 @@ def test_a_full_disk_is_noticed_before_the_training(done, tmp_path, monkeypatch)
 
 def test_the_room_for_a_training_is_what_it_takes(tmp_path):
     config, seen = vary(QUICK, {'train.steps': 12, 'train.log_every': 1, 'model.d_model': 64}), []
-    place = locate(config, tmp_path, progress=False)
+    place = _locate(config, tmp_path, progress=False)
     class Looking:
         vocab_size, fingerprint = place.corpus.vocab_size, place.corpus.fingerprint
         def batch(self, step, *sizes):
@@ -402,13 +402,13 @@ def test_four_processes_do_a_run_once(tmp_path):
 
 
 def test_a_run_at_work_is_not_erased(done):
-    place = locate(QUICK, done[0], progress=False)
+    place = _locate(QUICK, done[0], progress=False)
     with module.hold(place), pytest.raises(ValueError, match='in use'): run(QUICK, done[0], force=True, progress=False)
     assert module.read_record(done[2]) == done[1]
 
 
 def test_held_out_windows_are_apart(done):
-    place = locate(QUICK, done[0], progress=False)
+    place = _locate(QUICK, done[0], progress=False)
     windows, to_score, to_fit = module.held_out(place.config, place.corpus)
     assert len(windows) == 8 and len(to_score) == 4 and len(to_fit) <= 4
     assert not {tuple(w) for w in to_score.tolist()} & {tuple(w) for w in to_fit.tolist()}
@@ -435,7 +435,7 @@ def test_a_study_runs_what_is_missing(done, tmp_path, capfd):
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
     study = Study('bad', 'What fails?', lambda base: {'good': {}, 'bad': {'model.n_layers': 1}})
-    foreign = locate(vary(QUICK, {'model.n_layers': 1}), tmp_path, progress=False).work / 'config.json'
+    foreign = _locate(vary(QUICK, {'model.n_layers': 1}), tmp_path, progress=False).work / 'config.json'
     foreign.parent.mkdir(parents=True)
     foreign.write_text('{"of": "something else"}', encoding='utf-8')
     with pytest.raises(RunsFailed, match='config.json') as error: run_study(study, QUICK, 1, tmp_path, jobs=2)
@@ -444,12 +444,12 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
 
 
 def test_a_killed_run_is_named(tmp_path, monkeypatch):
-    start = module.start_worker
+    start = module._start_worker
     def doomed(*args, **environment):
         process = start(*args, **environment)
         process.kill()
         return process
-    monkeypatch.setattr(module, 'start_worker', doomed)
+    monkeypatch.setattr(module, '_start_worker', doomed)
     with pytest.raises(RunsFailed, match='SIGKILL'): run_study(Study('one', '?', lambda base: {'only': {}}), QUICK, 1, tmp_path, progress=False)
 
 
@@ -513,7 +513,7 @@ def test_workers_stop_when_the_supervisor_is_killed(tmp_path):
 def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, 'kill', lambda *a: pytest.fail('a signal was sent'))     # Windows ends the process at once
     monkeypatch.setattr(subprocess.Popen, 'terminate', lambda self: pytest.fail('a signal was sent'))
-    place = locate(LONG, tmp_path, progress=False)
+    place = _locate(LONG, tmp_path, progress=False)
     job = module.Job(place.work.name, LONG, place, 1.)
     s = module.Supervisor([job], tmp_path, tmp_path / '.work', 1, 1, 'title')
     s.fill()
@@ -526,7 +526,7 @@ def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
 def test_every_end_of_a_process_is_put_into_words(tmp_path):
     place = module.Place(QUICK, None, tmp_path / 'x.json', tmp_path)
     (tmp_path / 'stderr.txt').write_text('', encoding='utf-8')
-    for code in (-9, -34, -63, 1, 0xC0000005): assert str(abs(code)) in module.complaint(module.Job('x', QUICK, place, 1.), code)
+    for code in (-9, -34, -63, 1, 0xC0000005): assert str(abs(code)) in module._complaint(module.Job('x', QUICK, place, 1.), code)
 
 
 def test_plain_lines_now_and_then(capfd):
@@ -561,13 +561,13 @@ def test_each_gpu_gets_runs_of_its_own(named, gpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module.torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(module.torch.cuda, 'device_count', lambda: 3)
     started, slots = [], []
-    monkeypatch.setattr(module, 'start_worker', lambda orders, folder, **environment: started.append(environment['CUDA_VISIBLE_DEVICES']))
+    monkeypatch.setattr(module, '_start_worker', lambda orders, folder, **environment: started.append(environment['CUDA_VISIBLE_DEVICES']))
     monkeypatch.setattr(module.Supervisor, 'supervise', lambda self, *rest: (slots.append(self.slots), self.fill()))
     study = Study('four', '?', lambda base: {f'L={L}': {'model.n_layers': L} for L in (1, 2, 3, 4)})
     with pytest.warns(UserWarning): run_study(study, QUICK, 1, tmp_path, progress=False)     # there are no records
     assert slots == [len(gpus)] and started == gpus
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    assert module.own_gpus() == []
+    assert module._own_gpus() == []
 
 
 def test_a_cluster_makes_what_is_missing_once(done, tmp_path, capfd):
@@ -583,7 +583,7 @@ def test_a_cluster_makes_what_is_missing_once(done, tmp_path, capfd):
 
 def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkeypatch):
     submitit = pytest.importorskip('submitit')
-    place = locate(QUICK, tmp_path, progress=False)
+    place = _locate(QUICK, tmp_path, progress=False)
     job, handed = module.Job(place.work.name, QUICK, place, 1.), []
     class Waiting(submitit.LocalJob):
         def done(self, force_check=False): return self.job_id == 'there'
@@ -592,7 +592,7 @@ def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkey
         return [Waiting(self.folder, 'here') for _ in lists[0]]
     monkeypatch.setattr(submitit.AutoExecutor, 'map_array', map_array)
     monkeypatch.setattr(submitit.LocalExecutor, 'job_class', Waiting)
-    def give(): return module.hand_over([job], tmp_path, tmp_path / '.work', 'local', None)[job.name].job.job_id
+    def give(): return module._hand_over([job], tmp_path, tmp_path / '.work', 'local', None)[job.name].job.job_id
     assert give() == give() == 'here' and len(handed) == 1
     for text in (json.dumps(stamp(dict(cluster='local', job='there'))), json.dumps(stamp(dict(cluster='slurm', job='here'))), '{'):
         (place.work / 'job.json').write_text(text, encoding='utf-8')     # done, of another cluster, damaged
@@ -602,9 +602,9 @@ def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkey
 
 def test_a_job_that_has_to_leave_saves_and_would_go_on(tmp_path):
     pytest.importorskip('submitit')
-    place = locate(LONG, tmp_path, progress=False)
+    place = _locate(LONG, tmp_path, progress=False)
     orders, task = module.Job(place.work.name, LONG, place, 1.).orders(tmp_path, tmp_path / '.work', 1), module.ClusterRun()
-    task.process = module.start_worker(orders, place.work)
+    task.process = module._start_worker(orders, place.work)
     wait_for(lambda: list(place.work.glob('checkpoints/step-*')), task.process)
     again = task.checkpoint(orders, str(place.work))
     assert task.process.returncode == 130 and again.args == (orders, str(place.work))
@@ -615,8 +615,8 @@ def test_a_job_that_has_to_leave_saves_and_would_go_on(tmp_path):
 def test_a_cluster_that_cannot_be_used_is_refused(on, tmp_path, monkeypatch):
     pytest.importorskip('submitit')
     monkeypatch.setenv('PATH', '/nowhere')
-    place = locate(QUICK, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=on.split()[0]): module.hand_over([module.Job('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
+    place = _locate(QUICK, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=on.split()[0]): module._hand_over([module.Job('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
 
 
 # ---- intervals and statistics
@@ -818,9 +818,9 @@ def test_equivalent_decay_has_the_published_product():
 @pytest.mark.parametrize('scale', SCALES)
 def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
     base = scale_config(scale)
-    fixed = vary(base, source_setting(base))
-    baselines = {variant_key(c) for name in ('gqa', 'moe', 'remedies', 'context') for c in [STUDIES[name].runs(base)[0][1]]}
-    assert baselines == {variant_key(fixed)}
+    fixed = vary(base, _source_setting(base))
+    baselines = {_variant_key(c) for name in ('gqa', 'moe', 'remedies', 'context') for c in [STUDIES[name].runs(base)[0][1]]}
+    assert baselines == {_variant_key(fixed)}
     for label, c in STUDIES['context'].runs(base):
         assert c.train.steps * c.train.tokens_per_step == pytest.approx(fixed.train.steps * fixed.train.tokens_per_step, rel=.02)
         assert c.score.n_sequences * c.model.context_length == fixed.score.n_sequences * fixed.model.context_length
@@ -831,8 +831,8 @@ def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
     assert all(abs(n / gqa['G=1'] - 1) < .01 for label, n in gqa.items() if 'matched' in label)
     ladder = list(STUDIES['ladder'].changes(base).values())
     assert all(set(ladder[i]) <= set(ladder[j]) for i, j in ((1, 2), (2, 4), (4, 7), (7, 8)))  # a rung keeps what the one before had
-    every = {variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base)}
-    assert {variant_key(c) for _, c in STUDIES['sources'].runs(base)} == every and len(STUDIES['sources'].runs(base)) == len(every)
+    every = {_variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base)}
+    assert {_variant_key(c) for _, c in STUDIES['sources'].runs(base)} == every and len(STUDIES['sources'].runs(base)) == len(every)
 
 
 def test_claims_compare_the_variants_that_they_speak_of():
@@ -934,13 +934,13 @@ def test_measures_are_added_to_a_finished_run_and_change_nothing_else(tmp_path):
 def test_measurements_of_other_lengths_are_made_again(had, asked, missing):
     record = dict(status='finished', floors={}, config=dict(lengths=had), lengths={str(T): {} for T in had})
     config = vary(SHORT, {'measures': ('lengths',), 'lengths': asked})
-    assert module.missing_measures(record, config) == missing
-    assert module.missing_measures(record | dict(status='diverged'), config) == []
+    assert module._missing_measures(record, config) == missing
+    assert module._missing_measures(record | dict(status='diverged'), config) == []
 
 
 @pytest.mark.parametrize('had, missing', [({}, []), ({'n_questions': SHORT.n_questions}, []), ({'n_questions': SHORT.n_questions + 1}, ['cloze'])])
 def test_another_number_of_questions_is_asked_again(had, missing):
-    assert module.missing_measures(dict(status='finished', floors={}, config=had, cloze={}), vary(SHORT, {'measures': ('cloze',)})) == missing
+    assert module._missing_measures(dict(status='finished', floors={}, config=had, cloze={}), vary(SHORT, {'measures': ('cloze',)})) == missing
 
 
 def test_a_record_says_how_its_model_was_trained_and_not_how_it_is_asked_for(tmp_path):

@@ -26,8 +26,8 @@ from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
 from sparsecod.integrity import Damaged, check_seal, seal, stamp
 from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, choose_strategy,
-                             decay_product, evaluate, find_world, learning_rate, load_result, lock_folder, make_label, make_optimizer,
-                             parameter_groups, read_log, run_id, sequences_per_step, summarize_watch, train)
+                             decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder, _make_label, make_optimizer,
+                             parameter_groups, read_log, _run_id, sequences_per_step, summarize_watch, train)
 
 V = 64
 MODEL = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, context_length=16)
@@ -518,7 +518,7 @@ def test_how_a_run_is_carried_out_may_change(whole, stopped):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with lock_folder(tmp_path, find_world()), pytest.raises(RuntimeError, match='in use'): quiet(tmp_path)
+    with _lock_folder(tmp_path, find_world()), pytest.raises(RuntimeError, match='in use'): quiet(tmp_path)
 
 
 # ---------------------------------------------------------------- divergence
@@ -727,11 +727,11 @@ def test_a_tracker_that_is_not_there_is_refused_first(name, error, tmp_path, mon
 
 
 def test_how_a_model_is_divided_names_no_other_run():
-    labels = [make_label(MODEL, CONFIG.replace(**how), 'x') for how in ({}, *WAYS.values())]
-    assert len({run_id(label) for label in labels}) == 1
-    old = make_label(MODEL, CONFIG, 'x')
+    labels = [_make_label(MODEL, CONFIG.replace(**how), 'x') for how in ({}, *WAYS.values())]
+    assert len({_run_id(label) for label in labels}) == 1
+    old = _make_label(MODEL, CONFIG, 'x')
     for name in ('strategy', 'activation_checkpointing'): del old['train'][name]
-    assert run_id(old) == run_id(labels[0])
+    assert _run_id(old) == _run_id(labels[0])
 
 
 @pytest.mark.parametrize('resume', [True, False])

@@ -113,13 +113,13 @@ def test_twins_are_the_same_run_at_64_times_the_variance(corpus):
 
 def test_a_price_is_near_what_is_paid(corpus):
     config = vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'train.steps': 40, 'model.n_layers': 6, 'n_eval': 16})
-    resources.step_speed.cache_clear()
+    resources._step_speed.cache_clear()
     cost, found = run_cost(config), []
     for _ in range(3):                                # a busy machine gets a few tries
         start, run = time.perf_counter(), done(training(config, corpus)).runs[0]
         found.append((time.perf_counter() - start) / cost.seconds)
         if .5 < found[-1] < 2: break
-        resources.step_speed.cache_clear()
+        resources._step_speed.cache_clear()
         cost = run_cost(config)
     assert .4 < found[-1] < 2.5, found
     assert cost.parameters == sum(p.numel() for p in run.model.parameters()) and cost.tokens == 40 * 512
@@ -136,15 +136,15 @@ def test_memory_is_no_less_than_the_weights():
 
 @pytest.mark.parametrize('path, value', [('model.n_experts', 10 ** 6), ('model.n_layers', 10 ** 7), ('model.d_model', 10 ** 6)])
 def test_what_does_not_fit_is_refused_unbuilt(path, value, monkeypatch):
-    monkeypatch.setattr(resources, 'step_speed', lambda *sizes: pytest.fail('a model of that size was built'))
+    monkeypatch.setattr(resources, '_step_speed', lambda *sizes: pytest.fail('a model of that size was built'))
     with pytest.raises(ValueError, match=f'{path}={value:,}'): run_cost(vary(BENCH, {path: value}))
 
 
 def test_a_thousand_blocks_have_a_price(monkeypatch):
     built = []
     monkeypatch.setattr(resources, 'Transformer', lambda config: built.append(config.n_layers) or Transformer(config))
-    resources.step_speed.cache_clear()
-    assert run_cost(vary(BENCH, {'model.n_layers': 1000})).seconds > wd.ASK and max(built, default=0) <= 2
+    resources._step_speed.cache_clear()
+    assert run_cost(vary(BENCH, {'model.n_layers': 1000})).seconds > wd._ASK and max(built, default=0) <= 2
 
 
 @pytest.mark.parametrize('seconds, text', [(0.01, 'about 0.1 s'), (5, 'about 5 s'), (119, 'about 119 s'), (180, 'about 3 minutes'), (864000, 'about 10 days')])
@@ -192,7 +192,7 @@ def test_one_training_at_a_time(corpus):
 def test_errors_are_kept(corpus, changes, name):
     thread = done(training(vary(TINY, changes), corpus))
     assert thread.state == 'failed' and name in str(thread.error)
-    assert name in wd.state_text(thread)
+    assert name in wd._state_text(thread)
 
 
 def test_divergence_is_an_end(corpus):
@@ -219,7 +219,7 @@ def test_python_ends_while_a_training_lives():
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_widgets import *\n"
             "texts = [f'{n} a b c ' * 9 for n in range(400)]\nt = training(ENDLESS, Corpus.from_texts(texts, vocab_size=262))\n"
             "until(lambda: t.runs and t.runs[0].step > 2)\nif sys.argv[1:]: t.pause()\n"
-            "import atexit; atexit.register(lambda: print(t.state, t.why))\natexit.unregister(bench.stop_at_exit); atexit.register(bench.stop_at_exit)")
+            "import atexit; atexit.register(lambda: print(t.state, t.why))\natexit.unregister(bench._stop_at_exit); atexit.register(bench._stop_at_exit)")
     for argument in ([], ['pause']):
         ended = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True, timeout=120, env=os.environ | dict(
             OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])), encoding='utf-8')
@@ -231,7 +231,7 @@ def test_random_numbers_are_left_alone(corpus):
     expected = torch.rand(3)
     torch.manual_seed(5)
     done(training(TINY, corpus))
-    resources.step_speed.cache_clear()
+    resources._step_speed.cache_clear()
     run_cost(TINY)
     assert torch.equal(torch.rand(3), expected)
 
@@ -499,7 +499,7 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
         assert panel.training is None, 'something started that cannot be'
         panel.fields[path].value = right
         assert 'role="alert"' not in panel.cost.value
-    monkeypatch.setattr(wd, 'ASK', 0.)
+    monkeypatch.setattr(wd, '_ASK', 0.)
     press('start')
     assert panel.training is None and 'again' in panel.cost.value, 'hours are not asked about'
     press('start')
@@ -507,7 +507,7 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
     press('pause')
     assert panel.training.state == 'paused' and 'paused' in panel.says.value
     press('go on')
-    monkeypatch.setattr(wd, 'ASK', 600.)
+    monkeypatch.setattr(wd, '_ASK', 600.)
     other = wd.train_widget(TINY, tmp_path, corpus)
     buttons(other)['start'].click()
     other.training.join()
