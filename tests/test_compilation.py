@@ -1,5 +1,8 @@
 "The compiled step computes what the plain one does, and what is chosen is the fastest that may be."
 import os
+import platform
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,3 +309,20 @@ def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
     monkeypatch.setattr(compilation, 'step_seconds', seconds)
     found = [choose_execution(*trial, 1000, 'fp32', 'auto') for _ in range(2)]
     assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss) for loss in asked) == 2, found
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
+def test_kept_memory_is_not_asked_for_again_and_given_back_at_the_end():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            parts = [torch.ones(2 ** 22) for _ in range(12)]   # 16 MiB each: together more than glibc keeps by itself
+            del parts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    def resident(): return int(Path('/proc/self/statm').read_text(encoding='utf-8').split()[1])
+    usual = faults()
+    with compilation.kept_memory():
+        faults()                                                # the first time, memory must come from the system
+        kept, held = faults(), resident()
+    assert kept < usual / 4, (kept, usual)
+    assert resident() < held - 2 ** 14                          # pages of 4 KiB: 64 MiB or more went back
