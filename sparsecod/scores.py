@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedModel, open_model
+from .compilation import kept_memory
 from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .core import LOGITS_AT_ONCE, Transformer, check_finite, full_precision
 from .data import Tokenizer
@@ -724,7 +725,7 @@ def score_model(
     swapped = choose_pairs(len(model.blocks), pairs, config.seed)
     plan = plan_memory(model, len(windows), windows.shape[1] - 1, config, memory, as_published)
     key = _measurement_key(model, windows, fit_windows, config, plan, as_published, swapped) if resume is not None else {}
-    with untouched(model):
+    with untouched(model), nullcontext() if memory else kept_memory():   # what is kept may exceed the bound
         measured = measure(scoring_model(model), windows, fit_windows, config, progress, plan, Parts(resume, key), as_published, swapped)
     return summarise(*measured, config, windows, fit_windows, model.config.d_model, pair_intervals, swapped)
 
