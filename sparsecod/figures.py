@@ -8,28 +8,27 @@ __all__ = ['OKABE_ITO', 'MARKERS', 'STYLE', 'DEPTH', 'VARIANT', 'SETTINGS', 'STA
            'label_variants', 'looks', 'finished', 'plot_variance', 'plot_updates', 'plot_curve', 'plot_final_variance',
            'draw_floors', 'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'plot_score', 'plot_published',
            'plot_published_peak', 'plot_published_jacobian', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance',
-           'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'markdown_table', 'folded', 'estimate_text',
+           'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'folded', 'estimate_text',
            'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records',
-           'learnt_little', 'study_cells', 'study_table', 'published_numbers', 'published_columns', 'beside_table',
-           'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table',
-           'plot_lengths']
+           'learnt_little', 'study_cells', 'study_table', 'published_columns', 'beside_table', 'plot_study',
+           'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
 import math
 import re
 import textwrap
+from collections import namedtuple
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .claims import CLAIMS, PUBLISHED, number
+from .claims import CLAIMS, PUBLISHED, markdown_table, number
 from .studies import RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed, read_metric, run_study
 from .studies import scale_config, seed_list, study_named, t_interval
 from .train import FREE_FIELDS
@@ -75,7 +74,6 @@ def label(value, by: str = DEPTH) -> str:
     "A setting as it is written in legends, such as L = 16."
     return str(value) if by == VARIANT else f'{SETTINGS.get(by, (by.split(".")[-1],))[0]} = {value}'
 
-# %% ../nbs/tools/07_figures.ipynb #ae71f0d5
 def flat_config(record: dict) -> dict:
     "All that decides the outcome of a run except the seed: part.field -> value."
     flat = {'corpus': record['provenance']['corpus_fingerprint']}
@@ -109,8 +107,7 @@ def by_setting(records: list[dict], by: str = DEPTH) -> dict:
     return groups
 
 # %% ../nbs/tools/07_figures.ipynb #48ccadc7
-def label_variants(study: str | Study, records: list[dict],
-                   base: RunConfig | None = None) -> list[dict]:
+def label_variants(study: str | Study, records: list[dict], base: RunConfig | None = None) -> list[dict]:
     "Copies of a study's records in the order of its variants, each with its label under 'variant'; base None: of their scale."
     return [r | {VARIANT: name} for name, group in by_variant(study, records, base).items() for r in group]
 
@@ -130,16 +127,11 @@ def looks(values: list, by: str = DEPTH) -> dict:
             for v, m in zip(values, MARKERS * 9)}
 
 # %% ../nbs/tools/07_figures.ipynb #d2834b32
-class _Series(NamedTuple):
-    "One line of a figure: the mean over seeds, and its range."
-    x: list            # layers, blocks or steps
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    seeds: int         # how many
+_Series = namedtuple('_Series', 'x mean low high seeds')   # x: layers, blocks or steps; seeds: how many
 
 def _series(records: list[dict], line: Callable[[dict], dict], by: str = DEPTH) -> dict:
-    "The line of each setting, at the places that all its finished runs have; `line` gives a run's values by place, if it has any."
+    """The line of each setting, the mean over seeds with its range, at the places that all its finished runs have; `line`
+    gives a run's values by place, if it has any."""
     series = {}
     for value, group in by_setting(records, by).items():
         lines = [points for r in group if r['status'] == 'finished' and (points := line(r))]
@@ -235,13 +227,11 @@ def plot_curve(records: list[dict], name: str, ax=None, by: str = DEPTH):
             points = _curve(r, name)
             if r['status'] == 'finished' or not points: continue
             ax.plot(list(points), list(points.values()), '--', color=look['color'], lw=1, marker='x',
-                    markevery=[-1],
-                    label=f'{label(value, by)}, seed {r["seed"]}: diverged')
+                    markevery=[-1], label=f'{label(value, by)}, seed {r["seed"]}: diverged')
             _legend(ax, by)
     ax.set(xlabel='training step', ylabel=name)
     return ax
 
-# %% ../nbs/tools/07_figures.ipynb #015837ab
 @use_style()
 def plot_final_variance(records: list[dict], statistic: str = 'mean', ax=None, by: str = DEPTH):
     "Variance of the last layer's stream, one of STATISTICS, against training step."
@@ -250,8 +240,7 @@ def plot_final_variance(records: list[dict], statistic: str = 'mean', ax=None, b
            title=f'Final-layer variance in training\n({STATISTICS[statistic]})')
     return ax
 
-FLOORS = dict(frequencies='token frequencies', pairs='table of token pairs',
-              triples='table of token triples')   # key in a record: label
+FLOORS = dict(frequencies='token frequencies', pairs='table of token pairs', triples='table of token triples')
 
 def _floor_losses(records: list[dict], names: Iterable[str]) -> dict[str, list[float]]:
     "Lowest and highest held-out loss, over the runs, of simpler models that have read what the runs have read; by label."
@@ -286,58 +275,49 @@ def plot_jacobian(records: list[dict], variant: str = 'per_token', ax=None, by: 
     "Jacobian deviation, one of JACOBIANS, against block."
     _one_of(JACOBIANS, variant=variant)
     return _draw_layers(ax, records, lambda r: _profile(r, f'jacobian_{variant}'), by, 'block l',
-                        ylabel='‖J − I‖ / D',
-                        yscale='log', title=f'Jacobian deviation, {JACOBIANS[variant]}')
+                        ylabel='‖J − I‖ / D', yscale='log', title=f'Jacobian deviation, {JACOBIANS[variant]}')
 
 # %% ../nbs/tools/07_figures.ipynb #f8045de0
-def estimates(
-    records: list[dict],
-    measure: str | Callable[[dict], float],  # a metric, or a function of a finished run that gives a number; NaN: none
-    by: str = DEPTH,
-    log: bool = False,   # average the function's numbers by ratio, as for variances
-) -> dict:               # setting -> value, low, high, n, and what the interval is over
-    "A scalar over the seeds of each setting; settings where no run has it are left out."
+def estimates(records: list[dict], measure: str | Callable[[dict], float], by: str = DEPTH) -> dict:
+    """A scalar over the seeds of each setting: setting -> value, low, high, n, and what the interval is over. `measure` is a
+    metric, or a function of a finished run (NaN: it has none); settings where no run has it are left out."""
     if isinstance(measure, str): read, log = lambda r: read_metric(r, measure), logarithmic(measure)
-    else: read = lambda r: dict(value=v, low=v, high=v) if (v := measure(r)) == v else None
-    found = {value: [m for r in finished(group) if (m := read(r))]
-             for value, group in by_setting(records, by).items()}
+    else: read, log = lambda r: dict(value=v, low=v, high=v) if (v := measure(r)) == v else None, False
+    found = {value: [m for r in finished(group) if (m := read(r))] for value, group in by_setting(records, by).items()}
     return {value: over_seeds(metrics, log) for value, metrics in found.items() if metrics}
 
 # %% ../nbs/tools/07_figures.ipynb #9b201c28
-METRICS = {
-    'causal': ('Causal score', 'relative change of updates'),
-    'causal_max': ('Causal score (largest, later tokens)', 'relative change of updates'),
-    'causal_without_block_1': ('Causal score without block 1', 'relative change of updates'),
-    'permutation_without_block_1': ('Permutation score without block 1', 'relative change of the loss'),
-    'permutation': ('Permutation score', 'relative change of the loss'),
-    'usefulness': ('Usefulness', 'share of blocks'),
-    'linear_loss_increase': ('Cost of an affine block', 'loss increase (nats a token)'),
-    'skip_loss_increase': ('Cost of skipping a block', 'loss increase (nats a token)'),
-    'final_variance': ('Final-layer variance, mean', 'variance of $h_L$'),
-    'final_variance_median': ('Final-layer variance, median', 'variance of $h_L$'),
-    'final_variance_without_first': ('Final-layer variance, no position 0', 'variance of $h_L$'),
-    'growth': ('Growth of the variance', '$v_L / v_1$ (median over tokens)'),
-    'growth_mean': ('Growth of the mean variance', '$v_L / v_1$'),
-    'growth_without_first': ('Growth, no position 0', '$v_L / v_1$'),
-    'first_variance': ('Variance after block 1', 'variance of $h_1$'),
-    'jacobian_deviation': ('Jacobian deviation, per token', 'mean over blocks'),
-    'jacobian_per_sequence': ('Jacobian deviation, per sequence', 'mean over blocks'),
-    'jacobian_deviation_published': ('Jacobian deviation, as published', 'mean over blocks'),
-    'val_loss': ('Held-out loss', 'nats a token'),
-    'perplexity': ('Perplexity', 'held-out perplexity'), 'accuracy': ('Cloze accuracy', 'share of questions'),
-    'accuracy_plain': ('Cloze accuracy, plain', 'share of questions'),
-    'density': ('Effective density', 'share of connections'),
-    'density_attention': ('Effective density, attention', 'share of connections'),
-    'density_feed_forward': ('Effective density, feed-forward', 'share of connections'),
-    'keys_for_90_percent': ('Keys for 90 % of the mass', 'share of visible keys'),
-    'attention_entropy': ('Attention entropy', 'share of the largest possible'),
-    'mass_on_first': ('Attention on position 0', 'share of the mass'),
-    'weights_below_0_01': ('Weights below 0.01', 'share of weights'),
-    'weights_below_0_1_rms': ('Weights below 0.1 RMS', 'share of weights'),
-    'participation': ('Participation ratio of weights', 'share of weights'),
-    'kv_density': ('Key/value density 1/G', 'heads K / heads H'),
-    'expert_density': ('Expert density k/E', 'share of experts'),
-}
+METRICS = {name: (title, axis) for axis, titles in {
+    'relative change of updates': dict(
+        causal='Causal score', causal_max='Causal score (largest, later tokens)',
+        causal_without_block_1='Causal score without block 1'),
+    'relative change of the loss': dict(
+        permutation_without_block_1='Permutation score without block 1', permutation='Permutation score'),
+    'share of blocks': dict(usefulness='Usefulness'),
+    'loss increase (nats a token)': dict(
+        linear_loss_increase='Cost of an affine block', skip_loss_increase='Cost of skipping a block'),
+    'variance of $h_L$': dict(
+        final_variance='Final-layer variance, mean', final_variance_median='Final-layer variance, median',
+        final_variance_without_first='Final-layer variance, no position 0'),
+    '$v_L / v_1$ (median over tokens)': dict(growth='Growth of the variance'),
+    '$v_L / v_1$': dict(growth_mean='Growth of the mean variance', growth_without_first='Growth, no position 0'),
+    'variance of $h_1$': dict(first_variance='Variance after block 1'),
+    'mean over blocks': dict(
+        jacobian_deviation='Jacobian deviation, per token', jacobian_per_sequence='Jacobian deviation, per sequence',
+        jacobian_deviation_published='Jacobian deviation, as published'),
+    'nats a token': dict(val_loss='Held-out loss'), 'held-out perplexity': dict(perplexity='Perplexity'),
+    'share of questions': dict(accuracy='Cloze accuracy', accuracy_plain='Cloze accuracy, plain'),
+    'share of connections': dict(
+        density='Effective density', density_attention='Effective density, attention',
+        density_feed_forward='Effective density, feed-forward'),
+    'share of visible keys': dict(keys_for_90_percent='Keys for 90 % of the mass'),
+    'share of the largest possible': dict(attention_entropy='Attention entropy'),
+    'share of the mass': dict(mass_on_first='Attention on position 0'),
+    'share of weights': dict(
+        weights_below_0_01='Weights below 0.01', weights_below_0_1_rms='Weights below 0.1 RMS',
+        participation='Participation ratio of weights'),
+    'heads K / heads H': dict(kv_density='Key/value density 1/G'),
+    'share of experts': dict(expert_density='Expert density k/E')}.items() for name, title in titles.items()}
 
 # %% ../nbs/tools/07_figures.ipynb #9d86542b
 def metric_text(name: str) -> tuple[str, str]:
@@ -425,10 +405,9 @@ def plot_score(records: list[dict], name: str, ax=None, by: str = DEPTH):
 
 # %% ../nbs/tools/07_figures.ipynb #59c5edf7
 def _published(claim: str) -> dict:
-    "The published numbers of a claim, by setting: one, or two for 'from, to'; empty if there are none."
+    "The published numbers of a claim, by depth: one, or two for 'from, to'; empty if there are none."
     text = next((c.published for c in CLAIMS if c.id == claim), '')    # such as L=12: 420, or L=12: 1700 to 420
-    found = re.findall(r'\w+=([\d.]+): ([\d.]+)(?: to ([\d.]+))?', text)
-    return {float(x) if '.' in x else int(x): tuple(float(y) for y in ys if y) for x, *ys in found}
+    return {int(L): tuple(float(y) for y in ys if y) for L, *ys in re.findall(r'L=(\d+): ([\d.]+)(?: to ([\d.]+))?', text)}
 
 def _paper_axes(ax, title: str, ylabel: str):
     "Axes for published numbers: grey, and labelled."
@@ -438,15 +417,15 @@ def _paper_axes(ax, title: str, ylabel: str):
     return ax
 
 @use_style()
-def plot_published(name: str, ax=None, by: str = DEPTH, study: str = 'depth'):
-    "One of METRICS against a setting, as published; an empty panel that says so if it was not."
-    ax, points = _paper_axes(ax, *metric_text(name)), _published(f"{study}-{name.replace('_', '-')}")
+def plot_published(name: str, ax=None):
+    "One of METRICS against depth, as published; an empty panel that says so if it was not."
+    ax, points = _paper_axes(ax, *metric_text(name)), _published(f"depth-{name.replace('_', '-')}")
     if not points:
         ax.text(.5, .5, 'not published', transform=ax.transAxes, ha='center', color='#555555')
         ax.set(xticks=[], yticks=[], ylabel='')
         return ax
-    places = _spread(ax, list(points), by)
-    ax.plot([places[x] for x in points], [y[-1] for y in points.values()], 's--', color='#555555')
+    places = _spread(ax, list(points), DEPTH)
+    ax.plot(list(places.values()), [y[-1] for y in points.values()], 's--', color='#555555')
     if logarithmic(name): ax.set_yscale('log')
     return ax
 
@@ -497,8 +476,7 @@ def plot_pairs(records: list[dict], name: str = 'causal', ax=None, by: str = DEP
     step = 1 if L <= 8 else 2 if L <= 16 else 4
     ticks = sorted({1, *range(step, L + 1, step), L})
     ax.set(title=f'{title}\n({label(_setting(records[0], by), by)})', xlabel=x, ylabel=y, xticks=ticks,
-           yticks=ticks,
-           aspect='equal', facecolor='#eeeeee')
+           yticks=ticks, aspect='equal', facecolor='#eeeeee')
     ax.invert_yaxis()
     ax.grid(False)
     return ax
@@ -572,8 +550,7 @@ def plot_thresholds(records: list[dict], ax=None, by: str = DEPTH):
     _draw_series(ax, series, records, by, markers=False)
     ax.axvline(records[0]['config']['score']['threshold'] - 1, color='#555555', ls='--', lw=1.2)
     ax.set(xscale='log', xlabel='threshold of the loss ratio (dashed: the published one)',
-           ylabel='share of useful blocks',
-           ylim=(-.03, 1.03), title='Usefulness by threshold')
+           ylabel='share of useful blocks', ylim=(-.03, 1.03), title='Usefulness by threshold')
     ax.set_xticks(ticks, [f'{1 + t:g}' for t in ticks])
     if series: _legend(ax, by, loc='upper right')
     return ax
@@ -615,11 +592,6 @@ def span(middle: float, low: float, high: float) -> str:
     "A number with its range, such as 0.35 (0.33 to 0.38); no line ends within the range."
     return number(middle) if low == high or low != low else f'{number(middle)} ({number(low)}\xa0to\xa0{number(high)})'
 
-def markdown_table(header: list, rows: list[list]) -> str:
-    "A Markdown table."
-    return '\n'.join('| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-                     for cells in [header, ['---'] * len(header), *rows])
-
 def folded(title: str, text: str) -> str:
     "Markdown that shows its title, and the rest after a click."
     return f'<details><summary>{title}</summary>\n\n{text}\n\n</details>'
@@ -632,18 +604,13 @@ def estimates_table(records: list[dict], names: list[str], by: str = DEPTH) -> s
     "Our estimates with their 95 % intervals, a row a setting."
     columns = [estimates(records, name, by) for name in names]
     return markdown_table([SETTINGS.get(by, (by,))[0], *(metric_text(name)[0] for name in names)],
-                          [[v, *(estimate_text(column.get(v)) for column in columns)]
-                           for v in by_setting(records, by)])
+                          [[v, *(estimate_text(column.get(v)) for column in columns)] for v in by_setting(records, by)])
 
-def published_table(names: list[str], study: str = 'depth', first: str = 'L') -> str:
-    "The paper's numbers, a row a setting."
-    columns = [_published(f"{study}-{name.replace('_', '-')}") for name in names]
-    settings = sorted({x for column in columns for x in column})
-    return markdown_table([f'paper: {first}', *(metric_text(name)[0] for name in names)],
-                          [[f'{x:g}', *(f'{column[x][-1]:g}' if x in column else '' for column in columns)]
-                           for x in settings])
+def published_table(names: list[str]) -> str:
+    "The paper's numbers of the depth study, a row a depth."
+    return markdown_table(['paper: L', *(metric_text(name)[0] for name in names)],
+                          [[row.removeprefix('L='), *(f'{found[name]:g}' for name in names)] for row, found in PUBLISHED['depth'].items()])
 
-# %% ../nbs/tools/07_figures.ipynb #0348d44a
 def verdict_text(row: dict) -> str:
     "One row of the ledger as a sentence."
     s, claim = row['statistic'], row['statement']
@@ -664,26 +631,19 @@ def runs_text(records: list[dict], by: str = DEPTH) -> str:
 # %% ../nbs/tools/07_figures.ipynb #5793f057
 def results_folder(start: str | Path = '.') -> Path:
     "The folder `results` of the repository around a place."
-    places = [Path(start).absolute(), *Path(start).absolute().parents]
-    root = next((p for p in places if (p / 'settings.ini').exists() and (p / 'nbs').is_dir()), None)
-    if root is None: raise FileNotFoundError(f'{Path(start).absolute()} is not inside a clone of the repository: no settings.ini was found upwards of it')
+    start = Path(start).absolute()
+    root = next((p for p in (start, *start.parents) if (p / 'settings.ini').exists() and (p / 'nbs').is_dir()), None)
+    if root is None: raise FileNotFoundError(f'{start} is not inside a clone of the repository: no settings.ini was found upwards of it')
     return root / 'results'
 
-
-def page_records(
-    studies: str | tuple[str, ...],  # that the page is about
-    scale: str,                      # a key of SCALES
-    seeds: int | Iterable[int],      # how many, or which
-    folder: str | Path,              # of the records
-    rerun: bool = False,             # run what the folder lacks, unless it is that of the committed records
-    written: str = 'laptop',         # scale of the runs that the text of the page is about
-) -> tuple[list[dict], bool]:        # records, and whether text and checks of the page are about them
-    "What a study page shows."
+def page_records(studies: str | tuple[str, ...], scale: str, seeds: int | Iterable[int], folder: str | Path,
+                 rerun: bool = False, written: str = 'laptop') -> tuple[list[dict], bool]:
+    """What a study page shows: records of a scale and of so many or these seeds, and whether text and checks of the page,
+    which are about runs of the scale `written`, are about them. `rerun` runs what a folder of one's own lacks."""
     seeds, committed = seed_list(seeds), Path(folder).resolve() == results_folder().resolve()
     studies = [studies] if isinstance(studies, str) else studies
     if rerun and committed: raise ValueError(f"FOLDER={folder} holds the committed records; a rerun needs a folder of its own, such as '../../runs'")
-    if rerun:
-        for study in studies: run_study(study, scale, seeds, out=folder)
+    for study in studies if rerun else (): run_study(study, scale, seeds, out=folder)
     found = {r['id']: r for study in studies for r in load_results(folder, scale, study) if r['seed'] in seeds}
     if not found: raise ValueError(f'FOLDER={folder} has no runs of scale {scale}, seeds {seeds}; RERUN = True with a folder of its own makes them')
     recorded = committed and (scale, seeds) == (written, [0, 1, 2])
@@ -707,7 +667,6 @@ def _dagger(groups: dict[str, list[dict]]) -> tuple[dict, str]:
     return titles, (f' † Held-out loss not below {losses} nats a token, the loss of token frequencies alone: '
                     f"these models have learnt less than how frequent each token is{f' ({some})' if some else ''}.")
 
-# %% ../nbs/tools/07_figures.ipynb #09b383aa
 def study_cells(runs: list[dict], names: list[str]) -> tuple[dict, dict, str]:  # runs as from label_variants
     "The cells of a table of variants: variant -> column title -> cell; variant -> its title; and a note."
     groups, columns = by_setting(runs, VARIANT), {name: estimates(runs, name, VARIANT) for name in names}
@@ -727,50 +686,39 @@ def study_table(study: str | Study, records: list[dict], names: list[str], base:
     "Estimates with intervals over seeds, a row a variant, as Markdown."
     runs = label_variants(study, records, base)
     rows, titles, note = study_cells(runs, names)
-    missing = [name for name in study_named(study).changes(base or scale_config(runs[0]['scale']))
-               if name not in rows]
-    return markdown_table([VARIANT, *next(iter(rows.values()))],
-                          [[titles[v], *cells.values()] for v, cells in rows.items()]) + (
-        f'\n\n{note}' + (f" Not run: {', '.join(missing)}." if missing else ''))
+    missing = [name for name in study_named(study).changes(base or scale_config(runs[0]['scale'])) if name not in rows]
+    table = markdown_table([VARIANT, *next(iter(rows.values()))], [[titles[v], *cells.values()] for v, cells in rows.items()])
+    return f'{table}\n\n{note}' + (f" Not run: {', '.join(missing)}." if missing else '')
 
 # %% ../nbs/tools/07_figures.ipynb #dd2d7d5d
-def published_numbers(study: str | Study) -> dict[str, dict]:
-    "The paper's numbers for a study: its row -> metric -> number; empty if it has none."
-    return PUBLISHED.get(study_named(study).name, {})
-
 def published_columns(study: str | Study, names: list[str]) -> dict[str, dict]:
     "The paper's numbers by column, of the metrics that it has: column title -> its row -> number as text."
     title = lambda name: 'mean downstream accuracy' if name == 'accuracy' else metric_text(name)[0]  # the paper's is not our cloze task
-    columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in published_numbers(study).items()
-                                         if row.get(name) is not None}
-               for name in names}
+    rows = PUBLISHED.get(study_named(study).name, {})
+    columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if name in row} for name in names}
     return {title: column for title, column in columns.items() if column}
-
 
 def beside_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None) -> str:
     "Our estimates and the paper's numbers side by side; rows that only the paper has come last."
     ours, marked, note = study_cells(label_variants(study, records, base), names)
     paper, titles = published_columns(study, names), list(next(iter(ours.values())))
-    theirs = [v for v in published_numbers(study) if v not in ours
-              and any(v in column for column in paper.values())]
+    theirs = [v for v in dict.fromkeys(v for column in paper.values() for v in column) if v not in ours]
     row = lambda v: [marked.get(v, v), *(ours.get(v, {}).get(t, '') for t in titles),
                      *(column.get(v, '') for column in paper.values())]
     return markdown_table([VARIANT, *titles, *paper], [row(v) for v in [*ours, *theirs]]) + f'\n\n{note}'
 
 # %% ../nbs/tools/07_figures.ipynb #2eb9b70c
-def _small_axes(n: int, columns: int, height: float = 3.0):
-    "A figure with axes for small multiples."
-    columns = max(1, min(n, columns))
-    rows = -(-n // columns)
+def _small_axes(n: int, height: float = 3.0):
+    "A figure with axes for small multiples, two in a row."
+    rows, columns = -(-n // 2), min(n, 2)
     fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, height * rows), squeeze=False)
     for ax in axes.flat[n:]: ax.remove()
-    return fig, list(axes.flat[:n])
+    return fig, axes.flat[:n]
 
 @use_style()
-def plot_study(study: str | Study, records: list[dict], names: list[str], columns: int = 2,
-               base: RunConfig | None = None):
+def plot_study(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None):
     "Small multiples, one a metric: variants in a row, means with 95 % intervals, and a ring for each seed."
-    runs, (fig, axes) = label_variants(study, records, base), _small_axes(len(names), columns)
+    runs, (fig, axes) = label_variants(study, records, base), _small_axes(len(names))
     for ax, name in zip(axes, names): plot_score(runs, name, ax, VARIANT).set_xlabel('')
     return fig
 
@@ -830,15 +778,16 @@ def _reference(study: str | Study, records: list[dict], against: str | None, bas
     "The variant to compare with: the study's first, unless another is named."
     if not records: by_setting(records)                     # says what to do
     known = list(study_named(study).changes(base or scale_config(records[0]['scale'])))
-    if against is not None: _one_of(known, '; ', against=against)
-    return known[0] if against is None else against
+    against = against or known[0]
+    _one_of(known, '; ', against=against)
+    return against
 
 @use_style()
 def plot_changes(study: str | Study, records: list[dict], names: list[str], against: str | None = None,
-                 columns: int = 2, base: RunConfig | None = None):
+                 base: RunConfig | None = None):
     "Changes within a seed from one variant (None: the study's first) to the others, with 95 % intervals over seeds: one picture a metric."
     runs, against = label_variants(study, records, base), _reference(study, records, against, base)
-    fig, axes = _small_axes(len(names), columns, 1.5 + .42 * max(2, len(by_setting(runs, VARIANT)) - 1))
+    fig, axes = _small_axes(len(names), 1.5 + .42 * max(2, len(by_setting(runs, VARIANT)) - 1))
     for ax, name in zip(axes, names): _draw_changes(ax, runs, name, against)
     return fig
 
@@ -879,11 +828,9 @@ def plot_scatter(study: str | Study, records: list[dict], x: str, y: str, ax=Non
 
 # %% ../nbs/tools/07_figures.ipynb #0ca276e9
 def correlation_table(rows: list[dict]) -> str:
-    "Rank correlations over seeds as Markdown; rows have x, y, value, low, high (None or NaN: not defined), n seeds and variants."
-    number_or = lambda v: math.nan if v is None else v
-    text = lambda r: '-' if r['value'] is None or r['value'] != r['value'] else span(r['value'], number_or(r['low']), number_or(r['high']))
+    "Rank correlations over seeds as Markdown; rows have x, y, value, low, high (NaN: not defined), n seeds and variants."
     return markdown_table(['one', 'other', 'rank correlation', 'seeds', 'variants'],
-                          [[metric_text(r['x'])[0], metric_text(r['y'])[0], text(r), r['n'], r['variants']]
+                          [[metric_text(r['x'])[0], metric_text(r['y'])[0], span(r['value'], r['low'], r['high']), r['n'], r['variants']]
                            for r in rows])
 
 # %% ../nbs/tools/07_figures.ipynb #e5fe56dd

@@ -13,7 +13,8 @@ from sparsecod import report as pages
 from sparsecod.claims import ledger
 from sparsecod.figures import label_variants
 from sparsecod.integrity import Damaged
-from sparsecod.report import _NEAR_IDENTITY, _SMALL_SWAP, Estimate, comparison_frame, comparison_page, difference, file_names, layers, made_up, mismatches, pairs
+from sparsecod.report import _NEAR_IDENTITY, _SMALL_SWAP, Estimate, comparison_frame, comparison_page, file_names, mismatches
+from sparsecod.report import _difference as difference, _layers as layers, _made_up as made_up, _pairs as pairs
 from sparsecod.report import plain_reading, read_comparison, read_scores, _score_explorer, score_page, score_table, _skip_explorer, write_page, write_report
 from sparsecod.studies import SCALES, STUDIES
 from synthetic import depth_study, variants
@@ -444,7 +445,7 @@ def test_a_report_does_not_average_unlike_runs(tmp_path):
 def test_pairs_that_were_not_swapped_are_not_counted(missing, swapped):
     "Of a deep model only some pairs are swapped, and a reading must not speak of all."
     values = [[None if i == j or (min(i, j), max(i, j)) in missing else .001 for j in range(4)] for i in range(4)]
-    said = ' '.join(pages.read_swaps(made_up(permutation=pairs(values), skip_loss_increase=layers([1.] * 4))))
+    said = ' '.join(pages._read_swaps(made_up(permutation=pairs(values), skip_loss_increase=layers([1.] * 4))))
     assert f'{swapped} pairs' in said and ('all 6 pairs' in said) == (swapped == 6) and ('6 in all' in said) == (swapped < 6)
 
 
