@@ -76,11 +76,8 @@ def field_value(config: RunConfig, path: str):
     part, _, name = path.rpartition('.')
     return getattr(getattr(config, part) if part else config, name)
 
-def read_config(
-    base: RunConfig,         # for all that has no field
-    texts: dict[str, str],   # what the fields hold, by path
-) -> RunConfig:
-    "The run that the fields describe; a ValueError names the field that is wrong."
+def read_config(base: RunConfig, texts: dict[str, str]) -> RunConfig:
+    "The run that the fields describe, by path, `base` for all that has no field; a ValueError names the field that is wrong."
     changes = {}
     for path, text in texts.items():
         whole = isinstance(field_value(base, path), int)
@@ -146,10 +143,7 @@ def run_kind(config: RunConfig) -> tuple:
     "What decides the speed of a run."
     return config.model.replace(n_layers=1, vocab_size=1), config.train.tokens_per_step, config.train.micro_batch_tokens
 
-def run_cost(
-    config: RunConfig,       # of a run
-    speeds: dict = {},       # run_kind -> operations a second of earlier runs
-) -> Cost:
+def run_cost(config: RunConfig, speeds: dict = {}) -> Cost:  # speeds: run_kind -> operations a second of earlier runs
     "What a run will take; a ValueError names the field if it cannot be trained, or does not fit."
     m, t, device = config.model, config.train, find_world().device
     tokens = t.steps * t.tokens_per_step
@@ -168,11 +162,8 @@ def run_cost(
 
 # %% ../nbs/tools/13_bench.ipynb #4bf619fa
 @torch.no_grad()
-def _look(
-    model: Transformer,
-    held_out: Tensor,    # windows, (N, T + 1)
-) -> dict:               # val_loss; variance_mean and variance_median, L + 1 numbers each
-    "Held-out loss, and variance by layer."
+def _look(model: Transformer, held_out: Tensor) -> dict:  # windows, (N, T + 1)
+    "Held-out loss, and mean and median of the variance by layer, L + 1 numbers each."
     h = model.embed(held_out[:, :-1])
     variance = [channel_variance(h)]
     h = model.run(h, watch=lambda l, out: variance.append(channel_variance(out.stream)))
@@ -180,16 +171,11 @@ def _look(
                 variance_mean=[v.mean().item() for v in variance], variance_median=[v.median().item() for v in variance])
 
 @torch.no_grad()
-def _sentence(
-    model: Transformer,
-    corpus: Corpus,
-    held_out: Tensor,    # windows, (N, T + 1)
-    n_new: int = 24,     # tokens to write
-) -> str:
+def _sentence(model: Transformer, corpus: Corpus, held_out: Tensor) -> str:  # windows, (N, T + 1)
     "How a model goes on with a held-out text, after three dots; nothing if its numbers are not finite."
     start, generator = held_out[:1, :8], torch.Generator(held_out.device).manual_seed(0)
     if not all(p.isfinite().all() for p in model.parameters()): return ''
-    try: text = model.generate(start, n_new, temperature=.8, generator=generator)[0].tolist()
+    try: text = model.generate(start, 24, temperature=.8, generator=generator)[0].tolist()
     except RuntimeError: return ''                  # finite weights, and logits that are not
     return f'{corpus.tokenizer.decode(text[:8])} … {corpus.tokenizer.decode(text[8:])}'
 
@@ -242,12 +228,10 @@ class Training(threading.Thread):
     "Runs, one after another, in a thread."
     alone, turn = None, threading.Lock()       # the one started last; held while another is started
 
-    def __init__(self,
-        variants: list[Variant],      # what to train
-        corpus: Corpus | None = None, # None: as their data fields say
-        tell: Callable[['Training'], None] = lambda training: None,  # called at changes, and at most twice a second between
-        runs: list | None = None,     # the runs so far, to which its own are added; None: a new list
-    ):
+    def __init__(self, variants: list[Variant], corpus: Corpus | None = None,
+                 tell: Callable[['Training'], None] = lambda training: None, runs: list | None = None):
+        """Train variants on a corpus (None: as their data fields say). `tell` is called at changes, and at most twice a second
+        between them; `runs` are the runs so far, to which its own are added."""
         super().__init__(daemon=True)          # does not keep Python from ending
         self.variants, self.corpus, self.tell, self.told = variants, corpus, tell, 0.
         self.runs, self.state, self.why, self.error = [] if runs is None else runs, 'waiting', '', None

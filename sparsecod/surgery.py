@@ -62,13 +62,10 @@ class Plan:
 # %% ../nbs/tools/14_surgery.ipynb #b76815b4
 class Surgery:
     "A live model under operation, judged on held-out windows. It is only read."
-    def __init__(self,
-        model,                              # anything that adapt takes
-        windows: Tensor,                    # to measure the loss on, (N, T + 1)
-        fit_windows: Tensor | None = None,  # others, to fit affine maps on, (M, T + 1); None: no block can be linearised
-        batch_size: int = 16,               # sequences in memory at once
-        memory: int = 2 ** 30,              # bytes for streams that are kept
-    ):
+    def __init__(self, model, windows: Tensor, fit_windows: Tensor | None = None, batch_size: int = 16,
+                 memory: int = 2 ** 30):
+        """Of anything that adapt takes: the loss is measured on `windows` (N, T + 1), affine maps are fitted on others, (M, T + 1)
+        (None: no block can be linearised). `batch_size` sequences are in memory at once, and `memory` bytes of streams are kept."""
         self.model = adapt(model)
         if fit_windows is None: check_sequences(self.model, least=2, windows=windows)
         else: check_windows(self.model, windows, fit_windows)
@@ -141,18 +138,12 @@ class Surgery:
     def loss(self, plan: Plan | None = None) -> float: return self.losses(plan).mean().item()
 
 # %% ../nbs/tools/14_surgery.ipynb #07e87744
-def change(
-    after: Tensor,   # losses of windows, (N,)
-    before: Tensor,  # of the same, (N,)
-) -> dict:           # value, and low and high ends of the 95 % interval
-    "Mean difference of losses."
+def change(after: Tensor, before: Tensor) -> dict:
+    "Mean difference of the losses (N,) of the same windows: value, and low and high ends of the 95 % interval."
     return mean_estimate(after - before)
 
-def skip_costs(
-    surgery: Surgery,
-    first: int = 1,    # block to begin with
-) -> Iterator[dict]:   # of block first, first + 1, ..: see change
-    "What it costs to skip each block."
+def skip_costs(surgery: Surgery, first: int = 1) -> Iterator[dict]:
+    "What it costs to skip each block from the first on: see change."
     model, L, own = surgery.model, len(surgery.plan.places), surgery.losses()
     def carry(h, start, stop):
         for l in range(start, stop): h = surgery.block(h, l, 'keep')
@@ -167,11 +158,8 @@ def skip_costs(
 
 # %% ../nbs/tools/14_surgery.ipynb #6d012fce
 @contextmanager
-def running(
-    surgery: Surgery,  # of a network of the transformers library
-    plan: Plan,
-):
-    "Within, the network runs the plan by itself; afterwards, it is as it was."
+def running(surgery: Surgery, plan: Plan):
+    "Within, a network of the transformers library runs the plan by itself; afterwards, it is as it was."
     model, blocks = surgery.model, surgery.model.blocks
     def replace(l, mode):
         def hook(block, args, kwargs, out):
@@ -196,15 +184,9 @@ def _cached_logits(surgery: Surgery, plan: Plan, tokens: list[int], device) -> I
             read = len(tokens) if past is not None else 0
             yield out.logits[:, -1].float()
 
-def write(
-    surgery: Surgery,
-    plan: Plan,
-    tokens: list[int],          # a text to continue
-    n_new: int = 40,            # tokens to write
-    temperature: float = 0.8,   # 0: always the most likely token
-    seed: int = 0,              # of the draws
-) -> Iterator[int]:             # the new tokens, one after another
-    "Continue a text with the operated model."
+def write(surgery: Surgery, plan: Plan, tokens: list[int], n_new: int = 40, temperature: float = 0.8,
+          seed: int = 0) -> Iterator[int]:
+    "Continue a text with the operated model, token by token; at temperature 0 with the most likely one."
     model, device = surgery.model, surgery.windows.device
     check_sequences(model, least=1, tokens=torch.tensor([tokens], dtype=torch.long))
     tokens, draw = list(tokens), torch.Generator(device).manual_seed(seed)
@@ -249,11 +231,8 @@ class Job(threading.Thread):
 
 class Table:
     "What somebody does to a model, click by click, and what comes of it."
-    def __init__(self,
-        surgery: Surgery,
-        tokenizer=None,                           # None: texts are numbers
-        tell: Callable[[], None] = lambda: None,  # called whenever there is something new to show
-    ):
+    def __init__(self, surgery: Surgery, tokenizer=None, tell: Callable[[], None] = lambda: None):
+        "Without a tokenizer texts are numbers; `tell` is called whenever there is something new to show."
         self.surgery, self.tokenizer, self.tell = surgery, tokenizer, tell
         self.plan, self.history, self.first = surgery.plan, [], None   # now; before; the block that is to be swapped
         self.losses, self.seconds, self.costs = None, 0., []           # of the plan, (N,); to find them; of skipping a block
@@ -272,7 +251,6 @@ class Table:
     def edit(self, plan: Plan):
         self.history.append(self.plan)
         self.go(plan)
-
     def undo(self): self.go(self.history.pop() if self.history else self.plan)
     def reset(self): self.edit(self.surgery.plan)
 
@@ -305,7 +283,7 @@ class Table:
             if plan not in s.known and plan is self.plan and self.history: self.plan = self.history.pop()
             self.tell()
 
-    def compose(self, plan: Plan, n_new: int = 40):
+    def compose(self, plan: Plan):
         "Write a text token by token, and tell of it while it grows."
         key, told = (plan, self.prompt), time.monotonic()
         if key in self.texts: return
@@ -313,7 +291,7 @@ class Table:
         ids = list(encode(self.prompt))
         if not ids: raise ValueError(f'prompt={self.prompt!r} must hold at least one token')
         try:
-            for token in write(self.surgery, plan, ids, n_new):
+            for token in write(self.surgery, plan, ids):
                 ids.append(token)
                 self.texts[key] = ' '.join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
                 if time.monotonic() - told > .2:
@@ -325,15 +303,10 @@ class Table:
         self.tell()
 
 # %% ../nbs/tools/14_surgery.ipynb #77dea6e7
-def library_windows(
-    model,                   # that can be scored
-    tokenizer,               # with encode
-    T: int = 64,             # positions
-    seconds: float = 1.,     # for a pass over those to score
-) -> tuple[Tensor, Tensor]:  # to score and to fit on, (n, T + 1)
-    "Windows from the sources of Python's standard library."
+def library_windows(model, tokenizer) -> tuple[Tensor, Tensor]:
+    "Windows (n, T + 1) from the sources of Python's standard library, at most 64 tokens long: to score in a second, and to fit on."
     if tokenizer is None: raise ValueError('this model comes without a tokenizer; give windows of tokens, (N, T + 1), or a tokenizer to make some')
-    T = min(T, model.config.context_length or T)
+    T = min(64, model.config.context_length or 64)
     ids, most, M = [], 16, max(16, -(-4 * model.config.d_model // T))
     for path in sorted(Path(threading.__file__).parent.glob('*.py')):
         ids += tokenizer.encode(path.read_text(encoding='utf-8'))
@@ -341,8 +314,8 @@ def library_windows(
     windows = torch.tensor(ids[:(most + M) * (T + 1)]).view(-1, T + 1).to(next(model.parameters()).device)
     with untouched(model):
         one = timed(lambda: model.token_losses(model.run(model.embed(windows[:2, :-1])), windows[:2, 1:]), windows.device) / 2
-    n = max(4, min(most, int(seconds / one)))
-    return windows[:n, :1 + min(T, max(16, int(T * seconds / (n * one))))], windows[most:]
+    n = max(4, min(most, int(1 / one)))
+    return windows[:n, :1 + min(T, max(16, int(T / (n * one))))], windows[most:]
 
 def models_at_hand(folder: str | Path = 'runs') -> list[str]:
     "Folders below a folder that hold a model."

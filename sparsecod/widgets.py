@@ -285,12 +285,10 @@ class TrainPanel(_Panel):
         self.table_of_operation.children = [self.surgery.view]
         return f'{run.name} lies on the table below.'
 
-def train_widget(
-    scale: str | RunConfig | None = None,   # where the fields start: a run of your own, or a key of SCALES; None: BENCH
-    out: str | Path = 'runs',         # where exported runs go
-    corpus: Corpus | None = None,     # what to train on; None: as the scale says
-) -> TrainPanel:                      # shown by a notebook
-    "Train and compare models by clicks."
+def train_widget(scale: str | RunConfig | None = None, out: str | Path = 'runs',
+                 corpus: Corpus | None = None) -> TrainPanel:
+    """Train and compare models by clicks. The fields start at `scale`, a run of your own or a key of SCALES (None: BENCH);
+    exported runs go to `out`; models are trained on `corpus` (None: as the scale says)."""
     return TrainPanel(scale, out, corpus)
 
 # %% ../nbs/tools/12_widgets.ipynb #bbce754e
@@ -366,11 +364,10 @@ class SurgeryPanel(_Panel):
         return (f'<p class="says" role="status">Loss <b class="loss">{losses.mean():.4f}</b> nats, untouched <b class="own">{own.mean():.4f}</b>{sure}; '
                 f'{len(losses)} windows of {T} tokens, in {self.table.seconds:.1f} s.</p>')
 
-def surgery_widget(
-    model,                              # a live model that adapt takes, a folder, a GGUF file, or a name on the Hub
-    tokenizer=None,                     # with encode and decode; None: the one beside the model, else text is shown as numbers
-    windows: Tensor | None = None,      # held-out windows, (N, T + 1); None: from the standard library, by the tokenizer
-    fit_windows: Tensor | None = None,  # other windows for the affine maps, (M, T + 1); None: with windows, no block is linearised
-) -> SurgeryPanel:                      # shown by a notebook
-    "Operate on the blocks of a model by clicks."
+def surgery_widget(model, tokenizer=None, windows: Tensor | None = None,
+                   fit_windows: Tensor | None = None) -> SurgeryPanel:
+    """Operate by clicks on the blocks of a model: a live one that adapt takes, a folder, a GGUF file, or a name on the Hub. The
+    tokenizer has encode and decode (None: the one beside the model, else text is shown as numbers). Losses are of held-out
+    windows, (N, T + 1) (None: from Python's standard library), affine maps of other windows, (M, T + 1) (None: with windows,
+    no block is linearised)."""
     return SurgeryPanel(model, tokenizer, windows, fit_windows)
