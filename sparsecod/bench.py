@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +37,7 @@ from .train import DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, fin
 from .twins import train_scaled, twin
 
 # %% ../nbs/tools/13_bench.ipynb #7eeff934
-class _Field(NamedTuple):
-    "A field of a run that the bench offers."
-    text: str             # what it is called
-    group: str            # where it stands
-    symbol: str           # its name in tables
-    choices: tuple = ()   # the words that it may hold; (): a number
+_Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])   # words that it may hold; (): a number
 
 FIELDS = {
     'model.n_layers': _Field('blocks', 'Model', 'L'),

@@ -442,19 +442,16 @@ CLAIMS += [Claim(f'sources-{x}-{y}'.replace('_', '-'), f'Across the runs of all 
            for text, x, y, side in LINKS]
 
 # %% ../nbs/tools/06_claims.ipynb #8e2d070f
-_CHECKS = []   # pairs: what a row of the ledger says, and a function that gives what we get, and whether it agrees
+_CHECKS = []   # functions that do a sum, and give a row of the ledger
 
 def _sum(id: str, statement: str, source: str, published: str, rule: str, control: bool = False):
-    "Note a statement of the page, beside the function that checks it by arithmetic."
-    about = dict(id=id, statement=statement, source=source, control=control, published=published, rule=rule)
-    return lambda compute: _CHECKS.append((about, compute))
-
-def _sum_row(about: dict, compute: Callable[[], tuple[str, bool]]) -> dict:
-    "Do the sum: a row of the ledger."
-    ours, agrees = compute()
-    verdict = 'confirmed' if agrees else 'contradicted'
-    return about | dict(study=None, metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict,
-                        direction=verdict, floor=None, registered=None)
+    "Note a statement of the page, beside the function that checks it: what we get, and whether it agrees."
+    def row(ours: str, agrees: bool) -> dict:
+        verdict = 'confirmed' if agrees else 'contradicted'
+        return dict(id=id, statement=statement, source=source, control=control, published=published, rule=rule, study=None,
+                    metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict, direction=verdict,
+                    floor=None, registered=None)
+    return lambda compute: _CHECKS.append(lambda: row(*compute()))
 
 @_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.', 'published page', '2.56',
       'agrees if some consistent count gives 2.56 within 0.01')
@@ -578,7 +575,7 @@ def ledger(records: list[dict], study: str | None = None, base: RunConfig | None
     scale = base or (scale_config(records[0]['scale']) if records else None)
     about = lambda c: not scale or _needed(list(variant_keys(study_named(c.study), scale)), c.needs) is not None
     rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c) and (study in (None, c.study) or c.primary)])
-    if study is None: return rows + [_sum_row(*check) for check in _CHECKS]
+    if study is None: return rows + [check() for check in _CHECKS]
     return [row for row in rows if row['study'] == study]
 
 # %% ../nbs/tools/06_claims.ipynb #1298eeff

@@ -331,8 +331,7 @@ _LAYERS = alt.Axis(tickMinStep=1, grid=False, labelOverlap=True)
 
 def _estimate_rows(estimates: list[Estimate], first: int = 1, **more) -> list[dict]:
     "Rows for a chart; an estimate without a value is left out."
-    return [dict(block=l, **e._asdict(), **more) for l, e in enumerate(estimates, first)
-            if e.value is not None]
+    return [dict(block=l, **e._asdict(), **more) for l, e in enumerate(estimates, first) if e.value is not None]
 
 def _pair_rows(pairs: list[list[Estimate]]) -> list[dict]:
     "Rows for a heat map; a pair without a value is left out."
