@@ -12,7 +12,9 @@ import math
 import shutil
 import statistics
 import textwrap
+from collections import namedtuple
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +43,12 @@ def _clean(x) -> float | None:
     "A finite number, or None."
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
 
-def _checked(scores: dict, name: str, value, low, high) -> Estimate:
-    "An estimate without what cannot be trusted: an interval with one end, or from one sequence."
-    value, low, high = map(_clean, (value, low, high))
+def _checked(scores: dict, name: str, values, low, high):
+    "An estimate, or lists of them, without what cannot be trusted: an interval with one end, or from one sequence."
+    if isinstance(values, list):
+        blank = [None] * len(values)
+        return [_checked(scores, name, *three) for three in zip(values, low or blank, high or blank)]
+    value, low, high = map(_clean, (values, low, high))
     n = (scores.get('settings') or {}).get('n_jacobian' if name.startswith('jacobian') else 'n_sequences')
     bounded = None not in (value, low, high) and (n is None or n > 1)
     return Estimate(value, low, high) if bounded else Estimate(value)
@@ -54,18 +59,10 @@ def _scalar(scores: dict, name: str) -> Estimate:
     found = scores['scalars'].get(name) or {}
     return _checked(scores, name, found.get('value'), found.get('low'), found.get('high'))
 
-def _by_layer(scores: dict, name: str) -> list[Estimate]:
-    "A score by layer, one for each block or stream; empty if the score is not there."
-    values = scores['arrays'].get(name) or []
+def _by_layer(scores: dict, name: str) -> list:
+    "A score by layer, one for each block or stream, or by pair, (L, L); empty if the score is not there."
     ends = (scores.get('intervals') or {}).get(name) or {}
-    low, high = (ends.get(end) or [None] * len(values) for end in ('low', 'high'))
-    return [_checked(scores, name, *three) for three in zip(values, low, high)]
-
-def _by_pair(scores: dict, name: str) -> list[list[Estimate]]:  # (L, L); empty if the score is not there
-    "A score of pairs."
-    values, ends = scores['arrays'].get(name) or [], (scores.get('intervals') or {}).get(name) or {}
-    low, high = (ends.get(end) or [[None] * len(row) for row in values] for end in ('low', 'high'))
-    return [[_checked(scores, name, *three) for three in zip(*rows)] for rows in zip(values, low, high)]
+    return _checked(scores, name, scores['arrays'].get(name) or [], ends.get('low'), ends.get('high'))
 
 def _n_blocks(scores: dict) -> int:
     "How many blocks the scored model has."
@@ -76,12 +73,8 @@ def _n_blocks(scores: dict) -> int:
     raise ValueError(f"scores['arrays'] holds {sorted(arrays)}; it must hold variance_mean or another score by layer")
 
 # %% ../nbs/tools/09_report.ipynb #b0784a7a
-class _Sides(NamedTuple):
-    "Blocks on either side of a line."
-    below: list[int]
-    above: list[int]
-    open: list[int]   # the interval contains the line
-    sure: bool        # decided by intervals, not by values alone
+# blocks on either side of a line; open: the interval contains it; sure: decided by intervals, not by values alone
+_Sides = namedtuple('_Sides', 'below above open sure')
 
 def _sides(estimates: list[Estimate], line: float) -> _Sides:
     "Sort blocks by the side on which their interval lies, or their value if not all intervals are known."
@@ -94,10 +87,7 @@ def _sides(estimates: list[Estimate], line: float) -> _Sides:
 # %% ../nbs/tools/09_report.ipynb #c9398b02
 def _listed(numbers: list[int], one: Callable[[int], str], span: str) -> str:
     "Numbers in words; three or more in a row become a range, which `span` says of its ends."
-    runs = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1: runs[-1].append(n)
-        else: runs.append([n])
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
     words = [w for run in runs for w in ([span.format(one(run[0]), one(run[-1]))] if len(run) > 2 else map(one, run))]
     return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
@@ -169,7 +159,7 @@ _SMALL_SWAP = 0.01     # share of the loss; a pair whose swap changes the loss b
 
 def _read_swaps(scores: dict) -> list[str]:
     "Which blocks can change places."
-    L, E, least = _n_blocks(scores), _by_pair(scores, 'permutation'), f'{100 * _SMALL_SWAP:g} %'
+    L, E, least = _n_blocks(scores), _by_layer(scores, 'permutation'), f'{100 * _SMALL_SWAP:g} %'
     if L == 1: return ['One block has no pairs: the causal and permutation scores are not defined.']
     known = [e for i, row in enumerate(E) for e in row[i + 1:] if e.value is not None] if len(E) == L else []
     if not known: return ['Swaps: what they cost is not known.']
@@ -194,7 +184,7 @@ def _read_skips(scores: dict) -> list[str]:
     for name, part in dict(attention='attention', feed_forward='feed-forward layer').items():
         found = _sides(_by_layer(scores, f'{name}_loss_increase'), 0)
         if found.sure: lines += _say('sublayer', part=part, free=sorted(found.below + found.open))
-    angles = {n: [e.value for e in row if e.value is not None] for n, row in enumerate(_by_pair(scores, 'angular_distance'), 1)}
+    angles = {n: [e.value for e in row if e.value is not None] for n, row in enumerate(_by_layer(scores, 'angular_distance'), 1)}
     spans = [(n, min(row), row.index(min(row)) + 1) for n, row in angles.items() if n in (2, 4, 8) and n < len(angles) and row]
     return lines + (_say('spans', found=spans) if spans else [])
 
@@ -399,10 +389,8 @@ def _heat(name: str, title: str, across: str, down: str, rows: list[dict], other
         stroke=alt.condition(touched, alt.value(ORANGE), alt.value(None)),
         tooltip=_tips(i=down, j=across, value='value', **_ENDS)).properties(name=name, width=270, height=270, title=title)
 
-def _score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = (), name: str = 'sce-scores',
-                   made: dict | None = None) -> Explorer | None:
-    """Linked charts of the scores of a model: what can go, then how the layers differ; None where there is nothing to
-    draw. `floors` are costs of a skip below which nothing is shown, in nats a token, as dashed lines."""
+def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {}) -> Explorer | None:
+    "Linked charts of the scores of a model: what can go, then how the layers differ; None where there is nothing to draw."
     L, charts, tables, texts = _n_blocks(scores), [], [], []
     def add(chart, view, title, text, **columns):
         charts.append(chart)
@@ -410,13 +398,13 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = 
         texts.append(f'{title}: {text}')
     def add_bars(score):
         title, text, unit, base = BARS[score]
-        lines = dict(usefulness_ratio=(_threshold_of(scores),), skip_loss_increase=floors).get(score, ())
+        lines = (_threshold_of(scores),) if score == 'usefulness_ratio' else ()
         if not (found := _estimate_rows(_by_layer(scores, score))): return
         dashed = f' Dashed: {", ".join(map(_few, lines))}.' if lines else ''
         add(_bars(score, title, unit, found, base, lines), score, title, text + dashed, block='block', value=unit)
     def add_heat(score):
         title, text, down, across = _HEATS[score]
-        if L > 1 and len(pairs := _by_pair(scores, score)) == L and (found := _pair_rows(pairs)):
+        if L > 1 and len(pairs := _by_layer(scores, score)) == L and (found := _pair_rows(pairs)):
             add(_heat(score, title, across, down, found), score, title, text, i=down, j=across, value='value')
     for score in list(BARS)[:4]: add_bars(score)
     add_heat('angular_distance')
@@ -434,13 +422,13 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, floors: tuple = 
     for score in list(_HEATS)[1:]: add_heat(score)
     if not charts: return None
     views = [t['view'] for t in tables if t['view'] in BARS or t['view'] == 'streams']
-    return Explorer(name, 'Scores by block', _linked(charts, L), tables,
+    return Explorer('sce-scores', 'Scores by block', _linked(charts, L), tables,
                     f'Charts of the scores of a model of {L} blocks: {", ".join(t["title"] for t in tables)}.',
-                    ' '.join(texts) + ' Whiskers: 95 % intervals.', {}, made or {}, dict(pick=views))
+                    ' '.join(texts) + ' Whiskers: 95 % intervals.', {}, made, dict(pick=views))
 
 _VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
 
-def _skip_explorer(scores: dict, floors: tuple = (), name: str = 'sce-skips') -> Explorer | None:
+def _skip_explorer(scores: dict) -> Explorer | None:
     "What each block costs to leave out, cheapest first; None where that is not known."
     cost = _by_layer(scores, 'skip_loss_increase')
     found, (_, _, unit, _) = _sides(cost, 0), BARS['skip_loss_increase']
@@ -459,11 +447,11 @@ def _skip_explorer(scores: dict, floors: tuple = (), name: str = 'sce-skips') ->
     bar = here.mark_bar().encode(x, y('value'), colour, tooltip=tip).properties(name='skips')
     whisker = here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2)
     whisker = whisker.encode(x, y('low'), alt.Y2('high:Q'))
-    chart = alt.layer(bar, *[whisker] * found.sure, *_dashed(y('line'), (0, *floors))).properties(width='container', height=240)
+    chart = alt.layer(bar, *[whisker] * found.sure, *_dashed(y('line'), (0,))).properties(width='container', height=240)
     columns = dict(block='block', value=unit, **_ENDS, verdict='verdict')
     ends = ('Whiskers: 95 % intervals.' if found.sure else
             'Colours go by the values alone: no intervals of single blocks are stored.')
-    return Explorer(name, 'What it costs to leave out a block', alt.concat(chart, columns=1),
+    return Explorer('sce-skips', 'What it costs to leave out a block', alt.concat(chart, columns=1),
                     [dict(title='Cost of each block, cheapest first', view='skips', columns=columns)],
                     f'Bars: rise of the loss without each of {_n_blocks(scores)} blocks, cheapest first.',
                     'One block at a time; what several cost together need not be the sum (sparsecod prune measures it). '
@@ -498,11 +486,10 @@ def _facts_of(scores: dict, about: dict | None = None) -> dict:  # fact -> text
     return {str(k): f'{v:,}' if type(v) is int else str(v) for k, v in facts.items()}
 
 # %% ../nbs/tools/09_report.ipynb #5d574492
-def score_page(scores: dict, title: str | None = None, about: dict | None = None, sparsity: dict | None = None,
-               floors: tuple = ()) -> str:
+def score_page(scores: dict, title: str | None = None, about: dict | None = None, sparsity: dict | None = None) -> str:
     """One HTML page that needs nothing else: what can go, a plain reading, linked charts, and all numbers. `about` has
     facts about the model, such as name (the title, unless given), d_model, vocab_size and text."""
-    skips, charts, cost = _skip_explorer(scores, floors), _score_explorer(scores, sparsity, floors), _read_skips(scores)
+    skips, charts, cost = _skip_explorer(scores), _score_explorer(scores, sparsity), _read_skips(scores)
     numbers, shares = scores['scalars'], (sparsity or {}).get('scalars', {})
     tables = {'All scores in one number each': _table_rows({name: _scalar(scores, name) for name in numbers}, MEANING),
               'Sparsity': _table_rows({name: Estimate(_clean(x)) for name, x in shares.items()}, _SPARSE)}
@@ -524,8 +511,7 @@ def write_page(path: str | Path, scores: dict, **more) -> Path:
 def record_explorer(records: list[dict]) -> Explorer:
     "The charts of a run's scores."
     [record] = records
-    made = dict(function='record_explorer', runs=[record['name']])
-    return _score_explorer(record['scores'], record.get('sparsity'), made=made)
+    return _score_explorer(record['scores'], record['sparsity'], dict(function='record_explorer', runs=[record['name']]))
 
 # %% ../nbs/tools/09_report.ipynb #27a95479
 def _difference(a: Estimate, b: Estimate) -> Estimate:  # of B minus A
@@ -546,7 +532,7 @@ def read_scores(path: str | Path) -> dict:  # scores, and what the file says abo
     try:
         L = _n_blocks(found)
         for name in found['scalars']: _scalar(found, name)
-        for name in _HEATS: _by_pair(found, name)
+        for name in _HEATS: _pair_rows(_by_layer(found, name))
         for name in (*BARS, *_STREAMS.values()):
             values, want = _by_layer(found, name), L + (name in _STREAMS.values())
             if len(values) not in (0, want): raise ValueError(f'{name} has {len(values)} numbers, and {want} are wanted')
@@ -611,7 +597,7 @@ def read_comparison(a: dict, b: dict) -> list[str]:
     return lines + ['A difference has an interval as if the two had been measured on independent texts; on the same text it is '
                     'rather too wide. Of twenty intervals, about one is expected to miss the truth.']
 
-def _comparison_explorer(a: dict, b: dict, called: list[str], name: str = 'sce-comparison') -> Explorer:
+def _comparison_explorer(a: dict, b: dict, called: list[str]) -> Explorer:
     "Charts of the scores of two models."
     both, charts, tables = dict(zip((f'A: {called[0]}', f'B: {called[1]}'), (a, b))), [], []
     def add(chart, view, title, **columns):
@@ -629,12 +615,12 @@ def _comparison_explorer(a: dict, b: dict, called: list[str], name: str = 'sce-c
         if any(r['value'] > 0 for r in rows):
             add(_stream_lines(rows, score, head, (BLUE, GREY)), score, head, kind='model', block='stream', value='variance')
     for score, (title, _, down, across) in _HEATS.items():
-        maps = [_pair_rows(_by_pair(s, score)) for s in (a, b)]
+        maps = [_pair_rows(_by_layer(s, score)) for s in (a, b)]
         for kind, rows, others in zip('AB', maps, maps[::-1]):
             view, head = f'{score}_{kind}', f'{title}, {kind}'
             if rows: add(_heat(view, head, across, down, rows, others), view, head, i=down, j=across, value='value')
     said = [f'{title}: {text}' for score, (title, text, *_) in (BARS | _HEATS).items() if any(s['arrays'].get(score) for s in (a, b))]
-    return Explorer(name, 'Both models by block', _linked(charts, max(map(_n_blocks, (a, b)))), tables,
+    return Explorer('sce-comparison', 'Both models by block', _linked(charts, max(map(_n_blocks, (a, b)))), tables,
                     f'Charts of the scores of two models: {", ".join(t["title"] for t in tables)}.',
                     ' '.join(said) + ' Whiskers: 95 % intervals.', {}, {},
                     dict(pick=[t['view'] for t in tables if not t['view'].endswith(('_A', '_B'))]))

@@ -131,13 +131,12 @@ def test_a_file_is_written(tmp_path, scores, text):
     assert path.read_text(encoding='utf-8') == text
 
 
-def test_a_floor_is_drawn_with_the_costs(scores):
+def test_the_threshold_is_drawn_with_the_ratios(scores):
     def lines(explorer, view):
         spec = explorer.data['spec']
         chart = next(c for c in spec['concat'] if any((layer.get('name') or '').startswith(view) for layer in c.get('layer', [])))
         rows = [(spec['datasets'][data['name']] if 'name' in (data := layer['data']) else data['values'])[0] for layer in chart['layer'] if 'data' in layer]
         return [row['line'] for row in rows if 'line' in row]
-    assert lines(_score_explorer(scores, floors=(.25, .5)), 'skip_loss_increase') == [.25, .5]
     assert lines(_score_explorer(scores), 'skip_loss_increase') == [] and lines(_score_explorer(scores), 'usefulness_ratio') == [1.1]
 
 
