@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'BENCH', 'STORIES', 'read_number', 'field_value', 'read_config', 'Variant', 'variants', 'Cost', 'spell',
-           'run_kind', 'run_cost', 'look', 'sentence', 'Run', 'train_run', 'score_run', 'Training',
-           'stop_when_interrupted', 'useful_blocks', 'conclusion', 'compare', 'export_run']
+           'run_kind', 'run_cost', 'Run', 'Training', 'stop_when_interrupted', 'conclusion', 'compare', 'export_run']
 
 # %% ../nbs/tools/13_bench.ipynb #16881a0e
 import asyncio
@@ -15,6 +14,7 @@ import re
 import signal
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +37,7 @@ from .train import DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, fin
 from .twins import train_scaled, twin
 
 # %% ../nbs/tools/13_bench.ipynb #7eeff934
-class _Field(NamedTuple):
-    "A field of a run that the bench offers."
-    text: str             # what it is called
-    group: str            # where it stands
-    symbol: str           # its name in tables
-    choices: tuple = ()   # the words that it may hold; (): a number
+_Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])   # words that it may hold; (): a number
 
 FIELDS = {
     'model.n_layers': _Field('blocks', 'Model', 'L'),
@@ -77,11 +72,8 @@ def field_value(config: RunConfig, path: str):
     part, _, name = path.rpartition('.')
     return getattr(getattr(config, part) if part else config, name)
 
-def read_config(
-    base: RunConfig,         # for all that has no field
-    texts: dict[str, str],   # what the fields hold, by path
-) -> RunConfig:
-    "The run that the fields describe; a ValueError names the field that is wrong."
+def read_config(base: RunConfig, texts: dict[str, str]) -> RunConfig:
+    "The run that the fields describe, by path, `base` for all that has no field; a ValueError names the field that is wrong."
     changes = {}
     for path, text in texts.items():
         whole = isinstance(field_value(base, path), int)
@@ -143,15 +135,11 @@ def spell(seconds: float) -> str:
         if seconds >= 2 * size: return f'about {seconds / size:,.0f} {unit}'
     return f'about {max(seconds, 0.1):.1f} s'
 
-# %% ../nbs/tools/13_bench.ipynb #9076c6f8
 def run_kind(config: RunConfig) -> tuple:
     "What decides the speed of a run."
     return config.model.replace(n_layers=1, vocab_size=1), config.train.tokens_per_step, config.train.micro_batch_tokens
 
-def run_cost(
-    config: RunConfig,       # of a run
-    speeds: dict = {},       # run_kind -> operations a second of earlier runs
-) -> Cost:
+def run_cost(config: RunConfig, speeds: dict = {}) -> Cost:  # speeds: run_kind -> operations a second of earlier runs
     "What a run will take; a ValueError names the field if it cannot be trained, or does not fit."
     m, t, device = config.model, config.train, find_world().device
     tokens = t.steps * t.tokens_per_step
@@ -170,11 +158,8 @@ def run_cost(
 
 # %% ../nbs/tools/13_bench.ipynb #4bf619fa
 @torch.no_grad()
-def look(
-    model: Transformer,
-    held_out: Tensor,    # windows, (N, T + 1)
-) -> dict:               # val_loss; variance_mean and variance_median, L + 1 numbers each
-    "Held-out loss, and variance by layer."
+def _look(model: Transformer, held_out: Tensor) -> dict:  # windows, (N, T + 1)
+    "Held-out loss, and mean and median of the variance by layer, L + 1 numbers each."
     h = model.embed(held_out[:, :-1])
     variance = [channel_variance(h)]
     h = model.run(h, watch=lambda l, out: variance.append(channel_variance(out.stream)))
@@ -182,16 +167,11 @@ def look(
                 variance_mean=[v.mean().item() for v in variance], variance_median=[v.median().item() for v in variance])
 
 @torch.no_grad()
-def sentence(
-    model: Transformer,
-    corpus: Corpus,
-    held_out: Tensor,    # windows, (N, T + 1)
-    n_new: int = 24,     # tokens to write
-) -> str:
+def _sentence(model: Transformer, corpus: Corpus, held_out: Tensor) -> str:  # windows, (N, T + 1)
     "How a model goes on with a held-out text, after three dots; nothing if its numbers are not finite."
     start, generator = held_out[:1, :8], torch.Generator(held_out.device).manual_seed(0)
     if not all(p.isfinite().all() for p in model.parameters()): return ''
-    try: text = model.generate(start, n_new, temperature=.8, generator=generator)[0].tolist()
+    try: text = model.generate(start, 24, temperature=.8, generator=generator)[0].tolist()
     except RuntimeError: return ''                  # finite weights, and logits that are not
     return f'{corpus.tokenizer.decode(text[:8])} … {corpus.tokenizer.decode(text[8:])}'
 
@@ -214,7 +194,7 @@ class Run:
     @property
     def name(self) -> str: return f'{self.number}: {self.variant.label}'
 
-def train_run(run: Run, go_on: Callable[[], bool]):
+def _train_run(run: Run, go_on: Callable[[], bool]):
     "Train a run to its end, or as long as it may go on."
     c, T, device = run.config, run.config.model.context_length, find_world().device
     held_out = run.corpus.sample_windows('val', min(c.n_eval, run.corpus.n_windows('val', T)), T, c.text_seed)
@@ -224,16 +204,16 @@ def train_run(run: Run, go_on: Callable[[], bool]):
     for loss, run.model in steps:
         run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - start
         if not math.isfinite(loss): run.status = 'diverged'
-        elif logs_at(run.step, c.train): run.log.append(dict(step=run.step, loss=loss) | look(run.model, held_out))
+        elif logs_at(run.step, c.train): run.log.append(dict(step=run.step, loss=loss) | _look(run.model, held_out))
         if run.status == 'diverged': break
         if time.monotonic() >= write_at or run.step == c.train.steps:
-            run.text, write_at = sentence(run.model, run.corpus, held_out), time.monotonic() + 3
+            run.text, write_at = _sentence(run.model, run.corpus, held_out), time.monotonic() + 3
         if not go_on(): break
         start = time.perf_counter()
     if run.status == 'running' and run.step < c.train.steps: run.status = 'interrupted'
     steps.close()
 
-def score_run(run: Run):
+def _score_run(run: Run):
     "Measure what a run has learnt that was trained to its end, and what its blocks do."
     c = run.config
     result = TrainResult(run.model, run.log, 'finished', run.step, run.step * c.train.tokens_per_step, run.seconds, None)
@@ -244,12 +224,10 @@ class Training(threading.Thread):
     "Runs, one after another, in a thread."
     alone, turn = None, threading.Lock()       # the one started last; held while another is started
 
-    def __init__(self,
-        variants: list[Variant],      # what to train
-        corpus: Corpus | None = None, # None: as their data fields say
-        tell: Callable[['Training'], None] = lambda training: None,  # called at changes, and at most twice a second between
-        runs: list | None = None,     # the runs so far, to which its own are added; None: a new list
-    ):
+    def __init__(self, variants: list[Variant], corpus: Corpus | None = None,
+                 tell: Callable[['Training'], None] = lambda training: None, runs: list | None = None):
+        """Train variants on a corpus (None: as their data fields say). `tell` is called at changes, and at most twice a second
+        between them; `runs` are the runs so far, to which its own are added."""
         super().__init__(daemon=True)          # does not keep Python from ending
         self.variants, self.corpus, self.tell, self.told = variants, corpus, tell, 0.
         self.runs, self.state, self.why, self.error = [] if runs is None else runs, 'waiting', '', None
@@ -304,10 +282,10 @@ class Training(threading.Thread):
         run = Run(variant, config, self.corpus, max((r.number for r in self.runs), default=0) + 1)
         self.runs.append(run)
         self.change('training')
-        train_run(run, self.go_on)
+        _train_run(run, self.go_on)
         if run.status != 'running': return
         self.change('scoring')
-        score_run(run)
+        _score_run(run)
 
 @atexit.register
 def _stop_at_exit():
@@ -329,7 +307,7 @@ def stop_when_interrupted():
     except RuntimeError: pass                                 # no kernel
 
 # %% ../nbs/tools/13_bench.ipynb #e799e851
-def useful_blocks(record: dict) -> str:
+def _useful_blocks(record: dict) -> str:
     "Number of blocks that no affine map can stand in for, with its interval."
     L, found = record['config']['model']['n_layers'], record['scores']['scalars']['usefulness']
     n, low, high = (round(L * found[end]) for end in ('value', 'low', 'high'))
@@ -341,7 +319,7 @@ def conclusion(run: Run) -> str:
     r, loss = run.record, run.record['final']['val_loss']
     skip, ends = r['scores']['arrays']['skip_loss_increase'], r['scores']['intervals']['skip_loss_increase']
     b, gap = min(range(len(skip)), key=lambda i: skip[i]), loss['value'] - run.floors['pairs']
-    return (f'{run.name}: {useful_blocks(r)} blocks do what no affine map can do, and the cheapest one to leave out, block {b + 1}, '
+    return (f'{run.name}: {_useful_blocks(r)} blocks do what no affine map can do, and the cheapest one to leave out, block {b + 1}, '
             f'costs {span(skip[b], ends["low"][b], ends["high"][b])} nats. '
             f'Held-out loss {span(loss["value"], loss["low"], loss["high"])}, {abs(gap):.2f} {"above" if gap > 0 else "below"} a table of token pairs'
             + ('.' if is_trained(loss['value'], run.floors) else f': less than the {MARGIN} from which on blocks are judged.'))
@@ -356,7 +334,7 @@ def compare(runs: list[Run]):
     def outcome(r: Run):
         if r.record is None: return {'held-out loss': f'{r.status} at step {r.step}'}
         loss, median = r.record['final']['val_loss'], r.record['scores']['scalars']['final_variance_median']
-        return {'held-out loss': span(loss['value'], loss['low'], loss['high']), 'useful blocks': useful_blocks(r.record),
+        return {'held-out loss': span(loss['value'], loss['low'], loss['high']), 'useful blocks': _useful_blocks(r.record),
                 'variance after the last block': span(median['value'], median['low'], median['high']), 'seconds': f'{r.seconds:.0f}'}
     return differ.join(DataFrame.from_dict({r.name: outcome(r) for r in runs}, orient='index')).fillna('')
 

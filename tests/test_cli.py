@@ -582,7 +582,7 @@ def test_eval_says_what_is_missing(trained, type_in, monkeypatch):
 
 
 def test_the_main_job_sets_its_runs_beside_the_record(tmp_path, capsys):
-    from sparsecod.claims import QUANTITIES
+    from sparsecod.claims import _QUANTITIES
     from sparsecod.cli import _show_main
     from sparsecod.studies import by_variant, load_results
     found = by_variant('main', load_results(ROOT / 'results', 'laptop'))
@@ -591,9 +591,9 @@ def test_the_main_job_sets_its_runs_beside_the_record(tmp_path, capsys):
     for runs in found.values(): shutil.copy(ROOT / 'results' / 'laptop' / f"{runs[0]['name']}.json", tmp_path / 'laptop')
     assert _show_main(str(tmp_path), 'laptop') == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert sum(line.startswith(tuple(found)) for line in lines) == 2 * len(QUANTITIES)   # a line a number; a seed of the record agrees with it
-    assert sum(line.startswith(tuple(found)) and line.endswith('agrees') for line in lines) >= 2 * len(QUANTITIES) - 1
-    assert (tmp_path / 'laptop' / 'report.html').read_text(encoding='utf-8').count('agrees') >= 2 * len(QUANTITIES) - 1
+    assert sum(line.startswith(tuple(found)) for line in lines) == 2 * len(_QUANTITIES)   # a line a number; a seed of the record agrees with it
+    assert sum(line.startswith(tuple(found)) and line.endswith('agrees') for line in lines) >= 2 * len(_QUANTITIES) - 1
+    assert (tmp_path / 'laptop' / 'report.html').read_text(encoding='utf-8').count('agrees') >= 2 * len(_QUANTITIES) - 1
 
 
 def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_report(type_in, tmp_path, monkeypatch):
@@ -612,7 +612,7 @@ def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_repo
     code, text, errors = type_in(reproduce)
     report, sound = tmp_path / 'tiny' / 'report.html', {p: p.read_text(encoding='utf-8') for p in sorted(tmp_path.glob('tiny/*.json'))}
     judged = sum(map(int, re.findall(r'(\d+)\s+(?:confirmed|contradicted|open|untrained|units)\b', text)))
-    assert code == 0 and judged == len(claims.CLAIMS) + len(claims.CHECKS) and str(report) in text, errors
+    assert code == 0 and judged == len(claims.CLAIMS) + len(claims._CHECKS) and str(report) in text, errors
     assert errors.count('held-out loss') == len(configs) == len(sound) and [path.name for _, path in written] == ['report.html', 'report-training.html']
     page = report.read_text(encoding='utf-8')
     assert '<html' in page and 'contradicted' in page and not re.findall(r'(?:src|href)="https?:', page)

@@ -11,7 +11,8 @@ import vega
 from browser import open_browser, visit
 from sparsecod import explorers as ex
 from sparsecod.core import NORMS
-from sparsecod.figures import label_variants, published_numbers
+from sparsecod.claims import PUBLISHED
+from sparsecod.figures import label_variants
 from sparsecod.studies import SCALES, STUDIES, load_results, read_metric, summarise, vary
 
 MADE = 'variance', 'results', 'surgery'
@@ -110,7 +111,7 @@ def test_text_from_records_cannot_break_out(records, browser, tmp_path):
 
 def test_the_stored_dots_can_be_made_again(points):
     stored = next(s for s in points['points'] if (s['p'], s['step'], s['norm']) == (0.25, 5, 'layernorm_scaling'))
-    again = ex.simulate_points(0.25, 5, 'layernorm_scaling', n_jacobian=2)
+    again = ex._simulate_points(0.25, 5, 'layernorm_scaling', n_jacobian=2)
     assert [m for m, _ in again['variance']] == pytest.approx([m for m, _ in stored['variance']], rel=1e-3)
     assert {(s['p'], s['step'], s['norm']) for s in points['points']} == set(product(ex.DENSITIES, ex._SCALED, NORMS))
 
@@ -150,7 +151,7 @@ def test_every_run_and_every_estimate_is_there(made, records):
         for s, (label, expected) in zip(mine, summarise(study, records, metrics).items(), strict=True):
             assert s['label'].startswith(label) and s['found'].keys() == expected.keys()
             for name, e in expected.items(): assert s['found'][name] == pytest.approx([e['value'], e['low'], e['high'], e['n']], rel=1e-3, abs=1e-12)
-    numbers_of = lambda study: [(m, label, row[m]) for label, row in published_numbers(study).items() for m in row if m in metrics and row[m] is not None]
+    numbers_of = lambda study: [(m, label, row[m]) for label, row in PUBLISHED.get(study, {}).items() for m in row if m in metrics]
     for study in STUDIES:
         if any(s['study'] == study for s in data['settings']): assert sorted(numbers_of(study)) == sorted((n['metric'], n['label'], n['value']) for n in data['paper'] if n['study'] == study)
 
@@ -349,5 +350,5 @@ def test_two_explorers_can_share_a_page(browser, points, tmp_path):
 def test_the_library_comes_along_only_where_somebody_looks(points, monkeypatch):
     explorer = ex.variance_explorer(points)
     assert explorer._repr_html_() == explorer.html
-    monkeypatch.setattr(ex, 'watched', lambda: True)
+    monkeypatch.setattr(ex, '_watched', lambda: True)
     assert explorer._repr_html_().count('window.vegaEmbed ||') == 1 and json.dumps(explorer.data['made']) in json.dumps(explorer.data)

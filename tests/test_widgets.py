@@ -482,7 +482,7 @@ def test_bad_input(attempt, says):
 
 def buttons(control):
     "All buttons of a panel by their text."
-    if isinstance(control, wd.Panel): control = control.view
+    if isinstance(control, wd._Panel): control = control.view
     if type(control).__name__ == 'Button': return {control.description: control}
     return {text: b for child in getattr(control, 'children', ()) for text, b in buttons(child).items()}
 
@@ -633,7 +633,7 @@ def test_a_panel_is_shown_live_and_as_a_snapshot():
     shown = panel._repr_mimebundle_(include=None, exclude=None)
     assert shown['application/vnd.jupyter.widget-view+json']['model_id'] == panel.view.model_id
     still = shown['text/html']
-    assert still == wd.snapshot(panel) and f'{panel.table.losses.mean():.4f}' in still and '<script' not in still and ' id=' not in still and 'http' not in still
+    assert still == wd._snapshot(panel) and f'{panel.table.losses.mean():.4f}' in still and '<script' not in still and ' id=' not in still and 'http' not in still
     panel.click(2)
     panel.wait()
     assert f'{panel.table.losses.mean():.4f}' in panel._repr_mimebundle_()['text/html'] != still
