@@ -560,12 +560,11 @@ def _draw_scores(ax, points: dict[str, dict]):
 
 @use_style()
 def headline_figure(records: list[dict], path: str | Path | None = None):  # where to save it (.svg or .png); None: nowhere
-    "Stream variance by layer and scores by depth of a depth study, ours beside the paper's."
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 3.5), width_ratios=[1.15, 1, 1])
-    plot_variance(records, 'mean', left).set_title('Ours: stream variance by layer (mean over tokens)')
+    "The scores of a depth study, ours beside the paper's."
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     ours = {name: estimates(records, name) for name in _SCORES}
-    _draw_scores(middle, ours)
-    middle.set_title('Ours: scores by depth' + (f' ({_seeds_text(next(iter(ours.values())))})' if any(ours.values()) else ''))
+    _draw_scores(left, ours)
+    left.set_title('Ours: scores by depth' + (f' ({_seeds_text(next(iter(ours.values())))})' if any(ours.values()) else ''))
     theirs = {name: {x: dict(value=y, low=y, high=y) for x, y in _published(name).items()}
               for name in _SCORES}
     _draw_scores(_paper_axes(right, '', ''), theirs)

@@ -172,9 +172,9 @@ def test_intervals_of_a_share_are_drawn_no_further_than_0_and_1():
     spans = [segment[:, 1] for segment in ax.containers[0].lines[2][0].get_segments()]
     assert np.allclose(spans, [(found[4]['low'], 1), (0, found[8]['high'])]) and 'cut at 0 and 1' in ax.get_ylabel()
     assert figures.estimate_text(found[4]) in figures.estimates_table(runs, ['usefulness'])
-    middle = figures.headline_figure(runs).axes[1]
-    spans = [segment[:, 1] for segment in middle.containers[2].lines[2][0].get_segments()]
-    assert np.allclose(spans, [(found[4]['low'], 1), (0, found[8]['high'])]) and 'cut at 0 and 1' in middle.get_ylabel()
+    left = figures.headline_figure(runs).axes[0]
+    spans = [segment[:, 1] for segment in left.containers[2].lines[2][0].get_segments()]
+    assert np.allclose(spans, [(found[4]['low'], 1), (0, found[8]['high'])]) and 'cut at 0 and 1' in left.get_ylabel()
 
 
 def test_other_intervals_are_left_alone():
