@@ -2,8 +2,9 @@
 
 nbdev links any name in backticks to whatever symbol of any module is called so, by an absolute address. `OwnLinks` takes
 its place: a name is linked if it means that symbol on this page, and the link stays on the site. `html_for_quarto` turns
-HTML outputs into raw blocks, as Quarto would load scripts from other hosts for them. `Signatures` shows what a class is
-called with where nbdev shows (*args, **kwargs).
+HTML outputs into raw blocks, as Quarto would load scripts from other hosts for them. `ShownOnce` leaves out the
+documentation of symbols whose source is shown; `Signatures` shows what a class is called with where nbdev shows
+(*args, **kwargs).
 """
 import ast
 import importlib
@@ -13,12 +14,13 @@ import re
 from functools import cache
 from pathlib import Path
 
+from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.process import Processor
 
 NAME = re.compile(r'\[(?:[^\[\]]|\[[^\[\]]*\])*\]\([^)]*\)|`([A-Za-z_][\w.]*)(\(\))?`')  # a link, left alone, or a name in backticks
 FENCE = re.compile(r' {0,3}(`{3,}|~{3,})')
-SHOWN = re.compile(r'^show_doc\(', re.M)  # the cells in which nbdev documents a symbol
+SHOWN = re.compile(r'^show_doc\((\w+)', re.M)  # the cells in which nbdev documents a symbol
 BARE = re.compile(r'^def (\w+)\(\s*\*args,\s*\*\*kwargs\s*\)', re.M)
 
 
@@ -105,6 +107,23 @@ def html_for_quarto(cell):
         text = joined(output['data']['text/html'])
         fence = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
         output['data'] = {'text/markdown': f'{fence}{{=html}}\n{text}\n{fence}\n'}
+
+
+def shown_names(cell) -> list:
+    "What a cell defines, if the page shows its source."
+    if cell.cell_type != 'code' or 'exports' not in (getattr(cell, 'directives_', None) or ()): return []
+    return [node.name for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+class ShownOnce(Processor):
+    "Of a symbol whose source is shown, all that stays of its documentation is the place that links lead to."
+    def begin(self):
+        known, cells = {name for cell in self.nb.cells for name in shown_names(cell)}, []
+        for cell in self.nb.cells:
+            if names := shown_names(cell): cells.append(mk_cell(''.join(f'[]{{#{name.lower()}}}' for name in names), 'markdown'))
+            documents = SHOWN.search(cell.source)
+            if not documents or documents[1] not in known: cells.append(cell)
+        self.nb.cells = cells
 
 
 class Signatures(Processor):

@@ -149,7 +149,7 @@ def write_site(
     explorer: str, # HTML
     faults: dict,  # name -> what is planted; each gets a page of its own
     listed=(),     # more lines of the sidebar
-    procs='processors:Signatures processors:OwnLinks processors:html_for_quarto',  # what notebooks go through
+    procs='processors:ShownOnce processors:Signatures processors:OwnLinks processors:html_for_quarto',  # what notebooks go through
     tables='none', # what Quarto does with tables in raw HTML
 ):
     "A small checkout."
