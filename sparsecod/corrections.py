@@ -59,7 +59,6 @@ def combine(rows: list[dict]) -> list[dict]:
         found.append(dict(trap=trap, quantity=quantity, n=len(same), note=same[0]['note'], ratio=factor, **ends))
     return found
 
-# %% ../nbs/beyond/02_corrections.ipynb #4c48d970
 def _ratio_text(found: tuple[float, float, float]) -> str:
     "A factor with its low and high end; more digits near 1."
     value, low, high = found
@@ -90,7 +89,6 @@ def with_block(model: Transformer, l: int, block: nn.Module) -> Transformer:
     changed.blocks[l - 1] = block
     return changed.eval()
 
-# %% ../nbs/beyond/02_corrections.ipynb #ebf6ca66
 @torch.no_grad()
 def affine_ratios(model: Transformer, windows: Tensor, fit_windows: Tensor) -> dict[str, Tensor]:
     """Loss with each block replaced by its affine map, divided by the loss, with and without the two traps: 'ours',
@@ -157,7 +155,6 @@ def permutation_score(model: Transformer, windows: Tensor) -> float:
     loss = t.loss.mean().cpu()
     return pair_mean((swap_losses(model, t).mean(-1) - loss).abs() / loss).item()
 
-# %% ../nbs/beyond/02_corrections.ipynb #956b76e8
 @torch.no_grad()
 def rounding(model: Transformer, windows: Tensor) -> dict[str, float]:
     "Causal score of a model in fp32, in both precisions: 'bf16' and 'fp32'; and 'size', the stream relative to updates."
@@ -318,7 +315,6 @@ def _usefulness_rows(model: Transformer, windows: Tensor, fit_windows: Tensor) -
             row(2, f'{name}, fitted on 4 sequences', flattered['same tokens'], flattered['ours'], unit),
             row(2, f'{name}, with trap 1', cost['both'].mean(), cost['ours'].mean(), f'{unit}; both traps')]
 
-# %% ../nbs/beyond/02_corrections.ipynb #d2189e5b
 def _state_rows(model: Transformer, windows: Tensor, scales: tuple = (1, 4, 16, 64, 256, 1024)) -> list[dict]:
     "Traps 3 to 5, the last with embeddings enlarged by several scales."
     ours, shifted = causal_from_states(model, windows), causal_from_states(model, windows, shifted=True)
@@ -378,7 +374,6 @@ def _mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dic
                         'variance of the feed-forward update, mean over blocks', own))
     return rows
 
-# %% ../nbs/beyond/02_corrections.ipynb #b20fe551
 def _closed_rows(model: Transformer, loss: float, T: int) -> list[dict]:
     "Traps 7, 12 and 13, as far as a formula answers them."
     L = len(model.blocks)
@@ -389,7 +384,6 @@ def _closed_rows(model: Transformer, loss: float, T: int) -> list[dict]:
             row(13, 'loss', padded_loss(loss, T), loss, f'nats; T = {T}'),
             row(13, 'perplexity', math.exp(padded_loss(loss, T)), math.exp(loss), f'T = {T}')]
 
-# %% ../nbs/beyond/02_corrections.ipynb #9aee0762
 def corrections(model: Transformer, corpus: Corpus, train: TrainConfig, mixtures: dict[str, Transformer] = {},
         n_sequences: int = 32, n_fit: int = 64, n_pool: int = 96, n_loss: int = 512,
         seed: int = 0) -> list[dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EOS', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'ALIASES', 'FORMAT', 'Tokenizer', 'special_tokens', 'train_bpe',
            'load_tokenizer', 'Item', 'to_item', 'cut', 'row_items', 'read_file', 'python_folders', 'content_id',
-           'matching_files', 'Seen', 'split_number', 'DataConfig', 'Source', 'open_source', 'expand_alias', 'Document',
+           'matching_files', 'split_number', 'DataConfig', 'Source', 'open_source', 'expand_alias', 'Document',
            'unique_documents', 'encode_documents', 'gather_windows', 'mix', 'order_key', 'shuffled', 'count_tokens',
            'unigram_loss', 'Corpus', 'cache_folder', 'build', 'prepare']
 
@@ -104,7 +104,6 @@ def _find_eos(backend, settings: dict, name: str) -> str:
     raise ValueError(f"eos_token=None, but tokenizer={name!r} has no end-of-document token that we know; "
                      f"set eos_token to one of its tokens, for example one of {some}")
 
-# %% ../nbs/build/04_data.ipynb #f0aae253
 def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
     "Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub; eos_token=None: as it declares."
     from tokenizers import Tokenizer as Backend
@@ -130,8 +129,7 @@ def _hub_file(name: str, filename: str) -> Path | None:
     "Local copy of a file on the Hub, None if the repository has no such file."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-    try:
-        return Path(hf_hub_download(name, filename))
+    try: return Path(hf_hub_download(name, filename))
     except EntryNotFoundError: return None
 
 # %% ../nbs/build/04_data.ipynb #f8bef7d7
@@ -147,8 +145,7 @@ class Item(NamedTuple):
 def to_item(raw: bytes, consumed: int, where: str) -> Item:
     "Decode a document, for which so many bytes of the source were read, or name its problem."
     if b"\0" in raw: return Item("", consumed, "binary", where)
-    try:
-        text = raw.decode("utf-8-sig")
+    try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError: return Item("", consumed, "not_utf8", where)
     return Item(text, consumed, "" if text.strip() else "empty", where)
 
@@ -160,8 +157,7 @@ def cut(raw: bytes, limit: int) -> Iterator[bytes]:
         end = raw.rfind(b"\n", start, start + limit) + 1
         if not end:
             end = start + limit
-            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80:  # 10xxxxxx: inside a UTF-8 character
-                end -= 1
+            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80: end -= 1  # 10xxxxxx: inside a UTF-8 character
         yield raw[start:end]
         start = end
     yield raw[start:]
@@ -194,17 +190,14 @@ def row_items(rows: Iterable[tuple], field: str, limit: int, where: str) -> Iter
             yield to_item(piece, consumed, f"{where}, row {number}")
             consumed = 0
 
-# %% ../nbs/build/04_data.ipynb #4b1592da
 def _jsonl_rows(path: Path) -> Iterator[tuple]:
     "Rows of a file with one JSON object a line, and the bytes they take; None for a line that is no JSON."
     with open(path, "rb") as file:
         for line in file:
             try:
                 if line.strip(): yield json.loads(line), len(line)
-            except (ValueError, RecursionError):  # no JSON, or brackets in brackets without end
-                yield None, len(line)
+            except (ValueError, RecursionError): yield None, len(line)  # no JSON, or brackets in brackets without end
 
-# %% ../nbs/build/04_data.ipynb #9d19874e
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple]:
     "Rows of a parquet file, a few hundred in memory at a time; an OSError if it is damaged."
     import pyarrow as pa
@@ -270,10 +263,8 @@ def _folders_below(root: str) -> Iterator[str]:
     seen, real, links = set(), [root], []
     while real or links:
         folder = (real or links).pop()
-        try:
-            status, names = os.stat(folder), sorted(os.listdir(folder))
-        except OSError:  # gone, or not ours to read
-            continue
+        try: status, names = os.stat(folder), sorted(os.listdir(folder))
+        except OSError: continue  # gone, or not ours to read
         if (status.st_dev, status.st_ino) in seen: continue
         seen.add((status.st_dev, status.st_ino))
         yield folder
@@ -332,25 +323,6 @@ def _hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
         del rows
         gc.collect()
 
-# %% ../nbs/build/04_data.ipynb #b3de7da1
-class Seen:
-    "The documents met so far, remembered by 8 bytes each."
-    def __init__(self, block: int = 2**17):
-        self.block = block                      # how many new ones to gather before they are sorted in
-        self.recent: set[int] = set()
-        self.sorted = np.empty(0, np.uint64)
-
-    def add(self, content: bytes) -> bool:
-        "Remember a content id; True if it is new."
-        key = int.from_bytes(content[:8], "little")
-        place = np.searchsorted(self.sorted, np.uint64(key))
-        if key in self.recent or (place < len(self.sorted) and int(self.sorted[place]) == key): return False
-        self.recent.add(key)
-        if len(self.recent) == self.block:
-            self.sorted = np.sort(np.concatenate([self.sorted, np.fromiter(self.recent, np.uint64)]))
-            self.recent.clear()
-        return True
-
 # %% ../nbs/build/04_data.ipynb #9ebd73bd
 def split_number(content: bytes, seed: int = 0) -> float:
     "A number in [0, 1) that looks random and depends only on the content and the seed."
@@ -397,7 +369,6 @@ def _file_stamp(path: Path) -> list:
     status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
-# %% ../nbs/build/04_data.ipynb #bb9044b4
 def open_source(config: DataConfig) -> Source:
     "Open the source that a config names, without reading its text."
     limit = config.max_document_bytes or 2**20
@@ -413,7 +384,6 @@ def open_source(config: DataConfig) -> Source:
     items = (item for path in paths for item in read_file(path, config.text_field, limit))
     return Source(items, stamp, sum(size for _, size, _ in stamp))
 
-# %% ../nbs/build/04_data.ipynb #09ca8892
 def expand_alias(config: DataConfig) -> DataConfig:
     "Replace an alias such as 'fineweb-edu' by what it stands for; fields that the user set are kept."
     meant = ALIASES.get(config.source, {})
@@ -428,19 +398,19 @@ class Document(NamedTuple):
     side: str       # 'train' or 'val'
     consumed: int   # bytes of the source read since the document before
 
-# %% ../nbs/build/04_data.ipynb #3d7a328c
 def unique_documents(items: Iterable[Item], config: DataConfig, stats: Counter,
         left_out: dict | None = None) -> Iterator[Document]:
     "The usable and new documents, each with its side of the split; fills stats and left_out, which names the first of each problem."
-    seen, consumed, n_documents = Seen(), 0, 0
+    seen, consumed, n_documents = set(), 0, 0
     for item in items:
         consumed += item.consumed
         content = content_id(item.text)
         if item.problem:
             stats[item.problem] += 1
             if left_out is not None: left_out.setdefault(item.problem, item.where)
-        elif not seen.add(content): stats["duplicates"] += 1
+        elif content in seen: stats["duplicates"] += 1
         else:
+            seen.add(content)
             side = "val" if split_number(content, config.seed) < config.val_share else "train"
             yield Document(item.text, content, side, consumed)
             consumed, n_documents = 0, n_documents + 1
@@ -459,7 +429,6 @@ def _fit_tokenizer(documents: Iterator[Document], config: DataConfig) -> tuple[T
         if n_bytes >= config.sample_bytes: break
     return train_bpe(sample, config.vocab_size), chain(head, documents)
 
-# %% ../nbs/build/04_data.ipynb #5e1da388
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer,
         batch_bytes: int = 2**20) -> Iterator[tuple[Document, list[int]]]:
     "Each document with its token ids, encoded in batches of about batch_bytes characters."
@@ -474,10 +443,9 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer,
 
 # %% ../nbs/build/04_data.ipynb #b48bf9d9
 def _token_dtype(vocab_size: int) -> np.dtype:
-    "The smallest type that we use for ids: uint16, or uint32 for V > 65535."
+    "The smallest type for ids: uint16, or uint32 for V > 65535."
     return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
 
-# %% ../nbs/build/04_data.ipynb #13ff52e8
 def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, config: DataConfig, folder: Path,
         stats: Counter, advance) -> str:
     """Encode, append EOS, write train.bin and val.bin; returns a hash of the documents with their order and sides.
@@ -486,8 +454,7 @@ def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, config: D
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for document, ids in encode_documents(documents, tokenizer):
             n_tokens = len(ids) + 1
-            if config.max_tokens and stats["train_tokens"] + stats["val_tokens"] + n_tokens > config.max_tokens:
-                break
+            if config.max_tokens and stats["train_tokens"] + stats["val_tokens"] + n_tokens > config.max_tokens: break
             (val if document.side == "val" else train).write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
             content.update(document.content + document.side.encode())
             stats.update({f"{document.side}_documents": 1, f"{document.side}_tokens": n_tokens,
@@ -610,7 +577,6 @@ def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tok
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder} was written by another version ({type(error).__name__}: {error})") from error
 
-# %% ../nbs/build/04_data.ipynb #a097cf6f
 def _tell_left_out(corpus: _StoredTokens) -> None:
     "Warn about documents of the user's own that could not be read, by number and first name."
     unread = {reason: corpus.stats[reason] for reason in ("duplicates", *_PROBLEMS)} | {"duplicates": 0, "empty": 0}
@@ -711,7 +677,6 @@ def _request_name(config: DataConfig, stamp: list) -> str:
     tokenizer_stamp = [_file_stamp(file) for file in files] if config.tokenizer != "bpe" else []
     return content_id(json.dumps([FORMAT, config.to_dict(), stamp, tokenizer_stamp])).hex()[:16]
 
-# %% ../nbs/build/04_data.ipynb #467ff7be
 def _find_corpus(cache: Path, request: str, warn: bool = False) -> Corpus | None:
     "The stored corpus of a request, every file checked; None if it has to be built."
     note = cache / "requests" / f"{request}.json"
@@ -741,7 +706,6 @@ def _publish(cache: Path, finished: Path, fingerprint: str) -> None:
         os.replace(finished, entry)
         flush(entry.parent)
 
-# %% ../nbs/build/04_data.ipynb #127c673c
 def build(cache: Path, request: str, source: Source, config: DataConfig, progress: bool) -> Corpus:
     "Build a corpus, store it and note which request it answers; the lock of the request must be held."
     for leftover in (cache / "building").glob(f"{request}-*"): shutil.rmtree(leftover, ignore_errors=True)
@@ -751,13 +715,11 @@ def build(cache: Path, request: str, source: Source, config: DataConfig, progres
         with closing(source.items), _progress_bar(config, source.n_bytes, progress) as (bar, size):
             meta = _write_corpus(source.items, config, folder, lambda *document: bar.update(size(*document)))
         _publish(cache, folder, meta["fingerprint"])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    finally: shutil.rmtree(folder, ignore_errors=True)
     answer = {"request": request} | {key: meta[key] for key in ("fingerprint", "config", "stats", "left_out")}
     write_text(_shared_folder(cache, "requests") / f"{request}.json", json.dumps(stamp(answer)))
     return _find_corpus(cache, request)
 
-# %% ../nbs/build/04_data.ipynb #e6372582
 @contextmanager
 def _progress_bar(config: DataConfig, n_bytes: int | None, progress: bool):
     "A tqdm bar that knows where the end is, and how far a document with its number of tokens moves it."
@@ -766,21 +728,18 @@ def _progress_bar(config: DataConfig, n_bytes: int | None, progress: bool):
     if config.max_tokens: unit, total, size = "token", config.max_tokens, lambda document, n_tokens: n_tokens
     with tqdm(desc=f"tokens of {config.source}", unit=unit, total=total, unit_scale=True, disable=not progress) as bar:
         yield bar, size
-        if unit == "B" and total:
-            bar.update(total - bar.n)  # what came after the last document
+        if unit == "B" and total: bar.update(total - bar.n)  # what came after the last document
 
 # %% ../nbs/build/04_data.ipynb #d5efa59a
 def _wait_for(lock: FileLock, progress: bool):
     "Acquire a lock, saying so if we have to wait; the result releases it at the end of a with block."
-    try:
-        return lock.acquire(timeout=0)
+    try: return lock.acquire(timeout=0)
     except Timeout:
         if progress: tqdm.write("another process is building this corpus, waiting for it", file=sys.stderr)
         return lock.acquire()
 
 # %% ../nbs/build/04_data.ipynb #fb63f546
-def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = None,
-        progress: bool = True) -> Corpus:
+def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = None, progress: bool = True) -> Corpus:
     "The corpus of a config: found in the cache, see `cache_folder`, or built and put there."
     cache, config = cache_folder(cache_dir), expand_alias(config)
     source = open_source(config)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SUBLAYERS', 'CRITERIA', 'block_influence', 'angular_distance', 'span_loss', 'silenced', 'find_sublayers',
            'sublayer_losses', 'rank_agreement', 'influence_scores', 'add_influence', 'loss_frame', 'run_without',
-           'loss_without', 'greedy_steps', 'step_seconds', 'greedy_order', 'removals', 'parse_spans', 'check_removal',
-           'prune']
+           'loss_without', 'step_seconds', 'greedy_order', 'removals', 'parse_spans', 'check_removal', 'prune']
 
 # %% ../nbs/build/12_pruning.ipynb #8390b4f7
 import json
@@ -191,7 +190,7 @@ def _removal_losses(model, windows: Tensor, removed: list[int], batch_size: int 
             h = model.run(h, start=l - 1, stop=l)
     return found
 
-def greedy_steps(model, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[int, Tensor]]:
+def _greedy_steps(model, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[int, Tensor]]:
     "The cheapest block, the next cheapest without it, and so on; each with the removal_losses before it went."
     removed = []
     while len(removed) < len(model.blocks) - 1:
@@ -214,7 +213,7 @@ def greedy_order(model, windows: Tensor, most: int, batch_size: int = 16, progre
     with untouched(model):
         ready = scoring_model(model)
         base = loss_without(ready, windows, (), batch_size)                              # (N,)
-        steps = greedy_steps(ready, windows, batch_size)
+        steps = _greedy_steps(ready, windows, batch_size)
         for _, (l, found) in zip(tqdm(range(most), 'greedy', disable=not progress, leave=False), steps):
             if not order: alone = found - base                                           # (L, N), of single blocks
             order.append(l)
@@ -230,7 +229,7 @@ def removals(model, windows: Tensor, by: str = 'greedy', batch_size: int = 16,
     "What a criterion would remove, chosen on windows, (N, T + 1): sets of 1, 2, .. L - 1 blocks."
     L, order = len(model.blocks), []
     if by == 'greedy':
-        for l, _ in greedy_steps(model, windows, batch_size):
+        for l, _ in _greedy_steps(model, windows, batch_size):
             order.append(l)
             yield sorted(order)
         return

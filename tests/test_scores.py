@@ -398,13 +398,13 @@ def test_products_do_not_depend_on_how_many_run_together(model):
 
 
 def test_wide_models_get_probes(model, monkeypatch):
-    exact = scores_module.JACOBIAN_EXACT_WIDTH
-    assert [n_probes(ScoreConfig(), D) for D in (16, exact, exact + 1)] == [0, 0, scores_module.JACOBIAN_PROBES]
+    exact = scores_module._EXACT_WIDTH
+    assert [n_probes(ScoreConfig(), D) for D in (16, exact, exact + 1)] == [0, 0, scores_module._PROBES]
     assert n_probes(ScoreConfig(jacobian_probes=0), 4096) == 0 and n_probes(ScoreConfig(jacobian_probes=9), 16) == 9
     exact = score(model)
-    monkeypatch.setattr(scores_module, 'JACOBIAN_EXACT_WIDTH', 15)
+    monkeypatch.setattr(scores_module, '_EXACT_WIDTH', 15)
     probed = score(model)
-    assert exact['settings']['jacobian_probes'] == 0 and probed['settings']['jacobian_probes'] == scores_module.JACOBIAN_PROBES
+    assert exact['settings']['jacobian_probes'] == 0 and probed['settings']['jacobian_probes'] == scores_module._PROBES
     for kind in ('jacobian_published', 'jacobian_per_sequence', 'jacobian_per_token'):
         assert f'{kind}_error' not in exact['arrays']
         for a, b, error in zip(exact['arrays'][kind], probed['arrays'][kind], probed['arrays'][f'{kind}_error']):
