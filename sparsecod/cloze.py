@@ -169,7 +169,7 @@ def _pad_batch(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tens
 def continuation_scores(score: Callable, texts: list[tuple[list[int], int]], T: int,
         batch_tokens: int = 2 ** 14, device='cpu') -> Tensor:  # fp64, (N, 2)
     """Log-probability in nats of the continuation of every text, and how many of its tokens were not the most probable ones.
-    Score is as token_scores without its first argument; texts are from encode_pairs; the model reads T positions at once."""
+    Score takes tokens, picked and targets to the rows of read_off; texts are from encode_pairs; the model reads T positions at once."""
     rows, parts = [], []
     for i, (ids, n) in enumerate(texts):
         for piece in pieces(ids, n, T): rows.append(i), parts.append(piece)
@@ -379,8 +379,8 @@ def evaluate_tasks(model: Transformer, tokenizer: Tokenizer, tasks: list[str],
         questions: list[Question] | None = None, limit: int | None = None, batch_tokens: int = 2 ** 14,
         samples: bool = False, progress: bool = False) -> dict:
     """Evaluate a model with lm-eval, on 'cloze' or its own tasks such as 'hellaswag', 'arc_easy', 'piqa', 'mmlu'.
-    A limit is of questions of each task. Returns 'results', see result_rows; 'lm_eval', its version; 'limit'; and with
-    samples=True lm-eval's protocol, question by question."""
+    A limit is of questions of each task. Returns 'results', rows of task, metric, value, stderr, n, low, high and chance;
+    'lm_eval', its version; 'limit'; and with samples=True lm-eval's protocol, question by question."""
     if 'cloze' in tasks and not questions: raise ValueError("the task 'cloze' needs questions; make_questions makes some")
     lm = _lm_eval_model(model, tokenizer, batch_tokens)
     from lm_eval import simple_evaluate, tasks as harness

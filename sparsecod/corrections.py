@@ -181,11 +181,11 @@ def _per_seed(study: str, records: list[dict], read: dict[str, str], metric: str
     return [{name: v[seed] for name, v in found.items()} for seed in shared]
 
 # %% ../nbs/beyond/02_corrections.ipynb #5ab87799
-def decay_rows(records: list[dict], decay: str = '0.1') -> list[dict]:
+def decay_rows(records: list[dict]) -> list[dict]:
     "Trap 6 on the records of the study of weight decay, at the published lambda."
-    labels, rows = dict(published=f'λ={decay}, all', ours=f'λ={decay}'), []
+    labels, rows = dict(published='λ=0.1, all', ours='λ=0.1'), []
     for metric, name in dict(final_variance='final variance', perplexity='perplexity', linear_loss_increase='cost of an affine block (nats)').items():
-        rows += [row(6, f'{name}, λ = {decay}', m['published'], m['ours'], 'trained with either') for m in _per_seed('decay', records, labels, metric)]
+        rows += [row(6, f'{name}, λ = 0.1', m['published'], m['ours'], 'trained with either') for m in _per_seed('decay', records, labels, metric)]
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #b388fa48

@@ -39,15 +39,15 @@ def block_influence(t: Trace) -> Tensor:  # fp64, (L, B)
     cosine = lambda a, b: functional.cosine_similarity(to_fp64(a), to_fp64(b), dim=-1)   # (B, T)
     return torch.stack([1 - cosine(*pair).mean(-1) for pair in zip(t.streams, t.streams[1:])]).cpu()
 
-def angular_distance(t: Trace, last: bool = True) -> Tensor:  # fp64, (L, L, B)
-    """Angle between the input of block l and the output of block l+n-1, in units of a half turn, at [n-1, l-1]; NaN where
-    there are no blocks l .. l+n-1."""
-    h = [functional.normalize(to_fp64(x[:, -1:] if last else x), dim=-1) for x in t.streams]
+def angular_distance(t: Trace) -> Tensor:  # fp64, (L, L, B)
+    """Angle between the input of block l and the output of block l+n-1 at the last token, in units of a half turn, at
+    [n-1, l-1]; NaN where there are no blocks l .. l+n-1."""
+    h = [functional.normalize(to_fp64(x[:, -1]), dim=-1) for x in t.streams]             # (B, D) each
     L, found = len(t.updates), torch.full((len(t.updates), len(t.updates), len(t.targets)), math.nan).double()
     for n in range(1, L + 1):
         for l in range(1, L - n + 2):
-            cosine = (h[l - 1] * h[l - 1 + n]).sum(-1).clamp(-1, 1)                      # (B, T)
-            found[n - 1, l - 1] = cosine.arccos().mean(-1).cpu() / math.pi
+            cosine = (h[l - 1] * h[l - 1 + n]).sum(-1).clamp(-1, 1)                      # (B,)
+            found[n - 1, l - 1] = cosine.arccos().cpu() / math.pi
     return found
 
 # %% ../nbs/build/12_pruning.ipynb #28b8b8e8
@@ -99,7 +99,7 @@ def rank_agreement(a: Tensor, b: Tensor) -> Tensor:  # (...)
     a, b = (r - r.mean(0) for r in ranks)
     return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
 
-def _measure_influence(model, windows: Tensor, longest: int, last: bool, keep: Callable) -> dict[str, Tensor]:
+def _measure_influence(model, windows: Tensor, longest: int, keep: Callable) -> dict[str, Tensor]:
     """Influence, angles, and losses without parts, from one trace of a model in fp32 on a batch, (B, T + 1); the last axis is the
     sequence. Keep gets what is known of a block, or makes it."""
     t, L = trace(model, windows), len(model.blocks)
@@ -110,15 +110,14 @@ def _measure_influence(model, windows: Tensor, longest: int, last: bool, keep: C
         for n in range(1, min(longest, L - l + 1) + 1): span[n - 1] = span_loss(model, t, l, n)
         return dict(span=span) | (sublayer_losses(model, t, l) if sublayers else {})
     rows = [keep(f'without-{l}', lambda: without(l)) for l in range(1, L + 1)]
-    found = dict(loss=t.loss.cpu(), block_influence=block_influence(t), angular_distance=angular_distance(t, last))
+    found = dict(loss=t.loss.cpu(), block_influence=block_influence(t), angular_distance=angular_distance(t))
     return found | {name: torch.stack([row[name] for row in rows], -2) for name in rows[0]}
 
-def influence_scores(model, windows: Tensor, longest: int = 3, last: bool = True, batch_size: int = 16,
-        resume: Path | None = None, progress: bool = False) -> dict:
+def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int = 16, resume: Path | None = None,
+        progress: bool = False) -> dict:
     """What each block does to the stream, and what it costs to leave out blocks, spans and sublayers.
-    Longest is the longest span to skip; last=True takes angles at the last token, as published, else the mean over tokens;
-    what has been measured is kept in the folder resume. Returns 'scalars', 'arrays' and 'intervals', as score_model does,
-    with spans and angles at [n-1][l-1]."""
+    Longest is the longest span to skip; what has been measured is kept in the folder resume. Returns 'scalars', 'arrays' and
+    'intervals', as score_model does, with spans and angles at [n-1][l-1]."""
     model = adapt(model)
     if not 1 <= longest <= len(model.blocks): raise ValueError(f'longest={longest} must be 1 to {len(model.blocks)}')
     windows, W, found = windows.to(next(model.parameters()).device), leave_one_out(len(windows)), []
@@ -131,7 +130,7 @@ def influence_scores(model, windows: Tensor, longest: int = 3, last: bool = True
             def keep(name, make):
                 bar.update()
                 return kept.get(f'{i}-{name}', make)
-            found.append(_measure_influence(ready, batch, longest, last, keep))
+            found.append(_measure_influence(ready, batch, longest, keep))
     m = {name: torch.cat([part[name] for part in found], -1) @ W.T / W.sum(1) for name in found[0]}   # (..., N + 1)
     arrays = {name: m[name] for name in ('block_influence', 'angular_distance')}
     costs = {f'{name}_loss_increase': m[name] - m['loss'] for name in ('span', *SUBLAYERS) if name in m}
@@ -191,7 +190,7 @@ def _removal_losses(model, windows: Tensor, removed: list[int], batch_size: int 
     return found
 
 def _greedy_steps(model, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[int, Tensor]]:
-    "The cheapest block, the next cheapest without it, and so on; each with the removal_losses before it went."
+    "The cheapest block, the next cheapest without it, and so on; each with the losses before it went of one more removal, (L, N)."
     removed = []
     while len(removed) < len(model.blocks) - 1:
         losses = _removal_losses(model, windows, removed, batch_size)
@@ -237,7 +236,7 @@ def removals(model, windows: Tensor, by: str = 'greedy', batch_size: int = 16,
     if by == 'random': order = torch.randperm(L, generator=torch.Generator().manual_seed(seed))
     elif by == 'influence': order = mean(block_influence).argsort()
     elif by == 'skip': order = mean(lambda t: torch.stack([span_loss(model, t, l) for l in range(1, L + 1)])).argsort()
-    else: places = mean(lambda t: angular_distance(t)).nan_to_num(math.inf).argmin(1)    # (L,), by length
+    else: places = mean(angular_distance).nan_to_num(math.inf).argmin(1)    # (L,), by length
     for n in range(1, L):
         yield list(range(places[n - 1] + 1, places[n - 1] + n + 1)) if by == 'angle' else sorted(x + 1 for x in order[:n].tolist())
 

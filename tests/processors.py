@@ -110,9 +110,10 @@ def html_for_quarto(cell):
 
 
 def shown_names(cell) -> list:
-    "What a cell defines, if the page shows its source."
+    "What a cell defines for others, if the page shows its source."
     if cell.cell_type != 'code' or 'exports' not in (getattr(cell, 'directives_', None) or ()): return []
-    return [node.name for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    named = [node.name for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in named if not name.startswith('_')]
 
 
 class ShownOnce(Processor):

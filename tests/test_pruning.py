@@ -144,7 +144,7 @@ def test_influence_and_angles_equal_the_published_arithmetic(model):
             a, b = (torch.tensor(h[k][:, -1]) / torch.tensor(norm(h[k][:, -1]))[:, None] for k in (l - 1, l - 1 + n))
             theirs = torch.acos((a * b).sum(1).clamp(-1, 1)) / torch.pi
             assert torch.allclose(angular_distance(t)[n - 1, l - 1].float(), theirs, atol=1e-4)
-    assert angular_distance(t)[5, 1:].isnan().all() and not angular_distance(t, last=False)[5, 0].isnan().any()
+    assert angular_distance(t)[5, 1:].isnan().all() and not angular_distance(t)[5, 0].isnan().any()
 
 
 def test_scores_with_intervals(model):
