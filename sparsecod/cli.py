@@ -91,7 +91,7 @@ def _add_running(parser):
 # %% ../nbs/tools/11_cli.ipynb #5a8a728c
 _SHORT = dict(                                      # option: field, kind, help
     layers=('model.n_layers', int, 'L, number of blocks'), width=('model.d_model', int, 'D, channels of the stream'),
-    heads=('model.n_heads', int, 'H, query heads'), norm=('model.norm', str, 'pre_ln, layernorm_scaling or peri_ln'),
+    heads=('model.n_heads', int, 'H, query heads'), norm=('model.norm', str, 'where norms stand, such as peri_ln'),
     steps=('train.steps', int, 'updates of the weights'), lr=('train.lr', float, 'peak learning rate'),
     data=('data.source', str, 'corpus: stdlib, site, fineweb-edu, hf:NAME, or a file, folder or pattern'),
     seed=('seed', int, 'seed of weights and data order'))
