@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'PAPER', 'PRESETS', 'LOGITS_AT_ONCE', 'following_fields', 'Placement', 'ModelConfig',
            'check_heads_and_experts', 'feed_forward_params', 'param_counts', 'flops_per_token', 'preset', 'BlockOutput',
            'make_feed_forward', 'Block', 'init_matrices', 'Stack', 'initial_update_variance', 'cross_entropy',
-           'auxiliary_loss', 'HubModel', 'Transformer', 'draw_tokens', 'next_tokens', 'full_precision', 'check_finite']
+           'block_loss', 'HubModel', 'Transformer', 'draw_tokens', 'next_tokens', 'full_precision', 'check_finite']
 
 # %% ../nbs/build/03_core.ipynb #a31452c4
 from collections.abc import Callable
@@ -238,10 +238,12 @@ def cross_entropy(h: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Te
 LOGITS_AT_ONCE = 2 ** 25  # numbers; 128 MiB in fp32
 
 # %% ../nbs/build/03_core.ipynb #66f3d5b7
-def auxiliary_loss(config: ModelConfig, routing: Routing, sequences: int) -> Tensor:
-    "Weighted load-balancing and router z-loss of one block, divided by L."
-    balance, z = config.balance_weight * balance_loss(routing, sequences), config.router_z_weight * router_z_loss(routing)
-    return (balance + z) / config.n_layers
+def block_loss(config: ModelConfig, out: BlockOutput, sequences: int) -> Tensor | float:
+    """All that a block adds to the training loss, from its output on so many sequences: in a mixture of experts weighted
+    load-balancing and router z-loss, divided by L; otherwise 0."""
+    if out.routing is None: return 0.0
+    balance = config.balance_weight * balance_loss(out.routing, sequences)
+    return (balance + config.router_z_weight * router_z_loss(out.routing)) / config.n_layers
 
 # %% ../nbs/build/03_core.ipynb #11a88d00
 class HubModel(PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod']):
@@ -280,16 +282,21 @@ class Transformer(Stack, HubModel):
         flat = self.final_norm(h).flatten(0, -2)                                            # (B*T, D)
         return cross_entropy(flat, self.head, targets.flatten(), chunk).view_as(targets)   # (B, T)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None,
-                watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T), or with next tokens (B, T) the mean cross-entropy plus the auxiliary losses
-        of a mixture of experts, a scalar; for `watch` see `Stack.run`."""
+    def last_stream(self, tokens: Tensor,
+                    watch: Callable[[int, BlockOutput], None] | None = None) -> tuple[Tensor, Tensor | float]:
+        "The stream h_L, (B, T, D), of tokens (B, T), and all that blocks add to the loss; for `watch` see `Stack.run`."
         extra = []
         def collect(l, out):
-            if out.routing is not None: extra.append(auxiliary_loss(self.config, out.routing, len(tokens)))
+            extra.append(block_loss(self.config, out, len(tokens)))
             if watch is not None: watch(l, out)
-        h = self.run(self.embed(tokens), watch=collect if self.config.n_experts else watch)  # (B, T, D)
-        return self.logits(h) if targets is None else self.token_losses(h, targets).mean() + sum(extra)
+        return self.run(self.embed(tokens), watch=collect), sum(extra)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T), or with next tokens (B, T) the training loss, a scalar: the mean
+        cross-entropy and what blocks add to it; for `watch` see `Stack.run`."""
+        h, extra = self.last_stream(tokens, watch)
+        return self.logits(h) if targets is None else self.token_losses(h, targets).mean() + extra
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n_new: int = 50, **options) -> Tensor:

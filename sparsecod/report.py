@@ -696,7 +696,7 @@ def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] 
     text = TEMPLATES.get_template('study.html').render(
         title=title, css=template_text('report.css'), vega=template_text('vega.js'),
         summary=_summary_lines(records, groups, by), charts=[markupsafe.Markup(c.html) for c in charts],
-        heads=[*HEADS, 'rule'], claims=[[*ledger_cells(row), row['rule']] for row in ledger_rows or []],
+        heads=[*HEADS, 'rule'], claims=ledger_rows and [[*ledger_cells(row), row['rule']] for row in ledger_rows],
         counts=verdict_counts(ledger_rows) if ledger_rows else '', recorded=beside is not None,
         beside=None if beside is None else beside.map(short).values.tolist(), run_heads=list(runs[0]),
         runs=[list(row.values()) for row in runs], provenance=_provenance_rows(records), differ=differ,
