@@ -229,8 +229,7 @@ def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[f
 
 # %% ../nbs/build/05_train.ipynb #dc9a7e9f
 def summarize_experts(watch: StreamWatch, world: PartialState) -> dict:
-    """What blocks add to the loss, if they add anything, and in a mixture of experts the load of each block's busiest
-    expert (1: an even share)."""
+    "What blocks add to the loss, if anything, and if there are experts the load of each block's busiest (1: an even share)."
     c, found = watch.config, {}
     def average(x): return reduce(x, 'mean') if world.num_processes > 1 else x
     if isinstance(watch.auxiliary, Tensor): found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()

@@ -20,9 +20,7 @@ from .train import TrainConfig, accumulate_gradients, learning_rate, make_optimi
 # %% ../nbs/beyond/04_twins.ipynb #d4cf4034
 WRITERS = ('embedding.weight', 'attention.output.weight', 'feed_forward.down.weight', 'feed_forward.down', 'shared.down.weight')
 
-def writers(
-    model: Transformer,
-) -> list[nn.Parameter]:
+def writers(model: Transformer) -> list[nn.Parameter]:
     "The embedding and the matrices that write to the stream."
     return [p for name, p in model.named_parameters() if name.endswith(WRITERS)]
 
