@@ -24,7 +24,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from .configuration import require
 from .core import NORMS, ModelConfig, Transformer, param_counts
 from .data import Corpus, DataConfig, prepare
 from .figures import span
@@ -34,7 +33,7 @@ from .resources import measured_speed, memory_bytes, scoring_flops, training_flo
 from .scores import ScoreConfig
 from .studies import RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary, write_record
 from .train import DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, find_world, logs_at, sequences_per_step
-from .twins import train_scaled, twin
+from .twins import check_twin, train_scaled, twin
 
 # %% ../nbs/tools/13_bench.ipynb #7eeff934
 _Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])   # words that it may hold; (): a number
@@ -42,7 +41,7 @@ _Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])   # wo
 FIELDS = {
     'model.n_layers': _Field('blocks', 'Model', 'L'),
     'model.d_model': _Field('width', 'Model', 'D'),
-    'model.norm': _Field('norm', 'Model', 'norm', NORMS),
+    'model.norm': _Field('norm', 'Model', 'norm', tuple(NORMS)),
     'train.weight_decay': _Field('weight decay', 'Sparse weights', 'λ'),
     'train.decay_groups': _Field('decays', 'Sparse weights', 'decays', DECAY_GROUPS),
     'model.context_length': _Field('context', 'Sparse attention', 'T'),
@@ -110,7 +109,7 @@ def variants(config: RunConfig, story: str) -> list[Variant]:
         words = [f'{FIELDS[path].symbol} = {value:g}' for path, value in fields.items()]
         if 'stream' in changes: words.append(f'stream × {changes["stream"]:g}')
         varied = vary(config, fields)
-        if 'stream' in changes: require(varied.model.norm != 'peri_ln', varied.model, 'norm', 'must not be peri_ln, which undoes the factor')
+        if 'stream' in changes: check_twin(varied.model)
         if varied.model.n_experts == 0: words = [w for w in words if not w.startswith('k =')]
         found.append(Variant(', '.join(words) or f'L = {config.model.n_layers}', varied, changes.get('stream', 1.)))
     return found

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from importlib.resources import files
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -91,7 +92,7 @@ def _add_running(parser):
 # %% ../nbs/tools/11_cli.ipynb #5a8a728c
 _SHORT = dict(                                      # option: field, kind, help
     layers=('model.n_layers', int, 'L, number of blocks'), width=('model.d_model', int, 'D, channels of the stream'),
-    heads=('model.n_heads', int, 'H, query heads'), norm=('model.norm', str, 'pre_ln, layernorm_scaling or peri_ln'),
+    heads=('model.n_heads', int, 'H, query heads'), norm=('model.norm', str, 'where norms stand, such as peri_ln'),
     steps=('train.steps', int, 'updates of the weights'), lr=('train.lr', float, 'peak learning rate'),
     data=('data.source', str, 'corpus: stdlib, site, fineweb-edu, hf:NAME, or a file, folder or pattern'),
     seed=('seed', int, 'seed of weights and data order'))
@@ -572,26 +573,19 @@ def _do_export(args) -> int:
     return 0
 
 # %% ../nbs/tools/11_cli.ipynb #202a0453
-_STUDY_LINES = {   # question, and minutes that one seed takes one core at scale laptop; written out, so that help needs no PyTorch
-    'main': ('Does a deeper model use each of its blocks less, once it is trained?', 28),
-    'depth': ('What do more layers do to the stream, and how much do they do for the model?', 25),
-    'training': ('Is what depth does a matter of the learning rate, or of too little training?', 46),
-    'decay': ('What does weight decay change, and does it matter which weights decay?', 16),
-    'context': ('What does a longer context change, and is it the length or the schedule?', 11),
-    'gqa': ('What does it change if query heads share keys and values?', 11),
-    'moe': ('What does a mixture of experts change, and is it the sparsity or the gates?', 8),
-    'remedies': ('Do norm placements that hold the variance down do what sparsity is said to do?', 10),
-    'ladder': ('Do the sources of sparsity add up?', 27),
-    'budget': ('Do the findings about the sources outlive three times the training?', 40),
-    'sources': ('Do sparsity, variance and the use of layers go together?', 40),
-    'pilots': ('Which learning rate suits which depth?', None)}     # not recorded at that scale
-_STUDY_NAMES = ', '.join(_STUDY_LINES)
-_ABOUT_STUDIES = '\n'.join(['studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; sparsecod plan: on this machine):',
-                           *(f'  {name:9s}{minutes or "-":>4}  {question}' for name, (question, minutes) in _STUDY_LINES.items())])
+# minutes that one seed takes one core at scale laptop, as recorded
+_MINUTES = dict(main=28, depth=25, training=46, decay=16, context=11, gqa=11, moe=8, remedies=10, ladder=27, budget=40, sources=40)
+
+def _about_studies() -> str:
+    "What help says of all studies, from the text of their module: help must not wait for PyTorch."
+    text = (files('sparsecod') / 'studies.py').read_text(encoding='utf-8')
+    questions = dict.fromkeys(_MINUTES) | dict(re.findall(r"(?:@add_study|= Study)\('(\w+)', '(.+?)'", text))
+    head = 'studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; sparsecod plan: on this machine):'
+    return '\n'.join([head, *(f'  {name:9s}{_MINUTES.get(name, "-"):>4}  {question}' for name, question in questions.items())])
 
 def add_study(commands):
     "The command `study`."
-    p = command(commands, 'study', _do_study, 'run a study', 'Run what is missing of a study and print its summary.', _ABOUT_STUDIES)
+    p = command(commands, 'study', _do_study, 'run a study', 'Run what is missing of a study and print its summary.', _about_studies())
     p.add_argument('study', help='name of the study, see below')
     _add_running(p)
 
@@ -599,7 +593,7 @@ def _add_reproduce(commands):
     "The command `reproduce`."
     p = command(commands, 'reproduce', _do_reproduce, 'run a study, print what it says of the claims, write a report',
                 'Run what is missing of a study, print what it says of the claims and write OUT/<scale>/report.html. '
-                'The study main trains a shallow and a deeper model and sets them beside the recorded runs.', _ABOUT_STUDIES)
+                'The study main trains a shallow and a deeper model and sets them beside the recorded runs.', _about_studies())
     option(p, '--study', default='main', metavar='NAME', help='name of the study, see below, or all')
     _add_running(p)
 
@@ -662,7 +656,7 @@ _MACHINE = dict(card=('--card', str, 'cards that the runs would go on, such as H
 def _add_plan(commands):
     "The command `plan`."
     p = command(commands, 'plan', _do_plan, 'what a study needs', 'Runs, parameters, tokens, operations, memory, disk and hours of a study, '
-                            'on this machine (whose speed is recorded or measured) or on cards of a kind. Nothing is run.', _ABOUT_STUDIES)
+                            'on this machine (whose speed is recorded or measured) or on cards of a kind. Nothing is run.', _about_studies())
     p.add_argument('study', help='name of the study, see below')
     _add_scale(p)
     option(p, '--seeds', type=count, default=1, metavar='N', help='runs of each variant')

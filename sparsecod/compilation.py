@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, auxiliary_loss
+from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer
 from .data import cache_folder
 from .integrity import Damaged, check_stamp, read_json, stamp, write_text
 
@@ -77,12 +77,9 @@ class CompiledLoss:
         self.losses_of = torch.compile(chunk_losses, dynamic=False)
 
     def last_stream(self, tokens: Tensor, watch) -> tuple[Tensor, Tensor | float]:
-        "The normalised last stream, (B, T, D), and the auxiliary losses of a mixture of experts."
-        model, extra = self.model, []
-        def collect(l: int, out: BlockOutput):
-            if out.routing is not None: extra.append(auxiliary_loss(model.config, out.routing, len(tokens)))
-            if watch is not None: watch(l, out)
-        return model.final_norm(model.run(model.embed(tokens), watch=collect)), sum(extra)
+        "The normalised last stream, (B, T, D), and what blocks add to the loss."
+        h, extra = self.model.last_stream(tokens, watch)
+        return self.model.final_norm(h), extra
 
     def __call__(self, tokens: Tensor, targets: Tensor, watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
         h, extra = self.stream(tokens, watch)                                     # (B, T, D)

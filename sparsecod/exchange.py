@@ -70,15 +70,15 @@ def _expert_factors(config: ModelConfig) -> tuple[float, float]:
 # %% ../nbs/tools/10_exchange.ipynb #b31f7ba8
 CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi3ForCausalLM', mixtral='MixtralForCausalLM',
                qwen2_moe='Qwen2MoeForCausalLM', glm4='Glm4ForCausalLM')  # model_type: class
+_STOCK_NORMS = dict(pre_ln='llama', layernorm_scaling='llama', peri_ln='glm4')  # norm: model_type without experts
 
 def stock_family(config: ModelConfig) -> str:  # a key of CLASSES
     "The stock class that computes the same function, by its model_type."
-    E = config.n_experts
-    if config.norm == 'peri_ln':
-        if not E: return 'glm4'
-        raise ValueError(f"norm='peri_ln' with n_experts={E} has no stock counterpart: the stock class with norms after its sublayers "
-                         "(glm4) has no experts; allowed are n_experts=0, or norm pre_ln or layernorm_scaling")
-    if not E: return 'llama'
+    family, E = _STOCK_NORMS.get(config.norm), config.n_experts
+    if not family or E and family == 'glm4':
+        raise ValueError(f'norm={config.norm!r} with n_experts={E} has no stock counterpart; allowed are the norms '
+                         'pre_ln and layernorm_scaling, and peri_ln with n_experts=0, for glm4 has no experts')
+    if not E: return family
     return 'qwen2_moe' if config.d_shared_expert or config.gates == 'published' else 'mixtral'
 
 # %% ../nbs/tools/10_exchange.ipynb #b77c5afc

@@ -23,7 +23,7 @@ from .core import NORMS, ModelConfig
 from .figures import METRICS, finished, label_variants, learnt_little, logarithmic, metric_text, results_folder
 from .integrity import check_stamp, read_json
 from .studies import SCALES, STUDIES, by_variant, over_seeds, read_metric
-from .theory import gate_gain, gate_moments, jacobian_deviation, mean_interval, simulate_jacobian, simulate_stream, stream_variance
+from .theory import CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval, simulate_jacobian, simulate_stream, stream_variance
 
 # %% ../nbs/tools/08_explorers.ipynb #35c8c499
 BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#808a93'
@@ -131,7 +131,7 @@ def _simulate_all() -> dict:
     "All dots, and where they come from; takes a minute or two."
     about = ('random models of width 64 with random masks; variance: 8 models (seeds 0 to 7), 64 tokens each; '
              'Jacobian: 4 models (seeds 0 to 3), 2 tokens each')
-    return dict(about=about, points=[_simulate_points(p, step, norm) for norm in NORMS for p in DENSITIES for step in _SCALED])
+    return dict(about=about, points=[_simulate_points(p, step, norm) for norm in CLOSED_FORMS for p in DENSITIES for step in _SCALED])
 
 def stored_points(start: str | Path = '.') -> dict:
     "The dots as _simulate_all made them."
@@ -165,7 +165,7 @@ def _formulas(p: str, suffix: str) -> tuple[dict, dict]:
              'j': say('sqrt(datum.one{s} + datum.two{s} + {D} * datum.one{s} * datum.two{s})')}
     return tuple({name + suffix: text for name, text in fields.items()} for fields in (adds, reads))
 
-_NORM_NAMES = {'pre_ln': 'pre-LN', 'layernorm_scaling': 'LayerNorm Scaling', 'peri_ln': 'Peri-LN'}
+_NORM_NAMES = {norm: NORMS[norm].title for norm in CLOSED_FORMS}
 
 def _formula_lines() -> alt.Chart:
     "Data of the curves: by layer, at the chosen density and without masks."
@@ -211,7 +211,7 @@ def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5
                       name: str = 'sce-variance') -> Explorer:
     """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at first at depth L,
     density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from _simulate_all."""
-    _known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS), norm=(norm, NORMS))
+    _known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS), norm=(norm, CLOSED_FORMS))
     made = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm, name=name)
     simulated = simulated or dict(about='', points=[])
     text = lambda s: (f'{_scale_at(s):.3g}' + {10: ', as published', 0: ', our laptop models'}.get(s, '')

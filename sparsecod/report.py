@@ -253,10 +253,8 @@ def plain_reading(scores: dict, about: dict | None = None) -> list[str]:
             + _read_causal(scores) + _read_variance(scores) + _read_jacobian(scores, about) + _cautions(scores))
 
 # %% ../nbs/tools/09_report.ipynb #5bfcd229
-_COLUMNS = dict(usefulness_ratio='affine ratio', skip_loss_increase='skip nats', jacobian_per_token='Jacobian',
-               variance_mean='variance', block_influence='influence',
-               attention_loss_increase='no attn nats', feed_forward_loss_increase='no ffn nats',
-               linear_loss_increase='affine nats', variance_median='median var')   # in order of importance
+_ARRAYS = SCORES_SCHEMA['properties']['arrays']['properties']
+_COLUMNS = {name: about['column'] for name, about in _ARRAYS.items() if 'column' in about}   # in order of importance
 
 def _layer_rows(scores: dict, columns: list[str]) -> list[str]:
     "Lines of the table by layer; a variance is that of the stream after the block."
@@ -284,18 +282,9 @@ def score_table(scores: dict, width: int | None = None) -> str:
     return '\n'.join([*lines, '', *_layer_rows(scores, shown), *note])
 
 # %% ../nbs/tools/09_report.ipynb #f852b4d8
-BARS = dict(   # score -> title, what it says, unit, where bars start
-    skip_loss_increase=('Skipped blocks', 'Rise of the loss when the block is left out. Below 0 the model is better without it.',
-                        'nats a token', 0.),
-    block_influence=('Block influence', 'One minus the cosine of the stream before and after the block, averaged over tokens.',
-                     'influence', 0.),
-    attention_loss_increase=('Attention left out', 'Rise of the loss without the attention of the block.', 'nats a token', 0.),
-    feed_forward_loss_increase=('Feed-forward left out', 'Rise of the loss without the feed-forward layer of the block.',
-                                'nats a token', 0.),
-    usefulness_ratio=('Affine replacement', 'Loss with the block replaced by the affine map fitted to it, divided by the loss. '
-                      'Bars start at 1, no cost.', 'loss ratio', 1.),
-    jacobian_per_token=('Jacobian deviation', 'How far the block’s Jacobian is from the identity: the Frobenius norm of J − I '
-                        'over the width, averaged over tokens.', 'deviation', 0.))
+_LEFT_OUT = ('skip_loss_increase', 'block_influence', 'attention_loss_increase', 'feed_forward_loss_increase')
+BARS = {name: (about['title'], about['description'], about['unit'], about.get('start', 0.))   # last: where bars start
+        for name, about in ({name: _ARRAYS[name] for name in _LEFT_OUT} | _ARRAYS).items() if 'unit' in about}
 _STREAMS = {'mean': 'variance_mean', 'median': 'variance_median', 'mean without position 0': 'variance_without_first'}
 _HEATS = dict(  # score -> title, what it says, vertical and horizontal axis
     angular_distance=('Angles of spans', 'Angle at the last token between the streams before and after n blocks in a row, '
@@ -406,9 +395,9 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {})
         title, text, down, across = _HEATS[score]
         if L > 1 and len(pairs := _by_layer(scores, score)) == L and (found := _pair_rows(pairs)):
             add(_heat(score, title, across, down, found), score, title, text, i=down, j=across, value='value')
-    for score in list(BARS)[:4]: add_bars(score)
+    for score in _LEFT_OUT: add_bars(score)
     add_heat('angular_distance')
-    for score in list(BARS)[4:]: add_bars(score)
+    for score in list(BARS)[len(_LEFT_OUT):]: add_bars(score)
     found = [r for kind, score in _STREAMS.items() if len(es := _by_layer(scores, score)) == L + 1 for r in _estimate_rows(es, 0, kind=kind)]
     if any(r['value'] > 0 for r in found):
         add(_stream_lines(found), 'streams', 'Variance by layer', 'variance over channels of the stream, before the final norm.',
@@ -696,7 +685,7 @@ def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] 
     text = TEMPLATES.get_template('study.html').render(
         title=title, css=template_text('report.css'), vega=template_text('vega.js'),
         summary=_summary_lines(records, groups, by), charts=[markupsafe.Markup(c.html) for c in charts],
-        heads=[*HEADS, 'rule'], claims=[[*ledger_cells(row), row['rule']] for row in ledger_rows or []],
+        heads=[*HEADS, 'rule'], claims=ledger_rows and [[*ledger_cells(row), row['rule']] for row in ledger_rows],
         counts=verdict_counts(ledger_rows) if ledger_rows else '', recorded=beside is not None,
         beside=None if beside is None else beside.map(short).values.tolist(), run_heads=list(runs[0]),
         runs=[list(row.values()) for row in runs], provenance=_provenance_rows(records), differ=differ,

@@ -574,6 +574,8 @@ def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory:
     return Plan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
+_MEASUREMENT = 3   # version of what the pieces of work measure
+
 def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
                     as_published: bool, swapped: Tensor) -> dict:
     "What a measurement depends on, for JSON."
@@ -581,7 +583,7 @@ def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, c
     network = getattr(model, 'network', model)                    # of an adapted model, the network inside
     function = {name: repr(value) for name, value in network.config.to_dict().items() if not name.startswith('_')}
     tensors = dict(pairs=swapped, windows=windows, fit_windows=fit_windows)
-    return dict(version=3, architecture=type(network).__name__, config=function, settings=settings, plan=list(plan),
+    return dict(version=_MEASUREMENT, architecture=type(network).__name__, config=function, settings=settings, plan=list(plan),
                 as_published=as_published, weights=tensor_hash([*network.named_parameters(), *network.named_buffers()]),
                 **{name: tensor_hash([(name, x)]) for name, x in tensors.items()})
 

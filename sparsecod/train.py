@@ -51,7 +51,7 @@ from tqdm.auto import tqdm
 from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
 from .compilation import kept_memory, plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
-from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, auxiliary_loss, full_precision, param_counts
+from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision, param_counts
 from .integrity import (Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum,
                         content_checksum, read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
@@ -163,9 +163,9 @@ def channel_variance(x: Tensor) -> Tensor:  # x: stream or update, (B, T, D); gi
 
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
-    "Called after each block with its output; keeps variances, one number a token, and what a mixture of experts adds."
+    "Called after each block with its output; keeps variances, one number a token, and what blocks add to the loss."
     def __init__(self, config: ModelConfig, device='cpu'):
-        self.config, self.auxiliary = config, 0.0          # sum of the auxiliary losses of all sequences
+        self.config, self.auxiliary = config, 0.0          # sum over all sequences of what blocks add to the loss
         self.sequences = torch.zeros((), device=device)    # seen; a tensor, because a compiler takes numbers for constants
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
@@ -174,6 +174,7 @@ class StreamWatch:
         "Measure the stream before the first block."
         self.stream = [channel_variance(h)]
 
+    @torch.no_grad()
     def __call__(self, l: int, out: BlockOutput):  # l: the block's number, 1..L
         B = len(out.stream)
         if l == 1: self.sequences += B
@@ -182,7 +183,7 @@ class StreamWatch:
             self.attention.append(channel_variance(out.attention))
             self.feed_forward.append(channel_variance(out.feed_forward))
             if out.routing is not None: self.load.append(expert_load(out.routing))
-        if out.routing is not None: self.auxiliary += B * auxiliary_loss(self.config, out.routing, B).detach()
+        self.auxiliary += B * block_loss(self.config, out, B)
 
 # %% ../nbs/build/05_train.ipynb #d0fb81ec
 def is_set(name: str) -> bool:
@@ -224,13 +225,14 @@ def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[f
 
 # %% ../nbs/build/05_train.ipynb #dc9a7e9f
 def summarize_experts(watch: StreamWatch, world: PartialState) -> dict:
-    "What a mixture of experts adds to the loss, and the load of each block's busiest expert (1: an even share)."
-    c = watch.config
-    if not c.n_experts: return {}
+    "What blocks add to the loss, if anything, and if there are experts the load of each block's busiest (1: an even share)."
+    c, found = watch.config, {}
     def average(x): return reduce(x, 'mean') if world.num_processes > 1 else x
-    auxiliary = average(watch.auxiliary / watch.sequences).item()
-    load = average(torch.stack(watch.load))                                     # (L, E)
-    return dict(auxiliary=auxiliary, busiest_expert=(load.amax(1) * c.n_experts / c.experts_per_token).tolist())
+    if isinstance(watch.auxiliary, Tensor): found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()
+    if watch.load:
+        load = average(torch.stack(watch.load))                                 # (L, E)
+        found['busiest_expert'] = (load.amax(1) * c.n_experts / c.experts_per_token).tolist()
+    return found
 
 # %% ../nbs/build/05_train.ipynb #0e5cd11d
 _UNDECIDED = Execution('fp32', False, 'not decided yet')

@@ -23,6 +23,7 @@ def findings() -> str:
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
         mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, desk if name == 'depth' else records).values()))
+        if not runs: continue
         lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in mine if not r['control']])} | {counts([r for r in mine if r['control']])} |")
     sums = [r for r in rows if r['study'] is None]
     lines.append(f"| - | Do the published page's own numbers add up? (arithmetic) | - | {counts([r for r in sums if not r['control']])} | {counts([r for r in sums if r['control']])} |")

@@ -16,7 +16,7 @@ import torch
 
 import sparsecod
 from sparsecod import cli
-from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, _STUDY_LINES, main, parser, setting
+from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, _MINUTES, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
 from sparsecod.studies import MAIN, _PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
@@ -67,14 +67,15 @@ def test_help_names_what_there_is(type_in):
 
 
 def test_help_says_what_studies_ask_and_how_long_they_take(type_in):
-    studies = STUDIES | dict(main=MAIN, pilots=_PILOTS)
-    assert {name: question for name, (question, _) in _STUDY_LINES.items()} == {name: study.question for name, study in studies.items()}
-    records = load_results(ROOT / 'results', 'laptop')
-    for name, (_, minutes) in _STUDY_LINES.items():
+    studies, records = STUDIES | dict(main=MAIN, pilots=_PILOTS), load_results(ROOT / 'results', 'laptop')
+    assert set(_MINUTES) <= set(studies)
+    for name, minutes in _MINUTES.items():
         groups = by_variant(studies[name], records).values()
-        assert (minutes is None) == (not groups), name                   # where nothing is recorded, nothing is said
-        if minutes: assert .6 < sum(sum(sum(r['seconds'].values()) for r in g) / len(g) for g in groups) / 60 / minutes < 1.6, name
-    for command in ('study', 'reproduce', 'plan'): assert all(f'{name} ' in type_in(f'{command} --help')[1] for name in _STUDY_LINES)
+        assert .6 < sum(sum(sum(r['seconds'].values()) for r in g) / len(g) for g in groups) / 60 / minutes < 1.6, name
+    for command in ('study', 'reproduce', 'plan'):
+        said = re.findall(r'^  (\w+) +([\d-]+)  (.+)$', type_in(f'{command} --help')[1], re.MULTILINE)
+        assert {name: (minutes, question) for name, minutes, question in said} == {
+            name: (str(_MINUTES.get(name, '-')), study.question) for name, study in studies.items()}
 
 
 def test_every_source_of_sparsity_has_options(type_in, tmp_path):
@@ -693,11 +694,6 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, type_in):
     path.write_bytes(path.read_bytes()[:-10])                             # as after a broken download
     code, _, errors = type_in(f'score {tmp_path}/copy --quiet')
     assert code == 2 and f'{path} is damaged or was not copied completely' in errors and errors.count('\n') == 1
-
-
-def test_help_names_every_study():
-    from sparsecod.cli import _STUDY_NAMES
-    assert _STUDY_NAMES.split(', ') == ['main', *STUDIES, 'pilots']
 
 
 def launched(line: str, folder: Path) -> float:

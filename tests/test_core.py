@@ -4,11 +4,15 @@ import torch
 
 import sparsecod.moe as moe
 from sparsecod.configuration import Config, is_kind
-from sparsecod.core import PRESETS, ModelConfig, Stack, Transformer, flops_per_token, next_tokens, param_counts, preset
+from sparsecod.core import NORMS, PRESETS, ModelConfig, Placement, Stack, Transformer, flops_per_token, next_tokens, param_counts, preset
 from sparsecod.data import DataConfig
+from sparsecod.exchange import stock_family
+from sparsecod.layers import rope_angles
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import SCALES, RunConfig, vary
+from sparsecod.theory import jacobian_deviation, stream_variance
 from sparsecod.train import TrainConfig, evaluate
+from sparsecod.twins import rescale
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +28,19 @@ def test_saved_and_loaded_is_the_same_model(changes, tmp_path):
     loaded = Transformer.from_pretrained(tmp_path)
     assert loaded.config == model.config and torch.equal(loaded(TOKENS), model(TOKENS))
     assert (loaded.head.weight is loaded.embedding.weight) == model.config.tie_embeddings
+
+
+def test_a_placement_of_norms_is_one_entry_of_the_table(monkeypatch):
+    "Norms behind the sublayers only; what is right for the known placements alone refuses it."
+    monkeypatch.setitem(NORMS, 'branch_ln', Placement('Branch-LN', before=False, after=True))
+    torch.manual_seed(0)
+    model, h = Transformer(SMALL.replace(norm='branch_ln')), torch.randn(2, 12, 16)
+    block, rope, norm = model.blocks[1], rope_angles(12, 4), torch.nn.RMSNorm(16, eps=1e-6)
+    a = norm(block.attention(h, rope))
+    torch.testing.assert_close(block(h, rope).stream, h + a + norm(block.feed_forward(h + a)))
+    assert sum(p.numel() for p in model.parameters()) == param_counts(model.config)['total']
+    for use in (stream_variance, jacobian_deviation, stock_family, lambda config: rescale(model, 2.)):
+        with pytest.raises(ValueError, match="norm='branch_ln'.*pre_ln"): use(model.config)
 
 
 @pytest.mark.parametrize('changes', [{}, dict(n_experts=4), dict(n_experts=4, experts_per_token=3, d_expert=12, d_shared_expert=8)])

@@ -10,10 +10,10 @@ import pytest
 import vega
 from browser import open_browser, visit
 from sparsecod import explorers as ex
-from sparsecod.core import NORMS
 from sparsecod.claims import PUBLISHED
 from sparsecod.figures import label_variants
 from sparsecod.studies import SCALES, STUDIES, load_results, read_metric, summarise, vary
+from sparsecod.theory import CLOSED_FORMS
 
 MADE = 'variance', 'results', 'surgery'
 
@@ -113,7 +113,7 @@ def test_the_stored_dots_can_be_made_again(points):
     stored = next(s for s in points['points'] if (s['p'], s['step'], s['norm']) == (0.25, 5, 'layernorm_scaling'))
     again = ex._simulate_points(0.25, 5, 'layernorm_scaling', n_jacobian=2)
     assert [m for m, _ in again['variance']] == pytest.approx([m for m, _ in stored['variance']], rel=1e-3)
-    assert {(s['p'], s['step'], s['norm']) for s in points['points']} == set(product(ex.DENSITIES, ex._SCALED, NORMS))
+    assert {(s['p'], s['step'], s['norm']) for s in points['points']} == set(product(ex.DENSITIES, ex._SCALED, CLOSED_FORMS))
 
 
 @pytest.mark.parametrize('bad', [dict(L=1), dict(L=65), dict(p=0.0), dict(p=0.33), dict(p=1.05), dict(step=15), dict(norm='post_ln')])
@@ -214,7 +214,7 @@ def test_the_formulas_on_the_screen_are_those_of_the_theory(browser, saved, poin
         e.press('p', 'ArrowLeft')
         check(32, 0.45, 10, 'pre_ln')
         e.press('L', 'End')
-        for norm in NORMS:
+        for norm in CLOSED_FORMS:
             e.control('norm').select_option(ex._NORM_NAMES[norm])
             for step in (0, 7, 14):
                 e.control('sigma').select_option(index=step)

@@ -432,8 +432,9 @@ def test_a_report_escapes_what_it_is_given(tmp_path):
 @pytest.mark.parametrize('study', [name for name in STUDIES if name != 'depth'])
 def test_every_study_has_a_report(study, tmp_path):
     question, labelled = STUDIES[study].question, label_variants(study, variants(study, seeds=[0, 1]))
-    path = write_report(labelled, tmp_path / 'r.html', title=question, by='variant')
+    path = write_report(labelled, tmp_path / 'r.html', ledger_rows=[], title=question, by='variant')
     assert heading(path) == question and settings(path) == set(STUDIES[study].changes(SCALES['laptop']))
+    assert 'No claim is registered' in path.read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('lost', [dict(seeds=[0]), dict(missing=['G=1']), dict(diverged=[('G=1', s) for s in (0, 1, 2)])], ids=str)

@@ -929,6 +929,7 @@ def test_the_schema_describes_every_part():
     described = SCORES_SCHEMA['properties']
     assert all(isinstance(entry, dict) for entry in described.values()) and SCORES_SCHEMA['$id'].endswith('/sparsecod/scores.schema.json')
     assert all(entry['title'] and entry['description'] for part in (described, described['sparsity']['properties']) for entry in part['scalars']['properties'].values())
+    assert all(entry['title'] and entry['description'] for entry in described['arrays']['properties'].values() if 'unit' in entry)
 
 
 @pytest.mark.parametrize('options', [{}, dict(as_published=True, probes=4, pair_intervals=True), dict(layers=1, pair_intervals=True)])
@@ -945,6 +946,8 @@ def test_results_satisfy_the_schema(model, options):
         broken = copy.deepcopy(result)
         if broken[part].pop(name, None) is not None: assert not check.is_valid(broken)
     assert not check.is_valid(result | dict(arrays=result['arrays'] | dict(usefulness_ratio=['useful'])))
+    later = {part: result[part] | dict(of_tomorrow=result[part][name]) for part, name in (('scalars', 'loss'), ('arrays', 'fit_rank'))}
+    check.validate(json.loads(json.dumps(result | later)))                     # a score that is added makes no file invalid
 
 
 # --- what can be given

@@ -8,8 +8,8 @@ import torch
 from sparsecod.core import NORMS, ModelConfig, Transformer, initial_update_variance
 from sparsecod.layers import Attention, rope_angles
 from sparsecod.theory import (
-    SUBLAYERS, apply_masks, attention_averaging, by_layer, coherence, gate_gain, gate_moments, gaussian_dependence,
-    jacobian_deviation, magnitude_mask, mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval,
+    CLOSED_FORMS, SUBLAYERS, apply_masks, attention_averaging, by_layer, coherence, gate_gain, gate_moments,
+    gaussian_dependence, jacobian_deviation, magnitude_mask, mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval,
     measure_averaging, own_update_variance, predict_variance, random_stack, relative_update, simulate_jacobian,
     simulate_stream, stream_variance, update_variance, variance_budget, weighted_variance)
 
@@ -26,7 +26,7 @@ def harmonic(l):
 
 # ---------------------------------------------------------------- known answers
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 @pytest.mark.parametrize('sublayers', SUBLAYERS)
 def test_nothing_grows_without_connections(norm, sublayers):
     v = stream_variance(config(norm), p=0.0, v0=0.3, sublayers=sublayers)
@@ -35,7 +35,7 @@ def test_nothing_grows_without_connections(norm, sublayers):
     assert relative_update(v) == [0.0] * 6
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 def test_full_density_is_the_closed_form_of_core(norm):
     c = config(norm)
     updates = [initial_update_variance(c, l) for l in range(1, 7)]
@@ -46,7 +46,7 @@ def test_full_density_is_the_closed_form_of_core(norm):
 
 
 def test_a_mask_is_a_smaller_weight():
-    for norm in NORMS:
+    for norm in CLOSED_FORMS:
         smaller = config(norm, init_std=CONFIG.init_std * 0.3 ** 0.5)
         for f in (stream_variance, jacobian_deviation):
             assert f(config(norm), p=0.3, v0=1.0) == pytest.approx(f(smaller, v0=1.0))
@@ -77,7 +77,7 @@ def test_the_gate_is_bounded(s2):
 def test_growth_with_depth():
     deep = dict(n_layers=300)
     u = update_variance(CONFIG, p=0.4, sublayers='linear')[0]
-    v = {norm: stream_variance(config(norm, **deep), p=0.4, v0=0.5, sublayers='linear') for norm in NORMS}
+    v = {norm: stream_variance(config(norm, **deep), p=0.4, v0=0.5, sublayers='linear') for norm in CLOSED_FORMS}
     for l in (1, 2, 10, 300):
         assert v['pre_ln'][l] == pytest.approx(0.5 + l * u)
         assert v['layernorm_scaling'][l] == pytest.approx(0.5 + harmonic(l) * u)
@@ -141,7 +141,7 @@ def test_errors_name_what_is_wrong(call, words):
 
 # ---------------------------------------------------------------- simulation
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 @pytest.mark.parametrize('p, sublayers, slack', [(1.0, 'linear', 0), (0.2, 'linear', 0), (1.0, 'block', 0), (0.3, 'block', 0.02)])
 def test_stream_agrees_with_real_blocks(norm, p, sublayers, slack):
     mean, half = mean_interval(simulate_stream(config(norm), p, n_models=16, sublayers=sublayers), level=0.9999)
@@ -157,7 +157,7 @@ def test_stream_agrees_with_rescaled_masks(rescale):
     assert ((mean - expected).abs() < half + 0.03 * expected).all()
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 @pytest.mark.parametrize('p, sublayers', [(1.0, 'linear'), (0.3, 'linear'), (1.0, 'block'), (0.5, 'block')])
 def test_jacobians_agree_with_real_blocks(norm, p, sublayers):
     c = config(norm, n_layers=3)
@@ -243,7 +243,7 @@ def test_power_behind_a_random_mask():
     assert masked_power(torch.ones(3, 48), torch.ones(2, 48), 0.5) == pytest.approx(0.25 + 0.25 / 48)
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 def test_prediction_from_weights_is_the_closed_form_for_random_models(norm):
     c = config(norm, d_model=128)
     model = random_stack(c)
@@ -253,7 +253,7 @@ def test_prediction_from_weights_is_the_closed_form_for_random_models(norm):
     assert [v - v0 for v in once] == pytest.approx([0.5 * (v - v0) for v in whole])
     doubled = copy.deepcopy(model)
     for block in doubled.blocks: block.attention.output.weight.data *= 2
-    factor = 1 if norm == 'peri_ln' else 4
+    factor = 1 if NORMS[norm].after else 4
     assert own_update_variance(doubled.blocks[0])[0] == pytest.approx(factor * own_update_variance(model.blocks[0])[0])
 
 
@@ -266,7 +266,7 @@ def test_gains_are_part_of_the_prediction():
         own_update_variance(random_stack(CONFIG.replace(n_experts=4)).blocks[0])
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', CLOSED_FORMS)
 def test_budget_adds_up_and_the_random_model_is_predicted(norm):
     torch.manual_seed(1)
     model = Transformer(config(norm, vocab_size=512, d_model=128, init_std=0.08))

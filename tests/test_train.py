@@ -23,7 +23,7 @@ os.environ.setdefault('ACCELERATE_USE_CPU', 'true')  # on a CPU, repeated comput
 
 from sparsecod.adapters import open_model
 from sparsecod.cli import main
-from sparsecod.core import ModelConfig, Transformer, auxiliary_loss
+from sparsecod.core import ModelConfig, Transformer, block_loss
 from sparsecod.integrity import Damaged, check_seal, seal, stamp
 from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, choose_strategy,
                              decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder, _make_label, make_optimizer,
@@ -200,15 +200,15 @@ def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
 @pytest.mark.parametrize('sequences', [4, 3, 1])
 def test_accumulation_does_not_change_the_gradient(sequences, config):
     torch.manual_seed(0)
-    model, windows, routings = Transformer(config), ToyCorpus().batch(0, 8, 16, 0), []
+    model, windows, outs = Transformer(config), ToyCorpus().batch(0, 8, 16, 0), []
     def gradient(sequences):
         model.zero_grad()
         loss = accumulate_gradients(model, windows, sequences)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
     (loss, whole), (summed, parts) = gradient(8), gradient(sequences)
-    logits = model(windows[:, :-1], watch=lambda l, out: routings.append(out.routing))
+    logits = model(windows[:, :-1], watch=lambda l, out: outs.append(out))
     by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    if config.n_experts: by_hand += sum(auxiliary_loss(config, routing, 8) for routing in routings)
+    by_hand += sum(block_loss(config, out, 8) for out in outs)
     assert torch.allclose(loss, by_hand) and torch.allclose(summed, by_hand)  # divided by the number of targets
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
@@ -226,6 +226,19 @@ def test_watch_reports_the_variance_of_every_layer():
         assert summary['variance_mean'][l] == pytest.approx(v.mean().item(), rel=1e-4)
         assert summary['variance_median'][l] == pytest.approx(v.median().item(), rel=1e-4)
         assert summary['variance_without_first'][l] == pytest.approx(v[:, 1:].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('compile', ['off', 'on'])
+def test_a_term_of_any_blocks_is_trained_on_and_logged_apart(compile, monkeypatch, tmp_path):
+    term = lambda config, out, sequences: out.update.abs().mean() / config.n_layers
+    for module in ('core', 'train'): monkeypatch.setattr(f'sparsecod.{module}.block_loss', term)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    first = quiet(tmp_path, config=CONFIG.replace(steps=3, log_every=1, compile=compile)).log[0]
+    torch.manual_seed(CONFIG.seed)
+    model, windows = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, CONFIG.seed)
+    assert first['loss'] == pytest.approx(evaluate(model, windows).mean().item(), abs=1e-4) and first['auxiliary'] > 0
+    total = model(windows[:, :-1], targets=windows[:, 1:]).item()
+    assert first['loss'] + first['auxiliary'] == pytest.approx(total, abs=1e-4) and 'busiest_expert' not in first
 
 
 @pytest.mark.parametrize('changes', [{}, dict(micro_batch_tokens=48)])
