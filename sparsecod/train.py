@@ -578,7 +578,11 @@ def _check_folder(folder: Path, step: int, label: dict, names: tuple):
 
 def _check_checkpoint(checkpoint: Path, label: dict):
     "Raise `Damaged` if anything in a checkpoint is not as this run has saved it."
-    _check_folder(checkpoint, _step_of(checkpoint), label, ('state.json',) if any(checkpoint.glob(_SHARES)) else _CHECKPOINT_FILES)
+    step, path = _step_of(checkpoint), checkpoint / 'state.json'
+    _check_folder(checkpoint, step, label, ('state.json',) if any(checkpoint.glob(_SHARES)) else _CHECKPOINT_FILES)
+    state = read_json(path)
+    if not isinstance(state, dict) or not {'step', 'seconds', 'mark'} <= set(state): raise Damaged(f'{path} holds no state of a run')
+    if state['step'] != step: raise Damaged(f'{path} is of another step: step={state["step"]!r} there, step={step} expected')
 
 # %% ../nbs/build/05_train.ipynb #d8862ff6
 def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, list[int]]:

@@ -21,6 +21,7 @@ from nbdev.process import Processor
 NAME = re.compile(r'\[(?:[^\[\]]|\[[^\[\]]*\])*\]\([^)]*\)|`([A-Za-z_][\w.]*)(\(\))?`')  # a link, left alone, or a name in backticks
 FENCE = re.compile(r' {0,3}(`{3,}|~{3,})')
 SHOWN = re.compile(r'^show_doc\((\w+)', re.M)  # the cells in which nbdev documents a symbol
+HEADING = re.compile(r'^#+ (\w+)$', re.M)  # of one word: links to a symbol of that name lead there
 BARE = re.compile(r'^def (\w+)\(\s*\*args,\s*\*\*kwargs\s*\)', re.M)
 
 
@@ -120,8 +121,11 @@ class ShownOnce(Processor):
     "Of a symbol whose source is shown, all that stays of its documentation is the place that links lead to."
     def begin(self):
         known, cells = {name for cell in self.nb.cells for name in shown_names(cell)}, []
+        taken = {title.lower() for cell in self.nb.cells for title in HEADING.findall(cell.source) if cell.cell_type == 'markdown'}
         for cell in self.nb.cells:
-            if names := shown_names(cell): cells.append(mk_cell(''.join(f'[]{{#{name.lower()}}}' for name in names), 'markdown'))
+            places = {name.lower(): None for name in shown_names(cell) if name.lower() not in taken}
+            taken |= places.keys()
+            if places: cells.append(mk_cell(''.join(f'[]{{#{place}}}' for place in places), 'markdown'))
             documents = SHOWN.search(cell.source)
             if not documents or documents[1] not in known: cells.append(cell)
         self.nb.cells = cells

@@ -75,10 +75,10 @@ def test_html_comes_through_pandoc_as_it_is(root, text):
 
 
 def test_what_shows_its_source_is_not_documented_besides(root):
-    code = '#| exports\nA = 1\ndef one(): pass\nclass Two:\n    def three(self): pass', '#| export\ndef four(): pass'
-    cells = [mk_cell(code[0]), shown('show_doc(Two)', {}), shown('show_doc(one)', {}), mk_cell(code[1]), shown('show_doc(four)', {}), mk_cell('one()')]
+    code = '#| exports\nA = 1\ndef one(): pass\nclass Two:\n    def three(self): pass\ndef two(): pass\ndef five(): pass', '#| export\ndef four(): pass'
+    cells = [mk_cell('## Five', 'markdown'), mk_cell(code[0]), shown('show_doc(Two)', {}), shown('show_doc(one)', {}), mk_cell(code[1]), shown('show_doc(four)', {}), mk_cell('one()')]
     after = [cell.source for cell in processed(root, 'build/01_layers.ipynb', cells, processors.ShownOnce)]
-    assert after == ['[]{#one}[]{#two}', code[0].split('\n', 1)[1], code[1].split('\n', 1)[1], 'show_doc(four)', 'one()']
+    assert after == ['## Five', '[]{#one}[]{#two}', code[0].split('\n', 1)[1], code[1].split('\n', 1)[1], 'show_doc(four)', 'one()']
 
 
 def documented(root: Path, module: str, name: str, text: str) -> str:
@@ -89,7 +89,7 @@ def documented(root: Path, module: str, name: str, text: str) -> str:
 
 BARE = '```python\ndef {}(\n    *args, **kwargs\n):\n```'
 
-@pytest.mark.parametrize('module, name, arguments', [('bench', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']), ('cloze', 'Gap', [])])
+@pytest.mark.parametrize('module, name, arguments', [('bench', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']), ('widgets', '_Panel', []), ('cloze', 'Gap', [])])
 def test_a_signature_names_its_arguments(root, module, name, arguments):
     text = documented(root, module, name, BARE.format(name))
     assert 'kwargs' not in text and f'def {name}(' in text and all(f'\n    {a},' in text for a in arguments)
