@@ -895,7 +895,7 @@ def drive_surgery(lab, expect):
 
 def test_a_story_sets_its_own_fields(corpus):
     "They are grey while it is chosen, and what they hold, even nonsense, does not matter."
-    panel = wd.TrainPanel(TINY, corpus=corpus)
+    panel = wd._TrainPanel(TINY, corpus=corpus)
     for story, changes in STORIES.items():
         panel.fields['model.n_layers'].value = '3'
         panel.story.value = story
