@@ -680,7 +680,7 @@ def standing_ledger(folder: str | Path) -> list[dict]:
     judged = {row['id']: row for row in large if row['study'] not in (None, 'budget') and row['statistic']['n'] >= _LEAST_SEEDS}
     return [judged.get(row['id'], row) for row in small]
 
-_HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth',
+_HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth-tokens-fixed',
              'gqa-growth', 'moe-growth', 'sources-density-growth', 'theory-proportional', 'theory-relative-growth')
 
 def headlines(rows: list[dict]) -> list[dict]:
