@@ -675,9 +675,9 @@ def ledger_markdown(rows: list[dict]) -> str:
 
 def standing_ledger(folder: str | Path) -> list[dict]:
     """All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged them, else `laptop`.
-    The study of three times the training is one of `laptop`."""
+    Rows on several sources at once are judged at `laptop`, where all of them are run, and so is three times the training."""
     small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))] for scale in ('laptop', 'desk'))
-    judged = {row['id']: row for row in large if row['study'] not in (None, 'budget') and row['statistic']['n'] >= _LEAST_SEEDS}
+    judged = {row['id']: row for row in large if row['study'] not in (None, 'budget', 'sources', 'ladder') and row['statistic']['n'] >= _LEAST_SEEDS}
     return [judged.get(row['id'], row) for row in small]
 
 _HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth-tokens-fixed',
