@@ -274,6 +274,14 @@ def _stock_subject(source: str, model, tokenizer, args) -> Subject:
     return Subject(model, tokenizer, data, _is_local(args.data), None, length, folder, about)
 
 # %% ../nbs/tools/11_cli.ipynb #44690221
+def _check_rows(data):
+    "Raise a ValueError unless text is read from a field of rows."
+    from sparsecod.data import ROW_SUFFIXES, expand_alias, open_source
+    if expand_alias(data).source.startswith('hf:'): return
+    if not any(Path(path).suffix.lower() in ROW_SUFFIXES for path, *_ in open_source(data).stamp):
+        raise ValueError(f'--text-field {data.text_field} names a field of rows, and {data.source} has none; allowed with it are '
+                         f'files that end in {" or ".join(ROW_SUFFIXES)}, and Hugging Face data, hf:NAME')
+
 def _find_subject(args) -> Subject:
     "Open the model of a command."
     _check_device(args.device)
@@ -283,8 +291,10 @@ def _find_subject(args) -> Subject:
     folder = _training_folder(Path(args.model))
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows a bar of its own
         model, tokenizer = open_model(folder if folder.exists() else args.model, args.trust_remote_code, args.device)
-    if isinstance(model, Transformer): return _own_subject(folder, model, tokenizer, args)
-    return _stock_subject(args.model, model, tokenizer, args)
+    if isinstance(model, Transformer): subject = _own_subject(folder, model, tokenizer, args)
+    else: subject = _stock_subject(args.model, model, tokenizer, args)
+    if args.text_field: _check_rows(subject.data)
+    return subject
 
 def _fitting_corpus(data, model, progress: bool):
     "The corpus of a configuration, whose tokens the model must know."
@@ -294,12 +304,17 @@ def _fitting_corpus(data, model, progress: bool):
         raise ValueError(f'the corpus has {corpus.vocab_size} tokens and the model knows {model.config.vocab_size}: not the tokenizer it was trained with')
     return corpus
 
+def _length(subject: Subject, args) -> int:
+    "T, tokens of a sequence: what was asked for, if the model can read as many."
+    T, limit = args.length or subject.length, subject.model.config.context_length
+    if limit and T > limit: raise ValueError(f'--length {T} must be at most the context length of the model, {limit}')
+    return T
+
 def _score_settings(subject: Subject, args):
     "How to score, with what was asked to be different."
     from sparsecod.scores import text_config
-    T, c = args.length or subject.length, subject.model.config
-    if c.context_length and T > c.context_length: raise ValueError(f'--length {T} must be at most the context length of the model, {c.context_length}')
-    score = subject.score or text_config(c.d_model, T)
+    T = _length(subject, args)
+    score = subject.score or text_config(subject.model.config.d_model, T)
     if args.sequences: score = score.replace(n_sequences=args.sequences, n_jacobian=min(args.sequences, score.n_jacobian))
     if args.seed is not None: score = score.replace(seed=args.seed)
     if args.jacobian_probes is not None: score = score.replace(jacobian_probes=args.jacobian_probes)
@@ -490,9 +505,7 @@ def _do_prune(args) -> int:
     from sparsecod.adapters import AdaptedModel, find_folder
     from sparsecod.scores import ScoreConfig
     settings = ScoreConfig(n_sequences=args.sequences, n_fit=args.choose, n_jacobian=1, seed=args.seed)
-    T, limit = args.length or subject.length, subject.model.config.context_length
-    if limit and T > limit: raise ValueError(f'--length {T} must be at most the context length of the model, {limit}')
-    held_out, choose_on, text = _sequences_of(subject, settings, T, not args.quiet)
+    held_out, choose_on, text = _sequences_of(subject, settings, _length(subject, args), not args.quiet)
     source = find_folder(args.model, args.trust_remote_code) if isinstance(subject.model, AdaptedModel) else None
     if args.by == 'greedy' and not args.spans and not args.quiet:
         print(f'choosing takes {spell(step_seconds(subject.model, choose_on))} for each block that goes', file=sys.stderr)

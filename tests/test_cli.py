@@ -473,6 +473,21 @@ def test_rows_of_text_are_read_by_the_name_of_their_field(checkpoint, trained, t
         assert type_in(f'{line} --text-field body')[0] == 0
 
 
+def test_a_field_is_refused_where_text_has_no_rows(checkpoint, trained, type_in, tmp_path):
+    plain, folder = tmp_path / 'plain.txt', tmp_path / 'folder'
+    plain.write_text(' '.join(f'word{(i * i) % 97}' for i in range(3000)), encoding='utf-8')
+    folder.mkdir()
+    (folder / 'a.md').write_text(plain.read_text(encoding='utf-8'), encoding='utf-8')
+    for model in (checkpoint, trained):
+        for text in (f'--data {plain}', f'--data {folder}', f'--data {tmp_path}/*.txt', '--data stdlib', ''):
+            code, _, errors = type_in(f'score {model} {text} --text-field body --json {tmp_path}/x.json --quiet')
+            assert code == 2 and '--text-field body' in errors and not (tmp_path / 'x.json').exists(), (text, errors)
+    (folder / 'b.jsonl').write_text('\n'.join(json.dumps(dict(body=f'{i} ' + plain.read_text(encoding='utf-8'))) for i in range(4)), encoding='utf-8')
+    for model in (checkpoint, trained):         # one file of rows among others is enough
+        code, _, errors = type_in(f'score {model} --data {folder} --text-field body --sequences 4 --fit 20 --json {tmp_path}/x.json --quiet')
+        assert code == 0, errors
+
+
 @pytest.mark.parametrize('encoding', ['latin-1', 'cp1252', 'utf-16'])
 def test_text_that_is_not_utf_8_is_named(checkpoint, type_in, tmp_path, encoding):
     (tmp_path / 'bad.txt').write_text(' '.join(f'wörd{(i * i) % 97}' for i in range(3000)), encoding=encoding)
