@@ -627,7 +627,7 @@ def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: Sc
             plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of
-    `measure_batch`, joined; of `_measured_jacobians`; and the ranks of the fits, (L,)."""
+    `measure_batch`, joined; of _measured_jacobians; and the ranks of the fits, (L,)."""
     device, plan = next(model.parameters()).device, plan or plan_memory(model, len(windows), windows.shape[1] - 1, config)
     windows, fit_windows, found = windows.to(device), fit_windows.to(device), []
     work = planned_work(model, windows, fit_windows, config, plan, as_published, swapped)

@@ -466,7 +466,7 @@ class Place(NamedTuple):
     work: Path         # where its checkpoints and its model are
 
 def _locate(config: RunConfig, out: str | Path, work: str | Path | None = None, progress: bool = True) -> Place:
-    "Prepare the corpus of a run and find out where its files are; see `_work_folder`."
+    "Prepare the corpus of a run and find out where its files are; see _work_folder."
     corpus = prepare(config.data, progress=progress)
     config = fit_vocabulary(config, corpus)
     name = run_name(config, corpus.fingerprint)
@@ -570,7 +570,7 @@ def _check_run(place: Place):
 def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = None, force: bool = False,
         progress: bool = True) -> dict:
     """Prepare the corpus, train, evaluate, score, and store one record, `out/<scale>/<name>.json`; a finished run is read
-    back unless `force` is set. Checkpoints and the model go into `work`, see `_work_folder`."""
+    back unless `force` is set. Checkpoints and the model go into `work`, see _work_folder."""
     _check_start(config.scale, out, work)
     place = _locate(config, out, work, progress)
     if force: forget(place)
@@ -1051,7 +1051,7 @@ def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int 
               on: str | None = None) -> list[dict]:
     """Run what is missing of a study (again what is there, with `force`), several runs at a time, and give all its records;
     raises `RunsFailed` if some could not be done. `seeds` says how many, or which; jobs=None is one run a GPU, or a core
-    where there is none; `on` names a cluster, such as 'slurm', see `_hand_over`. Files are those of `run`."""
+    where there is none; `on` names a cluster, such as 'slurm', see _hand_over. Files are those of `run`."""
     study, base, work = study_named(study), scale_config(scale), _work_folder(out, work)
     if jobs is not None and jobs < 1: raise ValueError(f'jobs={jobs} must be at least 1')
     _check_start(base.scale, out, work)
