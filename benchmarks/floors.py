@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sparsecod.data import prepare
-from sparsecod.studies import _ALWAYS, RunConfig, _code_state, load_results, passed, shortened, write_record
+from sparsecod.studies import ALWAYS, RunConfig, code_state, load_results, passed, shortened, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,7 @@ if __name__ == '__main__':
         corpus = prepare(config.data, progress=False)
         if corpus.fingerprint != record['provenance']['corpus_fingerprint']:
             raise SystemExit(f"{record['name']} has read the corpus {record['provenance']['corpus_fingerprint']}; this machine makes {corpus.fingerprint}")
-        added = dict(floors=shortened(_ALWAYS['floors'](None, config, corpus)), measured=record.get('measured', {}) | dict(floors=_code_state()))
+        added = dict(floors=shortened(ALWAYS['floors'](None, config, corpus)), measured=record.get('measured', {}) | dict(floors=code_state()))
         write_record(options.results / options.scale / f"{record['name']}.json", record | added)
     records = load_results(options.results, options.scale)
     print(f'{sum(map(passed, records))} of {len(records)} runs are at least 0.1 nats below the table of pairs')

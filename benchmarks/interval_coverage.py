@@ -64,7 +64,7 @@ def intervals(m, jacobians, n):
     "As `score_model` makes them."
     N = len(m['loss'])
     smooth = smooth_scores(m, jacobians, leave_one_out(N), leave_one_out(n))
-    found = {name: jackknife_estimate(x, -float('inf') if name in scores._SIGNED else 0.) for name, x in smooth.items()}
+    found = {name: jackknife_estimate(x, -float('inf') if name in scores.SIGNED else 0.) for name, x in smooth.items()}
     found |= {name: estimate(x) for name, x in usefulness(m, resamples(N, scores.ScoreConfig.n_bootstrap)).items()}
     return found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 

@@ -23,7 +23,7 @@ from sparsecod.intervals import mean_estimate
 from sparsecod.parts import tensor_hash
 from sparsecod.pruning import greedy_order, influence_scores, loss_without, prune, run_without
 from sparsecod.scores import Trace, sequence_loss, trace
-from sparsecod.studies import hardware, _n_cores, versions, write_record
+from sparsecod.studies import hardware, n_cores, versions, write_record
 
 SPANS = 2     # longest span that is skipped everywhere
 
@@ -108,7 +108,7 @@ def measure(options) -> dict:
         part('checkpoint', lambda: written(model, tokenizer, chosen, held_out, gone), gone=gone)
     return dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source,
                 parameters=sum(p.numel() for p in model.parameters())), texts=texts, seed=options.seed, sequences=N, held_out=M, length=options.length, most=options.most,
-                draws=options.draws, greedy_sequences=min(options.greedy, N), spans=SPANS, threads=torch.get_num_threads(), cores=_n_cores(), hardware=hardware(torch.device('cpu')),
+                draws=options.draws, greedy_sequences=min(options.greedy, N), spans=SPANS, threads=torch.get_num_threads(), cores=n_cores(), hardware=hardware(torch.device('cpu')),
                 versions=versions() | package_versions(), made=made, **found)
 
 

@@ -27,7 +27,7 @@ from sparsecod.intervals import jackknife_ends, leave_one_out, median_estimate
 from sparsecod.parts import tensor_hash
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.windows import text_tokens
-from sparsecod.studies import _code_state, hardware, _n_cores, shortened, versions, write_record
+from sparsecod.studies import code_state, hardware, n_cores, shortened, versions, write_record
 
 LENGTHS = 64, 128, 256, 512, 1024     # T of the sweep; the longest is cut into all others
 TEXTS = dict(code=('sources of the standard library of this Python', 'stdlib'),
@@ -118,7 +118,7 @@ class Kept:
                 return found
             except Damaged as error: print(f'{error}; it is now called {set_aside(path).name} and measured again')
         start = time.perf_counter()
-        found = stamp(dict(identity=self.identity, value=shortened(make()), seconds=round(time.perf_counter() - start, 1), **_code_state()))
+        found = stamp(dict(identity=self.identity, value=shortened(make()), seconds=round(time.perf_counter() - start, 1), **code_state()))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
         return found
@@ -149,7 +149,7 @@ def measure(options) -> dict:
             for part, (kind, make) in work.items():
                 if options.only in (None, 'scores' if kind == 'null' else kind) and (part != 'null_scores' or name == options.texts[-1]): parts[f'{name} {part}'] = keep[kind].get(part, make)
     found = dict(schema=1, name=Path(options.model).stem, model=dict(model.config.to_dict(), weights=weights, source=options.source), texts=texts, seed=options.seed,
-                 lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=_n_cores(),
+                 lengths=LENGTHS, chunks=options.chunks, score_config=config.to_dict(), threads=torch.get_num_threads(), cores=n_cores(),
                  hardware=hardware(torch.device('cpu')), versions=versions() | package_versions(), made={k: [p['commit'], p['dirty'], p['seconds']] for k, p in parts.items()})
     return found | {name: {what: parts[f'{name} {what}']['value'] for what in ('sink', 'sweep', 'null', 'scores', 'null_scores') if f'{name} {what}' in parts}
                     for name in options.texts}

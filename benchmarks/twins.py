@@ -16,7 +16,7 @@ from sparsecod.data import prepare
 from sparsecod.integrity import Damaged, check_stamp, read_json, stamp, write_text
 from sparsecod.ngrams import floors
 from sparsecod.scores import ScoreConfig, score_model
-from sparsecod.studies import SCALES, _code_state, fit_vocabulary, hardware, shortened, vary, versions
+from sparsecod.studies import SCALES, code_state, fit_vocabulary, hardware, shortened, vary, versions
 from sparsecod.train import evaluate
 from sparsecod.twins import Factors, image, scaled, slowed, train_scaled, twin
 
@@ -49,7 +49,7 @@ if __name__ == '__main__':
     corpus = prepare(config.data, progress=False)
     config = fit_vocabulary(config, corpus)
     facts = dict(config=config.to_dict(), corpus=corpus.fingerprint, hardware=hardware(torch.device('cpu')),
-                 versions=versions(), **_code_state())
+                 versions=versions(), **code_state())
     try: runs = check_stamp(read_json(options.out), options.out)['runs']
     except Damaged: runs = []
     wanted = [('usual', 1, 0), ('twin', 8, 0), ('scaled', 8, 0), ('image', 8, 0), ('twin', 1 / 8, 0), ('slowed', 8, 0), ('scaled', 1 / 8, 0), ('slowed', 1 / 8, 0)]

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALE_NAMES', 'SOURCES', 'OPTIONS', 'option', 'flag', 'command', 'whole', 'count', 'gigabytes', 'setting',
-           'with_option', 'train_config', 'Subject', 'check_target', 'add_study', 'summary_lines', 'failure', 'parser',
-           'main']
+           'with_option', 'train_config', 'Subject', 'check_target', 'summary_lines', 'failure', 'parser', 'main']
 
 # %% ../nbs/tools/11_cli.ipynb #21c0a55b
 import argparse
@@ -596,7 +595,7 @@ def _about_studies() -> str:
     head = 'studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; sparsecod plan: on this machine):'
     return '\n'.join([head, *(f'  {name:9s}{_MINUTES.get(name, "-"):>4}  {question}' for name, question in questions.items())])
 
-def add_study(commands):
+def _add_study(commands):
     "The command `study`."
     p = command(commands, 'study', _do_study, 'run a study', 'Run what is missing of a study and print its summary.', _about_studies())
     p.add_argument('study', help='name of the study, see below')
@@ -822,7 +821,7 @@ def parser() -> _Parser:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument('--version', action='version', version=f'sparsecod {__version__}', help='show the version and stop')
     commands = p.add_subparsers(required=True, metavar='COMMAND', parser_class=_Parser)
-    for add in (_add_train, _add_score, _add_compare, _add_prune, _add_eval, _add_export, add_study, _add_plan, _add_reproduce, _add_report, _add_lab): add(commands)
+    for add in (_add_train, _add_score, _add_compare, _add_prune, _add_eval, _add_export, _add_study, _add_plan, _add_reproduce, _add_report, _add_lab): add(commands)
     return p
 
 def main(argv: list[str] | None = None) -> int:   # None: the arguments of the process; returns the exit code

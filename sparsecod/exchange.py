@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'RENAMED', 'CLASSES', 'FORMATS', 'interleave', 'half_split', 'fold', 'stock_family', 'within', 'to_hf',
-           'files_beside', 'from_hf', 'to_hf_tokenizer', 'read_json', 'measured', 'model_card', 'generate_model_card',
-           'check_target', 'export_model', 'open_saved', 'export_folder', 'push_folder']
+           'files_beside', 'from_hf', 'to_hf_tokenizer', 'read_json', 'run_facts', 'measured', 'model_card',
+           'generate_model_card', 'check_target', 'export_model', 'open_saved', 'export_folder', 'push_folder']
 
 # %% ../nbs/tools/10_exchange.ipynb #d561fa48
 import json
@@ -360,7 +360,7 @@ def _refuse_other_record(known: dict, told: dict):
                 raise ValueError(f'the record is of another run: {part}.{name}={theirs[name]!r} there, {ours[name]!r} in the folder')
 
 # %% ../nbs/tools/10_exchange.ipynb #0435d278
-def _run_facts(folder: str | Path | None = None, record: dict | None = None) -> dict:
+def run_facts(folder: str | Path | None = None, record: dict | None = None) -> dict:
     """All that is known about a model, for its card: model, train, data, corpus, status, step, tokens, final, scores, score,
     scored_on, tasks, provenance."""
     known = {}
@@ -454,7 +454,7 @@ def _known_facts(model: Transformer) -> dict:  # keys as in run_facts; empty if 
     folder, state = getattr(model, 'trained_in', None), model.state_dict()
     if folder is None or not (path := folder / 'model' / 'model.safetensors').exists(): return {}
     same = all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype)) for name, w in load_file(path).items())
-    return _run_facts(folder, _find_record(folder)) if same else {}
+    return run_facts(folder, _find_record(folder)) if same else {}
 
 # %% ../nbs/tools/10_exchange.ipynb #7fbc7936
 def generate_model_card(self, facts: dict | None = None, **fields):
@@ -553,7 +553,7 @@ def export_folder(folder: str | Path, out: str | Path, format: str = 'hf', overw
     check_target(out, format, overwrite, folder)
     model, tokenizer = open_saved(folder, format)
     trained = 'train' in read_json(folder / 'config.json')
-    facts = _run_facts(folder if trained else None, record or _find_record(folder))
+    facts = run_facts(folder if trained else None, record or _find_record(folder))
     _refuse_other_record(dict(model=model.config.to_dict()), facts)
     return export_model(model, out, tokenizer, facts, format, overwrite, license)
 

@@ -126,8 +126,9 @@ def _say(what: str, **facts) -> list[str]:
 # %% ../nbs/tools/09_report.ipynb #76ca9df1
 def _number_of(about: dict | None, *keys: str) -> float | None:
     "A number among the facts, also one written with commas."
-    found = next((about[k] for k in keys if about and k in about), None)
-    return None if found is None else float(str(found).replace(',', ''))
+    for value in (about[k] for k in keys if about and k in about):
+        try: return _clean(float(str(value).replace(',', '')))
+        except ValueError: pass
 
 def _undetermined(scores: dict, about: dict | None = None) -> list[int]:
     "Blocks whose affine map is not determined by the data: their rank is below the width."

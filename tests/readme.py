@@ -18,11 +18,12 @@ def findings() -> str:
     from sparsecod.claims import headlines, short_markdown, standing_ledger
     from sparsecod.studies import STUDIES, by_variant, load_results
     folder = ROOT / 'results'
-    records, desk, rows = load_results(folder, 'laptop'), load_results(folder, 'desk', 'depth'), standing_ledger(folder)
-    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance (depth at scale desk, all others at laptop):', '',
+    records, rows = {scale: load_results(folder, scale) for scale in ('laptop', 'desk')}, standing_ledger(folder)
+    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance (from runs of scale desk where three seeds of them are there, else laptop):', '',
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
-        mine, runs = [r for r in rows if r['study'] == name], sum(map(len, by_variant(name, desk if name == 'depth' else records).values()))
+        mine = [r for r in rows if r['study'] == name]
+        runs = sum(len(group) for scale in {r['scale'] for r in mine} for group in by_variant(name, records[scale]).values())
         if not runs: continue
         lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in mine if not r['control']])} | {counts([r for r in mine if r['control']])} |")
     sums = [r for r in rows if r['study'] is None]

@@ -69,6 +69,8 @@ def test_help_names_what_there_is(type_in):
 def test_help_says_what_studies_ask_and_how_long_they_take(type_in):
     studies, records = STUDIES | dict(main=MAIN, pilots=_PILOTS), load_results(ROOT / 'results', 'laptop')
     assert set(_MINUTES) <= set(studies)
+    whole = {name for name, study in studies.items() if len(by_variant(study, records)) == len(study.changes(SCALES['laptop']))}
+    assert whole == set(_MINUTES)                                    # said of what is recorded, and of nothing else
     for name, minutes in _MINUTES.items():
         groups = by_variant(studies[name], records).values()
         assert .6 < sum(sum(sum(r['seconds'].values()) for r in g) / len(g) for g in groups) / 60 / minutes < 1.6, name

@@ -1,7 +1,6 @@
 "The compiled step computes what the plain one does, and what is chosen is the fastest that may be."
 import os
 import platform
-import resource
 from pathlib import Path
 
 import pytest
@@ -313,6 +312,7 @@ def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
 def test_kept_memory_is_not_asked_for_again_and_given_back_at_the_end():
+    import resource   # Unix alone has it
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(5):

@@ -235,7 +235,7 @@ def test_unusable_documents_are_counted(tmp_path, cache, texts):
     (folder / "ignored.bin").write_bytes(b"not of a text suffix")
     (folder / ".hidden.txt").write_text("hidden", encoding="utf-8")
     corpus = make(folder, cache)
-    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data._PROBLEMS)}
+    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data.PROBLEMS)}
     assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3, "unreadable": 0}
     assert all_texts(corpus) == sorted([*texts, "a row of its own"])
     assert "1 duplicates, 2 empty" in repr(corpus)
@@ -600,7 +600,7 @@ def test_statistics_are_those_of_the_own_source(tmp_path, cache, texts):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + extra), encoding="utf-8")
         for _ in range(2):  # built, then found
             made[name] = make(tmp_path / f"{name}.jsonl", cache)
-            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data._PROBLEMS) if made[name].stats[reason]}
+            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS) if made[name].stats[reason]}
             assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7}, "empty": {"empty": 1}}[name]
     assert len({corpus.fingerprint for corpus in made.values()}) == 1 and len(list((cache / "corpora").iterdir())) == 1
     assert made["broken"].left_out == {"malformed": f"{tmp_path / 'broken.jsonl'}, row 61"} and not made["clean"].left_out

@@ -243,7 +243,7 @@ def test_results_follow_their_controls(browser, saved, made, records):
         for study, metric, curve in views:
             e.control('study').select_option(f'{study}: {STUDIES[study].question}')
             e.control('metric').select_option(ex.metric_text(metric)[0])
-            e.control('curve').select_option(ex._CURVES[curve][0])
+            e.control('curve').select_option(ex.CURVES[curve][0])
             e.press('pick_row', 'End')                      # the slider ends where the study does
             mine = [s for s in data['settings'] if s['study'] == study]
             assert e.control('pick_row').input_value() == str(len(mine)) and e.says().startswith(mine[-1]['label'])
@@ -278,7 +278,7 @@ def test_floors_are_drawn_where_a_loss_is_shown(records, browser, tmp_path):
         assert drawn() == 4
         e.control('metric').select_option('Usefulness')
         assert drawn() == 2
-        e.control('curve').select_option(ex._CURVES['variance_mean'][0])
+        e.control('curve').select_option(ex.CURVES['variance_mean'][0])
         assert drawn() == 0
 
 

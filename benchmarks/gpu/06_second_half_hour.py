@@ -9,7 +9,7 @@ from common import Results, base_config, begin, best_rates, least_time, run_here
 a = begin(__doc__)
 DEPTH, SEEDS = dict(gpu=16, tiny=2), dict(gpu=2, tiny=1)
 
-from sparsecod.studies import STUDIES, _variant_key, vary
+from sparsecod.studies import STUDIES, variant_key, vary
 
 
 def runs(base, seeds: int) -> list:
@@ -17,7 +17,7 @@ def runs(base, seeds: int) -> list:
     found = {}
     for seed in range(seeds):
         for name in ('decay', 'moe', 'context'):
-            for label, config in STUDIES[name].runs(base, [seed]): found.setdefault((_variant_key(config), seed), (label, config))
+            for label, config in STUDIES[name].runs(base, [seed]): found.setdefault((variant_key(config), seed), (label, config))
     return list(found.values())
 
 

@@ -46,12 +46,12 @@ def left(a) -> float:
 def facts(a) -> dict:
     "Where and with what something was measured."
     import torch
-    from sparsecod.studies import _code_state, hardware, _n_cores, versions
+    from sparsecod.studies import code_state, hardware, n_cores, versions
     query = ['nvidia-smi', '--query-gpu=driver_version,memory.total', '--format=csv,noheader']
     try: driver = subprocess.run(query, capture_output=True, text=True, timeout=20, encoding='utf-8').stdout.strip() or None
     except OSError: driver = None
-    return dict(scale=a.scale, hardware=hardware(torch.device(a.device)), cores=_n_cores(), driver_and_memory=driver, cuda=torch.version.cuda,
-                python=sys.version.split()[0], versions=versions(), **_code_state())
+    return dict(scale=a.scale, hardware=hardware(torch.device(a.device)), cores=n_cores(), driver_and_memory=driver, cuda=torch.version.cuda,
+                python=sys.version.split()[0], versions=versions(), **code_state())
 
 
 class Results:
@@ -143,7 +143,7 @@ def least_time(a, L: int) -> float:
 def run_here(a, config) -> dict:
     "One run of a study in this process, where what is compiled serves the next run too; its record."
     from sparsecod import studies
-    if not hasattr(studies._ALWAYS['floors'], 'kept'): studies._ALWAYS['floors'] = once_a_seed(studies._ALWAYS['floors'])
+    if not hasattr(studies.ALWAYS['floors'], 'kept'): studies.ALWAYS['floors'] = once_a_seed(studies.ALWAYS['floors'])
     with Deadline(a): return studies.run(config, a.work / 'records', a.work / 'trainings', progress=False)
 
 
