@@ -1,12 +1,13 @@
-"""How much longer does a training step of a mixture of experts take than a dense one with as many active parameters?
+"""How much longer does a training step of a mixture of experts take than a dense one with as many active
+parameters?
 
     python benchmarks/moe_step.py [--layers 8] [--d-model 64] [--experts 8] [--repeats 31] [--json results/benchmarks/moe_step.json]
 
-Dense and mixture steps alternate, so that both see the same machine. Each mixture step is divided by the dense step of its own round that is
-computed likewise: plain in fp32, or compiled in bf16 as training compiles it. The median of these ratios is what counts (the bars are 1.5 and
-1.25), and the middle half of the rounds says how steady it is. Both by the clock on the wall and by processor time, which leaves out the time
-that other programs had the processor.
-"""
+Dense and mixture steps alternate, so that both see the same machine. Each mixture step is divided by the
+dense step of its own round that is computed likewise: plain in fp32, or compiled in bf16 as training
+compiles it. The median of these ratios is what counts (the bars are 1.5 and 1.25), and the middle half of
+the rounds says how steady it is. Both by the clock on the wall and by processor time, which leaves out the
+time that other programs had the processor. """
 import argparse
 import json
 import os
@@ -31,8 +32,10 @@ CLOCKS = dict(wall=time.perf_counter, processor=time.process_time)
 
 
 def alternate(runs: dict, windows, repeats: int) -> dict:
-    "Seconds of each kind of step in each round; the first two rounds, in which kernels are made and loaded, are left out."
-    steps = {name: make_step(config, 'ours', 'fp32' if way == 'eager' else 'bf16', way) for name, (config, way, _) in runs.items()}
+    """Seconds of each kind of step in each round; the first two rounds, in which kernels are made and
+    loaded, are left out."""
+    steps = {name: make_step(config, 'ours', 'fp32' if way == 'eager' else 'bf16', way)
+             for name, (config, way, _) in runs.items()}
     times, usual = {name: [] for name in runs}, moe.run_experts
     for repeat in range(-2, repeats):
         for name, (_, _, experts) in runs.items():
@@ -61,16 +64,20 @@ def summary(config, way, times, dense):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in SIZES.items(): parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f'default {default}')
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default,
+                            help=f'default {default}')
     parser.add_argument('--json', type=Path, help='where to write the results, as JSON')
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     use_compiler_cache()
     torch.manual_seed(0)
-    dense = ModelConfig(n_layers=a.layers, d_model=a.d_model, n_heads=a.d_model // 16, context_length=a.context)
+    dense = ModelConfig(n_layers=a.layers, d_model=a.d_model, n_heads=a.d_model // 16,
+                        context_length=a.context)
     mixture = dense.replace(n_experts=a.experts, experts_per_token=a.per_token)
     windows = torch.randint(dense.vocab_size, (a.tokens // a.context, a.context + 1))
-    runs = {'dense': (dense, 'eager', None), 'grouped': (mixture, 'eager', experts_grouped), 'loop': (mixture, 'eager', experts_loop),
+    runs = {'dense': (dense, 'eager', None), 'grouped': (mixture, 'eager', experts_grouped),
+            'loop': (mixture, 'eager', experts_loop),
             'dense_compiled': (dense, 'compiled', None), 'compiled': (mixture, 'compiled', None)}
     times = alternate(runs, windows, a.repeats)
     results = {name: summary(config, way, times[name], times['dense' if way == 'eager' else 'dense_compiled'])
@@ -79,12 +86,14 @@ def main():
         print(f"{name}: {r['active_parameters']:,} active parameters")
         for clock in CLOCKS:
             seconds, times_dense, (low, high) = r[clock].values()
-            print(f"  {clock:9s} {1000 * seconds:7.0f} ms a step  {times_dense:.2f} x dense (middle half of the rounds {low:.2f} to {high:.2f})")
+            print(f"  {clock:9s} {1000 * seconds:7.0f} ms a step  {times_dense:.2f} x dense (middle half of "
+                  f"the rounds {low:.2f} to {high:.2f})")
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
         record = dict(sizes={name: getattr(a, name) for name in SIZES}, bars=BARS, results=results,
                       hardware=dict(processor=processor(), cores=os.cpu_count(), device='cpu'),
-                      versions=dict(python=platform.python_version(), torch=torch.__version__), commit=commit())
+                      versions=dict(python=platform.python_version(), torch=torch.__version__),
+                      commit=commit())
         write_text(a.json, json.dumps(stamp(record), indent=1) + '\n')
 
 

@@ -2,9 +2,8 @@
 
     python benchmarks/precision.py [--steps 300] [--seeds 1] [--out results/benchmarks/precision.json]
 
-Model, data and rate are those of scale desk. Two runs of each seed read the same tokens; the difference of their held-out losses has an interval
-over the sequences, and the bar is 0.02 nats.
-"""
+Model, data and rate are those of scale desk. Two runs of each seed read the same tokens; the difference of
+their held-out losses has an interval over the sequences, and the bar is 0.02 nats. """
 import argparse
 import json
 import tempfile
@@ -32,7 +31,8 @@ def losses(config, corpus, windows) -> tuple[torch.Tensor, float]:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=300, help='steps of a run (default: 300)')
     parser.add_argument('--seeds', type=int, default=1, help='how many seeds (default: 1)')
     parser.add_argument('--out', type=Path, help='where to write the results, as JSON')
@@ -43,11 +43,15 @@ if __name__ == '__main__':
         config = vary(desk, {'seed': seed})
         windows = corpus.sample_windows('val', config.n_eval, config.model.context_length, seed)
         fast, fast_seconds = losses(config, corpus, windows)
-        plain, plain_seconds = losses(vary(config, {'train.precision': 'fp32', 'train.compile': 'off'}), corpus, windows)
-        rows.append(dict(seed=seed, plain=plain.mean().item(), fast=fast.mean().item(), difference=mean_estimate(fast - plain), times=plain_seconds / fast_seconds))
+        plain, plain_seconds = losses(vary(config, {'train.precision': 'fp32', 'train.compile': 'off'}),
+                                      corpus, windows)
+        rows.append(dict(seed=seed, plain=plain.mean().item(), fast=fast.mean().item(),
+                         difference=mean_estimate(fast - plain), times=plain_seconds / fast_seconds))
         print(rows[-1], flush=True)
     if options.out:
         m = desk.model
-        record = dict(steps=options.steps, tokens_per_step=desk.train.tokens_per_step, model=m.to_dict(), bar=BAR, rows=rows, corpus=corpus.fingerprint,
-                      hardware=dict(processor=processor(), device='cpu'), versions=dict(torch=torch.__version__), commit=commit())
+        record = dict(steps=options.steps, tokens_per_step=desk.train.tokens_per_step, model=m.to_dict(),
+                      bar=BAR, rows=rows, corpus=corpus.fingerprint,
+                      hardware=dict(processor=processor(), device='cpu'),
+                      versions=dict(torch=torch.__version__), commit=commit())
         write_text(options.out, json.dumps(stamp(record), indent=1) + '\n')

@@ -2,8 +2,8 @@
 
     python benchmarks/step_profile.py [--sizes small medium large] [--rounds 7] [--out results/benchmarks/step_profile.json]
 
-Eager fp32 steps, compiled bf16 steps, and compiled steps without what the log measures take turns; the medians of the processor's time count,
-on one thread. Shares are those of a profile of a few compiled steps.
+Eager fp32 steps, compiled bf16 steps, and compiled steps without what the log measures take turns; the
+medians of the processor's time count, on one thread. Shares are those of a profile of a few compiled steps.
 """
 import argparse
 import json
@@ -25,12 +25,14 @@ PARTS = {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::bmm': 'attent
 
 
 def shares(step, windows, steps: int = 3) -> dict:
-    "Shares of the time of a step, by what it is spent on: a loss and an update as a whole, everything else by its own time."
+    """Shares of the time of a step, by what it is spent on: a loss and an update as a whole, everything
+    else by its own time."""
     spent = dict.fromkeys(('products', 'attention', 'fused', 'loss', 'update', 'rest'), 0.0)
     def add(event, whole=None):
         if event.name.startswith('LinearCrossEntropy'): whole = 'loss'
         elif event.name.startswith(('Optimizer.step', 'aten::_foreach')): whole = 'update'
-        spent[whole or PARTS.get(event.name) or ('fused' if 'CompiledFxGraph' in event.name else 'rest')] += event.self_cpu_time_total
+        spent[whole or PARTS.get(event.name)
+              or ('fused' if 'CompiledFxGraph' in event.name else 'rest')] += event.self_cpu_time_total
         for child in event.cpu_children: add(child, whole)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps): step(windows)
@@ -54,7 +56,8 @@ def measure(config: ModelConfig, tokens: int, rounds: int) -> dict:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
     parser.add_argument('--rounds', type=int, default=7, help='steps of each kind (default: 7)')
     parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
@@ -64,9 +67,11 @@ if __name__ == '__main__':
     use_compiler_cache()
     found = {}
     for name in options.sizes:
-        with kept_memory(): found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
+        with kept_memory():
+            found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
         print(name, json.dumps({k: v for k, v in found[name].items() if k != 'model'}), flush=True)
         if options.out:
-            record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1, torch=torch.__version__,
+            record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1,
+                          torch=torch.__version__,
                           hardware=processor(), commit=commit())
             write_text(options.out, json.dumps(stamp(record), indent=1))

@@ -2,9 +2,9 @@
 
     python benchmarks/surgery_clicks.py MODEL [--threads 2] [--out results/benchmarks/surgery_clicks.json]
 
-MODEL is a GGUF file or a folder. Blocks from the first to the last are skipped, lose a part, change places and are linearised, one after
-another, while the table writes its texts and measures in advance, as it does between the clicks of a person. Seconds are those of the clock.
-"""
+MODEL is a GGUF file or a folder. Blocks from the first to the last are skipped, lose a part, change places
+and are linearised, one after another, while the table writes its texts and measures in advance, as it does
+between the clicks of a person. Seconds are those of the clock. """
 import argparse
 import json
 import statistics
@@ -52,7 +52,8 @@ def measure(table: Table) -> list[dict]:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='a GGUF file or a folder')
     parser.add_argument('--threads', type=int, default=2, help='threads of PyTorch (default: 2)')
     parser.add_argument('--out', type=Path, help='where to write the results, as JSON')
@@ -64,7 +65,9 @@ if __name__ == '__main__':
     print(f'{len(rows)} clicks: median {statistics.median(seconds):.2f} s, slowest {max(seconds):.2f} s')
     if options.out:
         N, T = table.surgery.windows.shape
-        record = dict(model=Path(options.model).name, blocks=len(table.plan.places), windows=N, T=T - 1, threads=options.threads, median=statistics.median(seconds),
+        record = dict(model=Path(options.model).name, blocks=len(table.plan.places), windows=N, T=T - 1,
+                      threads=options.threads, median=statistics.median(seconds),
                       slowest=max(seconds), clicks=rows, hardware=dict(processor=processor(), device='cpu'),
-                      versions=dict(torch=torch.__version__, transformers=transformers.__version__), commit=commit())
+                      versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+                      commit=commit())
         write_text(options.out, json.dumps(stamp(record), indent=1) + '\n')

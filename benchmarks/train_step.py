@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--sizes small medium large] [--rounds 15] [--out results/benchmarks/train_step.json]
 
-Both models have the same sizes, optimiser, clipping and loss, and read the same tokens. Each is timed eager and compiled, with matrix products in
-fp32 and in bf16, each in a process of its own; ours as training runs it (the stack compiled with the log's measurements, the loss a few positions
-at a time), and both also with the memory of freed tensors kept, as training does. One step of each is timed in turn, so that all see the same
-machine; the medians count. Time is that of the processor, which leaves out what other programs did meanwhile. Compiling is not counted: it is paid
-once for a shape.
-"""
+Both models have the same sizes, optimiser, clipping and loss, and read the same tokens. Each is timed eager
+and compiled, with matrix products in fp32 and in bf16, each in a process of its own; ours as training runs
+it (the stack compiled with the log's measurements, the loss a few positions at a time), and both also with
+the memory of freed tensors kept, as training does. One step of each is timed in turn, so that all see the
+same machine; the medians count. Time is that of the processor, which leaves out what other programs did
+meanwhile. Compiling is not counted: it is paid once for a shape. """
 import argparse
 import json
 import os
@@ -33,7 +33,8 @@ SIZES = dict(small=dict(n_layers=8, d_model=64, n_heads=4, context_length=128),
              medium=dict(n_layers=8, d_model=128, n_heads=2, context_length=128),
              large=dict(n_layers=8, d_model=256, n_heads=4, context_length=256))
 BARS = dict(small=1.5, medium=1.7, large=2.6)  # times the faster eager step
-MODES = (('fp32', 'eager'), ('bf16', 'eager'), ('fp32', 'compiled'), ('bf16', 'compiled'), ('bf16', 'kept'))  # kept: compiled, memory kept
+# kept: compiled, memory kept
+MODES = (('fp32', 'eager'), ('bf16', 'eager'), ('fp32', 'compiled'), ('bf16', 'compiled'), ('bf16', 'kept'))
 WAYS = tuple((owner, *mode) for owner in ('ours', 'llama') for mode in MODES)
 
 
@@ -41,8 +42,10 @@ def llama(config: ModelConfig) -> LlamaForCausalLM:
     "A Llama of the same sizes."
     c = config
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.context_length,
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+        max_position_embeddings=c.context_length,
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, attn_implementation='sdpa', use_cache=False))
 
 
@@ -58,7 +61,8 @@ def make_step(config: ModelConfig, owner: str, precision: str, way: str, device:
             if watch: watch.see_embedding(model.embed(x))
             return fast(x, targets=y, watch=watch)
     else:
-        def plain(x, y): return functional.cross_entropy(model(input_ids=x).logits.float().flatten(0, 1), y.flatten())
+        def plain(x, y):
+            return functional.cross_entropy(model(input_ids=x).logits.float().flatten(0, 1), y.flatten())
         loss_of = torch.compile(plain, dynamic=False) if way == 'compiled' else plain
     def step(windows):
         with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
@@ -94,25 +98,30 @@ def timed() -> tuple[float, float]:
 def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
     "Tokens a second of every way, and what their second losses are."
     with ExitStack() as stack:
-        workers = {way: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'), prepare, (config, tokens, way))) for way in WAYS}
+        workers = {way: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'), prepare,
+                                                                (config, tokens, way))) for way in WAYS}
         def run(way): return workers[way].submit(timed).result()
         losses = {way: [run(way)[1] for _ in range(2)][1] for way in WAYS}
         seconds = {way: [] for way in WAYS}
         for _ in range(rounds):
             for way in WAYS: seconds[way].append(run(way)[0])
     return {' '.join(way): dict(tokens_per_s=tokens / statistics.median(seconds[way]), loss=losses[way],
-                                quartiles=[tokens / q for q in statistics.quantiles(seconds[way], n=4)[::-2]]) for way in WAYS}
+                                quartiles=[tokens / q for q in statistics.quantiles(seconds[way], n=4)[::-2]])
+                                for way in WAYS}
 
 
 def summary(speeds: dict) -> dict:
     "Our fastest against the faster eager step and against the peer's fastest."
-    def best(*words): return max(v['tokens_per_s'] for k, v in speeds.items() if all(w in k.split() for w in words))
-    eager, ours, peer = max(best('eager', 'fp32', 'ours'), best('eager', 'fp32', 'llama')), best('ours', 'bf16'), best('llama')
+    def best(*words):
+        return max(v['tokens_per_s'] for k, v in speeds.items() if all(w in k.split() for w in words))
+    eager, ours, peer = (max(best('eager', 'fp32', 'ours'), best('eager', 'fp32', 'llama')),
+                         best('ours', 'bf16'), best('llama'))
     return dict(times_eager=ours / eager, times_peer=ours / peer)
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
     parser.add_argument('--rounds', type=int, default=15, help='steps of each kind (default: 15)')
     parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
@@ -124,13 +133,17 @@ if __name__ == '__main__':
         config = ModelConfig(vocab_size=options.vocab, **SIZES[name])
         speeds = compare(config, options.tokens, options.rounds)
         found[name] = dict(model=config.to_dict(), speeds=speeds, bar=BARS[name], **summary(speeds))
-        for way, v in speeds.items(): print(f"{name:7} {way:20} {v['tokens_per_s']:8,.0f} tokens a second, second loss {v['loss']:.4f}", flush=True)
+        for way, v in speeds.items():
+            print(f"{name:7} {way:20} {v['tokens_per_s']:8,.0f} tokens a second, second loss {v['loss']:.4f}",
+                  flush=True)
         print(f"{name:7} {found[name]['times_eager']:.2f} times the faster eager step (bar {BARS[name]}), "
               f"{found[name]['times_peer']:.2f} times the peer's fastest", flush=True)
     if options.out:
         if options.out.exists():  # sizes may be measured one after the other
             earlier = check_stamp(read_json(options.out), options.out)
             if earlier['commit'] == commit(): found = earlier['sizes'] | found
-        record = dict(sizes={name: found[name] for name in SIZES if name in found}, rounds=options.rounds, tokens=options.tokens, threads=1, torch=torch.__version__,
-                      python=platform.python_version(), hardware=processor(), busy=os.getloadavg()[0], commit=commit())
+        record = dict(sizes={name: found[name] for name in SIZES if name in found}, rounds=options.rounds,
+                      tokens=options.tokens, threads=1, torch=torch.__version__,
+                      python=platform.python_version(), hardware=processor(), busy=os.getloadavg()[0],
+                      commit=commit())
         write_text(options.out, json.dumps(stamp(record), indent=1))

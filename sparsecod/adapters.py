@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from .configuration import Config
 from .core import LOGITS_AT_ONCE, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
-from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum, read_json, read_object
+from .integrity import (MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum,
+                                 read_json, read_object)
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 _OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')
@@ -61,7 +62,8 @@ _LAYOUTS = (Layout('layers', 'norm'),              # Llama and the many that fol
            Layout('blocks', 'norm_f'))            # MPT
 
 def find_decoder(network: nn.Module) -> nn.Module:
-    "A causal language model of the transformers library without its head; itself if they cannot be told apart."
+    """A causal language model of the transformers library without its head; itself if they cannot be told
+    apart."""
     decoder = unwrap(network.get_decoder())
     # Llama 4 returns itself
     return decoder if decoder is not network else getattr(network, 'model', network)
@@ -92,15 +94,17 @@ def first_stream(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> T
 
 # %% ../nbs/build/06_adapters.ipynb #ed2c0088
 def block_arguments(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> list[tuple]:
-    """What the network passes to each of its blocks for sequences of this length: positional arguments after the
-    stream, and keyword arguments."""
+    """What the network passes to each of its blocks for sequences of this length: positional arguments
+    after the stream, and keyword arguments."""
     calls = []
     def note(block, args, kwargs): calls.append((block, *take_stream(args, kwargs)[1:]))
     with ExitStack() as hooks, torch.inference_mode(False), torch.no_grad():
-        for block in blocks: hooks.enter_context(block.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
         decoder(input_ids=tokens.clone(), use_cache=False)
     if [block for block, _, _ in calls] != list(blocks):
-        raise ValueError(f'{type(decoder).__name__} must call each of its {len(blocks)} blocks once and in order, '
+        raise ValueError(f'{type(decoder).__name__} must call each of its {len(blocks)} blocks once and in '
+                         f'order, '
                          f'but made {len(calls)} calls')
     return [call[1:] for call in calls]
 
@@ -144,7 +148,8 @@ def read_config(network: nn.Module, L: int) -> _AdaptedConfig:  # its sizes
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     H = getattr(config, 'num_attention_heads', None)
     return _AdaptedConfig(type(network).__name__, head.weight.shape[0], L, config.hidden_size, H,
-                         getattr(config, 'num_key_value_heads', None) or H, getattr(config, 'max_position_embeddings', None),
+                         getattr(config, 'num_key_value_heads', None) or H,
+                         getattr(config, 'max_position_embeddings', None),
                          getattr(network, 'quantised', None))
 
 # %% ../nbs/build/06_adapters.ipynb #46fbc202
@@ -188,7 +193,8 @@ class _AdaptedStack(Wrapper):
         key = rows, h.shape[1], h.dtype, h.device, self.decoder.config._attn_implementation
         if self.noted[0] != key:
             # any token but padding, which could be masked, (rows, T)
-            tokens = torch.full(key[:2], int(not getattr(self.decoder.config, 'pad_token_id', None)), device=h.device)
+            tokens = torch.full(key[:2], int(not getattr(self.decoder.config, 'pad_token_id', None)),
+                                device=h.device)
             self.noted = key, block_arguments(self.decoder, self.blocks, tokens)
         return self.noted[1]
 
@@ -197,7 +203,8 @@ class _AdaptedStack(Wrapper):
         "Carry the stream (B, T, D) through blocks start + 1 .. stop; see `Stack.run`."
         L = len(self.blocks)
         if not 0 <= start <= L: raise ValueError(f'start={start} must be the index of a stream, 0 to {L}')
-        for l, (block, (args, kwargs)) in enumerate(list(zip(self.blocks, self.arguments(h)))[start:stop], start + 1):
+        for l, (block, (args, kwargs)) in enumerate(list(zip(self.blocks, self.arguments(h)))[start:stop],
+                                                    start + 1):
             out = block(h, *args, **kwargs)
             before, h = h, out[0] if isinstance(out, tuple) else out                    # (B, T, D)
             if watch is not None: watch(l, _BlockUpdate(before, h))
@@ -217,7 +224,8 @@ class AdaptedModel(_AdaptedStack):
         return read_out(self.network, self.final_norm(h))
 
     def token_losses(self, h: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of each token in nats, (B, T), from the last stream (B, T, D) and the next tokens (B, T)."
+        """Cross-entropy of each token in nats, (B, T), from the last stream (B, T, D) and the next tokens
+        (B, T)."""
         chunk = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         head = lambda part: read_out(self.network, part)                                    # (N, D) to (N, V)
         flat = self.final_norm(h).flatten(0, -2)                                            # (B*T, D)
@@ -243,7 +251,7 @@ def _token_argument(model, tokens: Tensor) -> str | None:
     "The name of what a block is told that depends on the tokens, two batches, (2, B, T)."
     calls = (block_arguments(model.decoder, model.blocks, batch) for batch in tokens)
     for block, *both in zip(model.blocks, *calls):
-        names = list(inspect.signature(block.forward).parameters)[1:]                    # the first is the stream
+        names = list(inspect.signature(block.forward).parameters)[1:]  # the first is the stream
         one, other = (dict(zip(names, args)) | kwargs for args, kwargs in both)
         for name, value in one.items():
             pairs = zip(tree_leaves(value), tree_leaves(other.get(name)))
@@ -251,14 +259,16 @@ def _token_argument(model, tokens: Tensor) -> str | None:
 
 # %% ../nbs/build/06_adapters.ipynb #a2c9c018
 def _why_not_blockwise(model, tokens: Tensor) -> str | None:
-    "Why a network in evaluation mode cannot be run block by block on tokens, two batches, (2, B, T); None if it can."
+    """Why a network in evaluation mode cannot be run block by block on tokens, two batches, (2, B, T); None
+    if it can."""
     network = model.network
-    forward = getattr(network, '_original_forward', network)   # not in the half precision that accelerate adds
+    forward = getattr(network, '_original_forward', network)  # not in the half precision that accelerate adds
     own = forward(input_ids=tokens[0], use_cache=False).logits.float()                     # (B, T, V)
     if not own.isfinite().all(): return 'its own logits are not finite numbers; look at its weights'
     shape = tuple(model.embed(tokens[0]).shape)
     if shape != (*tokens[0].shape, model.config.d_model):
-        return f'its first block receives a tensor of shape {shape}; looked for (sequences, positions, channels)'
+        return (f'its first block receives a tensor of shape {shape}; looked for (sequences, positions, '
+                f'channels)')
     try: streams = _all_streams(model, tokens[0])
     except (RuntimeError, ValueError):
         model.broadcasts = False
@@ -268,15 +278,18 @@ def _why_not_blockwise(model, tokens: Tensor) -> str | None:
         return "blocks, final norm and head one after the other do not give the network's own logits"
     _all_streams(model, tokens[1])
     if l := _block_that_remembers(model, streams):
-        return (f'block {l} answers otherwise to the same stream once other tokens have been run, so it reads or keeps '
-                'more than its stream, as where blocks share values or keys, and no score of one block would be right')
+        return (f'block {l} answers otherwise to the same stream once other tokens have been run, so it '
+                f'reads or keeps '
+                'more than its stream, as where blocks share values or keys, and no score of one block would '
+                'be right')
 
 @torch.no_grad()
 def check_logits(model):
-    "Raise a ValueError unless running block by block gives the network's own logits, whatever was run before."
+    """Raise a ValueError unless running block by block gives the network's own logits, whatever was run
+    before."""
     device, modes = next(model.parameters()).device, {part: part.training for part in model.modules()}
     V = model.config.vocab_size
-    tokens = (torch.arange(16, device=device).reshape(2, 2, 4) + V // 2) % V               # two batches, (2, B, T)
+    tokens = (torch.arange(16, device=device).reshape(2, 2, 4) + V // 2) % V  # two batches, (2, B, T)
     errors = AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError
     try:
         try: reason = _why_not_blockwise(model.eval(), tokens)
@@ -285,7 +298,8 @@ def check_logits(model):
         if reason is None: return
         with suppress(*errors):
             if name := _token_argument(model, tokens):
-                reason = f'its blocks are told {name}, which depends on the tokens; looked for blocks that read the stream alone'
+                reason = (f'its blocks are told {name}, which depends on the tokens; looked for blocks that '
+                          f'read the stream alone')
     finally:
         for part, mode in modes.items(): part.training = mode
     raise ValueError(f'{model.config.architecture} cannot be run block by block: {reason}') from cause
@@ -301,13 +315,18 @@ def why_not_weights(network: nn.Module) -> str | None:
     if 'meta' in places:
         return (f'{places["meta"]} is not in memory but on the meta device or offloaded; '
                 'load the model whole, without device_map and without init_empty_weights')
-    if len(places) > 1: return f'its weights are spread over {", ".join(sorted(places))}; load it on one device, without device_map'
+    if len(places) > 1:
+        return (f'its weights are spread over {", ".join(sorted(places))}; load it on one device, without '
+                f'device_map')
     packed = {name: w for name, w in network.named_buffers() if 'weight' in name}
-    kinds = {name: w.dtype if type(w.data) is Tensor else type(w.data).__name__ for name, w in (weights | packed).items()}
-    kinds |= {name: type(part).__name__ for name, part in network.named_modules() if callable(getattr(part, 'weight', None))}
+    kinds = {name: w.dtype if type(w.data) is Tensor else type(w.data).__name__
+             for name, w in (weights | packed).items()}
+    kinds |= {name: type(part).__name__ for name, part in network.named_modules()
+              if callable(getattr(part, 'weight', None))}
     for name, kind in kinds.items():
         if kind not in FLOATS:
-            return (f'its weights are not plain floating-point numbers ({name}: {kind}); hand in the model as it was '
+            return (f'its weights are not plain floating-point numbers ({name}: {kind}); hand in the model '
+                    f'as it was '
                     'before it was quantised or sharded, or what its dequantize() returns')
 
 def _why_not(network: nn.Module) -> str | None:  # what is missing; None if all parts are there
@@ -315,7 +334,8 @@ def _why_not(network: nn.Module) -> str | None:  # what is missing; None if all 
     if network.config.is_encoder_decoder: return _ENCODER_DECODER
     if reason := why_not_weights(network): return reason
     if not network.can_generate() or network.get_output_embeddings() is None:
-        return 'it is not a causal language model; looked for a head that predicts the next token (load it with AutoModelForCausalLM)'
+        return ('it is not a causal language model; looked for a head that predicts the next token (load it '
+                'with AutoModelForCausalLM)')
     if find_layout(find_decoder(network)) is None:
         pairs = ', '.join(f'.{blocks} and .{norm}' for blocks, norm in _LAYOUTS)
         return (f'its layout is unknown; looked in {type(find_decoder(network)).__name__} '
@@ -324,7 +344,8 @@ def _why_not(network: nn.Module) -> str | None:  # what is missing; None if all 
 # %% ../nbs/build/06_adapters.ipynb #2dfae74f
 def _why_no_network(model) -> str:
     "What to hand in instead."
-    if hasattr(model, 'merge_and_unload'): return 'it holds adapters of PEFT; hand in what its merge_and_unload() returns'
+    if hasattr(model, 'merge_and_unload'):
+        return 'it holds adapters of PEFT; hand in what its merge_and_unload() returns'
     parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, '__dict__', {}).items()
     for name, part in parts:
         if hasattr(part, 'get_decoder') or isinstance(part, nn.Module) and can_be_scored(part):
@@ -333,11 +354,11 @@ def _why_no_network(model) -> str:
 
 # %% ../nbs/build/06_adapters.ipynb #b2a93648
 def adapt(model):
-    """A model that can be scored, nothing copied: itself if it can be already, else an `AdaptedModel` around a causal language
-    model of the transformers library."""
+    """A model that can be scored, nothing copied: itself if it can be already, else an `AdaptedModel`
+    around a causal language model of the transformers library."""
     model = unwrap(model)
     if can_be_scored(model): return model
-    library = sys.modules.get('transformers')          # a model of that library exists only where it was imported
+    library = sys.modules.get('transformers')  # a model of that library exists only where it was imported
     if library is None or not isinstance(model, library.PreTrainedModel):
         raise ValueError(f'{type(model).__name__} cannot be adapted: {_why_no_network(model)}')
     if reason := _why_not(model): raise ValueError(f'{type(model).__name__} cannot be adapted: {reason}')
@@ -369,13 +390,18 @@ def find_folder(source: str | Path, trust_remote_code: bool = False) -> Path:
     if is_gguf(folder): return folder
     if not folder.exists():
         if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?(@.+)?', str(source)):
-            raise ValueError(f'{source} is no folder here and no file, nor of the form OWNER/NAME or OWNER/NAME@REVISION of models on the Hugging Face Hub')
+            raise ValueError(f'{source} is no folder here and no file, nor of the form OWNER/NAME or '
+                             f'OWNER/NAME@REVISION of models on the Hugging Face Hub')
         from huggingface_hub import snapshot_download
         name, _, revision = str(source).partition('@')
-        try: folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
+        try:
+            folder = Path(snapshot_download(name, revision=revision or None,
+                                            allow_patterns=['*.json', '*.safetensors',
+                                                            '*.jinja'] + ['*.py'] * trust_remote_code,
                                              ignore_patterns=['*/*', 'consolidated*']))
         except (OSError, ValueError) as error:
-            raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face Hub: {error}') from error
+            raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face '
+                             f'Hub: {error}') from error
     for place in (folder / 'model', folder):           # a training of ours keeps its model in model
         if not (place / 'config.json').is_file(): continue
         if place != folder: _check_owner(folder)
@@ -384,17 +410,23 @@ def find_folder(source: str | Path, trust_remote_code: bool = False) -> Path:
 
 # %% ../nbs/build/06_adapters.ipynb #2fe8518b
 def check_weights(folder: Path):
-    "Raise a ValueError unless the folder has weights in safetensors files that are complete, and as they were sealed."
+    """Raise a ValueError unless the folder has weights in safetensors files that are complete, and as they
+    were sealed."""
     for file in sorted(folder.glob('*.safetensors')):
         try:
-            with safe_open(file, 'pt'): pass                               # reads the header and compares sizes
-        except SafetensorError as error: raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
-    if (folder / MANIFEST).is_file() and 'identity' in read_json(folder / MANIFEST):   # other tools have manifests too
+            with safe_open(file, 'pt'): pass  # reads the header and compares sizes
+        except SafetensorError as error:
+            raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
+    # other tools have manifests too
+    if (folder / MANIFEST).is_file() and 'identity' in read_json(folder / MANIFEST):
         try: check_seal(folder)
-        except Damaged as error: raise Damaged(f'{error}; if it was changed on purpose, remove {MANIFEST}') from error
+        except Damaged as error:
+            raise Damaged(f'{error}; if it was changed on purpose, remove {MANIFEST}') from error
     if any(folder.glob('*.safetensors')): return
-    pickles = sorted(file.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for file in folder.glob(pattern))
-    raise ValueError(f'{folder} holds no weights in safetensors files; looked for *.safetensors' + bool(pickles) * (
+    pickles = sorted(file.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt')
+                     for file in folder.glob(pattern))
+    raise ValueError(f'{folder} holds no weights in safetensors files; looked for *.safetensors'
+                     + bool(pickles) * (
         f", found {', '.join(pickles)}. A pickle can run any program when it is read, so it is not read: "
         'convert it with save_pretrained on a machine where you trust it'))
 
@@ -402,7 +434,8 @@ def check_weights(folder: Path):
 def _gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
     "Types in which a GGUF file holds its weights, with their shares, if they were quantised."
     try: from gguf import GGUFReader
-    except ImportError as error: raise ImportError(f"gguf is needed to open {file}: pip install 'sparsecod[gguf]'") from error
+    except ImportError as error:
+        raise ImportError(f"gguf is needed to open {file}: pip install 'sparsecod[gguf]'") from error
     try: weights = GGUFReader(file).tensors
     except (IndexError, KeyError, OSError, ValueError) as error:
         raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
@@ -416,21 +449,29 @@ def _gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; No
 def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  # in fp32 and evaluation mode
     "Load a checkpoint of the transformers library."
     try: import transformers
-    except ImportError as error: raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
+    except ImportError as error:
+        raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
     place, gguf = (folder.parent, dict(gguf_file=folder.name)) if is_gguf(folder) else (folder, {})
-    if gguf and hasattr(transformers, 'GgufConfig'):           # versions with it could leave the weights packed as well
+    # versions with it could leave the weights packed as well
+    if gguf and hasattr(transformers, 'GgufConfig'):
         gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
     try: network, found = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **gguf)
+            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, **gguf)
     except (OSError, RuntimeError, ValueError) as error:
         programs = not gguf and 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
-        raise ValueError(f'{folder} cannot be opened as a causal language model of the transformers library: {str(error).splitlines()[0]}'
-                         + ' (it comes with programs of its own, which run only with trust_remote_code=True)' * programs) from error
+        raise ValueError(f'{folder} cannot be opened as a causal language model of the transformers library: '
+                         f'{str(error).splitlines()[0]}'
+                         + ' (it comes with programs of its own, which run only with '
+                           'trust_remote_code=True)' * programs) from error
     if lacking := sorted(found['missing_keys']):
-        raise ValueError(f'{folder} lacks {len(lacking)} weights of {type(network).__name__}, the first of them {lacking[0]}')
+        raise ValueError(f'{folder} lacks {len(lacking)} weights of {type(network).__name__}, the first of '
+                         f'them {lacking[0]}')
     if unused := sorted(found['unexpected_keys']):
-        raise ValueError(f'{folder} has {len(unused)} weights that its config.json gives no place in a {type(network).__name__}, '
-                         f'the first of them {unused[0]}; if they may be left out, load it with AutoModelForCausalLM and hand in that')
+        raise ValueError(f'{folder} has {len(unused)} weights that its config.json gives no place in a '
+                         f'{type(network).__name__}, '
+                         f'the first of them {unused[0]}; if they may be left out, load it with '
+                         f'AutoModelForCausalLM and hand in that')
     return network
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
@@ -446,7 +487,8 @@ def load_model(folder: str | Path, trust_remote_code: bool = False) -> nn.Module
     check_weights(folder)
     if 'model_type' in settings: return load_network(folder, trust_remote_code)
     try:
-        with redirect_stdout(StringIO()): return Transformer.from_pretrained(folder, strict=True).float()  # it prints
+        # it prints
+        with redirect_stdout(StringIO()): return Transformer.from_pretrained(folder, strict=True).float()
     except Exception as error: raise ValueError(f'{folder} holds no readable model ({error})') from error
 
 # %% ../nbs/build/06_adapters.ipynb #e1ca0119
@@ -468,8 +510,9 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:  # None if there is no tok
     return load_tokenizer(str(run), label.get('data', {}).get('eos_token'))
 
 def open_model(source, trust_remote_code: bool = False, device: str | None = None) -> tuple:
-    """Open a live model, a folder, a GGUF file, or a name on the Hub for scoring; its tokenizer is None if there is none.
-    trust_remote_code runs programs that come with the model; device=None leaves it where it is."""
+    """Open a live model, a folder, a GGUF file, or a name on the Hub for scoring; its tokenizer is None if
+    there is none. trust_remote_code runs programs that come with the model; device=None leaves it where it
+    is."""
     if not isinstance(source, (str, Path)): model, tokenizer = source, None
     else:
         folder = find_folder(source, trust_remote_code)

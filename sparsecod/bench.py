@@ -31,12 +31,15 @@ from .moe import GATES
 from .ngrams import MARGIN, floors, is_trained
 from .resources import measured_speed, memory_bytes, scoring_flops, training_flops
 from .scores import ScoreConfig
-from .studies import RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary, write_record
-from .train import DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, find_world, logs_at, sequences_per_step
+from .studies import (RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary,
+                               write_record)
+from .train import (DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, find_world, logs_at,
+                             sequences_per_step)
 from .twins import check_twin, train_scaled, twin
 
 # %% ../nbs/tools/13_bench.ipynb #7eeff934
-_Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])   # words that it may hold; (): a number
+# words that it may hold; (): a number
+_Field = namedtuple('_Field', 'text group symbol choices', defaults=[()])
 
 FIELDS = {
     'model.n_layers': _Field('blocks', 'Model', 'L'),
@@ -72,7 +75,8 @@ def field_value(config: RunConfig, path: str):
     return getattr(getattr(config, part) if part else config, name)
 
 def read_config(base: RunConfig, texts: dict[str, str]) -> RunConfig:
-    "The run that the fields describe, by path, `base` for all that has no field; a ValueError names the field that is wrong."
+    """The run that the fields describe, by path, `base` for all that has no field; a ValueError names the
+    field that is wrong."""
     changes = {}
     for path, text in texts.items():
         whole = isinstance(field_value(base, path), int)
@@ -92,7 +96,8 @@ STORIES = {
     'one run': ({},),
     'shallow against deep': ({'model.n_layers': 2}, {'model.n_layers': 12}),
     'no decay against decay': ({'train.weight_decay': 0.}, {'train.weight_decay': 1.}),
-    'one expert against eight': ({'model.n_experts': 0}, {'model.n_experts': 8, 'model.experts_per_token': 2}),
+    'one expert against eight': ({'model.n_experts': 0},
+                                 {'model.n_experts': 8, 'model.experts_per_token': 2}),
     'twins: the same run at 64 times the variance': ({}, {'stream': 8.})}
 
 class Variant(NamedTuple):
@@ -111,7 +116,8 @@ def variants(config: RunConfig, story: str) -> list[Variant]:
         varied = vary(config, fields)
         if 'stream' in changes: check_twin(varied.model)
         if varied.model.n_experts == 0: words = [w for w in words if not w.startswith('k =')]
-        found.append(Variant(', '.join(words) or f'L = {config.model.n_layers}', varied, changes.get('stream', 1.)))
+        found.append(Variant(', '.join(words) or f'L = {config.model.n_layers}', varied,
+                             changes.get('stream', 1.)))
     return found
 
 # %% ../nbs/tools/13_bench.ipynb #b099ad77
@@ -125,7 +131,8 @@ class Cost(NamedTuple):
     basis: str       # where the speed comes from
 
     def __str__(self):
-        return (f'{spell(self.seconds)} ({self.basis}), {self.memory / 2**20:,.0f} MB, {self.parameters:,} parameters, '
+        return (f'{spell(self.seconds)} ({self.basis}), {self.memory / 2**20:,.0f} MB, {self.parameters:,} '
+                f'parameters, '
                 f'{self.tokens:,} tokens')
 
 def spell(seconds: float) -> str:
@@ -136,9 +143,11 @@ def spell(seconds: float) -> str:
 
 def run_kind(config: RunConfig) -> tuple:
     "What decides the speed of a run."
-    return config.model.replace(n_layers=1, vocab_size=1), config.train.tokens_per_step, config.train.micro_batch_tokens
+    return (config.model.replace(n_layers=1, vocab_size=1), config.train.tokens_per_step,
+            config.train.micro_batch_tokens)
 
-def run_cost(config: RunConfig, speeds: dict = {}) -> Cost:  # speeds: run_kind -> operations a second of earlier runs
+def run_cost(config: RunConfig,
+             speeds: dict = {}) -> Cost:  # speeds: run_kind -> operations a second of earlier runs
     "What a run will take; a ValueError names the field if it cannot be trained, or does not fit."
     m, t, device = config.model, config.train, find_world().device
     tokens = t.steps * t.tokens_per_step
@@ -149,10 +158,12 @@ def run_cost(config: RunConfig, speeds: dict = {}) -> Cost:  # speeds: run_kind 
         sizes = {path: field_value(config, path) / max(1, field_value(BENCH, path))
                  for path, f in FIELDS.items() if path.startswith('model.') and not f.choices}
         path = max(sizes, key=sizes.get)
-        raise ValueError(f'{path}={field_value(config, path):,} is too much: the run needs {memory / 2**30:,.3g} GB of memory '
+        raise ValueError(f'{path}={field_value(config, path):,} is too much: the run needs '
+                         f'{memory / 2**30:,.3g} GB of memory '
                          f'for {parameters:,} parameters, and {free / 2**30:.3g} GB are free')
     flops, kind = training_flops(config) + scoring_flops(config), run_kind(config)
-    speed, basis = (speeds[kind], 'at the speed of an earlier run') if kind in speeds else measured_speed(config)
+    speed, basis = ((speeds[kind], 'at the speed of an earlier run') if kind in speeds
+                    else measured_speed(config))
     return Cost(parameters, tokens, flops, memory, flops / speed, basis)
 
 # %% ../nbs/tools/13_bench.ipynb #4bf619fa
@@ -163,7 +174,8 @@ def _look(model: Transformer, held_out: Tensor) -> dict:  # windows, (N, T + 1)
     variance = [channel_variance(h)]
     h = model.run(h, watch=lambda l, out: variance.append(channel_variance(out.stream)))
     return dict(val_loss=model.token_losses(h, held_out[:, 1:]).mean().item(),
-                variance_mean=[v.mean().item() for v in variance], variance_median=[v.median().item() for v in variance])
+                variance_mean=[v.mean().item() for v in variance],
+                variance_median=[v.median().item() for v in variance])
 
 @torch.no_grad()
 def _sentence(model: Transformer, corpus: Corpus, held_out: Tensor) -> str:  # windows, (N, T + 1)
@@ -198,12 +210,14 @@ def _train_run(run: Run, go_on: Callable[[], bool]):
     c, T, device = run.config, run.config.model.context_length, find_world().device
     held_out = run.corpus.sample_windows('val', min(c.n_eval, run.corpus.n_windows('val', T)), T, c.text_seed)
     run.floors = floors(run.corpus, c.train.steps, sequences_per_step(c.train, T), T, c.seed, held_out)
-    held_out, steps = held_out.to(device), train_scaled(c.model, c.train, run.corpus, twin(run.variant.stream), device)
+    held_out, steps = (held_out.to(device),
+                       train_scaled(c.model, c.train, run.corpus, twin(run.variant.stream), device))
     start, write_at = time.perf_counter(), 0.
     for loss, run.model in steps:
         run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - start
         if not math.isfinite(loss): run.status = 'diverged'
-        elif logs_at(run.step, c.train): run.log.append(dict(step=run.step, loss=loss) | _look(run.model, held_out))
+        elif logs_at(run.step, c.train):
+            run.log.append(dict(step=run.step, loss=loss) | _look(run.model, held_out))
         if run.status == 'diverged': break
         if time.monotonic() >= write_at or run.step == c.train.steps:
             run.text, write_at = _sentence(run.model, run.corpus, held_out), time.monotonic() + 3
@@ -215,7 +229,8 @@ def _train_run(run: Run, go_on: Callable[[], bool]):
 def _score_run(run: Run):
     "Measure what a run has learnt that was trained to its end, and what its blocks do."
     c = run.config
-    result = TrainResult(run.model, run.log, 'finished', run.step, run.step * c.train.tokens_per_step, run.seconds, None)
+    result = TrainResult(run.model, run.log, 'finished', run.step, run.step * c.train.tokens_per_step,
+                         run.seconds, None)
     run.record, run.status = make_record(c, run.corpus, result, progress=False), 'finished'
 
 # %% ../nbs/tools/13_bench.ipynb #8bc9427d
@@ -225,8 +240,8 @@ class Training(threading.Thread):
 
     def __init__(self, variants: list[Variant], corpus: Corpus | None = None,
                  tell: Callable[['Training'], None] = lambda training: None, runs: list | None = None):
-        """Train variants on a corpus (None: as their data fields say). `tell` is called at changes, and at most twice a second
-        between them; `runs` are the runs so far, to which its own are added."""
+        """Train variants on a corpus (None: as their data fields say). `tell` is called at changes, and at
+        most twice a second between them; `runs` are the runs so far, to which its own are added."""
         super().__init__(daemon=True)          # does not keep Python from ending
         self.variants, self.corpus, self.tell, self.told = variants, corpus, tell, 0.
         self.runs, self.state, self.why, self.error = [] if runs is None else runs, 'waiting', '', None
@@ -269,7 +284,8 @@ class Training(threading.Thread):
             self.before = None
             for variant in self.variants:
                 if not self.asked: self.do(variant)
-        except Exception as error: self.error = error   # also RuntimeError and MemoryError: nothing is lost but this run
+        # also RuntimeError and MemoryError: nothing is lost but this run
+        except Exception as error: self.error = error
         self.change('failed' if self.error else 'stopped' if self.asked else 'finished')
 
     def do(self, variant: Variant):
@@ -297,12 +313,15 @@ def stop_when_interrupted():
     "From now on, interrupting an idle kernel stops the training."
     def install():
         before = signal.getsignal(signal.SIGINT)
-        if getattr(before, '__name__', '') == 'interrupted' or threading.current_thread() is not threading.main_thread(): return
+        if getattr(before, '__name__',
+                   '') == 'interrupted' or threading.current_thread() is not threading.main_thread():
+            return
         def interrupted(number, frame):
             if Training.alone and Training.alone.is_alive(): Training.alone.stop('the kernel was interrupted')
             elif callable(before): before(number, frame)
         signal.signal(signal.SIGINT, interrupted)
-    try: asyncio.get_running_loop().call_later(.1, install)   # when the kernel is idle again: it sets its own during a call
+    # when the kernel is idle again: it sets its own during a call
+    try: asyncio.get_running_loop().call_later(.1, install)
     except RuntimeError: pass                                 # no kernel
 
 # %% ../nbs/tools/13_bench.ipynb #e799e851
@@ -314,35 +333,45 @@ def _useful_blocks(record: dict) -> str:
 
 def conclusion(run: Run) -> str:
     "What a run has shown, in words."
-    if run.record is None: return f'{run.name}: {run.status} at step {run.step:,} of {run.config.train.steps:,}, not scored.'
+    if run.record is None:
+        return f'{run.name}: {run.status} at step {run.step:,} of {run.config.train.steps:,}, not scored.'
     r, loss = run.record, run.record['final']['val_loss']
     skip, ends = r['scores']['arrays']['skip_loss_increase'], r['scores']['intervals']['skip_loss_increase']
     b, gap = min(range(len(skip)), key=lambda i: skip[i]), loss['value'] - run.floors['pairs']
-    return (f'{run.name}: {_useful_blocks(r)} blocks do what no affine map can do, and the cheapest one to leave out, block {b + 1}, '
+    return (f'{run.name}: {_useful_blocks(r)} blocks do what no affine map can do, and the cheapest one to '
+            f'leave out, block {b + 1}, '
             f'costs {span(skip[b], ends["low"][b], ends["high"][b])} nats. '
-            f'Held-out loss {span(loss["value"], loss["low"], loss["high"])}, {abs(gap):.2f} {"above" if gap > 0 else "below"} a table of token pairs'
-            + ('.' if is_trained(loss['value'], run.floors) else f': less than the {MARGIN} from which on blocks are judged.'))
+            f'Held-out loss {span(loss["value"], loss["low"], loss["high"])}, {abs(gap):.2f} '
+            f'{"above" if gap > 0 else "below"} a table of token pairs'
+            + ('.' if is_trained(loss['value'], run.floors)
+               else f': less than the {MARGIN} from which on blocks are judged.'))
 
 # %% ../nbs/tools/13_bench.ipynb #e3791b99
 def compare(runs: list[Run]):
     "What differs between runs, and what came of it."
     from pandas import DataFrame
-    rows = {r.name: {f.symbol: field_value(r.config, path) for path, f in FIELDS.items()} | {'stream': r.variant.stream} for r in runs}
+    rows = {r.name: {f.symbol: field_value(r.config, path) for path, f in FIELDS.items()}
+            | {'stream': r.variant.stream} for r in runs}
     settings = DataFrame.from_dict(rows, orient='index')
     differ = settings.loc[:, settings.astype(str).nunique() > 1] if len(runs) > 1 else settings[['L']]
     def outcome(r: Run):
         if r.record is None: return {'held-out loss': f'{r.status} at step {r.step}'}
         loss, median = r.record['final']['val_loss'], r.record['scores']['scalars']['final_variance_median']
-        return {'held-out loss': span(loss['value'], loss['low'], loss['high']), 'useful blocks': _useful_blocks(r.record),
-                'variance after the last block': span(median['value'], median['low'], median['high']), 'seconds': f'{r.seconds:.0f}'}
+        return {'held-out loss': span(loss['value'], loss['low'], loss['high']),
+                'useful blocks': _useful_blocks(r.record),
+                'variance after the last block': span(median['value'], median['low'], median['high']),
+                'seconds': f'{r.seconds:.0f}'}
     return differ.join(DataFrame.from_dict({r.name: outcome(r) for r in runs}, orient='index')).fillna('')
 
 # %% ../nbs/tools/13_bench.ipynb #418f6dad
 def export_run(run: Run, out: str | Path) -> Path:
     "Write the record and the model of a finished run."
     if run.record is None: raise ValueError(f'{run.name} is {run.status}; only a finished run has a record')
-    if run.variant.stream != 1: raise ValueError(f'stream={run.variant.stream:g} is no field of a record, so a twin cannot be exported')
-    folder, path = Path(out) / 'models' / run.record['name'], Path(out) / run.config.scale / f'{run.record["name"]}.json'
+    if run.variant.stream != 1:
+        raise ValueError(
+            f'stream={run.variant.stream:g} is no field of a record, so a twin cannot be exported')
+    folder, path = (Path(out) / 'models' / run.record['name'],
+                    Path(out) / run.config.scale / f'{run.record["name"]}.json')
     label_folder(folder, run.config, run.corpus)
     run.model.save_pretrained(folder / 'model')
     write_record(path, run.record)

@@ -23,15 +23,18 @@ import pandas as pd
 from scipy.stats import false_discovery_control, linregress, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed, read_metric
+from .studies import (SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed,
+                               read_metric)
 from .studies import scale_config, study_named, summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 
 # %% ../nbs/tools/06_claims.ipynb #725d783c
-def judge(values: list[float], side: int, bound: float = 0.0) -> dict:  # side: +1 if the claim says above the bound, -1 if below
-    "Hold the interval of the statistic, one number a seed, against the claim: verdict, value, low, high, n and p."
+def judge(values: list[float], side: int,
+          bound: float = 0.0) -> dict:  # side: +1 if the claim says above the bound, -1 if below
+    """Hold the interval of the statistic, one number a seed, against the claim: verdict, value, low, high,
+    n and p."""
     mean, low, high = map(float, t_interval(values))
-    alike = len(values) > 1 and low == high              # equal numbers say nothing about how far seeds scatter
+    alike = len(values) > 1 and low == high  # equal numbers say nothing about how far seeds scatter
     p = float(ttest_1samp(values, bound).pvalue) if len(values) > 1 and not alike else None
     clear = not alike and (low > bound or high < bound)
     verdict = 'open' if not clear else 'confirmed' if (low > bound) == (side > 0) else 'contradicted'
@@ -53,7 +56,8 @@ def trend(metric: str, log: bool = False) -> Callable[[list[dict]], float | None
 # %% ../nbs/tools/06_claims.ipynb #22531902
 def rank_correlation(values: list[float], places: Iterable[float] | None = None) -> float | None:
     "Spearman's correlation of values with their position, or with other numbers; None if it is not defined."
-    x, y = np.arange(len(values)) if places is None else np.asarray(places, float), np.asarray(values, float)     # (n,) each
+    # (n,) each
+    x, y = np.arange(len(values)) if places is None else np.asarray(places, float), np.asarray(values, float)
     if len(y) < 2 or not np.isfinite([x, y]).all() or (x == x[0]).all() or (y == y[0]).all(): return None
     return float(spearmanr(x, y).statistic)
 
@@ -64,7 +68,8 @@ def _fisher(r: float | None) -> float | None:
 def _deepest(runs: list[dict]) -> dict: return max(runs, key=_log_depth)
 
 def _along_blocks(measure: Callable[[dict], list[float]]) -> Callable[[list[dict]], float | None]:
-    "Statistic: Fisher's z of the rank correlation of a measurement with the block's number, in the deepest model."
+    """Statistic: Fisher's z of the rank correlation of a measurement with the block's number, in the
+    deepest model."""
     return lambda runs: _fisher(rank_correlation(measure(_deepest(runs))))
 
 # %% ../nbs/tools/06_claims.ipynb #a004aaee
@@ -88,10 +93,12 @@ def _peak_and_end(record: dict) -> list[float]:
 def _time_of_peak(runs: list[dict]) -> float:
     "Statistic: when the last layer's variance is largest, as a share of the training, in the deepest model."
     curve = _deepest(runs)['curve']
-    return max((v[-1], step) for v, step in zip(curve['variance_mean'], curve['step']) if v)[1] / curve['step'][-1]
+    return max((v[-1], step) for v, step in zip(curve['variance_mean'], curve['step'])
+               if v)[1] / curve['step'][-1]
 
 def _fall_from_peak(runs: list[dict]) -> float | None:
-    "Statistic: doublings of the last layer's variance from its peak to the end of training, in the deepest model."
+    """Statistic: doublings of the last layer's variance from its peak to the end of training, in the
+    deepest model."""
     peak, end = _peak_and_end(_deepest(runs))
     return math.log2(end / peak) if end > 0 else None
 
@@ -109,7 +116,8 @@ class Claim:
     side: int          # +1: the statistic is above the bound, -1: below
     rule: str          # the statistic in words
     bound: float = 0.0
-    span: Callable[[dict], list[float]] | None = None  # shown in the place of the metric: the first and the last of these numbers
+    # shown in the place of the metric: the first and the last of these numbers
+    span: Callable[[dict], list[float]] | None = None
     # the variants that the statistic gets, by index or label ({short} and {long}: least and largest T);
     # None: all; (): those that finished
     needs: tuple[int | str, ...] | None = None
@@ -118,24 +126,29 @@ class Claim:
 
 # %% ../nbs/tools/06_claims.ipynb #22c39647
 def _needed(labels: list[str], needs: tuple[int | str, ...] | None) -> list[str] | None:
-    "The variants that a claim is about, see Claim, out of all labels of a study; None if the study has not all of them."
+    """The variants that a claim is about, see Claim, out of all labels of a study; None if the study has
+    not all of them."""
     if not needs: return labels
     lengths = [int(T) for label in labels for T in re.findall(r'^T=(\d+)', label)] or [0]
     named = lambda i: i.format(short=min(lengths), long=max(lengths)) if isinstance(i, str) else i
     found = [labels[i] if isinstance(i, int) and -len(labels) <= i < len(labels) else named(i) for i in needs]
     return found if set(found) <= set(labels) else None
 
-def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | None = None, needs=None) -> dict[int, list[dict]]:
-    "Seed -> its runs, in the order of the variants or of needs, for seeds for which all needed variants finished."
+def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | None = None,
+                    needs=None) -> dict[int, list[dict]]:
+    """Seed -> its runs, in the order of the variants or of needs, for seeds for which all needed variants
+    finished."""
     study, groups = study_named(study), by_variant(study, records, base)
     labels = groups and _needed(list(variant_keys(study, base or scale_config(records[0]['scale']))), needs)
     if not labels: return {}
-    runs = {(r['seed'], label): r for label, group in groups.items() for r in group if r['status'] == 'finished'}
+    runs = {(r['seed'], label): r for label, group in groups.items() for r in group
+            if r['status'] == 'finished'}
     seeds = sorted({seed for seed, _ in runs})
     found = {seed: [runs[seed, label] for label in labels if (seed, label) in runs] for seed in seeds}
     return {seed: group for seed, group in found.items() if needs == () or len(group) == len(labels)}
 
-REGISTERED = dict(desk='12381b087a7aea381b1734c74f07e7a56d80d7b8')  # scale: the commit with its primary endpoints, older than its runs
+# scale: the commit with its primary endpoints, older than its runs
+REGISTERED = dict(desk='12381b087a7aea381b1734c74f07e7a56d80d7b8')
 
 def _ends(span: Callable[[dict], list[float]], group: list[dict]) -> list[float]:
     "First and last number of what a claim shows of one variant, mean over seeds; empty if there is none."
@@ -148,19 +161,23 @@ def _claim_row(claim: Claim, records: list[dict], base: RunConfig | None = None)
     complete = _complete_seeds(claim.study, records, base, claim.needs)
     runs = [run for seed in complete.values() for run in seed]
     values = [v for seed in complete.values() if (v := claim.statistic(seed)) is not None]
-    groups, summary = by_variant(claim.study, records, base), summarise(claim.study, records, [claim.metric], base)
+    groups, summary = (by_variant(claim.study, records, base),
+                       summarise(claim.study, records, [claim.metric], base))
     labels = list(variant_keys(study_named(claim.study), scale)) if records else []
     out = [f"{label}, seed {r['seed']} (diverged)" for label in _needed(labels, claim.needs) or []
-           for r in groups.get(label, []) if r['status'] == 'diverged']                    # their seeds do not count
+           for r in groups.get(label, []) if r['status'] == 'diverged']  # their seeds do not count
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
     verdict = ('untrained' if floor['passed'] < floor['of'] else
-               'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values else found['verdict'])
+               'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values
+               else found['verdict'])
     side = 'above' if claim.side > 0 else 'below'
-    return dict(id=claim.id, statement=claim.statement, source=claim.source, control=claim.source == 'control',
+    return dict(id=claim.id, statement=claim.statement, source=claim.source,
+                control=claim.source == 'control',
                 published=claim.published, study=claim.study, metric=claim.metric,
                 ours={label: row[claim.metric] for label, row in summary.items() if claim.metric in row},
-                spans={label: _ends(claim.span, group) for label, group in groups.items()} if claim.span else None,
+                spans={label: _ends(claim.span, group) for label, group in groups.items()} if claim.span
+                else None,
                 left_out=out, statistic=found, direction=found['verdict'], verdict=verdict, floor=floor,
                 registered=REGISTERED.get(scale.scale) if scale and claim.primary else None,
                 rule=f'{claim.rule}; confirmed if {side} {claim.bound:.3g} (95 % interval over seeds)')
@@ -181,23 +198,28 @@ PUBLISHED = dict(
     context=_table(_SOURCE_COLUMNS, {
         'T=256': (18.51, .69, 3e4), 'T=512': (15.71, .75, 8e3), 'T=1024': (14.77, .75, 2.6e3),
         'T=2048': (14.51, .81, 1.35e3), 'T=4096': (14.52, .81, 7e2), 'T=8192': (16.30, .75, 70)}),
-    gqa=_table(_SOURCE_COLUMNS, {'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
+    gqa=_table(_SOURCE_COLUMNS,
+               {'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
     moe=_table(_SOURCE_COLUMNS, {
         'dense, 1B': (14.52, .81, 220), 'gates as published, 7B of which 1B active': (13.82, .94, 75),
         'dense, 400M': (17.56, .87), 'gates as published, 2B of which 400M active': (15.89, .94)}),
     ladder=_table(('accuracy', 'usefulness'), {
-        'L=16': (.401, .75), 'L=32': (.395, .53), '+ T=4096': (.400, .59), '(+ T=8192)': (.395, .53), '+ λ=0.3': (.414, .63),
+        'L=16': (.401, .75), 'L=32': (.395, .53), '+ T=4096': (.400, .59), '(+ T=8192)': (.395, .53),
+        '+ λ=0.3': (.414, .63),
         '(+ λ=0.6)': (.410, .63), '(+ λ=1)': (.385, .53), '+ G=2': (.421, .66), '+ MoE': (.441, .75)}))
 
 # %% ../nbs/tools/06_claims.ipynb #b8e009b0
 def _by_depth(metric: str, statement: str, source: str = 'control', published: str = '') -> Claim:
     "A claim that a variance grows, or that another metric falls, the deeper the model."
     log = logarithmic(metric)
-    return Claim(f"depth-{metric.replace('_', '-')}", f'The deeper the model, {statement}.', source, published, 'depth', metric,
-                 trend(metric, log), +1 if log else -1, f"{'doublings' if log else 'change'} of {metric} for each doubling of L")
+    return Claim(f"depth-{metric.replace('_', '-')}", f'The deeper the model, {statement}.', source,
+                 published, 'depth', metric,
+                 trend(metric, log), +1 if log else -1,
+                 f"{'doublings' if log else 'change'} of {metric} for each doubling of L")
 
 CLAIMS = [
-    replace(_by_depth('growth', "the more the stream's variance grows from block 1 to the last", 'depth study, variance over training',
+    replace(_by_depth('growth', "the more the stream's variance grows from block 1 to the last",
+                      'depth study, variance over training',
                       'v_L, L=12: 420, L=16: 600, L=24: 830, L=32: 1250'),
             rule='doublings of v_L / v_1 (median over tokens) for each doubling of L', primary=True),
     _by_depth('growth_mean', 'the larger that growth, of the mean over tokens'),
@@ -206,15 +228,21 @@ CLAIMS = [
     _by_depth('final_variance', "the larger the variance of the last layer's stream"),
     _by_depth('final_variance_median', 'the larger the median over tokens of that variance'),
     _by_depth('final_variance_without_first', 'the larger that variance without position 0'),
-    Claim('depth-variance-decay', "The last layer's variance peaks during training and ends more than 10 % below its peak.",
-          'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth',
-          'final_variance', _fall_from_peak, -1, 'doublings from peak to end of training in the deepest model',
+    Claim('depth-variance-decay',
+          "The last layer's variance peaks during training and ends more than 10 % below its peak.",
+          'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250',
+          'depth',
+          'final_variance', _fall_from_peak, -1,
+          'doublings from peak to end of training in the deepest model',
           bound=math.log2(.9), span=_peak_and_end, ratio=True),
     Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.',
           'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth', 'final_variance',
-          _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2, ratio=True),
-    Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.', 'argument, step 1', '', 'depth',
-          'final_variance', _along_blocks(_relative_update), -1, "Fisher's z of the rank correlation of update / stream "
+          _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2,
+          ratio=True),
+    Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.',
+          'argument, step 1', '', 'depth',
+          'final_variance', _along_blocks(_relative_update), -1,
+          "Fisher's z of the rank correlation of update / stream "
           '(standard deviations) with the block in the deepest model', span=_relative_update, ratio=True)]
 
 # %% ../nbs/tools/06_claims.ipynb #772dd815
@@ -223,9 +251,11 @@ for kind, metric, form, source, published in (
          'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002'),
         ('per-token', 'jacobian_deviation', 'per token', 'control', '')):
     by_block = lambda record, name=f"jacobian_{form.replace(' ', '_')}": record['scores']['arrays'][name]
-    CLAIMS += [Claim(f'depth-jacobian-{kind}-layers', f'Later blocks are closer to the identity (Jacobian deviation, {form}).',
+    CLAIMS += [Claim(f'depth-jacobian-{kind}-layers',
+                     f'Later blocks are closer to the identity (Jacobian deviation, {form}).',
                      source, published, 'depth', metric, _along_blocks(by_block), -1,
-                     "Fisher's z of the rank correlation of the deviation with the block in the deepest model", span=by_block),
+                     "Fisher's z of the rank correlation of the deviation with the block in the deepest "
+                     "model", span=by_block),
                Claim(f'depth-jacobian-{kind}-mean',
                      f'The deeper the model, the closer its blocks are to the identity on average ({form}).',
                      source, published, 'depth', metric, trend(metric, log=True), -1,
@@ -235,7 +265,8 @@ _SCORES = 'depth study, table of scores'
 CLAIMS += [
     _by_depth('causal', 'the less its blocks depend on a skipped earlier block', _SCORES,
               'L=12: 0.355, L=16: 0.336, L=24: 0.289, L=32: 0.259'),
-    _by_depth('causal_max', 'the less its blocks depend on a skipped earlier block at later tokens, by the largest effect '
+    _by_depth('causal_max',
+              'the less its blocks depend on a skipped earlier block at later tokens, by the largest effect '
               '(Csordás et al.)'),
     _by_depth('permutation', 'the less it matters if two blocks are swapped', _SCORES,
               'L=12: 0.985, L=16: 0.713, L=24: 0.438, L=32: 0.306'),
@@ -251,14 +282,17 @@ for metric, what in dict(causal='the less they depend on a skipped earlier one',
     CLAIMS.append(replace(_by_depth(f'{metric}_without_block_1', ''), statement=text))
 
 CLAIMS += [
-    Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth', 'val_loss',
+    Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth',
+          'val_loss',
           trend('val_loss'), -1, 'change of the loss for each doubling of L'),
-    Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.', 'control', '', 'depth',
+    Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.',
+          'control', '', 'depth',
           'val_loss', _gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)')]
 
 # %% ../nbs/tools/06_claims.ipynb #b6ffe242
 def contrast(metric: str, log: bool = False) -> Callable[[list[dict]], float | None]:
-    "Statistic: what changes from the first of two runs to the second; the binary logarithm of the ratio, or the difference."
+    """Statistic: what changes from the first of two runs to the second; the binary logarithm of the ratio,
+    or the difference."""
     def statistic(runs):
         x, y = (read_metric(run, metric) for run in runs)
         if not (x and y) or log and not (0 < x['value'] < math.inf and 0 < y['value'] < math.inf): return None
@@ -271,7 +305,8 @@ _EFFECTS = dict(  # metric -> what a source of sparsity is said to do to it, and
     final_variance=('lowers the variance of the last layer', -1), val_loss=('lowers the held-out loss', -1),
     usefulness=('makes more blocks useful', +1), causal=('makes blocks depend more on earlier ones', +1),
     linear_loss_increase=('makes blocks harder to replace by affine maps', +1),
-    permutation=('makes the order of blocks matter more', +1), accuracy=('raises the accuracy in cloze questions', +1),
+    permutation=('makes the order of blocks matter more', +1),
+    accuracy=('raises the accuracy in cloze questions', +1),
     keys_for_90_percent=('concentrates attention on fewer of the visible keys', -1),
     weights_below_0_01=('makes more weights small (below 0.01)', +1),
     weights_below_0_1_rms=('makes more weights small for their matrix (below a tenth of its RMS)', +1),
@@ -279,20 +314,26 @@ _EFFECTS = dict(  # metric -> what a source of sparsity is said to do to it, and
     final_variance_median=('lowers the median variance of the last layer', -1),
     final_variance_without_first=('lowers the variance of the last layer without position 0', -1))
 _EFFECTS |= {f'{name}@common': (f'{_EFFECTS[name][0]}, on sequences of a common length', _EFFECTS[name][1])
-             for name in ('val_loss', 'final_variance', 'final_variance_median', 'final_variance_without_first')}
-_SOURCE_METRICS = ('growth', 'final_variance', 'val_loss', 'usefulness', 'linear_loss_increase', 'causal', 'permutation', 'accuracy')
+             for name in ('val_loss', 'final_variance', 'final_variance_median',
+                          'final_variance_without_first')}
+_SOURCE_METRICS = ('growth', 'final_variance', 'val_loss', 'usefulness', 'linear_loss_increase', 'causal',
+                   'permutation', 'accuracy')
 
-def _about(study: str, metric: str, statement: str, side: int, needs: tuple, published: str = '', name: str = '') -> Claim:
-    "A claim that a metric rises (side +1) or falls (-1) from one variant to another; a control if there are no published numbers."
+def _about(study: str, metric: str, statement: str, side: int, needs: tuple, published: str = '',
+           name: str = '') -> Claim:
+    """A claim that a metric rises (side +1) or falls (-1) from one variant to another; a control if there
+    are no published numbers."""
     log = logarithmic(metric)
-    return Claim(f"{study}-{re.sub('[_@]', '-', metric)}{name}", statement, f'{study} study' if published else 'control', published,
-                 study, metric, contrast(metric, log), side, f"{'log2 ratio' if log else 'change'} of {metric}", needs=needs)
+    return Claim(f"{study}-{re.sub('[_@]', '-', metric)}{name}", statement,
+                 f'{study} study' if published else 'control', published,
+                 study, metric, contrast(metric, log), side,
+                 f"{'log2 ratio' if log else 'change'} of {metric}", needs=needs)
 
 def _source_claims(study: str, what: str, needs: tuple, published: dict[str, str] = {}, name: str = '',
                    metrics: Iterable[str] = _SOURCE_METRICS, primary: bool = False) -> list[Claim]:
-    """The claims about a source of sparsity, for a change from one variant to another, `what` as the subject of a sentence.
-    `published` holds the paper's numbers by metric; what has none is a control, and its id ends in `name`. With `primary`
-    the row on growth is the study's endpoint."""
+    """The claims about a source of sparsity, for a change from one variant to another, `what` as the
+    subject of a sentence. `published` holds the paper's numbers by metric; what has none is a control, and
+    its id ends in `name`. With `primary` the row on growth is the study's endpoint."""
     variance = published.get('final_variance', '')
     numbers = published | dict(growth=variance and f'v_L, {variance}', final_variance='')
     claims = [_about(study, metric, f'{what} {_EFFECTS[metric][0]}.', _EFFECTS[metric][1], needs,
@@ -301,12 +342,15 @@ def _source_claims(study: str, what: str, needs: tuple, published: dict[str, str
 
 # %% ../nbs/tools/06_claims.ipynb #48216d7f
 _DEEPER = dict(growth=('raises the growth of the variance from block 1 to the last', +1),
-               final_variance=('raises the variance of the last layer', +1), val_loss=('lowers the held-out loss', -1),
-               causal=('makes blocks depend less on earlier ones', -1), permutation=('makes the order of blocks matter less', -1),
+               final_variance=('raises the variance of the last layer', +1),
+               val_loss=('lowers the held-out loss', -1),
+               causal=('makes blocks depend less on earlier ones', -1),
+               permutation=('makes the order of blocks matter less', -1),
                usefulness=('makes a smaller share of the blocks useful', -1),
                linear_loss_increase=('makes blocks easier to replace by affine maps', -1))
 
-for way, needs, name in (('At a third of the learning rate', (2, 3), 'slower'), ('With more tokens for both', (4, 5), 'longer'),
+for way, needs, name in (('At a third of the learning rate', (2, 3), 'slower'),
+                         ('With more tokens for both', (4, 5), 'longer'),
                          ('With equal tokens for each parameter of the blocks', (0, 5), 'equal')):
     CLAIMS += [_about('training', metric, f'{way}, more depth {effect}.', side, needs, name=f'-{name}')
                for metric, (effect, side) in _DEEPER.items()]
@@ -320,33 +364,44 @@ _DECAY_STEPS = [  # first and second λ, what happens to the loss, side, id
     ('λ=0', 'λ=1', 'Weight decay of 1, against none, still lowers the held-out loss', -1, 'much'),
     ('λ=1', 'λ=3', 'Weight decay of 3, against 1, raises the held-out loss', +1, 'collapse')]
 
-for where, ending, published, suffix in (('on all parameters', '-all', True, ', all'), ('on the matrices', '', False, '')):
+for where, ending, published, suffix in (('on all parameters', '-all', True, ', all'),
+                                         ('on the matrices', '', False, '')):
     at = lambda *labels: tuple(label if label == 'λ=0' else label + suffix for label in labels)
     said = lambda text: text if published else ''
     numbers = dict(final_variance='λ=0: 320, λ=0.1: 117', usefulness='λ=0: 0.75, λ=0.1: 0.81',
                    val_loss='perplexity λ=0: 15.63, λ=0.1: 14.83',
                    weights_below_0_01='no numbers given', density='no numbers given') if published else {}
-    CLAIMS += _source_claims('decay', f'Weight decay of 0.1 {where}, against none,', at('λ=0', 'λ=0.1'), numbers, ending,
-                             (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density'), primary=published)
+    CLAIMS += _source_claims('decay', f'Weight decay of 0.1 {where}, against none,', at('λ=0', 'λ=0.1'),
+                             numbers, ending,
+                             (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density'),
+                             primary=published)
     CLAIMS += [_about('decay', 'val_loss', f'{text} ({where}).', side, at(x, y),
-                      said(f'perplexity {x}: {_PERPLEXITY[x]:.2f}, {y}: {_PERPLEXITY[y]:.2f}'), f'-{name}{ending}')
+                      said(f'perplexity {x}: {_PERPLEXITY[x]:.2f}, {y}: {_PERPLEXITY[y]:.2f}'),
+                      f'-{name}{ending}')
                for x, y, text, side, name in _DECAY_STEPS]
-    CLAIMS += [_about('decay', metric, f'Weight decay of 1, against 0.1, {effect} ({where}).', -1, at('λ=0.1', 'λ=1'),
+    CLAIMS += [_about('decay', metric, f'Weight decay of 1, against 0.1, {effect} ({where}).', -1,
+                      at('λ=0.1', 'λ=1'),
                       said(numbers), f'-overshoot{ending}')
-               for metric, effect, numbers in (('usefulness', 'makes fewer blocks useful', 'λ=0.1: 0.81, λ=1: 0.69'),
-                                               ('final_variance', 'lowers the variance of the last layer', 'λ=0.1: 117, λ=1: about 0'))]
+               for metric, effect, numbers in (('usefulness', 'makes fewer blocks useful',
+                                                'λ=0.1: 0.81, λ=1: 0.69'),
+                                               ('final_variance', 'lowers the variance of the last layer',
+                                                'λ=0.1: 117, λ=1: about 0'))]
 
 # %% ../nbs/tools/06_claims.ipynb #634085c6
-_CONTEXT_METRICS = (*_SOURCE_METRICS, 'final_variance_median', 'final_variance_without_first', 'val_loss@common',
-                    'final_variance@common', 'final_variance_median@common', 'final_variance_without_first@common',
+_CONTEXT_METRICS = (*_SOURCE_METRICS, 'final_variance_median', 'final_variance_without_first',
+                    'val_loss@common',
+                    'final_variance@common', 'final_variance_median@common',
+                    'final_variance_without_first@common',
                     'keys_for_90_percent', 'density')
 
 CLAIMS += _source_claims('context', 'A longer context, with the sequences of a step fixed,',
                          ('T={short}, sequences fixed', 'T={long}, sequences fixed'), dict(
     final_variance='at step 2400, T=256: 30000, T=1024: 2600, T=4096: 700',
-    usefulness='T=256: 0.69, T=1024: 0.75, T=4096: 0.81', keys_for_90_percent='no numbers given', density='no numbers given',
+    usefulness='T=256: 0.69, T=1024: 0.75, T=4096: 0.81', keys_for_90_percent='no numbers given',
+    density='no numbers given',
     val_loss='perplexity T=256: 18.51, T=1024: 14.77, T=4096: 14.52'), metrics=_CONTEXT_METRICS)
-CLAIMS += _source_claims('context', 'A longer context, with the tokens of a step fixed,', ('T={short}', 'T={long}'), {},
+CLAIMS += _source_claims('context', 'A longer context, with the tokens of a step fixed,',
+                         ('T={short}', 'T={long}'), {},
                          '-tokens-fixed', _CONTEXT_METRICS, primary=True)
 
 # %% ../nbs/tools/06_claims.ipynb #275ff9f1
@@ -354,20 +409,24 @@ CLAIMS += _source_claims('gqa', 'Sharing keys and values among all heads', (0, -
     final_variance='T=4096, G=1: 220, G=4: 122, G=16: 103', usefulness='G=1: 0.81, G=4: 0.87, G=16: 0.87',
     val_loss='perplexity G=1: 14.52, G=4: 14.50, G=16: 14.47'), primary=True)
 CLAIMS += _source_claims('gqa', 'Sharing keys and values in pairs', (0, 1), name='-pairs')
-CLAIMS += _source_claims('gqa', 'Sharing among all heads and giving the saved parameters back', (0, -1), name='-matched')
+CLAIMS += _source_claims('gqa', 'Sharing among all heads and giving the saved parameters back', (0, -1),
+                         name='-matched')
 CLAIMS += [_about(study, 'density', f'{what} lowers the effective density.', -1, (0, i), 'no numbers given')
-           for study, what, i in (('gqa', 'Sharing keys and values among all heads', -2), ('moe', 'A mixture of experts', 1))]
+           for study, what, i in (('gqa', 'Sharing keys and values among all heads', -2),
+                                  ('moe', 'A mixture of experts', 1))]
 CLAIMS += _source_claims('moe', 'A mixture of experts with gates as published', (0, 1), dict(
     final_variance='dense: 220, MoE: 75', usefulness='dense: 0.81, MoE: 0.94',
     val_loss='perplexity dense: 14.52, MoE: 13.82'), primary=True)
 CLAIMS += _source_claims('moe', 'A mixture of experts with renormalised gates', (0, 2), name='-renormalised')
-CLAIMS += _source_claims('moe', 'A mixture of experts with scale-matched gates', (0, 3), name='-scale-matched')
+CLAIMS += _source_claims('moe', 'A mixture of experts with scale-matched gates', (0, 3),
+                         name='-scale-matched')
 
 _norms = {'pre-LN': 'pre-ln', 'LayerNorm Scaling': 'layernorm-scaling', 'Peri-LN': 'peri-ln'}
 for i, (norm, name) in list(enumerate(_norms.items()))[1:]:
     CLAIMS += _source_claims('remedies', f'{norm} instead of pre-LN', (0, i), name=f'-{name}')
 for i, (norm, name) in enumerate(_norms.items()):
-    CLAIMS += _source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3), name=f'-sparse-{name}')
+    CLAIMS += _source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3),
+                             name=f'-sparse-{name}')
 
 for what, needs, name in (('weight decay of 0.1 on all parameters', (0, 2), 'decay-all'),
                           ('weight decay of 0.1 on the matrices', (0, 1), 'decay'),
@@ -385,11 +444,13 @@ _RUNGS = [  # statement, side, indices of two rungs, published accuracies, id
     ('Still more (1.0) lowers it further.', -1, (4, 6), '41.4 to 38.5', 'decay-overshoot-more'),
     ('Sharing keys and values in pairs on top of that raises accuracy.', +1, (4, 7), '41.4 to 42.1', 'gqa'),
     ('A mixture of experts on top of that raises accuracy.', +1, (7, 8), '42.1 to 44.1', 'moe'),
-    ('The whole recipe has a higher accuracy than the naive baseline of the same depth.', +1, (1, 8), '39.5 to 44.1', 'recipe')]
+    ('The whole recipe has a higher accuracy than the naive baseline of the same depth.', +1, (1, 8),
+     '39.5 to 44.1', 'recipe')]
 _RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usefulness, id
     ('Twice the depth', -1, (0, 1), '0.75 to 0.53', 'depth'),
     ('A context of four times the length', +1, (1, 2), '0.53 to 0.59', 'context'),
-    ('A context of eight times the length, against four times,', -1, (2, 3), '0.59 to 0.53', 'context-overshoot'),
+    ('A context of eight times the length, against four times,', -1, (2, 3), '0.59 to 0.53',
+     'context-overshoot'),
     ('More weight decay (0.3) on top', +1, (2, 4), '0.59 to 0.63', 'decay'),
     ('Weight decay of 1.0 in its place', -1, (4, 6), '0.63 to 0.53', 'decay-overshoot'),
     ('Sharing keys and values in pairs on top', +1, (4, 7), '0.63 to 0.66', 'gqa'),
@@ -397,25 +458,32 @@ _RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usef
 
 CLAIMS += [_about('ladder', 'accuracy', text, side, needs, published, f'-{name}')
            for text, side, needs, published, name in _RUNGS]
-CLAIMS += [_about('ladder', 'usefulness', f"{what} makes {'more' if side > 0 else 'fewer'} blocks useful.", side, needs, published,
+CLAIMS += [_about('ladder', 'usefulness', f"{what} makes {'more' if side > 0 else 'fewer'} blocks useful.",
+                  side, needs, published,
                   f'-{name}') for what, side, needs, published, name in _RUNG_USEFULNESS]
-CLAIMS += [_about('ladder', 'val_loss', 'A context of eight times the length, against four times, raises the held-out loss at its '
-                  'own length.', +1, (2, 3), 'study of context, perplexity T=4096: 14.52, T=8192: 16.30', '-context-overshoot')]
+CLAIMS += [_about('ladder', 'val_loss',
+                  'A context of eight times the length, against four times, raises the held-out loss at its '
+                  'own length.', +1, (2, 3), 'study of context, perplexity T=4096: 14.52, T=8192: 16.30',
+                  '-context-overshoot')]
 CLAIMS += _source_claims('ladder', 'The whole recipe', (1, 8), dict(usefulness='0.53 to 0.75'), '-recipe',
-                         ('usefulness', 'final_variance', 'linear_loss_increase', 'causal', 'permutation', 'val_loss@common',
+                         ('usefulness', 'final_variance', 'linear_loss_increase', 'causal', 'permutation',
+                          'val_loss@common',
                           'final_variance@common'))
 
 # %% ../nbs/tools/06_claims.ipynb #4fe6ecd3
 def _metric_correlation(x: str, y: str) -> Callable[[list[dict]], float | None]:
     "Statistic: Fisher's z of the rank correlation of two metrics across runs."
     def statistic(runs):
-        pairs = [(a['value'], b['value']) for r in runs if (a := read_metric(r, x)) and (b := read_metric(r, y))]
-        return None if len(pairs) < 4 else _fisher(rank_correlation([b for _, b in pairs], [a for a, _ in pairs]))
+        pairs = [(a['value'], b['value']) for r in runs if (a := read_metric(r, x))
+                 and (b := read_metric(r, y))]
+        return (None if len(pairs) < 4
+                else _fisher(rank_correlation([b for _, b in pairs], [a for a, _ in pairs])))
     return statistic
 
 def correlations(study: str | Study, records: list[dict], pairs: Iterable[tuple[str, str]],
                  base: RunConfig | None = None) -> list[dict]:
-    "Rank correlations of pairs of metrics across the variants within each seed: x, y, value, low, high (NaN: none), n seeds, variants."
+    """Rank correlations of pairs of metrics across the variants within each seed: x, y, value, low, high
+    (NaN: none), n seeds, variants."""
     seeds, rows = _complete_seeds(study, records, base, ()), []
     for x, y in pairs:
         z = [v for runs in seeds.values() if (v := _metric_correlation(x, y)(runs)) is not None]
@@ -426,17 +494,20 @@ def correlations(study: str | Study, records: list[dict], pairs: Iterable[tuple[
 
 LINKS = [  # statement, metrics, side
     ('lower effective density goes with lower growth of the variance', 'density', 'growth', +1),
-    ('lower growth of the variance goes with blocks that depend more on earlier ones', 'growth', 'causal', -1),
+    ('lower growth of the variance goes with blocks that depend more on earlier ones', 'growth', 'causal',
+     -1),
     ('lower growth of the variance goes with lower loss', 'growth', 'val_loss', +1),
     ('lower effective density goes with lower variance of the last layer', 'density', 'final_variance', +1),
     ('lower variance goes with more useful blocks', 'final_variance', 'usefulness', -1),
-    ('lower variance goes with blocks that are harder to replace by affine maps', 'final_variance', 'linear_loss_increase', -1),
+    ('lower variance goes with blocks that are harder to replace by affine maps', 'final_variance',
+     'linear_loss_increase', -1),
     ('lower variance goes with blocks that depend more on earlier ones', 'final_variance', 'causal', -1),
     ('lower variance goes with a greater effect of the order of blocks', 'final_variance', 'permutation', -1),
     ('lower variance goes with lower loss', 'final_variance', 'val_loss', +1),
     ('lower effective density goes with blocks that depend more on earlier ones', 'density', 'causal', -1)]
 
-CLAIMS += [Claim(f'sources-{x}-{y}'.replace('_', '-'), f'Across the runs of all four sources, {text}.', 'argument, steps 2 to 4',
+CLAIMS += [Claim(f'sources-{x}-{y}'.replace('_', '-'), f'Across the runs of all four sources, {text}.',
+                 'argument, steps 2 to 4',
                  'no numbers given', 'sources', y, _metric_correlation(x, y), side,
                  f"Fisher's z of the rank correlation of {x} and {y} across variants within a seed", needs=())
            for text, x, y, side in LINKS]
@@ -448,17 +519,21 @@ def _sum(id: str, statement: str, source: str, published: str, rule: str, contro
     "Note a statement of the page, beside the function that checks it: what we get, and whether it agrees."
     def row(ours: str, agrees: bool) -> dict:
         verdict = 'confirmed' if agrees else 'contradicted'
-        return dict(id=id, statement=statement, source=source, control=control, published=published, rule=rule, study=None,
-                    metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict, direction=verdict,
+        return dict(id=id, statement=statement, source=source, control=control, published=published,
+                    rule=rule, study=None,
+                    metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict,
+                    direction=verdict,
                     floor=None, registered=None)
     return lambda compute: _CHECKS.append(lambda: row(*compute()))
 
-@_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.', 'published page', '2.56',
+@_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.',
+      'published page', '2.56',
       'agrees if some consistent count gives 2.56 within 0.01')
 def _():
     small, large = (param_counts(preset(f'paper-L{L}')) for L in (12, 32))
     counts = {'all': ('total',), 'blocks': ('blocks',), 'blocks and embedding': ('blocks', 'embedding')}
-    ratios = {what: sum(large[k] for k in keys) / sum(small[k] for k in keys) for what, keys in counts.items()}
+    ratios = {what: sum(large[k] for k in keys) / sum(small[k] for k in keys)
+              for what, keys in counts.items()}
     said = ', '.join(f'{what}: {ratio:.2f}' for what, ratio in ratios.items())
     return said, any(abs(r - 2.56) < .01 for r in ratios.values())
 
@@ -499,24 +574,32 @@ def _():
     said = ', '.join(f'{place}: {value:.2f}' for place, value in places.items())
     return said, max(places.values()) - min(places.values()) < .005
 
-@_sum('page-largest-group', 'G = 16 is a group size of grouped-query attention.', 'GQA study, table', 'G = 16',
+@_sum('page-largest-group', 'G = 16 is a group size of grouped-query attention.', 'GQA study, table',
+      'G = 16',
       'agrees if it leaves more than one key/value head to the 16-head model')
 def _():
     heads = preset('paper-L16').n_heads // 16
     return f'{heads} key/value head: multi-query attention', heads > 1
 
 # %% ../nbs/tools/06_claims.ipynb #742c678e
-@_sum('page-recipe-size', "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one "
-      'before.', 'recipe ladder', '42.1 to 44.1', 'agrees if the total parameters of the mixture do not exceed those of the dense '
+@_sum('page-recipe-size',
+      "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one "
+      'before.', 'recipe ladder', '42.1 to 44.1',
+      'agrees if the total parameters of the mixture do not exceed those of the dense '
       'model by more than a tenth', control=True)
 def _():
     moe = preset('paper-recipe')
-    dense = moe.replace(n_experts=0, d_ff=moe.experts_per_token * moe.d_expert)              # of the active width
-    total, active, before = param_counts(moe)['total'], param_counts(moe)['active'], param_counts(dense)['total']
-    return f'{total / 1e9:.2f}B in all, of which {active / 1e9:.2f}B active, against {before / 1e9:.2f}B', total < 1.1 * before
+    dense = moe.replace(n_experts=0, d_ff=moe.experts_per_token * moe.d_expert)  # of the active width
+    total, active, before = (param_counts(moe)['total'], param_counts(moe)['active'],
+                             param_counts(dense)['total'])
+    return (f'{total / 1e9:.2f}B in all, of which {active / 1e9:.2f}B active, against {before / 1e9:.2f}B',
+            total < 1.1 * before)
 
-@_sum('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would give.',
-      'context study, figure', 'T=256: 30000 to T=4096: 700', 'agrees if the slope of log variance against log T lies below -1.1',
+@_sum('page-dilution',
+      'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would '
+      'give.',
+      'context study, figure', 'T=256: 30000 to T=4096: 700',
+      'agrees if the slope of log variance against log T lies below -1.1',
       control=True)
 def _():
     steep = linregress(np.log([256, 512, 1024, 2048, 4096]), np.log([3e4, 8e3, 2.6e3, 1.35e3, 7e2])).slope
@@ -534,33 +617,42 @@ def _growth(relative: bool):
     added = [x[32] / x[16] - 1 if relative else x[32] - x[16] for x in v]
     return f'p = 1: {added[0]:.3g}, p = 0.25: {added[1]:.3g}', added[1] < .95 * added[0]
 
-@_sum('theory-proportional', 'The variance that a sublayer with one masked matrix adds is proportional to its density.',
-      'argument, step 2', 'proportional to p', 'agrees if half the density leaves half the variance within 0.05 (random weights and masks)')
+@_sum('theory-proportional',
+      'The variance that a sublayer with one masked matrix adds is proportional to its density.',
+      'argument, step 2', 'proportional to p',
+      'agrees if half the density leaves half the variance within 0.05 (random weights and masks)')
 def _():
     share = _halved('linear')[0]
     return f'half the density leaves {share:.2f}', abs(share - .5) < .05
 
-@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the '
-      'density.', 'control', '', 'agrees if half the density leaves half the variance of both, within 0.05', control=True)
+@_sum('theory-proportional-blocks',
+      'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the '
+      'density.', 'control', '', 'agrees if half the density leaves half the variance of both, within 0.05',
+      control=True)
 def _():
     shares = _halved('block')
     said = 'half the density leaves {:.2f} (attention) and {:.2f} (feed-forward)'.format(*shares)
     return said, max(abs(share - .5) for share in shares) < .05
 
-_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2', 'no numbers given',
-     'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, linear sublayers)')(
+_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2',
+     'no numbers given',
+     'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, '
+     'linear sublayers)')(
     lambda: _growth(False))
-_sum('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the stream, which is what a "
-     'block sees through its norm.', 'control', '', 'agrees if a density of 0.25 takes 5 % or more off that in units of the stream '
+_sum('theory-relative-growth',
+     "A lower density slows the growth of the stream's variance relative to the stream, which is what a "
+     'block sees through its norm.', 'control', '',
+     'agrees if a density of 0.25 takes 5 % or more off that in units of the stream '
      'after block 16', control=True)(lambda: _growth(True))
 
 # %% ../nbs/tools/06_claims.ipynb #87dea778
 _LEAST_SEEDS = 3   # for a verdict on a primary endpoint
 
 def _correct(rows: list[dict]) -> list[dict]:
-    """Benjamini and Hochberg's correction over the primary endpoints that were judged, at a rate of 0.05; one that does not
-    pass, or has fewer than three seeds, is open."""
-    primary = [row for row in rows if row['registered'] and row['verdict'] in ('confirmed', 'contradicted', 'open')
+    """Benjamini and Hochberg's correction over the primary endpoints that were judged, at a rate of 0.05;
+    one that does not pass, or has fewer than three seeds, is open."""
+    primary = [row for row in rows if row['registered']
+               and row['verdict'] in ('confirmed', 'contradicted', 'open')
                and row['statistic']['p'] is not None]
     if not primary: return rows
     for row, q in zip(primary, false_discovery_control([row['statistic']['p'] for row in primary])):
@@ -569,12 +661,17 @@ def _correct(rows: list[dict]) -> list[dict]:
     return rows
 
 def ledger(records: list[dict], study: str | None = None, base: RunConfig | None = None) -> list[dict]:
-    "Every claim with the published numbers, ours from records of one scale, and the verdict; study None: all claims, and the sums."
+    """Every claim with the published numbers, ours from records of one scale, and the verdict; study None:
+    all claims, and the sums."""
     scales = {r['scale'] for r in records}
-    if len(scales) > 1: raise ValueError(f'the records are of several scales: {", ".join(sorted(scales))}; a ledger is for one')
+    if len(scales) > 1:
+        raise ValueError(
+            f'the records are of several scales: {", ".join(sorted(scales))}; a ledger is for one')
     scale = base or (scale_config(records[0]['scale']) if records else None)
-    about = lambda c: not scale or _needed(list(variant_keys(study_named(c.study), scale)), c.needs) is not None
-    rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c) and (study in (None, c.study) or c.primary)])
+    about = lambda c: not scale or _needed(list(variant_keys(study_named(c.study), scale)),
+                                           c.needs) is not None
+    rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c)
+                     and (study in (None, c.study) or c.primary)])
     if study is None: return rows + [check() for check in _CHECKS]
     return [row for row in rows if row['study'] == study]
 
@@ -582,18 +679,22 @@ def ledger(records: list[dict], study: str | None = None, base: RunConfig | None
 _QUANTITIES = ('val_loss', 'growth', 'causal', 'permutation', 'usefulness', 'linear_loss_increase')
 
 def beside_record(records: list[dict], recorded: list[dict], study: str | Study) -> pd.DataFrame:
-    """Your numbers beside recorded ones of the same scale, and whether they lie where further seeds would: a row a variant
-    and quantity, the record with two seeds or more."""
+    """Your numbers beside recorded ones of the same scale, and whether they lie where further seeds would:
+    a row a variant and quantity, the record with two seeds or more."""
     ours, theirs, rows = by_variant(study, records), by_variant(study, recorded), []
     for label, name in ((label, name) for label in ours if label in theirs for name in _QUANTITIES):
         ratio = logarithmic(name)
         scale, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
-        mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished' and (m := read_metric(r, name))])
+        mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished'
+                              and (m := read_metric(r, name))])
                        for runs in (ours, theirs))
         if not len(mine) or len(known) < 2: continue
-        middle, reach = known.mean(), t.ppf(.975, len(known) - 1) * known.std(ddof=1) * (1 / len(known) + 1 / len(mine)) ** .5
+        middle, reach = (known.mean(),
+                         t.ppf(.975,
+                               len(known) - 1) * known.std(ddof=1) * (1 / len(known) + 1 / len(mine)) ** .5)
         away = mine.mean() - middle
-        verdict = 'agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if ratio else f'differs by {away:+.2g}'
+        verdict = ('agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if ratio
+                   else f'differs by {away:+.2g}')
         numbers = map(float, back([mine.mean(), middle, middle - reach, middle + reach]))
         rows.append((label, name, *numbers, verdict))
     return pd.DataFrame(rows, columns=['variant', 'quantity', 'yours', 'recorded', 'low', 'high', 'verdict'])
@@ -608,7 +709,8 @@ def _ours_text(row: dict) -> str:
     "Our numbers, by variant."
     if not isinstance(row['ours'], dict): return row['ours']
     if row['spans']:
-        return ', '.join(f'{label}: {number(ends[0])} to {number(ends[1])}' for label, ends in row['spans'].items() if ends)
+        return ', '.join(f'{label}: {number(ends[0])} to {number(ends[1])}'
+                         for label, ends in row['spans'].items() if ends)
     return ', '.join(f"{label}: {number(m['value'])}" for label, m in row['ours'].items()) or 'no runs'
 
 def _statistic_text(row: dict) -> str:
@@ -616,10 +718,13 @@ def _statistic_text(row: dict) -> str:
     s = row['statistic']
     if s is None: return 'arithmetic'
     without = f"; without {', '.join(row['left_out'])}" if row['left_out'] else ''
-    if row['floor']['passed'] < row['floor']['of']:
-        without += f"; {row['floor']['of'] - row['floor']['passed']} of {row['floor']['of']} runs above their floor"
+    floor = row['floor']
+    if floor['passed'] < floor['of']:
+        without += f"; {floor['of'] - floor['passed']} of {floor['of']} runs above their floor"
     if 'q' in s: without += f"; q = {s['q']:.2g}"
-    if s['n'] == 0: return f"{'not defined: the metric is the same in all runs' if s['seeds'] else 'no complete seed'}{without}"
+    if s['n'] == 0:
+        why = 'not defined: the metric is the same in all runs' if s['seeds'] else 'no complete seed'
+        return why + without
     if s['n'] == 1: return f"{number(s['value'])} (1 seed, no interval{without})"
     return f"{number(s['value'])} [{number(s['low'])}, {number(s['high'])}] ({s['n']} seeds{without})"
 
@@ -633,7 +738,8 @@ def ledger_cells(row: dict) -> tuple[str, ...]:
 def ledger_table(rows: list[dict], width: int | None = None) -> str:  # width None: the terminal's, 100 to 160
     "The ledger as a table for the terminal, and a line that counts the verdicts."
     width = width or min(160, max(100, shutil.get_terminal_size((120, 24)).columns))
-    sizes = [13, *(int((width - 25) * share) for share in (.36, .2, .22, .22))]     # 13 for the verdict, 12 between columns
+    # 13 for the verdict, 12 between columns
+    sizes = [13, *(int((width - 25) * share) for share in (.36, .2, .22, .22))]
     lines = []
     for row in [HEADS, *map(ledger_cells, rows)]:
         for texts in zip_longest(*map(textwrap.wrap, row, sizes), fillvalue=''):
@@ -643,22 +749,30 @@ def ledger_table(rows: list[dict], width: int | None = None) -> str:  # width No
 
 def verdict_counts(rows: list[dict]) -> str:
     "How many rows got which verdict: the paper's claims, our controls, and the sums."
-    kind = lambda row: 'sums' if row['study'] is None else 'our controls' if row['control'] else "the paper's claims"
+    kind = (lambda row: 'sums' if row['study'] is None else 'our controls' if row['control']
+            else "the paper's claims")
     counts = Counter((kind(row), row['verdict']) for row in rows)
     verdicts = ('confirmed', 'contradicted', 'open', 'untrained', 'units')
-    return '; '.join(f'{kind}: ' + ', '.join(f'{counts[kind, v]} {v}' for v in verdicts if counts[kind, v] or kind != 'sums')
-                     for kind in ("the paper's claims", 'our controls', 'sums') if any(of == kind for of, _ in counts))
+    return '; '.join(f'{kind}: ' + ', '.join(f'{counts[kind, v]} {v}' for v in verdicts if counts[kind, v]
+                                             or kind != 'sums')
+                     for kind in ("the paper's claims", 'our controls', 'sums')
+                     if any(of == kind for of, _ in counts))
 
 def floor_note(records: list[dict]) -> str:
     "What a page must say of the runs of a study before it says anything else, as Markdown."
     below = sum(map(passed, records))
     if below == len(records):
-        return f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has read the same text.'
+        return (f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has '
+                f'read the same text.')
     few, are = f'Only {below}' if below else 'None', 'are' if below > 1 else 'is'
-    return (f'> **Untrained models.** {few} of the {len(records)} runs below {are} at least 0.1 nats below [a table of token '
-            'pairs](../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it says, on models that '
-            'have not learnt what such a table knows. It neither supports nor contradicts what the paper says of trained ones. '
-            'Where the text says *confirmed*, *contradicted* or *open*, it says on which side of its bound an interval over '
+    return (f'> **Untrained models.** {few} of the {len(records)} runs below {are} at least 0.1 nats below '
+            f'[a table of token '
+            'pairs](../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it '
+            'says, on models that '
+            'have not learnt what such a table knows. It neither supports nor contradicts what the paper '
+            'says of trained ones. '
+            'Where the text says *confirmed*, *contradicted* or *open*, it says on which side of its bound '
+            'an interval over '
             'seeds lies, and no more.')
 
 def markdown_table(header: Iterable, rows: Iterable[Iterable]) -> str:
@@ -670,22 +784,29 @@ def ledger_markdown(rows: list[dict]) -> str:
     "The ledger as a Markdown table."
     def rule(row):
         if not row['study']: return row['rule']
-        return (f"primary, registered in {row['registered'][:7]}; " if row['registered'] else 'exploratory; ') + row['rule']
+        return (f"primary, registered in {row['registered'][:7]}; " if row['registered']
+                else 'exploratory; ') + row['rule']
     return markdown_table([*HEADS, 'rule'], [(*ledger_cells(row), rule(row)) for row in rows])
 
 def standing_ledger(folder: str | Path) -> list[dict]:
-    """All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged them, else `laptop`.
-    Rows on several sources at once are judged at `laptop`, where all of them are run, and so is three times the training."""
-    small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))] for scale in ('laptop', 'desk'))
-    judged = {row['id']: row for row in large if row['study'] not in (None, 'budget', 'sources', 'ladder') and row['statistic']['n'] >= _LEAST_SEEDS}
+    """All rows, with their scale, of a folder of records by scale: `desk` where enough seeds have judged
+    them, else `laptop`. Rows on several sources at once are judged at `laptop`, where all of them are run,
+    and so is three times the training."""
+    small, large = ([row | dict(scale=scale) for row in ledger(load_results(folder, scale))]
+                    for scale in ('laptop', 'desk'))
+    judged = {row['id']: row for row in large if row['study'] not in (None, 'budget', 'sources', 'ladder')
+              and row['statistic']['n'] >= _LEAST_SEEDS}
     return [judged.get(row['id'], row) for row in small]
 
-_HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all', 'context-growth-tokens-fixed',
-             'gqa-growth', 'moe-growth', 'sources-density-growth', 'theory-proportional', 'theory-relative-growth')
+_HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all',
+              'context-growth-tokens-fixed',
+             'gqa-growth', 'moe-growth', 'sources-density-growth', 'theory-proportional',
+             'theory-relative-growth')
 
 def headlines(rows: list[dict]) -> list[dict]:
     "The rows that carry the argument, of a ledger of all studies."
-    return sorted((row for row in rows if row['id'] in _HEADLINES), key=lambda row: _HEADLINES.index(row['id']))
+    return sorted((row for row in rows if row['id'] in _HEADLINES),
+                  key=lambda row: _HEADLINES.index(row['id']))
 
 def short_markdown(rows: list[dict]) -> str:
     "Verdict, claim and statistic, without the published numbers and ours by variant, as Markdown."

@@ -38,8 +38,10 @@ def flag(parser, name: str, help: str):
     parser.add_argument(name, action='store_true', help=f'{help} (default: off)')
 
 def command(commands, name: str, do, help: str, description: str, after: str = '') -> _Parser:
-    "Add a command: the function that does it, a line for the list of commands, and texts before and after its options."
-    p = commands.add_parser(name, help=help, description=textwrap.fill(description, 79, break_on_hyphens=False), epilog=after,
+    """Add a command: the function that does it, a line for the list of commands, and texts before and after
+    its options."""
+    p = commands.add_parser(name, help=help,
+                            description=textwrap.fill(description, 79, break_on_hyphens=False), epilog=after,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     flag(p, '--quiet', 'show no progress')
     flag(p, '--debug', 'show the traceback of an error')
@@ -50,7 +52,8 @@ def command(commands, name: str, do, help: str, description: str, after: str = '
 def whole(text: str, least: int = 0) -> int:
     "A whole number."
     if not re.fullmatch('[0-9]{1,18}', text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {'positive whole number' if least else 'whole number, 0 or more'}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a {'positive whole number' if least else 'whole number, 0 or more'}")
     return int(text)
 
 def count(text: str) -> int: return whole(text, 1)
@@ -59,13 +62,15 @@ def gigabytes(text: str) -> int:
     "A positive size in gigabytes, as bytes."
     try: value = float(text)
     except ValueError: value = 0
-    if not 0 < value < 1e6: raise argparse.ArgumentTypeError(f'{text!r} must be a positive number of gigabytes')
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a positive number of gigabytes')
     return int(value * 2**30)
 
 def setting(text: str) -> tuple[str, object]:   # such as train.lr=1e-3
     "A field by its path, and its value: a number, true, false, null or text."
     path, equals, value = text.partition('=')
-    if not equals or not path: raise argparse.ArgumentTypeError(f'{text!r} must have the form FIELD=VALUE, such as train.lr=1e-3')
+    if not equals or not path:
+        raise argparse.ArgumentTypeError(f'{text!r} must have the form FIELD=VALUE, such as train.lr=1e-3')
     try: return path, json.loads({'None': 'null', 'True': 'true', 'False': 'false'}.get(value, value))
     except (ValueError, RecursionError): return path, value
 
@@ -81,17 +86,24 @@ def _add_scale(parser):
 def _add_running(parser):
     "Options of the commands that run a study."
     _add_scale(parser)
-    option(parser, '--seeds', type=count, default=1, metavar='N', help='number of seeds: N runs of every variant, with seeds 0 to N - 1')
+    option(parser, '--seeds', type=count, default=1, metavar='N',
+           help='number of seeds: N runs of every variant, with seeds 0 to N - 1')
     option(parser, '--out', default='runs', metavar='DIR', help='where records go: DIR/<scale>/<run>.json')
-    option(parser, '--jobs', type=count, metavar='N', help='runs at a time', shown='one a GPU, or one a core where there is none')
-    option(parser, '--on', metavar='CLUSTER', help="a cluster to hand the runs to, such as slurm or 'slurm gpus_per_node=1 timeout_min=720'", shown='this machine')
-    option(parser, '--work', metavar='DIR', help='where checkpoints and models go', shown='OUT/.work; for a folder called results, runs/.work beside it')
+    option(parser, '--jobs', type=count, metavar='N', help='runs at a time',
+           shown='one a GPU, or one a core where there is none')
+    option(parser, '--on', metavar='CLUSTER',
+           help="a cluster to hand the runs to, such as slurm or 'slurm gpus_per_node=1 timeout_min=720'",
+           shown='this machine')
+    option(parser, '--work', metavar='DIR', help='where checkpoints and models go',
+           shown='OUT/.work; for a folder called results, runs/.work beside it')
     flag(parser, '--force', 'delete what was run before and run everything again')
 
 # %% ../nbs/tools/11_cli.ipynb #5a8a728c
 _SHORT = dict(                                      # option: field, kind, help
-    layers=('model.n_layers', int, 'L, number of blocks'), width=('model.d_model', int, 'D, channels of the stream'),
-    heads=('model.n_heads', int, 'H, query heads'), norm=('model.norm', str, 'where norms stand, such as peri_ln'),
+    layers=('model.n_layers', int, 'L, number of blocks'),
+    width=('model.d_model', int, 'D, channels of the stream'),
+    heads=('model.n_heads', int, 'H, query heads'),
+    norm=('model.norm', str, 'where norms stand, such as peri_ln'),
     steps=('train.steps', int, 'updates of the weights'), lr=('train.lr', float, 'peak learning rate'),
     data=('data.source', str, 'corpus: stdlib, site, fineweb-edu, hf:NAME, or a file, folder or pattern'),
     seed=('seed', int, 'seed of weights and data order'))
@@ -108,21 +120,28 @@ _option_of = {path: f"--{name.replace('_', '-')}" for name, (path, _, _) in OPTI
 
 def _add_train(commands):
     "The command `train`."
-    p = command(commands, 'train', _do_train, 'train one model', 'Train one model, or continue a training that was interrupted.')
-    p.add_argument('folder', help='where log, checkpoints and the model go; the model ends up in FOLDER/model')
+    p = command(commands, 'train', _do_train, 'train one model',
+                'Train one model, or continue a training that was interrupted.')
+    p.add_argument('folder',
+                   help='where log, checkpoints and the model go; the model ends up in FOLDER/model')
     _add_scale(p)
     option(p, '--set', type=setting, action='append', default=[], metavar='FIELD=VALUE', shown='none',
-           help='any other field by its path, such as train.warmup_steps=50; may be given more than once; --show lists all')
-    option(p, '--tracker', metavar='NAME', help='where the log is shown as well: tensorboard or wandb', shown='nowhere')
+           help='any other field by its path, such as train.warmup_steps=50; may be given more than once; '
+                '--show lists all')
+    option(p, '--tracker', metavar='NAME', help='where the log is shown as well: tensorboard or wandb',
+           shown='nowhere')
     flag(p, '--show', 'print the configuration with all its fields and stop')
     flag(p, '--restart', 'erase what is in the folder and start afresh')
     for title, options in {'model and training': _SHORT, 'the four sources of sparsity': SOURCES}.items():
         group = p.add_argument_group(title)
         for path, kind, text in options.values():
-            option(group, _option_of[path], type=kind, metavar=dict(int='N', float='X', str='NAME')[kind.__name__], help=text, shown=f'{path} of the scale')
+            option(group, _option_of[path], type=kind,
+                   metavar=dict(int='N', float='X', str='NAME')[kind.__name__], help=text,
+                   shown=f'{path} of the scale')
 
 # %% ../nbs/tools/11_cli.ipynb #f851e040
-def with_option(text: str, options: dict) -> str:   # text of an error; option that was typed: path of its field
+def with_option(text: str,
+                options: dict) -> str:  # text of an error; option that was typed: path of its field
     "Put before an error the option that set the field it names first."
     places = {option: found.start() for option, path in options.items()
               if (found := re.search(rf"\b{re.escape(path.rpartition('.')[2])}=", text))}
@@ -132,7 +151,8 @@ def with_option(text: str, options: dict) -> str:   # text of an error; option t
 def train_config(args):
     "The scale's configuration with all that was asked to be different."
     from sparsecod.studies import scale_config, vary
-    given = {path: getattr(args, name) for name, (path, _, _) in OPTIONS.items() if getattr(args, name) is not None}
+    given = {path: getattr(args, name) for name, (path, _, _) in OPTIONS.items()
+             if getattr(args, name) is not None}
     options = {_option_of[path]: path for path in given} | {f'--set {path}': path for path, _ in args.set}
     try: return vary(scale_config(args.scale), {'scale': 'own', **given, **dict(args.set)})
     except ValueError as error: raise ValueError(with_option(str(error), options)) from error
@@ -153,10 +173,12 @@ def _do_train(args) -> int:
     config = fit_vocabulary(config, corpus)
     check_training(config, corpus, Path(args.folder))
     with redirect_stdout(StringIO()):  # a finished model is loaded, and that prints
-        result = train(config.model, config.train, corpus, args.folder, resume=not args.restart, progress=not args.quiet, tracker=args.tracker)
+        result = train(config.model, config.train, corpus, args.folder, resume=not args.restart,
+                       progress=not args.quiet, tracker=args.tracker)
     if main:
         label_folder(args.folder, config, corpus)
-        print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, {result.seconds:.0f} s")
+        print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, "
+              f"{result.seconds:.0f} s")
     if result.status == 'interrupted': raise KeyboardInterrupt
     if result.status == 'diverged': return 1
     if not main: return 0
@@ -168,8 +190,12 @@ def _do_train(args) -> int:
 # %% ../nbs/tools/11_cli.ipynb #5bd71beb
 def _add_model(parser, data: str):
     "Options of commands that read a model."
-    parser.add_argument('model', help='folder of a training, of a saved Transformer or of a transformers checkpoint, a GGUF file, or NAME or NAME@REVISION on the Hub')
-    option(parser, '--data', metavar='SOURCE', help=f'{data} comes from here: a file, a folder, or a source of DataConfig', shown='the corpus of the training, or stdlib')
+    parser.add_argument('model',
+                        help='folder of a training, of a saved Transformer or of a transformers checkpoint, '
+                             'a GGUF file, or NAME or NAME@REVISION on the Hub')
+    option(parser, '--data', metavar='SOURCE',
+           help=f'{data} comes from here: a file, a folder, or a source of DataConfig',
+           shown='the corpus of the training, or stdlib')
     option(parser, '--text-field', metavar='NAME', shown="the training's, or text",
            help='field that holds the text, in rows of jsonl, parquet and Hugging Face data')
     option(parser, '--device', default='cpu', metavar='NAME', help='where to compute, such as cpu or cuda')
@@ -177,21 +203,32 @@ def _add_model(parser, data: str):
 
 def _add_score(commands):
     "The command `score`."
-    p = command(commands, 'score', _do_score, 'score the layers of any causal language model', 'Layer effectiveness of a model: variance, '
-                            'Jacobian deviation, causal, permutation and usefulness scores, as JSON and as a page to look at. Can be stopped and goes on.')
+    p = command(commands, 'score', _do_score, 'score the layers of any causal language model',
+                'Layer effectiveness of a model: variance, '
+                            'Jacobian deviation, causal, permutation and usefulness scores, as JSON and as a '
+                            'page to look at. Can be stopped and goes on.')
     _add_model(p, 'held-out text')
-    option(p, '--sequences', type=count, metavar='N', help='sequences to score on', shown="the training's, or 32")
-    option(p, '--fit', type=count, metavar='N', help='further sequences to fit affine maps on', shown="the training's, or 64, or 4 tokens a channel if that is more")
-    option(p, '--length', type=count, metavar='T', help='tokens of a sequence', shown="the training's, or 256")
+    option(p, '--sequences', type=count, metavar='N', help='sequences to score on',
+           shown="the training's, or 32")
+    option(p, '--fit', type=count, metavar='N', help='further sequences to fit affine maps on',
+           shown="the training's, or 64, or 4 tokens a channel if that is more")
+    option(p, '--length', type=count, metavar='T', help='tokens of a sequence',
+           shown="the training's, or 256")
     option(p, '--seed', type=whole, metavar='N', shown="the training's, or 0",
            help='of the choice of sequences and of what is drawn at random')
-    option(p, '--jacobian-probes', type=whole, metavar='N', help='random probes for each Jacobian, at least 2; 0 computes it exactly', shown='exact up to a width of 128, 32 beyond')
+    option(p, '--jacobian-probes', type=whole, metavar='N',
+           help='random probes for each Jacobian, at least 2; 0 computes it exactly',
+           shown='exact up to a width of 128, 32 beyond')
     option(p, '--pairs', type=whole, metavar='N', shown='all up to 16 blocks, two for each block beyond',
            help='pairs of blocks to swap, drawn at random; 0 swaps all')
-    option(p, '--dtype', choices=_DTYPES, help='round the weights to this type first; scores are taken in float32 all the same', shown='as they are')
+    option(p, '--dtype', choices=_DTYPES,
+           help='round the weights to this type first; scores are taken in float32 all the same',
+           shown='as they are')
     flag(p, '--as-published', 'also usefulness with the two traps of the official code, for comparison')
-    option(p, '--memory', type=gigabytes, metavar='GB', help='bound of the working memory beside the model', shown=f'{_DEFAULT_GIGABYTES}, or what one sequence takes if that is more')
-    option(p, '--json', metavar='FILE', help='where scores go; the page goes beside it', shown='FOLDER/scores.json')
+    option(p, '--memory', type=gigabytes, metavar='GB', help='bound of the working memory beside the model',
+           shown=f'{_DEFAULT_GIGABYTES}, or what one sequence takes if that is more')
+    option(p, '--json', metavar='FILE', help='where scores go; the page goes beside it',
+           shown='FOLDER/scores.json')
     flag(p, '--csv', 'also write all numbers as one table, beside the scores')
     flag(p, '--losses', 'also write the loss at each position of each sequence, beside the scores')
     flag(p, '--force', 'discard what an interrupted scoring left, and begin anew')
@@ -209,8 +246,10 @@ def _training_folder(folder: Path) -> Path:
 def _check_device(device: str):
     "Raise a ValueError unless this machine has the device."
     import torch
-    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', device) or device.startswith('cuda') and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} is not available here; allowed are cpu{', cuda' * torch.cuda.is_available()}")
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?',
+                        device) or device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} is not available here; allowed are cpu{', cuda' * torch.cuda.is_available()}")
 
 # %% ../nbs/tools/11_cli.ipynb #28070971
 class Subject(NamedTuple):
@@ -233,7 +272,8 @@ def _tell_format(source: str | None):
     from sparsecod.data import ROW_SUFFIXES, TEXT_SUFFIXES
     suffix = Path(source or '').suffix.lower()
     if _is_local(source) and Path(source).is_file() and suffix not in ('', *TEXT_SUFFIXES, *ROW_SUFFIXES):
-        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of which '
+        warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of '
+                      f'which '
                       f'one field is read, end in {" ".join(ROW_SUFFIXES)}', stacklevel=2)
 
 # %% ../nbs/tools/11_cli.ipynb #b74e3744
@@ -246,15 +286,19 @@ def _own_subject(folder: Path, model, tokenizer, args) -> Subject:
         data = DataConfig(vocab_size=model.config.vocab_size)
         files = (place / 'tokenizer.json' for place in (folder / 'model', folder, folder.parent))
         if tokenizer: data = DataConfig(tokenizer=next(str(file) for file in files if file.is_file()))
-        else: print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is trained, '
+        else:
+            print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is '
+                  f'trained, '
                     "so the scores are of that text and not of the model's own", file=sys.stderr)
         config = RunConfig(model.config, data, SCALES['laptop'].train)
     changes = {'data.source': args.data} if args.data and args.data != config.data.source else {}
     if args.text_field: changes['data.text_field'] = args.text_field
-    if changes and (folder / 'tokenizer.json').exists(): changes['data.tokenizer'] = str(folder / 'tokenizer.json')
+    if changes and (folder / 'tokenizer.json').exists():
+        changes['data.tokenizer'] = str(folder / 'tokenizer.json')
     config = vary(config, changes)
     foreign = 'data.source' in changes and tokenizer is not None and _is_local(args.data)
-    return Subject(model, tokenizer, config.data, foreign, config.score, model.config.context_length, folder, dict(config=config.to_dict()))
+    return Subject(model, tokenizer, config.data, foreign, config.score, model.config.context_length, folder,
+                   dict(config=config.to_dict()))
 
 # %% ../nbs/tools/11_cli.ipynb #1cc6e42e
 def _stock_subject(source: str, model, tokenizer, args) -> Subject:
@@ -263,11 +307,14 @@ def _stock_subject(source: str, model, tokenizer, args) -> Subject:
     from sparsecod.data import DataConfig
     from sparsecod.windows import DEFAULT_LENGTH
     place, c = find_folder(source, args.trust_remote_code), model.config
-    if tokenizer is None: raise ValueError(f'{source} has no tokenizer.json, so no text can be cut into its tokens; save_pretrained of a fast tokenizer writes one')
+    if tokenizer is None:
+        raise ValueError(f'{source} has no tokenizer.json, so no text can be cut into its tokens; '
+                         f'save_pretrained of a fast tokenizer writes one')
     data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
                       text_field=args.text_field or 'text')
     length = min(DEFAULT_LENGTH, c.context_length or DEFAULT_LENGTH)
-    folder = Path(source).with_suffix('') if place.is_file() else Path(source) if Path(source).is_dir() else Path(source.replace('/', '--'))
+    folder = (Path(source).with_suffix('') if place.is_file() else Path(source) if Path(source).is_dir()
+              else Path(source.replace('/', '--')))
     about = dict(model=str(source), architecture=c.architecture, data=data.to_dict())
     if c.quantised: about |= dict(quantised=c.quantised)
     return Subject(model, tokenizer, data, _is_local(args.data), None, length, folder, about)
@@ -278,7 +325,8 @@ def _check_rows(data):
     from sparsecod.data import ROW_SUFFIXES, expand_alias, open_source
     if expand_alias(data).source.startswith('hf:'): return
     if not any(Path(path).suffix.lower() in ROW_SUFFIXES for path, *_ in open_source(data).stamp):
-        raise ValueError(f'--text-field {data.text_field} names a field of rows, and {data.source} has none; allowed with it are '
+        raise ValueError(f'--text-field {data.text_field} names a field of rows, and {data.source} has none; '
+                         f'allowed with it are '
                          f'files that end in {" or ".join(ROW_SUFFIXES)}, and Hugging Face data, hf:NAME')
 
 def _find_subject(args) -> Subject:
@@ -289,7 +337,8 @@ def _find_subject(args) -> Subject:
     from sparsecod.core import Transformer
     folder = _training_folder(Path(args.model))
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows a bar of its own
-        model, tokenizer = open_model(folder if folder.exists() else args.model, args.trust_remote_code, args.device)
+        model, tokenizer = open_model(folder if folder.exists() else args.model, args.trust_remote_code,
+                                      args.device)
     if isinstance(model, Transformer): subject = _own_subject(folder, model, tokenizer, args)
     else: subject = _stock_subject(args.model, model, tokenizer, args)
     if args.text_field: _check_rows(subject.data)
@@ -300,13 +349,15 @@ def _fitting_corpus(data, model, progress: bool):
     from sparsecod.data import prepare
     corpus = prepare(data, progress=progress)
     if corpus.vocab_size > model.config.vocab_size:
-        raise ValueError(f'the corpus has {corpus.vocab_size} tokens and the model knows {model.config.vocab_size}: not the tokenizer it was trained with')
+        raise ValueError(f'the corpus has {corpus.vocab_size} tokens and the model knows '
+                         f'{model.config.vocab_size}: not the tokenizer it was trained with')
     return corpus
 
 def _length(subject: Subject, args) -> int:
     "T, tokens of a sequence: what was asked for, if the model can read as many."
     T, limit = args.length or subject.length, subject.model.config.context_length
-    if limit and T > limit: raise ValueError(f'--length {T} must be at most the context length of the model, {limit}')
+    if limit and T > limit:
+        raise ValueError(f'--length {T} must be at most the context length of the model, {limit}')
     return T
 
 def _score_settings(subject: Subject, args):
@@ -314,20 +365,24 @@ def _score_settings(subject: Subject, args):
     from sparsecod.scores import text_config
     T = _length(subject, args)
     score = subject.score or text_config(subject.model.config.d_model, T)
-    if args.sequences: score = score.replace(n_sequences=args.sequences, n_jacobian=min(args.sequences, score.n_jacobian))
+    if args.sequences:
+        score = score.replace(n_sequences=args.sequences, n_jacobian=min(args.sequences, score.n_jacobian))
     if args.seed is not None: score = score.replace(seed=args.seed)
     if args.jacobian_probes is not None: score = score.replace(jacobian_probes=args.jacobian_probes)
     return (score.replace(n_fit=args.fit) if args.fit else score), T
 
 # %% ../nbs/tools/11_cli.ipynb #724ec175
 def _sequences_of(subject: Subject, score, T: int, progress: bool) -> tuple:
-    "Text for a model: sequences to score, (N, T + 1), others to fit on, (M, T + 1), and what the file says of them."
+    """Text for a model: sequences to score, (N, T + 1), others to fit on, (M, T + 1), and what the file
+    says of them."""
     from sparsecod.parts import tensor_hash
     from sparsecod.windows import text_windows
     from sparsecod.studies import score_windows
     if subject.whole:
-        both = text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences, score.n_fit, score.seed, subject.data.text_field)
-        return *both, dict(corpus=tensor_hash(zip(('windows', 'fit_windows'), both)), held_out='all of the text')
+        both = text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences, score.n_fit,
+                            score.seed, subject.data.text_field)
+        return *both, dict(corpus=tensor_hash(zip(('windows', 'fit_windows'), both)),
+                           held_out='all of the text')
     corpus = _fitting_corpus(subject.data, subject.model, progress)
     return *score_windows(corpus, T, score), dict(corpus=corpus.fingerprint, held_out='the validation split')
 
@@ -338,7 +393,8 @@ def check_target(path: str | Path, option: str):
     try: check_file(path)
     except OSError as error: raise type(error)(error.errno, f'{option}: {error.strerror}') from error
     if option == '--json' and Path(path).suffix in ('.html', '.parts'):
-        raise ValueError(f'{option} {path} must end in .json: names that end in .html and .parts are used beside it')
+        raise ValueError(
+            f'{option} {path} must end in .json: names that end in .html and .parts are used beside it')
 
 def _write_scores(target: Path, result: dict, subject: Subject) -> list[str]:
     "Write scores and their page."
@@ -348,7 +404,8 @@ def _write_scores(target: Path, result: dict, subject: Subject) -> list[str]:
     write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
     page = target.with_suffix('.html')
     name = subject.about.get('model') or subject.folder.name
-    write_page(page, result, title=Path(name).name if Path(name).exists() else name, about=_page_facts(subject, result), sparsity=result.get('sparsity'))
+    write_page(page, result, title=Path(name).name if Path(name).exists() else name,
+               about=_page_facts(subject, result), sparsity=result.get('sparsity'))
     return [score_table(result), f'written to {target} and {page}']
 
 # %% ../nbs/tools/11_cli.ipynb #860c2417
@@ -359,25 +416,33 @@ def _quantised_words(subject: Subject) -> str:
 def _page_facts(subject: Subject, result: dict) -> dict[str, str]:
     "What the page says of the model."
     c, settings = subject.model.config, result['settings']
-    facts = dict(architecture=getattr(c, 'architecture', 'sparsecod Transformer'), blocks=c.n_layers, width=c.d_model, vocabulary=f'{c.vocab_size:,}',
-                 parameters=f'{sum(p.numel() for p in subject.model.parameters()):,}', text=subject.data.source,
-                 sequences=f"{settings['n_sequences']} of {settings['T']} tokens to score, {settings['n_fit']} others to fit affine maps on")
+    facts = dict(architecture=getattr(c, 'architecture', 'sparsecod Transformer'), blocks=c.n_layers,
+                 width=c.d_model, vocabulary=f'{c.vocab_size:,}',
+                 parameters=f'{sum(p.numel() for p in subject.model.parameters()):,}',
+                 text=subject.data.source,
+                 sequences=f"{settings['n_sequences']} of {settings['T']} tokens to score, "
+                           f"{settings['n_fit']} others to fit affine maps on")
     if subject.about.get('quantised'): facts['weights'] = _quantised_words(subject)
     return {name: str(value) for name, value in facts.items()}
 
 def _memory_bound(subject: Subject, score, T: int, args) -> int:   # bytes
     "The bound of the working memory: what was asked for, or the default, or what one sequence takes."
     from sparsecod.scores import n_probes, needed_bytes
-    least = needed_bytes(subject.model, 1, score.n_sequences, T, args.as_published, score.n_bootstrap, score.n_jacobian, n_probes(score, subject.model.config.d_model))
+    least = needed_bytes(subject.model, 1, score.n_sequences, T, args.as_published, score.n_bootstrap,
+                         score.n_jacobian, n_probes(score, subject.model.config.d_model))
     bound = args.memory or max(int(_DEFAULT_GIGABYTES * 2**30), least)
-    if not args.quiet: print(f'working memory beside the model: at most {bound / 2**30:.3g} GB (one sequence at a time takes {least / 2**30:.2g}; --memory sets the bound)', file=sys.stderr)
+    if not args.quiet:
+        print(f'working memory beside the model: at most {bound / 2**30:.3g} GB (one sequence at a time '
+              f'takes {least / 2**30:.2g}; --memory sets the bound)', file=sys.stderr)
     return bound
 
-def _sparsity_within(model, tokens, memory: int) -> tuple:   # tokens (N, T), bytes; sparsity or None, and lines on why
+def _sparsity_within(model, tokens,
+                     memory: int) -> tuple:  # tokens (N, T), bytes; sparsity or None, and lines on why
     "The sparsity of a model, as far as it can be measured."
     from sparsecod.sparsity import measure_sparsity, sparsity_bytes
     need = sparsity_bytes(model, tokens.shape[1])
-    if need > memory: return None, [f'sparsity was not measured: it takes {need / 2**30:.2g} GB beside the model']
+    if need > memory:
+        return None, [f'sparsity was not measured: it takes {need / 2**30:.2g} GB beside the model']
     try: return measure_sparsity(model, tokens), []
     except ValueError as error: return None, [f'sparsity was not measured: {error}']
 
@@ -390,10 +455,12 @@ def _tell_work(subject: Subject, to_score, to_fit, score, memory: int, args):
     L = len(subject.model.blocks)
     swapped, every = choose_pairs(L, args.pairs, score.seed).sum().item(), L * (L - 1) // 2
     if args.quiet: return
-    if swapped < every: print(f'{swapped} of {every} pairs of blocks are swapped, neighbours and others drawn at random; '
+    if swapped < every:
+        print(f'{swapped} of {every} pairs of blocks are swapped, neighbours and others drawn at random; '
                               f'--pairs 0 swaps all', file=sys.stderr)
     seconds = expected_seconds(subject.model, to_score, to_fit, score, memory, args.as_published, args.pairs)
-    seconds += 3 * step_seconds(subject.model, to_score)    # each block once more, its attention, its feed-forward layer
+    # each block once more, its attention, its feed-forward layer
+    seconds += 3 * step_seconds(subject.model, to_score)
     print(f'time for all that is to be measured: {spell(seconds)}', file=sys.stderr)
 
 def _do_score(args) -> int:
@@ -411,17 +478,21 @@ def _do_score(args) -> int:
     parts = target.with_suffix('.parts')
     if args.force: shutil.rmtree(parts, ignore_errors=True)
     _tell_work(subject, to_score, to_fit, score, memory, args)
-    scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts, args.as_published, pair_intervals=True, pairs=args.pairs)
+    scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts,
+                         args.as_published, pair_intervals=True, pairs=args.pairs)
     B = plan_memory(subject.model, len(to_score), T, score, memory, args.as_published).sequences
-    scores = add_influence(scores, subject.model, to_score, batch_size=B, resume=parts / 'influence', progress=not args.quiet)
+    scores = add_influence(scores, subject.model, to_score, batch_size=B, resume=parts / 'influence',
+                           progress=not args.quiet)
     about = {'$schema': SCORES_SCHEMA['$id'], 'format': FORMAT} | subject.about | text | dict(memory=memory)
-    about |= {'config': subject.about.get('config', {}) | {'score': score.to_dict()} | ({'dtype': args.dtype} if args.dtype else {})}
+    about |= {'config': subject.about.get('config', {}) | {'score': score.to_dict()}
+              | ({'dtype': args.dtype} if args.dtype else {})}
     _write_scores(target, about | scores | dict(sparsity=None), subject)
     sparsity, notes = _sparsity_within(subject.model, to_score[:, :-1], memory)
     lines = _write_scores(target, about | scores | dict(sparsity=sparsity), subject)
     shutil.rmtree(parts, ignore_errors=True)
     if error := scores['scalars']['permutation'].get('error'):
-        notes.append(f"permutation: from {scores['settings']['pairs']} pairs, with a standard error of {error:.2g} from their choice")
+        notes.append(f"permutation: from {scores['settings']['pairs']} pairs, with a standard error of "
+                     f"{error:.2g} from their choice")
     if args.csv:
         scores_frame(scores).to_csv(target.with_suffix('.csv'), index=False)
         notes.append(f"table: {target.with_suffix('.csv')}")
@@ -435,27 +506,34 @@ def _do_score(args) -> int:
 # %% ../nbs/tools/11_cli.ipynb #dbff5c0f
 def _add_compare(commands):
     "The command `compare`."
-    p = command(commands, 'compare', _do_compare, 'two models, or two checkpoints of one, on one page', 'Draw the scores of two models on the same '
-                            'axes, and their differences with intervals, from files that sparsecod score has written.')
-    for name in 'AB': p.add_argument(name, metavar=f'{name}.json', help='from sparsecod score, or the record of a run')
+    p = command(commands, 'compare', _do_compare, 'two models, or two checkpoints of one, on one page',
+                'Draw the scores of two models on the same '
+                            'axes, and their differences with intervals, from files that sparsecod score has '
+                            'written.')
+    for name in 'AB':
+        p.add_argument(name, metavar=f'{name}.json', help='from sparsecod score, or the record of a run')
     option(p, '--out', default='compare.html', metavar='FILE', help='where the page goes')
     flag(p, '--csv', 'also write all numbers as one table, beside the page')
 
 def _do_compare(args) -> int:
     "Compare the scores of two models."
     from sparsecod.integrity import write_text
-    from sparsecod.report import comparison_frame, comparison_page, comparison_table, file_names, mismatches, read_scores
+    from sparsecod.report import (comparison_frame, comparison_page, comparison_table, file_names, mismatches,
+                                  read_scores)
     out, files = Path(args.out), [args.A, args.B]
     for file in files:
-        if not Path(file).is_file(): raise FileNotFoundError(f'{file} is no file; sparsecod score writes files of scores')
-        if out.resolve() == Path(file).resolve(): raise ValueError(f'--out {out} is one of the files that are compared')
+        if not Path(file).is_file():
+            raise FileNotFoundError(f'{file} is no file; sparsecod score writes files of scores')
+        if out.resolve() == Path(file).resolve():
+            raise ValueError(f'--out {out} is one of the files that are compared')
     a, b = map(read_scores, files)
     check_target(out, '--out')
     called = file_names(files)
     write_text(out, comparison_page(a, b, called))
     print(f'A: {called[0]}', f'B: {called[1]}', *mismatches(a, b), '', sep='\n')
     print(f"{'score':29s} {'A':>9s} {'B':>9s} {'B - A':>10s}  95 % interval of the difference")
-    for row in comparison_table(a, b): print(f"{row['name']:29s} {row['a']:>9s} {row['b']:>9s} {row['difference']:>10s}  {row['interval']}")
+    for row in comparison_table(a, b):
+        print(f"{row['name']:29s} {row['a']:>9s} {row['b']:>9s} {row['difference']:>10s}  {row['interval']}")
     if args.csv: comparison_frame(a, b).to_csv(out.with_suffix('.csv'), index=False)
     print(f'written to {out}' + (f" and {out.with_suffix('.csv')}" if args.csv else ''))
     return 0
@@ -463,29 +541,40 @@ def _do_compare(args) -> int:
 # %% ../nbs/tools/11_cli.ipynb #b4e737bc
 def _add_prune(commands):
     "The command `prune`."
-    p = command(commands, 'prune', _do_prune, 'remove blocks of a model and write the rest as a checkpoint', 'Remove the blocks that cost '
-                            'least, write a stock transformers checkpoint, and state its loss on text that was not used to choose.')
+    p = command(commands, 'prune', _do_prune, 'remove blocks of a model and write the rest as a checkpoint',
+                'Remove the blocks that cost '
+                            'least, write a stock transformers checkpoint, and state its loss on text that '
+                            'was not used to choose.')
     _add_model(p, 'text to choose on, and other text to state the loss on,')
     p.add_argument('out', help='folder to make')
     option(p, '--blocks', type=count, metavar='N', help='how many blocks go', shown='none')
     option(p, '--spans', metavar='A-B,C', help='or which, counted from 1', shown='none')
-    option(p, '--budget', type=float, metavar='X', help='or how much the loss may grow, such as 1.02 for 2 %', shown='none')
-    option(p, '--by', default='greedy', metavar='NAME', help='what chooses: greedy, influence, angle, skip or random')
+    option(p, '--budget', type=float, metavar='X', help='or how much the loss may grow, such as 1.02 for 2 %',
+           shown='none')
+    option(p, '--by', default='greedy', metavar='NAME',
+           help='what chooses: greedy, influence, angle, skip or random')
     option(p, '--sequences', type=count, default=32, metavar='N', help='sequences to state the loss on')
     option(p, '--choose', type=count, default=16, metavar='N', help='other sequences to choose on')
-    option(p, '--length', type=count, metavar='T', help='tokens of a sequence', shown="the training's, or 256")
-    option(p, '--seed', type=whole, default=0, metavar='N', shown='0', help='of the choice of sequences and of what is drawn at random')
+    option(p, '--length', type=count, metavar='T', help='tokens of a sequence',
+           shown="the training's, or 256")
+    option(p, '--seed', type=whole, default=0, metavar='N', shown='0',
+           help='of the choice of sequences and of what is drawn at random')
     option(p, '--dtype', choices=_DTYPES, help='type of the written weights', shown='as in the model')
 
 def _prune_lines(record: dict) -> list[str]:
     "What was removed and what it cost."
-    def text(found): return f"{found['value']:.4f}" + (f" [{found['low']:.4f}, {found['high']:.4f}]" if found['low'] is not None else '')
+    def text(found):
+        return (f"{found['value']:.4f}"
+                + (f" [{found['low']:.4f}, {found['high']:.4f}]" if found['low'] is not None else ''))
     ratio, n = record['loss_ratio'], len(record['removed'])
-    return [f"removed {n} of {record['n_layers']} blocks by {record['by']}: {', '.join(map(str, record['removed']))}; "
+    return [f"removed {n} of {record['n_layers']} blocks by {record['by']}: "
+            f"{', '.join(map(str, record['removed']))}; "
             f"{record['parameters'][0]:,} parameters became {record['parameters'][1]:,}",
-            f"loss on {record['text']['n_sequences']} sequences that did not choose: {text(record['loss']['before'])} became "
+            f"loss on {record['text']['n_sequences']} sequences that did not choose: "
+            f"{text(record['loss']['before'])} became "
             f"{text(record['loss']['after'])} nats a token, {text(ratio)} times as much",
-            f"{n} blocks at random, {len(record['random']['losses'])} times: {record['random']['mean']:.4f} on average, "
+            f"{n} blocks at random, {len(record['random']['losses'])} times: {record['random']['mean']:.4f} "
+            f"on average, "
             f"{min(record['random']['losses']):.4f} at best"]
 
 def _do_prune(args) -> int:
@@ -495,22 +584,30 @@ def _do_prune(args) -> int:
     from sparsecod.studies import check_folder
     out = Path(args.out)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'{out} exists; name a folder that does not')
-    if (args.blocks, args.spans, args.budget) == (None,) * 3: raise ValueError('say what goes: --blocks N, --spans A-B,C or --budget X')
+    if (args.blocks, args.spans, args.budget) == (None,) * 3:
+        raise ValueError('say what goes: --blocks N, --spans A-B,C or --budget X')
     check_folder(out.absolute().parent)
     subject = _find_subject(args)
     try: check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
-    except ValueError as error: raise ValueError(with_option(str(error), {f'--{name}': name for name in ('blocks', 'spans', 'budget', 'by')})) from error
+    except ValueError as error:
+        raise ValueError(with_option(str(error),
+                                     {f'--{name}': name for name in ('blocks', 'spans', 'budget',
+                                                                     'by')})) from error
     import torch
     from sparsecod.adapters import AdaptedModel, find_folder
     from sparsecod.scores import ScoreConfig
     settings = ScoreConfig(n_sequences=args.sequences, n_fit=args.choose, n_jacobian=1, seed=args.seed)
     held_out, choose_on, text = _sequences_of(subject, settings, _length(subject, args), not args.quiet)
-    source = find_folder(args.model, args.trust_remote_code) if isinstance(subject.model, AdaptedModel) else None
+    source = (find_folder(args.model, args.trust_remote_code) if isinstance(subject.model, AdaptedModel)
+              else None)
     if args.by == 'greedy' and not args.spans and not args.quiet:
-        print(f'choosing takes {spell(step_seconds(subject.model, choose_on))} for each block that goes', file=sys.stderr)
+        print(f'choosing takes {spell(step_seconds(subject.model, choose_on))} for each block that goes',
+              file=sys.stderr)
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows bars of its own
-        record = prune(subject.model, out, choose_on, held_out, args.blocks, args.spans, args.budget, args.by, source, subject.tokenizer,
-                       getattr(torch, args.dtype) if args.dtype else None, seed=args.seed, progress=not args.quiet)
+        record = prune(subject.model, out, choose_on, held_out, args.blocks, args.spans, args.budget, args.by,
+                       source, subject.tokenizer,
+                       getattr(torch, args.dtype) if args.dtype else None, seed=args.seed,
+                       progress=not args.quiet)
     print('\n'.join([*_prune_lines(record), f'written to {out}']))
     return 0
 
@@ -518,15 +615,19 @@ def _do_prune(args) -> int:
 def _task_names(text: str) -> list[str]:
     "Names of tasks, separated by commas."
     names = [name.strip() for name in text.split(',')]
-    if not all(names): raise argparse.ArgumentTypeError(f'{text!r} must be names of tasks with commas between them, such as cloze,hellaswag')
+    if not all(names):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} must be names of tasks with commas between them, such as cloze,hellaswag')
     return list(dict.fromkeys(names))
 
 def _add_eval(commands):
     "The command `eval`."
     p = command(commands, 'eval', _do_eval, 'answer multiple-choice questions with a saved model',
-                            description="Accuracy of a saved model in tasks of lm-eval (pip install 'sparsecod[eval]'), cloze questions from held-out text among them.")
+                            description="Accuracy of a saved model in tasks of lm-eval (pip install "
+                                        "'sparsecod[eval]'), cloze questions from held-out text among them.")
     _add_model(p, 'held-out text for cloze questions')
-    option(p, '--tasks', type=_task_names, default=['cloze'], shown='cloze', metavar='NAME,...', help='cloze, or tasks of lm-eval such as hellaswag, arc_easy, piqa, mmlu')
+    option(p, '--tasks', type=_task_names, default=['cloze'], shown='cloze', metavar='NAME,...',
+           help='cloze, or tasks of lm-eval such as hellaswag, arc_easy, piqa, mmlu')
     option(p, '--questions', type=count, default=1000, metavar='N', help='cloze questions to make')
     option(p, '--limit', type=count, metavar='N', help='questions of each task to answer', shown='all')
     option(p, '--out', metavar='FILE', help='where results go', shown='FOLDER/eval.json')
@@ -534,11 +635,13 @@ def _add_eval(commands):
 # %% ../nbs/tools/11_cli.ipynb #34537f14
 def _result_lines(rows: list[dict]) -> list[str]:
     "Results as a table."
-    lines = [f"{'task':24s} {'metric':16s} {'value':>8s}   {'95 % interval':18s} {'stderr':>8s} {'chance':>8s} {'n':>7s}"]
+    lines = [f"{'task':24s} {'metric':16s} {'value':>8s}   {'95 % interval':18s} {'stderr':>8s} "
+             f"{'chance':>8s} {'n':>7s}"]
     number = lambda x: '-' if x is None else f'{x:.4g}'
     for r in rows:
         interval = f"[{r['low']:.4f}, {r['high']:.4f}]" if r['low'] is not None else '-'
-        lines.append(f"{r['task']:24s} {r['metric']:16s} {number(r['value']):>8s}   {interval:18s} {number(r['stderr']):>8s} {number(r['chance']):>8s} {r['n'] or '-':>7}")
+        lines.append(f"{r['task']:24s} {r['metric']:16s} {number(r['value']):>8s}   {interval:18s} "
+                     f"{number(r['stderr']):>8s} {number(r['chance']):>8s} {r['n'] or '-':>7}")
     return lines
 
 def _do_eval(args) -> int:
@@ -550,12 +653,15 @@ def _do_eval(args) -> int:
     subject = _find_subject(args)
     if not args.out: check_target(subject.folder / 'eval.json', '--out')
     asked = 'cloze' in args.tasks
-    corpus = _fitting_corpus(subject.data, subject.model, not args.quiet) if asked or subject.tokenizer is None else None
+    corpus = (_fitting_corpus(subject.data, subject.model, not args.quiet) if asked
+              or subject.tokenizer is None else None)
     questions = make_questions(corpus, args.questions) if asked else None
-    found = evaluate_tasks(subject.model, corpus.tokenizer if corpus else subject.tokenizer, args.tasks, questions, args.limit, progress=args.debug)
+    found = evaluate_tasks(subject.model, corpus.tokenizer if corpus else subject.tokenizer, args.tasks,
+                           questions, args.limit, progress=args.debug)
     target = Path(args.out or subject.folder / 'eval.json')
     target.parent.mkdir(parents=True, exist_ok=True)
-    about = subject.about | dict(corpus=corpus.fingerprint if corpus else None, tasks=args.tasks, questions=len(questions or []))
+    about = subject.about | dict(corpus=corpus.fingerprint if corpus else None, tasks=args.tasks,
+                                 questions=len(questions or []))
     write_text(target, json.dumps(about | found, indent=1))
     print('\n'.join([*_result_lines(found['results']), f'written to {target}']))
     return 0
@@ -563,11 +669,16 @@ def _do_eval(args) -> int:
 # %% ../nbs/tools/11_cli.ipynb #9865eb9e
 def _add_export(commands):
     "The command `export`."
-    p = command(commands, 'export', _do_export, 'write a model for the transformers library', 'Write a trained model, its tokenizer and a model card '
-                            "into a folder that the transformers library opens (pip install 'sparsecod[hf]'), or read one of a Llama family into ours.")
-    p.add_argument('folder', help='folder of a training, of a saved Transformer, or of a transformers checkpoint (with --format sparsecod)')
+    p = command(commands, 'export', _do_export, 'write a model for the transformers library',
+                'Write a trained model, its tokenizer and a model card '
+                            "into a folder that the transformers library opens (pip install "
+                            "'sparsecod[hf]'), or read one of a Llama family into ours.")
+    p.add_argument('folder',
+                   help='folder of a training, of a saved Transformer, or of a transformers checkpoint (with '
+                        '--format sparsecod)')
     p.add_argument('out', help='folder to write')
-    option(p, '--format', default='hf', choices=('hf', 'sparsecod'), help='for transformers, or for this package')
+    option(p, '--format', default='hf', choices=('hf', 'sparsecod'),
+           help='for transformers, or for this package')
     option(p, '--record', metavar='FILE', help='record of the run, for the model card', shown='none')
     flag(p, '--overwrite', 'replace an earlier export')
 
@@ -586,26 +697,33 @@ def _do_export(args) -> int:
 
 # %% ../nbs/tools/11_cli.ipynb #202a0453
 # minutes that one seed takes one core at scale laptop, as recorded
-_MINUTES = dict(main=28, depth=25, training=46, decay=16, context=11, gqa=11, moe=8, remedies=10, ladder=27, budget=40, sources=40)
+_MINUTES = dict(main=28, depth=25, training=46, decay=16, context=11, gqa=11, moe=8, remedies=10, ladder=27,
+                budget=40, sources=40)
 
 def _about_studies() -> str:
     "What help says of all studies, from the text of their module: help must not wait for PyTorch."
     text = (files('sparsecod') / 'studies.py').read_text(encoding='utf-8')
     questions = dict.fromkeys(_MINUTES) | dict(re.findall(r"(?:@add_study|= Study)\('(\w+)', '(.+?)'", text))
-    head = 'studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; sparsecod plan: on this machine):'
-    return '\n'.join([head, *(f'  {name:9s}{_MINUTES.get(name, "-"):>4}  {question}' for name, question in questions.items())])
+    head = ('studies, with minutes for one seed on one core at scale laptop (at tiny: seconds a run; '
+            'sparsecod plan: on this machine):')
+    return '\n'.join([head, *(f'  {name:9s}{_MINUTES.get(name, "-"):>4}  {question}'
+                              for name, question in questions.items())])
 
 def _add_study(commands):
     "The command `study`."
-    p = command(commands, 'study', _do_study, 'run a study', 'Run what is missing of a study and print its summary.', _about_studies())
+    p = command(commands, 'study', _do_study, 'run a study',
+                'Run what is missing of a study and print its summary.', _about_studies())
     p.add_argument('study', help='name of the study, see below')
     _add_running(p)
 
 def _add_reproduce(commands):
     "The command `reproduce`."
-    p = command(commands, 'reproduce', _do_reproduce, 'run a study, print what it says of the claims, write a report',
-                'Run what is missing of a study, print what it says of the claims and write OUT/<scale>/report.html. '
-                'The study main trains a shallow and a deeper model and sets them beside the recorded runs.', _about_studies())
+    p = command(commands, 'reproduce', _do_reproduce,
+                'run a study, print what it says of the claims, write a report',
+                'Run what is missing of a study, print what it says of the claims and write '
+                'OUT/<scale>/report.html. '
+                'The study main trains a shallow and a deeper model and sets them beside the recorded runs.',
+                _about_studies())
     option(p, '--study', default='main', metavar='NAME', help='name of the study, see below, or all')
     _add_running(p)
 
@@ -618,7 +736,8 @@ def summary_lines(study: str, records: list[dict]) -> list[str]:
     table = summarise(study, records, _SUMMARY)
     lines = [f'{study:22s}' + ''.join(f'{label:>32s}' for label in table)]
     for name in _SUMMARY:
-        cells = [f"{number(m['value'])} [{number(m['low'])}, {number(m['high'])}]" if (m := row.get(name)) else '-' for row in table.values()]
+        cells = [f"{number(m['value'])} [{number(m['low'])}, {number(m['high'])}]" if (m := row.get(name))
+                 else '-' for row in table.values()]
         lines.append(f'{name:22s}' + ''.join(f'{cell:>32s}' for cell in cells))
     seeds = [max((m['n'] for m in row.values()), default=0) for row in table.values()]
     lines.append(f"{'seeds':22s}" + ''.join(f'{n:32d}' for n in seeds))
@@ -630,7 +749,9 @@ def _run_studies(names: list[str], args):
     from sparsecod.studies import RunsFailed, run_study
     problem = None
     for name in names:
-        try: run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force, not args.quiet, args.on)
+        try:
+            run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force,
+                      not args.quiet, args.on)
         except RunsFailed as error: problem = problem or error
     return problem
 
@@ -648,7 +769,8 @@ def _say_needs(names: list[str], args):   # names of studies
     from sparsecod.resources import Machine, needs_lines, study_needs
     for name in names:
         needs = study_needs(name, args.scale, args.seeds, Machine(), args.out)
-        print('\n'.join([*needs_lines(name, args.scale, needs, Machine()), 'Runs that are recorded already are not made again.', '']), flush=True)
+        print('\n'.join([*needs_lines(name, args.scale, needs, Machine()),
+                         'Runs that are recorded already are not made again.', '']), flush=True)
 
 def _do_reproduce(args) -> int:
     "Run a study, print the ledger, write the report."
@@ -656,26 +778,34 @@ def _do_reproduce(args) -> int:
     names = list(STUDIES) if args.study == 'all' else [study_named(args.study).name]
     if args.scale not in ('tiny', 'laptop') and not args.quiet: _say_needs(names, args)
     problem = _run_studies(names, args)
-    code = _show_main(args.out, args.scale) if args.study == 'main' else _show_results(args.out, args.scale, None if args.study == 'all' else args.study, None, False)
+    code = (_show_main(args.out, args.scale) if args.study == 'main'
+            else _show_results(args.out, args.scale, None if args.study == 'all' else args.study, None,
+                               False))
     if problem: raise problem
     return code
 
 # %% ../nbs/tools/11_cli.ipynb #5e1a7c40
-_MACHINE = dict(card=('--card', str, 'cards that the runs would go on, such as H100'), gpus=('--gpus', int, 'how many of these cards'),
-               utilisation=('--utilisation', float, 'share of their peak that is reached'),
-               tokens_per_second=('--tokens-per-second', float, "training speed of the scale's own model"))  # field of Machine: option
+# field of Machine: option
+_MACHINE = dict(card=('--card', str, 'cards that the runs would go on, such as H100'),
+                gpus=('--gpus', int, 'how many of these cards'),
+                utilisation=('--utilisation', float, 'share of their peak that is reached'),
+                tokens_per_second=('--tokens-per-second', float, "training speed of the scale's own model"))
 
 def _add_plan(commands):
     "The command `plan`."
-    p = command(commands, 'plan', _do_plan, 'what a study needs', 'Runs, parameters, tokens, operations, memory, disk and hours of a study, '
-                            'on this machine (whose speed is recorded or measured) or on cards of a kind. Nothing is run.', _about_studies())
+    p = command(commands, 'plan', _do_plan, 'what a study needs',
+                'Runs, parameters, tokens, operations, memory, disk and hours of a study, '
+                            'on this machine (whose speed is recorded or measured) or on cards of a kind. '
+                            'Nothing is run.', _about_studies())
     p.add_argument('study', help='name of the study, see below')
     _add_scale(p)
     option(p, '--seeds', type=count, default=1, metavar='N', help='runs of each variant')
     for name, (flags, kind, text) in _MACHINE.items():
         shown = dict(card='this machine', gpus='1', utilisation='0.4').get(name, 'measured')
-        option(p, flags, dest=name, type=kind, metavar=dict(str='NAME', int='N', float='X')[kind.__name__], help=text, shown=shown)
-    option(p, '--out', default='runs', metavar='DIR', help='where records of earlier runs are, for their speed')
+        option(p, flags, dest=name, type=kind, metavar=dict(str='NAME', int='N', float='X')[kind.__name__],
+               help=text, shown=shown)
+    option(p, '--out', default='runs', metavar='DIR',
+           help='where records of earlier runs are, for their speed')
     option(p, '--json', metavar='FILE', help='write the table, sizes in bytes', shown='none')
     option(p, '--csv', metavar='FILE', help='the same as comma-separated values', shown='none')
 
@@ -686,7 +816,8 @@ def _do_plan(args) -> int:
         if getattr(args, name): check_target(getattr(args, name), f'--{name}')
     given = {name: getattr(args, name) for name in _MACHINE if getattr(args, name) is not None}
     try: machine = Machine(**given)
-    except ValueError as error: raise ValueError(with_option(str(error), {_MACHINE[name][0]: name for name in _MACHINE})) from error
+    except ValueError as error:
+        raise ValueError(with_option(str(error), {_MACHINE[name][0]: name for name in _MACHINE})) from error
     needs = study_needs(args.study, args.scale, args.seeds, machine, args.out)
     print('\n'.join(needs_lines(args.study, args.scale, needs, machine)))
     if args.json: needs.to_json(args.json, orient='records', indent=1, force_ascii=False)
@@ -696,8 +827,10 @@ def _do_plan(args) -> int:
 def _add_report(commands):
     "The command `report`."
     p = command(commands, 'report', _do_report, 'rebuild ledger and report from stored records',
-                            description='Print the ledger of claims and write the report, from records that are there.')
-    option(p, '--results', default='runs', metavar='DIR', help='where the records are: DIR/<scale>/<run>.json')
+                            description='Print the ledger of claims and write the report, from records that '
+                                        'are there.')
+    option(p, '--results', default='runs', metavar='DIR',
+           help='where the records are: DIR/<scale>/<run>.json')
     _add_scale(p)
     option(p, '--study', default='all', metavar='NAME', help='claims of this study only, or all')
     option(p, '--out', metavar='FILE', help='where the report goes', shown='RESULTS/<scale>/report.html')
@@ -711,22 +844,26 @@ def _do_report(args) -> int:
     return _show_results(args.results, args.scale, study, args.out, args.markdown)
 
 def _show_results(folder: str, scale: str, study: str | None, out: str | None, markdown: bool) -> int:
-    "Print the ledger, write the report (out: None for beside the records), and return 1 if some records cannot be used."
+    """Print the ledger, write the report (out: None for beside the records), and return 1 if some records
+    cannot be used."""
     from sparsecod.claims import ledger, ledger_markdown, ledger_table
     from sparsecod.studies import one_corpus, read_records
     found, damaged = read_records(Path(folder) / scale)
     records = one_corpus(found)
     if not records:
         useless = f' that can be used ({len(damaged)} are damaged)' if damaged else ''
-        raise ValueError(f'there are no records in {Path(folder) / scale}{useless}; sparsecod study makes some')
+        raise ValueError(
+            f'there are no records in {Path(folder) / scale}{useless}; sparsecod study makes some')
     check_target(out or Path(folder) / scale / 'report.html', '--out')
     rows = ledger(records, study)
     print(ledger_markdown(rows) if markdown else ledger_table(rows))
     path = Path(out or Path(folder) / scale / 'report.html')
-    for written in _write_reports(records, study, path): print(f'report: {written}', file=sys.stderr if markdown else sys.stdout)
+    for written in _write_reports(records, study, path):
+        print(f'report: {written}', file=sys.stderr if markdown else sys.stdout)
     if not damaged: return 0
     names = ', '.join(path.name for path in damaged)
-    print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: {names}', file=sys.stderr)
+    print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: {names}',
+          file=sys.stderr)
     return 1
 
 # %% ../nbs/tools/11_cli.ipynb #aa334fe0
@@ -738,12 +875,14 @@ def _show_main(folder: str, scale: str) -> int:
     from sparsecod.studies import MAIN, load_results, passed
     records = load_results(folder, scale, 'main')
     print('\n'.join(summary_lines('main', records)))
-    print(f'{sum(map(passed, records))} of {len(records)} models are at least 0.1 nats below a table of token pairs that has read the same text')
+    print(f'{sum(map(passed, records))} of {len(records)} models are at least 0.1 nats below a table of '
+          f'token pairs that has read the same text')
     try: recorded, rows = load_results(results_folder(), scale), standing_ledger(results_folder())
     except FileNotFoundError: recorded, rows = [], []        # not in a clone of the repository
     beside = beside_record(records, recorded, MAIN)
     if len(beside):
-        print('\nYour runs beside the recorded ones; from low to high is where 95 of 100 further seeds of the record are expected:\n')
+        print('\nYour runs beside the recorded ones; from low to high is where 95 of 100 further seeds of '
+              'the record are expected:\n')
         print(beside.to_string(index=False, float_format='{:.3g}'.format))
     else: print(f'\nThere are no recorded runs of scale {scale} to set these beside.')
     if rows:
@@ -753,10 +892,12 @@ def _show_main(folder: str, scale: str) -> int:
             line = f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}{where}"
             print(textwrap.fill(line, 110, subsequent_indent=' ' * 14))
     path = Path(folder) / scale / 'report.html'
-    print(f"report: {write_report(label_variants('main', records), path, rows or None, MAIN.question, 'variant', beside=beside)}")
+    write_report(label_variants('main', records), path, rows or None, MAIN.question, 'variant', beside=beside)
+    print(f'report: {path}')
     return 0
 
-def _write_reports(records: list[dict], study: str | None, path: Path) -> list[Path]:   # study: None for all with records
+def _write_reports(records: list[dict], study: str | None,
+                   path: Path) -> list[Path]:  # study: None for all with records
     "Write a report for each study: at the path, and further ones with the study in their names."
     from sparsecod.figures import DEPTH, label_variants
     from sparsecod.report import write_report
@@ -765,25 +906,32 @@ def _write_reports(records: list[dict], study: str | None, path: Path) -> list[P
     names = [study] if study else [name for name in STUDIES if by_variant(name, records)]
     if not names: return [write_report(records, path, ledger(records))]
     files = [path, *(path.with_name(f'{path.stem}-{name}{path.suffix}') for name in names[1:])]
-    return [write_report(label_variants(name, records), file, ledger(records, name), STUDIES[name].question, DEPTH if name == 'depth' else 'variant')
+    return [write_report(label_variants(name, records), file, ledger(records, name), STUDIES[name].question,
+                         DEPTH if name == 'depth' else 'variant')
             for name, file in zip(names, files)]
 
 # %% ../nbs/tools/11_cli.ipynb #c576e7d9
 def _add_lab(commands):
     "The command `lab`."
-    p = command(commands, 'lab', _do_lab, 'open the notebooks in JupyterLab', 'Open the notebooks of this project in JupyterLab, in a clone of '
-                'the repository. Options of JupyterLab come last, after two hyphens: sparsecod lab -- --no-browser --port 9000')
-    option(p, '--page', default='nbs/tools/12_widgets.ipynb', metavar='FILE', help='notebook to show first, as a path from the root of the clone')
+    p = command(commands, 'lab', _do_lab, 'open the notebooks in JupyterLab',
+                'Open the notebooks of this project in JupyterLab, in a clone of '
+                'the repository. Options of JupyterLab come last, after two hyphens: sparsecod lab -- '
+                '--no-browser --port 9000')
+    option(p, '--page', default='nbs/tools/12_widgets.ipynb', metavar='FILE',
+           help='notebook to show first, as a path from the root of the clone')
     p.add_argument('options', nargs='*', help='options of JupyterLab')
 
 def _do_lab(args):
     "Become JupyterLab."
-    missing = [name for name, module in dict(jupyterlab='jupyterlab', ipywidgets='ipywidgets').items() if find_spec(module) is None]
-    if missing: raise ImportError(f"{' and '.join(missing)} missing: pip install jupyterlab 'sparsecod[widgets]'")
+    missing = [name for name, module in dict(jupyterlab='jupyterlab', ipywidgets='ipywidgets').items()
+               if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"{' and '.join(missing)} missing: pip install jupyterlab 'sparsecod[widgets]'")
     from sparsecod.figures import results_folder
     root = results_folder().parent
     if not (root / args.page).is_file(): raise FileNotFoundError(f'--page {args.page} is no file in {root}')
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{args.page}', *args.options])
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={root}',
+                              f'--LabApp.default_url=/lab/tree/{args.page}', *args.options])
 
 # %% ../nbs/tools/11_cli.ipynb #ff1f1f0c
 def _one_line_warning(message, category, filename, lineno, file=None, line=None):
@@ -794,10 +942,14 @@ def failure(error: BaseException) -> tuple[int, str]:
     "What to tell the user about an error."
     said = getattr(error, 'strerror', None) or str(error)
     if isinstance(error, OSError) and error.filename: said = f'{error.filename}: {said}'
-    text = ' '.join(said.split()).replace('resume=False', '--restart').replace('name another folder or remove this one', '--force discards them and begins anew')
-    if isinstance(error, KeyboardInterrupt): return 130, 'stopped; what is done is kept, and the same command continues from there'
+    text = ' '.join(said.split()).replace('resume=False',
+                                          '--restart').replace('name another folder or remove this one',
+                                                               '--force discards them and begins anew')
+    if isinstance(error, KeyboardInterrupt):
+        return 130, 'stopped; what is done is kept, and the same command continues from there'
     if isinstance(error, BrokenPipeError): return 1, 'the reader of the output has gone'
-    if isinstance(error, (ValueError, OSError)) or isinstance(error, ImportError) and 'pip install' in text: return 2, text
+    if isinstance(error, (ValueError, OSError)) or isinstance(error, ImportError) and 'pip install' in text:
+        return 2, text
     if type(error).__name__ == 'RunsFailed': return 1, text
     return 1, f'{type(error).__name__}: {text} (--debug shows where)'
 
@@ -805,13 +957,15 @@ def _refuse_launcher(do):
     "Raise a ValueError if a launcher has started a command several times that is to run once."
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1 and do is not _do_train:
-        raise ValueError(f'WORLD_SIZE={n}: only sparsecod train runs in processes of a launcher; start this command '
-                         'without torchrun or accelerate launch (study and reproduce have processes of their own: --jobs)')
+        raise ValueError(f'WORLD_SIZE={n}: only sparsecod train runs in processes of a launcher; start this '
+                         f'command '
+                         'without torchrun or accelerate launch (study and reproduce have processes of their '
+                         'own: --jobs)')
 
 _FIRST_STEPS = """first steps:
   sparsecod lab                     play with models in a notebook
-  sparsecod reproduce               train a shallow and a deeper model, beside the recorded ones (sparsecod plan main: how long)
-  sparsecod score NAME              what the layers of a model of yours do: a folder, a GGUF file, or a name on the Hub"""
+  sparsecod reproduce               train two models, beside the recorded ones (how long: sparsecod plan main)
+  sparsecod score NAME              what the layers of a model do: a folder, a GGUF file, or a name on the Hub"""
 
 def parser() -> _Parser:
     "The parser of the command line."
@@ -819,9 +973,12 @@ def parser() -> _Parser:
     p = _Parser('sparsecod', description='When does sparsity mitigate the curse of depth in language models?')
     p.epilog = _FIRST_STEPS
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument('--version', action='version', version=f'sparsecod {__version__}', help='show the version and stop')
+    p.add_argument('--version', action='version', version=f'sparsecod {__version__}',
+                   help='show the version and stop')
     commands = p.add_subparsers(required=True, metavar='COMMAND', parser_class=_Parser)
-    for add in (_add_train, _add_score, _add_compare, _add_prune, _add_eval, _add_export, _add_study, _add_plan, _add_reproduce, _add_report, _add_lab): add(commands)
+    for add in (_add_train, _add_score, _add_compare, _add_prune, _add_eval, _add_export, _add_study,
+                _add_plan, _add_reproduce, _add_report, _add_lab):
+        add(commands)
     return p
 
 def main(argv: list[str] | None = None) -> int:   # None: the arguments of the process; returns the exit code

@@ -46,8 +46,9 @@ def held_out_texts(corpus: Corpus, max_tokens: int = 2 ** 20) -> list[str]:
     return [corpus.tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
 
 # %% ../nbs/build/10_cloze.ipynb #548eb39f
-CONTEXT, _LEAST_CONTEXT = 200, 80                                    # characters before the gap: at most, at least
-_CHOICE = re.compile(r'([ \t]*)(\S[\s\S]{38,58}\S)(?=\s)')           # indentation, and 40 to 60 characters up to the end of a word
+CONTEXT, _LEAST_CONTEXT = 200, 80  # characters before the gap: at most, at least
+# indentation, and 40 to 60 characters up to the end of a word
+_CHOICE = re.compile(r'([ \t]*)(\S[\s\S]{38,58}\S)(?=\s)')
 
 class Gap(NamedTuple):
     "A place in a document where a question can be asked."
@@ -76,8 +77,9 @@ def find_gaps(text: str) -> dict[str, list[Gap]]:
 # %% ../nbs/build/10_cloze.ipynb #7105bca1
 def wrong_choices(here: int, right: str, texts: list[str], places: dict[int, list], n: int,
         rng: random.Random) -> list[str] | None:
-    """Continuations from other documents, all different from each other and from the right one; None if there are too few.
-    Places are the gaps of each document with the same indentation; document number `here` asks."""
+    """Continuations from other documents, all different from each other and from the right one; None if
+    there are too few. Places are the gaps of each document with the same indentation; document number
+    `here` asks."""
     others, found = [d for d in places if d != here], []
     for _ in range(20 * n if others else 0):
         d = rng.choice(others)
@@ -90,14 +92,17 @@ def wrong_choices(here: int, right: str, texts: list[str], places: dict[int, lis
 # %% ../nbs/build/10_cloze.ipynb #cab441de
 def _taking_turns(gaps: list[dict[str, list[Gap]]], rng: random.Random) -> Iterator[tuple[int, str, Gap]]:
     "Every gap once with its document and indentation, in random order, one document after the other."
-    each = [[(d, indent, gap) for indent, places in found.items() for gap in places] for d, found in enumerate(gaps)]
+    each = [[(d, indent, gap) for indent, places in found.items() for gap in places]
+            for d, found in enumerate(gaps)]
     for places in [*each, each]: rng.shuffle(places)
     for turn in zip_longest(*each): yield from (place for place in turn if place is not None)
 
 # %% ../nbs/build/10_cloze.ipynb #b140f286
 def make_questions(corpus: Corpus, n: int = 1000, n_choices: int = 4, seed: int = 0) -> list[Question]:
-    "Questions on the held-out documents, n or as many as these hold; the same arguments give the same questions."
-    if n < 1 or n_choices < 2: raise ValueError(f'n={n} must be at least 1, and n_choices={n_choices} at least 2')
+    """Questions on the held-out documents, n or as many as these hold; the same arguments give the same
+    questions."""
+    if n < 1 or n_choices < 2:
+        raise ValueError(f'n={n} must be at least 1, and n_choices={n_choices} at least 2')
     rng, texts = random.Random(seed), held_out_texts(corpus)
     gaps, questions, by_indent = [find_gaps(text) for text in texts], [], {}
     for d, found in enumerate(gaps):
@@ -107,10 +112,12 @@ def make_questions(corpus: Corpus, n: int = 1000, n_choices: int = 4, seed: int 
         wrong = wrong_choices(d, right, texts, by_indent[indent], n_choices - 1, rng)
         if wrong is None: continue
         answer = rng.randrange(n_choices)
-        questions.append(Question(texts[d][gap.start:gap.middle], (*wrong[:answer], right, *wrong[answer:]), answer))
+        questions.append(Question(texts[d][gap.start:gap.middle], (*wrong[:answer], right, *wrong[answer:]),
+                                  answer))
         if len(questions) == n: return questions
     if questions: return questions
-    raise ValueError(f'the validation split has {len(texts)} documents, {sum(map(bool, gaps))} of them with lines to ask about; 2 are needed')
+    raise ValueError(f'the validation split has {len(texts)} documents, {sum(map(bool, gaps))} of them with '
+                     f'lines to ask about; 2 are needed')
 
 # %% ../nbs/build/10_cloze.ipynb #38d40a1b
 def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
@@ -120,22 +127,26 @@ def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[tup
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     texts = []
     for pair, head, whole in zip(pairs, heads, wholes):
-        if len(whole) <= len(head): head = [a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(whole, head))]
+        if len(whole) <= len(head):
+            head = [a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(whole, head))]
         n = len(whole) - len(head)
-        if n == 0: raise ValueError(f'continuation {pair[1]!r} adds no token to context {pair[0][-40:]!r}, so it has no score')
+        if n == 0:
+            raise ValueError(
+                f'continuation {pair[1]!r} adds no token to context {pair[0][-40:]!r}, so it has no score')
         texts.append(((head or [tokenizer.eos_id]) + whole[len(head):], n))
     return texts
 
 # %% ../nbs/build/10_cloze.ipynb #3b7584e3
 def pieces(ids: list[int], n: int, T: int) -> list[tuple[list[int], int]]:
-    """Cut a text so that each of the n tokens of its continuation is scored once, with as much context as fits.
-    Pieces have at most T + 1 tokens each, and the number at the end of them that is scored."""
+    """Cut a text so that each of the n tokens of its continuation is scored once, with as much context as
+    fits. Pieces have at most T + 1 tokens each, and the number at the end of them that is scored."""
     cuts = [*range(len(ids) - n, len(ids), T), len(ids)]
     return [(ids[max(0, stop - T - 1):stop], stop - start) for start, stop in zip(cuts, cuts[1:])]
 
 # %% ../nbs/build/10_cloze.ipynb #3ae77137
 def read_off(logits: Tensor, targets: Tensor) -> Tensor:  # fp32, (M, 2)
-    "Log-probability of each target, (M,), in nats under logits, (M, V), and 1. unless it has the largest one."
+    """Log-probability of each target, (M,), in nats under logits, (M, V), and 1. unless it has the largest
+    one."""
     chosen = logits.float().log_softmax(-1).gather(1, targets[:, None])                     # (M, 1)
     return torch.cat([chosen, (logits.argmax(-1) != targets)[:, None].float()], dim=1)      # (M, 2)
 
@@ -144,7 +155,8 @@ def _token_scores(model: Transformer, tokens: Tensor, picked: Tensor, targets: T
     Picked, bool, (B, T), says where the next token is scored; targets, (M,), are the tokens there."""
     h = model.run(model.embed(tokens))[picked]                                              # (M, D)
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    return torch.cat([read_off(model.logits(part), y) for part, y in zip(h.split(chunk), targets.split(chunk))])
+    return torch.cat([read_off(model.logits(part), y)
+                      for part, y in zip(h.split(chunk), targets.split(chunk))])
 
 # %% ../nbs/build/10_cloze.ipynb #6d89929a
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -159,7 +171,8 @@ def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
 
 # %% ../nbs/build/10_cloze.ipynb #ac323a5b
 def _pad_batch(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-    "Pieces side by side, padded on the right: tokens, (B, T), where the next one is scored, (B, T), and these, (M,)."
+    """Pieces side by side, padded on the right: tokens, (B, T), where the next one is scored, (B, T), and
+    these, (M,)."""
     tokens = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in parts], batch_first=True)   # (B, T)
     stop, n = torch.tensor([[len(ids) - 1, n] for ids, n in parts])[:, :, None].unbind(1)   # (B, 1) each
     t = torch.arange(tokens.shape[1])                                                       # (T,)
@@ -168,8 +181,9 @@ def _pad_batch(parts: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tens
 # %% ../nbs/build/10_cloze.ipynb #0c8e0092
 def continuation_scores(score: Callable, texts: list[tuple[list[int], int]], T: int,
         batch_tokens: int = 2 ** 14, device='cpu') -> Tensor:  # fp64, (N, 2)
-    """Log-probability in nats of the continuation of every text, and how many of its tokens were not the most probable ones.
-    Score takes tokens, picked and targets to the rows of read_off; texts are from encode_pairs; the model reads T positions at once."""
+    """Log-probability in nats of the continuation of every text, and how many of its tokens were not the
+    most probable ones. Score takes tokens, picked and targets to the rows of read_off; texts are from
+    encode_pairs; the model reads T positions at once."""
     rows, parts = [], []
     for i, (ids, n) in enumerate(texts):
         for piece in pieces(ids, n, T): rows.append(i), parts.append(piece)
@@ -194,7 +208,8 @@ def score_texts(model: Transformer, texts: list[tuple[list[int], int]],
         batch_tokens: int = 2 ** 14) -> Tensor:  # as continuation_scores, (N, 2)
     "Score the continuation of every text of encode_pairs with a model."
     with reading(model) as reader:
-        return continuation_scores(partial(_token_scores, reader), texts, model.config.context_length, batch_tokens,
+        return continuation_scores(partial(_token_scores, reader), texts, model.config.context_length,
+                                   batch_tokens,
                                    next(model.parameters()).device)
 
 def answer_scores(model: Transformer, tokenizer: Tokenizer, questions: list[Question],
@@ -204,9 +219,12 @@ def answer_scores(model: Transformer, tokenizer: Tokenizer, questions: list[Ques
     return score_texts(model, texts, batch_tokens)[:, 0].view(len(questions), -1)
 
 # %% ../nbs/build/10_cloze.ipynb #754be179
-def right_answers(scores: Tensor, questions: list[Question], normalised: bool = False) -> np.ndarray:  # bool, (n,)
-    "Which questions are answered rightly by scores, (n, n_choices), normalised by characters or not; of equal ones the first counts."
-    if normalised: scores = scores / torch.tensor([[float(len(choice)) for choice in q.choices] for q in questions])
+def right_answers(scores: Tensor, questions: list[Question],
+                  normalised: bool = False) -> np.ndarray:  # bool, (n,)
+    """Which questions are answered rightly by scores, (n, n_choices), normalised by characters or not; of
+    equal ones the first counts."""
+    if normalised:
+        scores = scores / torch.tensor([[float(len(choice)) for choice in q.choices] for q in questions])
     return np.asarray(scores).argmax(1) == [q.answer for q in questions]
 
 # %% ../nbs/build/10_cloze.ipynb #f7f463de
@@ -216,7 +234,8 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0., (middle - half) / (1 + z * z / n)), min(1., (middle + half) / (1 + z * z / n))
 
 def accuracy(scores: Tensor, questions: list[Question], normalised: bool = False) -> dict:
-    "Share of questions that are answered rightly, with the ends of Wilson's 95 % interval over questions; n, and chance."
+    """Share of questions that are answered rightly, with the ends of Wilson's 95 % interval over questions;
+    n, and chance."""
     share, n = float(right_answers(scores, questions, normalised).mean()), len(questions)
     low, high = wilson(share, n)
     return dict(value=share, low=low, high=high, n=n, chance=sum(1 / len(q.choices) for q in questions) / n)
@@ -228,13 +247,18 @@ def without_context(questions: list[Question]) -> list[Question]:
 
 # %% ../nbs/build/10_cloze.ipynb #a4dce738
 def measure_cloze(model: Transformer, corpus: Corpus, n_questions: int = 1000, seed: int = 0) -> dict:
-    """Accuracy of a model on cloze questions from its corpus' validation split, ready for JSON.
-    Returns 'accuracy', 'accuracy_normalised', 'accuracy_mutual_information', and 'n_questions', 'chance', 'settings'."""
+    """Accuracy of a model on cloze questions from its corpus' validation split, ready for JSON. Returns
+    'accuracy', 'accuracy_normalised', 'accuracy_mutual_information', and 'n_questions', 'chance',
+    'settings'."""
     questions = make_questions(corpus, n_questions, seed=seed)
-    scores, alone = (answer_scores(model, corpus.tokenizer, asked) for asked in (questions, without_context(questions)))  # (n, 4)
-    found = dict(accuracy=accuracy(scores, questions), accuracy_normalised=accuracy(scores, questions, normalised=True),
+    # (n, 4)
+    scores, alone = (answer_scores(model, corpus.tokenizer, asked)
+                     for asked in (questions, without_context(questions)))
+    found = dict(accuracy=accuracy(scores, questions),
+                 accuracy_normalised=accuracy(scores, questions, normalised=True),
                  accuracy_mutual_information=accuracy(scores - alone, questions))
-    settings = dict(n_questions=n_questions, n_choices=len(questions[0].choices), seed=seed, max_context_characters=CONTEXT,
+    settings = dict(n_questions=n_questions, n_choices=len(questions[0].choices), seed=seed,
+                    max_context_characters=CONTEXT,
                     normalised_by='characters', interval='Wilson, 95 %, over questions')
     return {name: {end: a[end] for end in ('value', 'low', 'high')} for name, a in found.items()} | dict(
         n_questions=len(questions), chance=found['accuracy']['chance'], settings=settings)
@@ -248,10 +272,13 @@ class _Answers:
 
     @property
     def eot_token_id(self) -> int: return self.coder.eos_id
-    def tok_encode(self, string: str, add_special_tokens=None, **options) -> list[int]: return self.coder.encode(string)
+    def tok_encode(self, string: str, add_special_tokens=None, **options) -> list[int]:
+        return self.coder.encode(string)
     def loglikelihood(self, requests, disable_tqdm=True):
         empty = [request.args for request in requests if not request.args[1]]
-        if empty: raise ValueError(f'a continuation is empty, so it has no score; its context is {empty[0][0][-40:]!r}')
+        if empty:
+            raise ValueError(
+                f'a continuation is empty, so it has no score; its context is {empty[0][0][-40:]!r}')
         return super().loglikelihood(requests, disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -259,7 +286,8 @@ class _Answers:
         return ids[:-n], ids[-n:]
 
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
-        scores = score_texts(self.model, [(context + ids, len(ids)) for _, context, ids in requests], self.batch_tokens)
+        scores = score_texts(self.model, [(context + ids, len(ids)) for _, context, ids in requests],
+                             self.batch_tokens)
         return [(score, misses == 0) for score, misses in scores.tolist()]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True) -> list[float]:
@@ -268,7 +296,8 @@ class _Answers:
         return score_texts(self.model, texts, self.batch_tokens)[:, 0].tolist()
 
     def generate_until(self, requests, disable_tqdm=True) -> list[str]:
-        with reading(self.model) as model: return [_continue_text(model, self.coder, *request.args) for request in requests]
+        with reading(self.model) as model:
+            return [_continue_text(model, self.coder, *request.args) for request in requests]
 
 # %% ../nbs/build/10_cloze.ipynb #d9e19f91
 def _continue_text(model: Transformer, tokenizer: Tokenizer, context: str, options: dict) -> str:
@@ -277,10 +306,12 @@ def _continue_text(model: Transformer, tokenizer: Tokenizer, context: str, optio
     stops = options.get('until') or []
     stops = [stops] if isinstance(stops, str) else stops
     temperature = float(options.get('temperature', 1)) if options.get('do_sample') else 0
-    tokens = torch.tensor([tokenizer.encode(context) or [tokenizer.eos_id]], device=next(model.parameters()).device)  # (1, T)
+    # (1, T)
+    tokens = torch.tensor([tokenizer.encode(context) or [tokenizer.eos_id]],
+                          device=next(model.parameters()).device)
     start, text = tokens.shape[1], ''
     for _ in range(options.get('max_gen_toks', 256)):
-        tokens = torch.cat([tokens, next_tokens(model, tokens, temperature=temperature)], dim=1)        # (1, T + 1)
+        tokens = torch.cat([tokens, next_tokens(model, tokens, temperature=temperature)], dim=1)  # (1, T + 1)
         if tokens[0, -1] == tokenizer.eos_id: break
         text = tokenizer.decode(tokens[0, start:].cpu())
         if any(stop in text for stop in stops): break
@@ -290,7 +321,8 @@ def _continue_text(model: Transformer, tokenizer: Tokenizer, context: str, optio
 def need_lm_eval():
     "The module lm_eval, or an error that says how to get it."
     try: import lm_eval
-    except ImportError as error: raise ImportError("lm-eval is needed for this: pip install 'sparsecod[eval]'") from error
+    except ImportError as error:
+        raise ImportError("lm-eval is needed for this: pip install 'sparsecod[eval]'") from error
     return lm_eval
 
 def _lm_eval_model(model: Transformer, tokenizer: Tokenizer, batch_tokens: int = 2 ** 14):
@@ -320,12 +352,15 @@ metadata: {{version: 1.0}}
 '''
 
 def _write_task(questions: list[Question], folder: str | Path) -> Path:
-    "Write questions as a task of lm-eval, cloze.jsonl and cloze.yaml, into a folder; returns the path of the latter."
+    """Write questions as a task of lm-eval, cloze.jsonl and cloze.yaml, into a folder; returns the path of
+    the latter."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'cloze.jsonl').write_text(''.join(json.dumps(q._asdict()) + '\n' for q in questions), encoding='utf-8')
+    (folder / 'cloze.jsonl').write_text(''.join(json.dumps(q._asdict()) + '\n' for q in questions),
+                                        encoding='utf-8')
     paths = dict(questions=str(folder / 'cloze.jsonl'), cache=str(folder / 'cache'))
-    (folder / 'cloze.yaml').write_text(_TASK.format(**{name: json.dumps(path) for name, path in paths.items()}), encoding='utf-8')
+    (folder / 'cloze.yaml').write_text(_TASK.format(**{name: json.dumps(path)
+                                                       for name, path in paths.items()}), encoding='utf-8')
     return folder / 'cloze.yaml'
 
 # %% ../nbs/build/10_cloze.ipynb #d8d56394
@@ -336,29 +371,34 @@ def _load_tasks(manager, names: list[str]) -> list:
         try: found = manager.load([name])
         except Exception as error:
             why = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-            raise ValueError(f'task {name!r} cannot be loaded; a public task needs the network once, for its data ({why})') from error
+            raise ValueError(f'task {name!r} cannot be loaded; a public task needs the network once, for its '
+                             f'data ({why})') from error
         loaded += [found['groups'][name]] if name in found.get('groups', {}) else found['tasks'].values()
     return loaded
 
 SHARES = ('acc', 'acc_norm', 'acc_bytes', 'acc_mutual_info')
 
 def _share_columns(out: dict, task: str, metric: str, value: float) -> dict:
-    "Low, high and chance of an accuracy of lm_eval.simple_evaluate; None each if the metric is no share of right choices."
+    """Low, high and chance of an accuracy of lm_eval.simple_evaluate; None each if the metric is no share
+    of right choices."""
     samples, config = out['samples'].get(task), out['configs'].get(task, {})
-    if metric not in SHARES or not samples or config['output_type'] != 'multiple_choice': return dict(low=None, high=None, chance=None)
+    if metric not in SHARES or not samples or config['output_type'] != 'multiple_choice':
+        return dict(low=None, high=None, chance=None)
     passes = 1 + any(m['metric'] == 'acc_mutual_info' for m in config['metric_list'])    # over each choice
     low, high = wilson(value, len(samples))
     return dict(low=low, high=high, chance=float(np.mean([passes / len(s['resps']) for s in samples])))
 
 def _result_rows(out: dict) -> list[dict]:
-    "Results of lm_eval.simple_evaluate, one task and metric a row, with an interval and chance; None where it does not apply."
+    """Results of lm_eval.simple_evaluate, one task and metric a row, with an interval and chance; None
+    where it does not apply."""
     rows = []
     for task, found in out['results'].items():
         for key, value in found.items():
             metric, _, kind = key.partition(',')
             if not kind or metric.endswith('_stderr') or not isinstance(value, (int, float)): continue
             stderr, n = found.get(f'{metric}_stderr,{kind}'), out['n-samples'].get(task, {}).get('effective')
-            rows.append(dict(task=task, metric=metric, value=float(value), stderr=stderr if isinstance(stderr, float) else None, n=n,
+            rows.append(dict(task=task, metric=metric, value=float(value),
+                             stderr=stderr if isinstance(stderr, float) else None, n=n,
                              **_share_columns(out, task, metric, value)))
     return rows
 
@@ -378,15 +418,18 @@ def _silence():
 def evaluate_tasks(model: Transformer, tokenizer: Tokenizer, tasks: list[str],
         questions: list[Question] | None = None, limit: int | None = None, batch_tokens: int = 2 ** 14,
         samples: bool = False, progress: bool = False) -> dict:
-    """Evaluate a model with lm-eval, on 'cloze' or its own tasks such as 'hellaswag', 'arc_easy', 'piqa', 'mmlu'.
-    A limit is of questions of each task. Returns 'results', rows of task, metric, value, stderr, n, low, high and chance;
-    'lm_eval', its version; 'limit'; and with samples=True lm-eval's protocol, question by question."""
-    if 'cloze' in tasks and not questions: raise ValueError("the task 'cloze' needs questions; make_questions makes some")
+    """Evaluate a model with lm-eval, on 'cloze' or its own tasks such as 'hellaswag', 'arc_easy', 'piqa',
+    'mmlu'. A limit is of questions of each task. Returns 'results', rows of task, metric, value, stderr, n,
+    low, high and chance; 'lm_eval', its version; 'limit'; and with samples=True lm-eval's protocol,
+    question by question."""
+    if 'cloze' in tasks and not questions:
+        raise ValueError("the task 'cloze' needs questions; make_questions makes some")
     lm = _lm_eval_model(model, tokenizer, batch_tokens)
     from lm_eval import simple_evaluate, tasks as harness
     with tempfile.TemporaryDirectory() as folder, nullcontext() if progress else _silence():
         if questions: _write_task(questions, folder)
         manager = harness.TaskManager(include_path=folder, include_defaults=set(tasks) != {'cloze'})
-        out = simple_evaluate(lm, tasks=_load_tasks(manager, tasks), task_manager=manager, limit=limit, bootstrap_iters=1000)
+        out = simple_evaluate(lm, tasks=_load_tasks(manager, tasks), task_manager=manager, limit=limit,
+                              bootstrap_iters=1000)
     found = dict(results=_result_rows(out), lm_eval=importlib.metadata.version('lm_eval'), limit=limit)
     return found | (dict(samples=out['samples']) if samples else {})

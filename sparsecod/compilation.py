@@ -33,7 +33,8 @@ from .integrity import Damaged, check_stamp, read_json, stamp, write_text
 LOGITS_IN_CACHE = 2 ** 20  # numbers; 4 MiB in fp32
 
 def chunk_losses(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    "Cross-entropies in nats, (n,), and their derivatives by the logits, (n, V), from a few normalised streams (n, D)."
+    """Cross-entropies in nats, (n,), and their derivatives by the logits, (n, V), from a few normalised
+    streams (n, D)."""
     logits = (h @ weight.t()).float()                                         # (n, V)
     total = logits.logsumexp(-1, keepdim=True)                                # (n, 1)
     losses = (total - logits.gather(1, targets[:, None])).squeeze(1)          # (n,)
@@ -41,11 +42,12 @@ def chunk_losses(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return losses, ((logits - total).exp() - hit.float()).to(h.dtype)
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in nats of a linear head (V, D) over N normalised last streams (N, D), with its gradients, a few
-    positions at a time; `losses_of` is `chunk_losses`, or a compiled version of it."""
+    """Mean cross-entropy in nats of a linear head (V, D) over N normalised last streams (N, D), with its
+    gradients, a few positions at a time; `losses_of` is `chunk_losses`, or a compiled version of it."""
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bf16: bool, losses_of: Callable) -> Tensor:
-        at_once = LOGITS_IN_CACHE if h.device.type == 'cpu' else LOGITS_AT_ONCE  # a GPU wants few large pieces
+        # a GPU wants few large pieces
+        at_once = LOGITS_IN_CACHE if h.device.type == 'cpu' else LOGITS_AT_ONCE
         chunk = max(1, at_once // len(weight))
         kind = torch.bfloat16 if bf16 else h.dtype
         x, w = h.to(kind), weight.to(kind)
@@ -81,10 +83,12 @@ class CompiledLoss:
         h, extra = self.model.last_stream(tokens, watch)
         return self.model.final_norm(h), extra
 
-    def __call__(self, tokens: Tensor, targets: Tensor, watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, targets: Tensor,
+                 watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
         h, extra = self.stream(tokens, watch)                                     # (B, T, D)
         bf16, weight = torch.is_autocast_enabled(h.device.type), self.model.head.weight
-        return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), bf16, self.losses_of) + extra
+        return (LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), bf16, self.losses_of)
+                + extra)
 
 # %% ../nbs/tools/02_compilation.ipynb #25ceea62
 class Execution(NamedTuple):
@@ -99,7 +103,8 @@ class Execution(NamedTuple):
 def plain_execution(precision: str, device: torch.device) -> Execution:
     "Not compiled; 'auto' takes bf16 on CUDA devices that have it."
     bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Execution(('bf16' if bf16 else 'fp32') if precision == 'auto' else precision, False, 'without a trial')
+    return Execution(('bf16' if bf16 else 'fp32') if precision == 'auto' else precision, False,
+                     'without a trial')
 
 _WORTH_A_TRIAL = 120.0  # seconds of plain steps from which on a trial is made
 
@@ -120,12 +125,14 @@ def processor(device: torch.device) -> str:
 
 def _trial_file(model_config: ModelConfig, tokens: int, device: torch.device, allowed: tuple) -> Path:
     "A file in the cache, named by everything that the result of a trial depends on."
-    key = [model_config.to_dict(), tokens, device.type, processor(device), torch.get_num_threads(), torch.__version__, allowed]
+    key = [model_config.to_dict(), tokens, device.type, processor(device), torch.get_num_threads(),
+           torch.__version__, allowed]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_folder() / 'trials' / f'{name}.json'
 
 def _allowed_ways(precision: str, compile: str, missing: str | None) -> tuple:
-    "Pairs of precision and whether to compile, from the fields of a TrainConfig; `missing` as from `missing_compiler`."
+    """Pairs of precision and whether to compile, from the fields of a TrainConfig; `missing` as from
+    `missing_compiler`."""
     precisions = ('fp32', 'bf16') if precision == 'auto' else (precision,)
     compiling = dict(on=(True,), off=(False,), auto=(False,) if missing else (False, True))[compile]
     return tuple((p, c) for p in precisions for c in compiling)
@@ -133,15 +140,18 @@ def _allowed_ways(precision: str, compile: str, missing: str | None) -> tuple:
 def use_compiler_cache():
     "Keep what the compiler makes in the project's cache, unless the user has said where."
     folder = os.environ.get('TORCHINDUCTOR_CACHE_DIR', '')
-    if not folder or Path(folder).name.startswith('torchinductor_'):  # PyTorch's own choice, in a folder for temporary files
+    # PyTorch's own choice, in a folder for temporary files
+    if not folder or Path(folder).name.startswith('torchinductor_'):
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder() / 'inductor')
 
-_MALLOC = dict(M_MMAP_MAX=(-4, 0, 65536), M_TRIM_THRESHOLD=(-1, 2 ** 31 - 1, 2 ** 26), M_TOP_PAD=(-2, 2 ** 28, 2 ** 17))
+_MALLOC = dict(M_MMAP_MAX=(-4, 0, 65536), M_TRIM_THRESHOLD=(-1, 2 ** 31 - 1, 2 ** 26),
+               M_TOP_PAD=(-2, 2 ** 28, 2 ** 17))
 
 @contextmanager
 def kept_memory():
-    """Meanwhile, the C library keeps the memory of freed tensors for the next ones, instead of handing it back to the
-    system and asking for it anew, page by page. Without effect where that library is not glibc."""
+    """Meanwhile, the C library keeps the memory of freed tensors for the next ones, instead of handing it
+    back to the system and asking for it anew, page by page. Without effect where that library is not
+    glibc."""
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     def choose(column):
         with suppress(AttributeError):  # another C library
@@ -154,20 +164,22 @@ def kept_memory():
 
 @contextmanager
 def compiler_errors_in_short():
-    "A failure of the compiler as one sentence that says what can be done; its own message may have thousands of lines."
+    """A failure of the compiler as one sentence that says what can be done; its own message may have
+    thousands of lines."""
     try: yield
     except Exception as error:
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
         first = ' '.join(str(error).split())[:200]
         place = os.environ.get('TORCHINDUCTOR_CACHE_DIR')
-        raise RuntimeError(f'the training step could not be compiled ({type(error).__name__}: {first}). What was compiled '
+        raise RuntimeError(f'the training step could not be compiled ({type(error).__name__}: {first}). What '
+                           f'was compiled '
                            f'before lies in {place} and may be damaged: move it away and start again, or set '
                            "compile='off' for a new run") from None
 
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
 def step_seconds(loss, model: nn.Module, windows: Tensor, bf16: bool, watch: Callable) -> float:
-    """Seconds of one forward and backward pass on windows (B, T + 1); the loss is the model or its compiled loss, and
-    `watch` makes something that sees every block, anew for each step. Leaves no gradients."""
+    """Seconds of one forward and backward pass on windows (B, T + 1); the loss is the model or its compiled
+    loss, and `watch` makes something that sees every block, anew for each step. Leaves no gradients."""
     begin = time.perf_counter()
     with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
         value = loss(windows[:, :-1], targets=windows[:, 1:], watch=watch())
@@ -178,12 +190,13 @@ def step_seconds(loss, model: nn.Module, windows: Tensor, bf16: bool, watch: Cal
 
 def choose_execution(model: Transformer, windows: Tensor, passes: int, precision: str, compile: str,
                      watch: Callable = lambda: None, say: Callable = lambda text: None) -> Execution:
-    """The fastest allowed way to compute the steps of a run, by a trial where it pays: `passes` forward passes on
-    windows (B, T + 1); `say` is called with a sentence about what was chosen."""
+    """The fastest allowed way to compute the steps of a run, by a trial where it pays: `passes` forward
+    passes on windows (B, T + 1); `say` is called with a sentence about what was chosen."""
     device = windows.device
     missing = missing_compiler() if device.type == 'cpu' and compile != 'off' else None
     if missing and compile == 'on':
-        raise ValueError(f"compile='on' needs {missing}, and there is none; install it, or take compile='off'")
+        raise ValueError(
+            f"compile='on' needs {missing}, and there is none; install it, or take compile='off'")
     allowed = _allowed_ways(precision, compile, missing)
     if len(allowed) == 1: return Execution(*allowed[0], 'as the configuration says')
     file = _trial_file(model.config, windows[:, 1:].numel(), device, allowed)
@@ -191,9 +204,13 @@ def choose_execution(model: Transformer, windows: Tensor, passes: int, precision
         kept = check_stamp(read_json(file), file)
         if kept.get('trial') != file.stem or 'plain' not in kept: kept = None
     except Damaged: kept = None
-    plain = kept['plain'] if kept else min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2))
-    if compile == 'auto' and plain * passes < _WORTH_A_TRIAL:  # whatever a longer run has found: compiling takes its time too
-        return plain_execution(precision, device)._replace(why=f'too short for a trial: {plain * passes:.0f} s of plain steps')
+    plain = (kept['plain'] if kept
+             else min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2)))
+    # whatever a longer run has found: compiling takes its time too
+    if compile == 'auto' and plain * passes < _WORTH_A_TRIAL:
+        return plain_execution(precision,
+                               device)._replace(
+                                   why=f'too short for a trial: {plain * passes:.0f} s of plain steps')
     if kept: return Execution(kept['precision'], kept['compiled'], kept['why'])
     return _run_trial(model, windows, allowed, file, watch, say, missing)
 
@@ -212,10 +229,13 @@ def _run_trial(model, windows, allowed, file: Path, watch, say, missing: str | N
         except Exception as error:
             if not compiling: raise
             faults[way] = f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}'
-    if not times: raise ValueError(f"compile='on' fails here: {'; '.join(faults.values())}; take compile='auto' or 'off'")
+    if not times:
+        raise ValueError(
+            f"compile='on' fails here: {'; '.join(faults.values())}; take compile='auto' or 'off'")
     medians = {way: statistics.median(t) for way, t in times.items()}
     best = min(medians, key=medians.get)
-    speeds = ', '.join(f"{p}{' compiled' if c else ''} {windows[:, 1:].numel() / t:,.0f}" for (p, c), t in medians.items())
+    speeds = ', '.join(f"{p}{' compiled' if c else ''} {windows[:, 1:].numel() / t:,.0f}"
+                       for (p, c), t in medians.items())
     why = f'fastest of these, in tokens a second: {speeds}'
     if missing: why += f'; not compiled, because this machine lacks {missing}'
     for way, fault in faults.items(): why += f'; compiling {way[0]} failed ({fault})'
@@ -223,14 +243,16 @@ def _run_trial(model, windows, allowed, file: Path, watch, say, missing: str | N
     if faults: return Execution(*best, why)        # to be tried again, once the compiler works
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = dict(trial=file.stem, precision=best[0], compiled=best[1], why=why, plain=medians.get(allowed[0]),
+        found = dict(trial=file.stem, precision=best[0], compiled=best[1], why=why,
+                     plain=medians.get(allowed[0]),
                      tokens_per_s=windows[:, 1:].numel() / medians[best])
         write_text(file, json.dumps(stamp(found), indent=1))
     except OSError: pass  # a cache that cannot be written costs another trial, nothing else
     return Execution(*best, why)
 
 def kept_speed(model_config: ModelConfig, config, device: torch.device) -> float | None:
-    "Tokens a second that a trial has found for a model in training, the updates not counted; None: there was no trial."
+    """Tokens a second that a trial has found for a model in training, the updates not counted; None: there
+    was no trial."""
     T, missing = model_config.context_length, missing_compiler() if device.type == 'cpu' else None
     tokens = min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step) // T * T
     file = _trial_file(model_config, tokens, device, _allowed_ways(config.precision, config.compile, missing))

@@ -24,14 +24,16 @@ def check_names(
     known = {f.name: f for f in fields(kind)}
     for name in values:
         if name not in known:
-            raise ValueError(f"{kind.__name__} has no field {name}={values[name]!r}; its fields are {', '.join(known)}")
+            raise ValueError(
+                f"{kind.__name__} has no field {name}={values[name]!r}; its fields are {', '.join(known)}")
     for name, field in known.items():
         if name not in values and field.default is field.default_factory is MISSING:
             raise ValueError(f'{kind.__name__}: {name} is missing and has no default')
 
 # %% ../nbs/tools/00_configuration.ipynb #57c8b747
 class Config:
-    "What every configuration can do: check itself, become a dictionary or JSON and come back, be varied by field."
+    """What every configuration can do: check itself, become a dictionary or JSON and come back, be varied
+    by field."""
     RULES = {}  # names of fields, separated by blanks: a test of the value and what it allows, in words
 
     def __post_init__(self):
@@ -72,7 +74,8 @@ def require(
         raise ValueError(f'{type(config).__name__}: {field}={getattr(config, field)!r} {rule}')
 
 # %% ../nbs/tools/00_configuration.ipynb #c0f1a5e3
-KINDS = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a string', type(None): 'None'}
+KINDS = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a string',
+         type(None): 'None'}
 
 def is_kind(
     value,  # any value
@@ -86,7 +89,8 @@ def is_kind(
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(is_kind, value, parts))
     if kind is int: return type(value) is int
     if kind is float:
-        return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= sys.float_info.max
+        return (isinstance(value, (int, float)) and type(value) is not bool
+                and abs(value) <= sys.float_info.max)
     return isinstance(value, kind)
 
 def kind_in_words(
@@ -95,7 +99,9 @@ def kind_in_words(
     "What a field holds, in words."
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType): return ' or '.join(map(kind_in_words, parts))
-    if origin is tuple: return f"a list{'' if parts[-1] is ... else f' of {len(parts)}'}, each entry {kind_in_words(parts[0])}"
+    if origin is tuple:
+        return (
+            f"a list{'' if parts[-1] is ... else f' of {len(parts)}'}, each entry {kind_in_words(parts[0])}")
     return KINDS.get(kind) or f'a {kind.__name__}'
 
 def from_json_value(

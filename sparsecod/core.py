@@ -71,11 +71,13 @@ class ModelConfig(Config):
     RULES = {
         'vocab_size n_layers d_model n_heads n_kv_heads d_ff context_length': POSITIVE,
         'norm_eps rope_theta init_std': POSITIVE, 'norm': one_of(NORMS), 'gates': one_of(GATES),
-        'experts_per_token d_expert': POSITIVE, 'n_experts d_shared_expert balance_weight router_z_weight': NOT_NEGATIVE}
+        'experts_per_token d_expert': POSITIVE,
+        'n_experts d_shared_expert balance_weight router_z_weight': NOT_NEGATIVE}
 
     def __post_init__(self):
         check_fields(self)
-        object.__setattr__(self, '_free', [f for f in following_fields(self) if getattr(self, f) is None])  # follow others
+        # follow others
+        object.__setattr__(self, '_free', [f for f in following_fields(self) if getattr(self, f) is None])
         for name in self._free: object.__setattr__(self, name, following_fields(self)[name])
         check_fields(self)  # again: what follows another field obeys the same rules
         check_heads_and_experts(self)
@@ -92,7 +94,8 @@ def check_heads_and_experts(config: ModelConfig):
     require(H % K == 0, config, 'n_kv_heads', f'must divide n_heads={H}')
     require(D // H % 2 == 0, config, 'n_heads',
             f'must leave an even number of channels a head (d_model={D}), for rotary pairs')
-    require(E == 0 or config.experts_per_token <= E, config, 'experts_per_token', f'must be at most n_experts={E}')
+    require(E == 0 or config.experts_per_token <= E, config, 'experts_per_token',
+            f'must be at most n_experts={E}')
 
 # %% ../nbs/build/03_core.ipynb #58e0ec53
 def feed_forward_params(config: ModelConfig) -> tuple[int, int]:
@@ -102,7 +105,8 @@ def feed_forward_params(config: ModelConfig) -> tuple[int, int]:
     return moe_params(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert)
 
 def param_counts(config: ModelConfig) -> dict[str, int]:
-    "Parameters in closed form, without a model: of all blocks, final norm, embedding, head, in total, and active."
+    """Parameters in closed form, without a model: of all blocks, final norm, embedding, head, in total, and
+    active."""
     D, L, V = config.d_model, config.n_layers, config.vocab_size
     attention = 2 * D * D + 2 * D * config.n_kv_heads * D // config.n_heads
     norms = 2 * D * (NORMS[config.norm].before + NORMS[config.norm].after)
@@ -154,7 +158,8 @@ def make_feed_forward(config: ModelConfig) -> nn.Module:
     "The feed-forward layer of a block: SwiGLU, or a mixture of experts."
     c = config
     if not c.n_experts: return SwiGLU(c.d_model, c.d_ff)
-    return MixtureOfExperts(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert, c.gates)
+    return MixtureOfExperts(c.d_model, c.d_expert, c.n_experts, c.experts_per_token, c.d_shared_expert,
+                            c.gates)
 
 # %% ../nbs/build/03_core.ipynb #204c5515
 class Block(nn.Module):
@@ -199,23 +204,28 @@ class Stack(nn.Module):
 
     def run(self, h: Tensor, start: int = 0, stop: int | None = None,
             watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
-        """Carry the stream h_start, (B, T, D), through blocks start + 1 .. stop (None: L); gives h_stop. `watch` is called
-        after each block with l and its output."""
-        if not 0 <= start <= len(self.blocks): raise ValueError(f'start={start} must index a stream, 0 to {len(self.blocks)}')
-        rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, h.device)  # (T, D_h/2)
+        """Carry the stream h_start, (B, T, D), through blocks start + 1 .. stop (None: L); gives h_stop.
+        `watch` is called after each block with l and its output."""
+        if not 0 <= start <= len(self.blocks):
+            raise ValueError(f'start={start} must index a stream, 0 to {len(self.blocks)}')
+        # (T, D_h/2)
+        rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta,
+                           h.device)
         for l, block in enumerate(self.blocks[start:stop], start + 1):
             again = self.checkpointing and torch.is_grad_enabled()
-            out = checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False) if again else block(h, rope)
+            out = (checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False) if again
+                   else block(h, rope))
             h = out.stream                                                              # (B, T, D)
             if watch is not None: watch(l, out)
         return h
 
 # %% ../nbs/build/03_core.ipynb #a1d1cfdc
 def initial_update_variance(config: ModelConfig, l: int = 1) -> tuple[float, float]:
-    """Variance a channel that the attention (at the first position) and the feed-forward layer of block l of a dense
-    model add to the stream at random initialisation, in closed form."""
-    if config.n_experts: raise ValueError(f'n_experts={config.n_experts} must be 0: the closed form is for dense models')
-    if NORMS[config.norm].after: return 1.0, 1.0                   # whatever the sublayer returns is normalised
+    """Variance a channel that the attention (at the first position) and the feed-forward layer of block l
+    of a dense model add to the stream at random initialisation, in closed form."""
+    if config.n_experts:
+        raise ValueError(f'n_experts={config.n_experts} must be 0: the closed form is for dense models')
+    if NORMS[config.norm].after: return 1.0, 1.0  # whatever the sublayer returns is normalised
     scale = 1 / l if NORMS[config.norm].scaled else 1.0            # mean square of the normalised input
     s2 = scale * config.d_model * config.init_std ** 2             # variance of a pre-activation
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)           # standard normal, on a grid
@@ -225,32 +235,35 @@ def initial_update_variance(config: ModelConfig, l: int = 1) -> tuple[float, flo
 
 # %% ../nbs/build/03_core.ipynb #96c7e718
 def cross_entropy(h: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
-    """Cross-entropy of each token in nats, fp32, (N,), from normalised last streams (N, D), in slices of so many tokens
-    that N x V logits never exist at once."""
+    """Cross-entropy of each token in nats, fp32, (N,), from normalised last streams (N, D), in slices of so
+    many tokens that N x V logits never exist at once."""
     def slice_loss(h, targets):
         return functional.cross_entropy(head(h).float(), targets, reduction='none')  # (chunk,)
     if len(h) <= chunk: return slice_loss(h, targets)
     slices = zip(h.split(chunk), targets.split(chunk))
     if not torch.is_grad_enabled(): return torch.cat([slice_loss(*s) for s in slices])
-    return torch.cat([checkpoint(slice_loss, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
+    return torch.cat([checkpoint(slice_loss, *s, use_reentrant=False, preserve_rng_state=False)
+                      for s in slices])
 
 # %% ../nbs/build/03_core.ipynb #01206925
 LOGITS_AT_ONCE = 2 ** 25  # numbers; 128 MiB in fp32
 
 # %% ../nbs/build/03_core.ipynb #66f3d5b7
 def block_loss(config: ModelConfig, out: BlockOutput, sequences: int) -> Tensor | float:
-    """All that a block adds to the training loss, from its output on so many sequences: in a mixture of experts weighted
-    load-balancing and router z-loss, divided by L; otherwise 0."""
+    """All that a block adds to the training loss, from its output on so many sequences: in a mixture of
+    experts weighted load-balancing and router z-loss, divided by L; otherwise 0."""
     if out.routing is None: return 0.0
     balance = config.balance_weight * balance_loss(out.routing, sequences)
     return (balance + config.router_z_weight * router_z_loss(out.routing)) / config.n_layers
 
 # %% ../nbs/build/03_core.ipynb #11a88d00
 class HubModel(PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod']):
-    "Saving, loading and sharing; weights are safetensors only, and those that are sealed must be as they were saved."
+    """Saving, loading and sharing; weights are safetensors only, and those that are sealed must be as they
+    were saved."""
     def _save_pretrained(self, save_directory: Path):
         super()._save_pretrained(save_directory)
-        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # it vouched for the weights that were there before
+        # it vouched for the weights that were there before
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
@@ -260,7 +273,8 @@ class HubModel(PyTorchModelHubMixin, library_name='sparsecod', tags=['sparsecod'
 
     @classmethod
     def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):
-        raise ValueError(f'{model_file} is a pickle, which can run any program when it is read; only model.safetensors is loaded')
+        raise ValueError(f'{model_file} is a pickle, which can run any program when it is read; only '
+                         f'model.safetensors is loaded')
 
 # %% ../nbs/build/03_core.ipynb #1e157528
 class Transformer(Stack, HubModel):
@@ -277,14 +291,16 @@ class Transformer(Stack, HubModel):
         return self.head(self.final_norm(h))
 
     def token_losses(self, h: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of each token in nats, (B, T), from the last stream (B, T, D) and the next tokens (B, T)."
+        """Cross-entropy of each token in nats, (B, T), from the last stream (B, T, D) and the next tokens
+        (B, T)."""
         chunk = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         flat = self.final_norm(h).flatten(0, -2)                                            # (B*T, D)
         return cross_entropy(flat, self.head, targets.flatten(), chunk).view_as(targets)   # (B, T)
 
     def last_stream(self, tokens: Tensor,
                     watch: Callable[[int, BlockOutput], None] | None = None) -> tuple[Tensor, Tensor | float]:
-        "The stream h_L, (B, T, D), of tokens (B, T), and all that blocks add to the loss; for `watch` see `Stack.run`."
+        """The stream h_L, (B, T, D), of tokens (B, T), and all that blocks add to the loss; for `watch` see
+        `Stack.run`."""
         extra = []
         def collect(l, out):
             extra.append(block_loss(self.config, out, len(tokens)))
@@ -308,9 +324,11 @@ class Transformer(Stack, HubModel):
 # %% ../nbs/build/03_core.ipynb #d7b4ed2c
 def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                 generator: torch.Generator | None = None) -> Tensor:
-    "Draw the next token of each text, (B, 1), from logits (B, V), among the k most likely; temperature 0: the likeliest."
+    """Draw the next token of each text, (B, 1), from logits (B, V), among the k most likely; temperature 0:
+    the likeliest."""
     if temperature < 0 or top_k is not None and top_k < 1:
-        raise ValueError(f'temperature={temperature} must not be negative, and top_k={top_k} must be at least 1')
+        raise ValueError(
+            f'temperature={temperature} must not be negative, and top_k={top_k} must be at least 1')
     if temperature == 0: return logits.argmax(-1, keepdim=True)                # (B, 1)
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]       # (B, 1)
@@ -318,16 +336,19 @@ def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = No
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
 def next_tokens(model: Transformer, tokens: Tensor, **options) -> Tensor:
-    "Let a model foretell the next token of each text (B, T), and draw it, (B, 1); options as in `draw_tokens`."
-    window = tokens[:, -model.config.context_length:]                                       # (B, up to context_length)
+    """Let a model foretell the next token of each text (B, T), and draw it, (B, 1); options as in
+    `draw_tokens`."""
+    window = tokens[:, -model.config.context_length:]  # (B, up to context_length)
     return draw_tokens(model.logits(model.run(model.embed(window))[:, -1]), **options)      # (B, 1)
 
 # %% ../nbs/build/03_core.ipynb #8a45b0d9
 @contextmanager
 def full_precision():
-    "Within, products of fp32 numbers run in fp32, whatever the caller allows elsewhere: TF32 on a GPU, bf16 on a CPU."
+    """Within, products of fp32 numbers run in fp32, whatever the caller allows elsewhere: TF32 on a GPU,
+    bf16 on a CPU."""
     backends = (torch.backends.cuda, torch.backends.mkldnn)
-    places = [b.matmul for b in backends if hasattr(getattr(b, 'matmul', None), 'fp32_precision')]   # PyTorch 2.9 or newer
+    # PyTorch 2.9 or newer
+    places = [b.matmul for b in backends if hasattr(getattr(b, 'matmul', None), 'fp32_precision')]
     before = [place.fp32_precision for place in places] or torch.get_float32_matmul_precision()
     if not places: torch.set_float32_matmul_precision('highest')
     for place in places: place.fp32_precision = 'ieee'
@@ -338,9 +359,12 @@ def full_precision():
 
 @torch.no_grad()
 def check_finite(model):
-    "Raise a ValueError that names the first weights of a model that are not finite numbers; what is no model may pass."
+    """Raise a ValueError that names the first weights of a model that are not finite numbers; what is no
+    model may pass."""
     network = getattr(model, 'network', model)
     if not isinstance(network, nn.Module): return
     for name, p in network.named_parameters():
         bad = 0 if p.is_meta else p.numel() - p.isfinite().sum().item()
-        if bad: raise ValueError(f'the model is not finite: {name} holds {bad:,} NaN or infinite values among its {p.numel():,}')
+        if bad:
+            raise ValueError(f'the model is not finite: {name} holds {bad:,} NaN or infinite values among '
+                             f'its {p.numel():,}')

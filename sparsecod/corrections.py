@@ -20,21 +20,27 @@ from .core import BlockOutput, Transformer
 from .data import Corpus
 from .figures import markdown_table, span
 from .moe import MixtureOfExperts, balance_loss
-from .scores import (block_runs, causal_ratio, fit_blocks, intervention_scores, linear_losses, measure_batch, pair_mean,
+from .scores import (block_runs, causal_ratio, fit_blocks, intervention_scores, linear_losses,
+                              measure_batch, pair_mean,
                               swap_losses, to_lists, trace)
 from .studies import by_variant, over_seeds, read_metric
 from .train import TrainConfig, evaluate, parameter_groups, sequences_per_step
 
 # %% ../nbs/beyond/02_corrections.ipynb #2536a100
-TRAPS = {1: 'affine map applied transposed', 2: 'affine map fitted where it is evaluated', 3: 'states shifted by one', 4: 'last state after the final norm',
-         5: 'scores in bf16', 6: 'everything decays', 7: 'auxiliary weights compound', 8: 'sequences fixed, own length', 9: 'mean variance only',
-         10: 'gates not renormalised', 11: 'training text, unseeded choice', 12: 'full forward passes', 13: 'loss divided by B x T'}
+TRAPS = {1: 'affine map applied transposed', 2: 'affine map fitted where it is evaluated',
+         3: 'states shifted by one', 4: 'last state after the final norm',
+         5: 'scores in bf16', 6: 'everything decays', 7: 'auxiliary weights compound',
+         8: 'sequences fixed, own length', 9: 'mean variance only',
+         10: 'gates not renormalised', 11: 'training text, unseeded choice', 12: 'full forward passes',
+         13: 'loss divided by B x T'}
 
 def row(trap: int, quantity: str, as_published: float, ours: float, note: str = '',
         detail: dict = {}) -> dict:
-    "One quantity, with a trap of TRAPS and without it; a note for readers, and more numbers for pictures. Ready for JSON."
+    """One quantity, with a trap of TRAPS and without it; a note for readers, and more numbers for pictures.
+    Ready for JSON."""
     if trap not in TRAPS: raise ValueError(f'trap={trap!r} must be one of 1 to {len(TRAPS)}')
-    return dict(trap=trap, quantity=quantity, as_published=float(as_published), ours=float(ours), note=note, detail=to_lists(detail))
+    return dict(trap=trap, quantity=quantity, as_published=float(as_published), ours=float(ours), note=note,
+                detail=to_lists(detail))
 
 def ratio(as_published: float, ours: float) -> float:
     "The effect of a trap, as published / ours; infinite if only ours is 0, NaN if it is not positive."
@@ -44,7 +50,8 @@ def ratio(as_published: float, ours: float) -> float:
 
 # %% ../nbs/beyond/02_corrections.ipynb #4524199d
 def _over_models(values: list[float]) -> tuple[float, float, float]:
-    "Mean over models with its low and high end, geometric for positive numbers; without an interval, all the same."
+    """Mean over models with its low and high end, geometric for positive numbers; without an interval, all
+    the same."""
     found = over_seeds([dict(value=v, low=v, high=v) for v in values], log=min(values) > 0)
     return found['value'], found['low'], found['high']
 
@@ -54,9 +61,11 @@ def combine(rows: list[dict]) -> list[dict]:
     for trap, quantity in dict.fromkeys((r['trap'], r['quantity']) for r in rows):
         same = [r for r in rows if (r['trap'], r['quantity']) == (trap, quantity)]
         ratios = [ratio(r['as_published'], r['ours']) for r in same]
-        factor = _over_models(ratios) if all(map(math.isfinite, ratios)) else (max(ratios),) * 3 if math.inf in ratios else (math.nan,) * 3
+        factor = (_over_models(ratios) if all(map(math.isfinite, ratios)) else (max(ratios),) * 3
+                  if math.inf in ratios else (math.nan,) * 3)
         ends = {name: _over_models([r[name] for r in same]) for name in ('as_published', 'ours')}
-        found.append(dict(trap=trap, quantity=quantity, n=len(same), note=same[0]['note'], ratio=factor, **ends))
+        found.append(dict(trap=trap, quantity=quantity, n=len(same), note=same[0]['note'], ratio=factor,
+                          **ends))
     return found
 
 def _ratio_text(found: tuple[float, float, float]) -> str:
@@ -69,7 +78,8 @@ def _ratio_text(found: tuple[float, float, float]) -> str:
 def corrections_table(rows: list[dict], *traps: int) -> str:
     "Numbers before and after as Markdown, a row a quantity; of some traps, or of all."
     shown = [c for c in combine(rows) if not traps or c['trap'] in traps]
-    cells = [[c['quantity'], span(*c['as_published']), span(*c['ours']), _ratio_text(c['ratio']), c['note']] for c in shown]
+    cells = [[c['quantity'], span(*c['as_published']), span(*c['ours']), _ratio_text(c['ratio']), c['note']]
+             for c in shown]
     return markdown_table(['quantity', 'as published', 'ours', 'as published / ours', 'note'], cells)
 
 # %% ../nbs/beyond/02_corrections.ipynb #43c21ccc
@@ -91,18 +101,22 @@ def with_block(model: Transformer, l: int, block: nn.Module) -> Transformer:
 
 @torch.no_grad()
 def affine_ratios(model: Transformer, windows: Tensor, fit_windows: Tensor) -> dict[str, Tensor]:
-    """Loss with each block replaced by its affine map, divided by the loss, with and without the two traps: 'ours',
-    'transposed', 'same tokens' and 'both', each (L,); 'loss', a scalar. The model is in eval mode and fp32."""
+    """Loss with each block replaced by its affine map, divided by the loss, with and without the two traps:
+    'ours', 'transposed', 'same tokens' and 'both', each (L,); 'loss', a scalar. The model is in eval mode
+    and fp32."""
     t = trace(model, windows)
     elsewhere, same = fit_blocks(model, fit_windows), fit_blocks(model, windows)
-    ways = {'ours': (elsewhere, False), 'transposed': (elsewhere, True), 'same tokens': (same, False), 'both': (same, True)}
-    ratios = {name: linear_losses(model, t, maps, transposed).mean(1) / t.loss.mean() for name, (maps, transposed) in ways.items()}
+    ways = {'ours': (elsewhere, False), 'transposed': (elsewhere, True), 'same tokens': (same, False),
+            'both': (same, True)}
+    ratios = {name: linear_losses(model, t, maps, transposed).mean(1) / t.loss.mean()
+              for name, (maps, transposed) in ways.items()}
     return ratios | dict(loss=t.loss.mean())
 
 # %% ../nbs/beyond/02_corrections.ipynb #3c4b8819
 @torch.no_grad()
 def states(model: Transformer, windows: Tensor, skip: int = 0, shifted: bool = False) -> list[Tensor]:
-    "Streams h_0 .. h_L, each (B, T, D), of full forward passes that skip a block; if shifted, without an entry for it."
+    """Streams h_0 .. h_L, each (B, T, D), of full forward passes that skip a block; if shifted, without an
+    entry for it."""
     found = [model.embed(windows[:, :-1])]                                   # (B, T, D)
     for l in range(1, len(model.blocks) + 1):
         if l != skip: found.append(model.run(found[-1], start=l - 1, stop=l))
@@ -117,17 +131,18 @@ def differences(found: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def causal_from_states(model: Transformer, windows: Tensor, shifted: bool = False,
         normed: bool = False) -> Tensor:  # fp64, (L, L)
-    """Causal scores C(s, l) from the states of full forward passes, at [s-1, l-1]; NaN unless s < l (< L if shifted).
-    Shifted: with trap 3. Normed: with trap 4, the last state is taken after the final norm."""
+    """Causal scores C(s, l) from the states of full forward passes, at [s-1, l-1]; NaN unless s < l (< L if
+    shifted). Shifted: with trap 3. Normed: with trap 4, the last state is taken after the final norm."""
     L = len(model.blocks)
     last = (lambda found: [*found[:-1], model.final_norm(found[-1])]) if normed else (lambda found: found)
     before = differences(last(states(model, windows)))                                     # L of (B, T, D)
     change = torch.zeros(L, L, dtype=torch.float64)
     for s in range(1, L + 1):
         after = differences(last(states(model, windows, s, shifted)))
-        for l in range(s + 1, len(after) + 1): change[s - 1, l - 1] = (after[l - 1] - before[l - 1]).double().norm(dim=-1).sum()
+        for l in range(s + 1, len(after) + 1):
+            change[s - 1, l - 1] = (after[l - 1] - before[l - 1]).double().norm(dim=-1).sum()
     scores = causal_ratio(change, torch.stack([u.double().norm(dim=-1).sum() for u in before]))  # (L, L)
-    if shifted: scores[:, -1] = float('nan')                                               # block L has no successor
+    if shifted: scores[:, -1] = float('nan')  # block L has no successor
     return scores
 
 def mean_score(scores: Tensor) -> float:
@@ -157,7 +172,8 @@ def permutation_score(model: Transformer, windows: Tensor) -> float:
 
 @torch.no_grad()
 def rounding(model: Transformer, windows: Tensor) -> dict[str, float]:
-    "Causal score of a model in fp32, in both precisions: 'bf16' and 'fp32'; and 'size', the stream relative to updates."
+    """Causal score of a model in fp32, in both precisions: 'bf16' and 'fp32'; and 'size', the stream
+    relative to updates."""
     found = states(model, windows)
     sizes = [h.norm(dim=-1).mean() / u.norm(dim=-1).mean() for h, u in zip(found[1:], differences(found))]
     low, high = (mean_score(causal_from_states(m, windows)) for m in (copy.deepcopy(model).bfloat16(), model))
@@ -165,10 +181,12 @@ def rounding(model: Transformer, windows: Tensor) -> dict[str, float]:
 
 # %% ../nbs/beyond/02_corrections.ipynb #674b907f
 def decaying(model: nn.Module, decay_groups: str = 'matrices') -> dict[str, int]:
-    "How many numbers of each kind of parameter decay, with decay_groups 'matrices' (ours) or 'all' (as published)."
+    """How many numbers of each kind of parameter decay, with decay_groups 'matrices' (ours) or 'all' (as
+    published)."""
     sizes, found = {name: p.numel() for name, p in model.named_parameters()}, {}
     for name in parameter_groups(model, 1.0, decay_groups)[0]['names']:
-        kind = 'norm gains' if 'norm' in name else 'embedding' if name.startswith('embedding') else 'head' if name.startswith('head') else 'matrices of blocks'
+        kind = ('norm gains' if 'norm' in name else 'embedding' if name.startswith('embedding') else 'head'
+                if name.startswith('head') else 'matrices of blocks')
         found[kind] = found.get(kind, 0) + sizes[name]
     return found
 
@@ -176,7 +194,8 @@ def decaying(model: nn.Module, decay_groups: str = 'matrices') -> dict[str, int]
 def _per_seed(study: str, records: list[dict], read: dict[str, str], metric: str) -> list[dict[str, float]]:
     "The same metric of several variants by their labels, for each seed that has them all."
     groups = by_variant(study, records)
-    found = {name: {r['seed']: m['value'] for r in groups.get(label, []) if (m := read_metric(r, metric))} for name, label in read.items()}
+    found = {name: {r['seed']: m['value'] for r in groups.get(label, []) if (m := read_metric(r, metric))}
+             for name, label in read.items()}
     shared = sorted(set.intersection(*(set(v) for v in found.values())))
     return [{name: v[seed] for name, v in found.items()} for seed in shared]
 
@@ -184,35 +203,45 @@ def _per_seed(study: str, records: list[dict], read: dict[str, str], metric: str
 def decay_rows(records: list[dict]) -> list[dict]:
     "Trap 6 on the records of the study of weight decay, at the published lambda."
     labels, rows = dict(published='λ=0.1, all', ours='λ=0.1'), []
-    for metric, name in dict(final_variance='final variance', perplexity='perplexity', linear_loss_increase='cost of an affine block (nats)').items():
-        rows += [row(6, f'{name}, λ = 0.1', m['published'], m['ours'], 'trained with either') for m in _per_seed('decay', records, labels, metric)]
+    for metric, name in dict(final_variance='final variance', perplexity='perplexity',
+                             linear_loss_increase='cost of an affine block (nats)').items():
+        rows += [row(6, f'{name}, λ = 0.1', m['published'], m['ours'], 'trained with either')
+                 for m in _per_seed('decay', records, labels, metric)]
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #b388fa48
 def auxiliary_weights(L: int, compounded: bool = False) -> Tensor:  # fp64, (L,)
     "Share of w that each block gets in the auxiliary loss."
-    return float(L) ** -torch.arange(1, L + 1, dtype=torch.float64) if compounded else torch.full((L,), 1 / L, dtype=torch.float64)
+    return (float(L) ** -torch.arange(1, L + 1, dtype=torch.float64) if compounded
+            else torch.full((L,), 1 / L, dtype=torch.float64))
 
 @torch.no_grad()
 def _balance_by_block(model: Transformer, windows: Tensor) -> Tensor:  # fp64, (L,)
     "Load-balancing loss of each block of a mixture of experts; 1 if balanced."
     found = []
-    model.run(model.embed(windows[:, :-1]), watch=lambda l, out: found.append(balance_loss(out.routing, len(windows)).double()))
+    model.run(model.embed(windows[:, :-1]),
+              watch=lambda l, out: found.append(balance_loss(out.routing, len(windows)).double()))
     return torch.stack(found)
 
 # %% ../nbs/beyond/02_corrections.ipynb #8df50149
 def context_rows(records: list[dict], short: int = 32, long: int = 512) -> list[dict]:
     "Traps 8 and 9 on the records of the context study, at a short and a long context."
-    labels = dict(short=f'T={short}', long=f'T={long}', short_fixed=f'T={short}, sequences fixed', long_fixed=f'T={long}, sequences fixed')
+    labels = dict(short=f'T={short}', long=f'T={long}', short_fixed=f'T={short}, sequences fixed',
+                  long_fixed=f'T={long}, sequences fixed')
     get = lambda metric: _per_seed('context', records, labels, metric)
-    growth, common, median, without = (get(f'final_variance{m}') for m in ('', '@common', '_median', '_without_first'))
+    growth, common, median, without = (get(f'final_variance{m}')
+                                       for m in ('', '@common', '_median', '_without_first'))
     own, at_common = get('perplexity'), get('perplexity@common')
     rows, times = [], f'T = {long} / T = {short}'
     for g, c, m, w, p, q in zip(growth, common, median, without, own, at_common):
-        rows += [row(8, f'final variance, {times}', g['long_fixed'] / g['short_fixed'], c['long'] / c['short'], 'ours: tokens fixed, evaluated at a common length'),
-                 row(8, f'perplexity, {times}', p['long_fixed'] / p['short_fixed'], q['long'] / q['short'], 'ours: tokens fixed, evaluated at a common length'),
-                 row(9, f'final variance, {times}', g['long'] / g['short'], m['long'] / m['short'], 'mean against median over tokens'),
-                 row(9, 'the same, without position 0', g['long'] / g['short'], w['long'] / w['short'], 'mean against mean without position 0')]
+        rows += [row(8, f'final variance, {times}', g['long_fixed'] / g['short_fixed'],
+                     c['long'] / c['short'], 'ours: tokens fixed, evaluated at a common length'),
+                 row(8, f'perplexity, {times}', p['long_fixed'] / p['short_fixed'], q['long'] / q['short'],
+                     'ours: tokens fixed, evaluated at a common length'),
+                 row(9, f'final variance, {times}', g['long'] / g['short'], m['long'] / m['short'],
+                     'mean against median over tokens'),
+                 row(9, 'the same, without position 0', g['long'] / g['short'], w['long'] / w['short'],
+                     'mean against mean without position 0')]
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #6cb1efb3
@@ -225,7 +254,8 @@ def mean_with_sink(v: float, s: float, T: int) -> float:
 def branch_variances(model: Transformer, windows: Tensor) -> Tensor:  # of every block, fp64, (L,)
     "Variance over channels of the feed-forward update, mean over tokens."
     found = []
-    model.run(model.embed(windows[:, :-1]), watch=lambda l, out: found.append(out.feed_forward.double().var(-1).mean()))
+    model.run(model.embed(windows[:, :-1]),
+              watch=lambda l, out: found.append(out.feed_forward.double().var(-1).mean()))
     return torch.stack(found)
 
 def with_gates(model: Transformer, gates: str) -> Transformer:
@@ -240,19 +270,25 @@ def gate_rows(records: list[dict]) -> list[dict]:
     "Trap 10 on the records of the study of mixtures of experts."
     labels = dict(dense='dense', published='gates as published', ours='gates renormalised')
     rows = []
-    for metric, name in dict(final_variance='final variance', final_variance_median='final variance, median', perplexity='perplexity').items():
+    for metric, name in dict(final_variance='final variance', final_variance_median='final variance, median',
+                             perplexity='perplexity').items():
         for m in _per_seed('moe', records, labels, metric):
-            rows.append(row(10, f'{name}, mixture / dense', m['published'] / m['dense'], m['ours'] / m['dense'], 'ours: renormalised, same active size'))
+            rows.append(row(10, f'{name}, mixture / dense', m['published'] / m['dense'],
+                            m['ours'] / m['dense'], 'ours: renormalised, same active size'))
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #a7db57ed
 def _seen_and_unseen(corpus: Corpus, train: TrainConfig, T: int, n: int) -> tuple[Tensor, Tensor]:
-    "Training text of the last steps, and of the steps that would come next; n sequences of T + 1 tokens each."
+    """Training text of the last steps, and of the steps that would come next; n sequences of T + 1 tokens
+    each."""
     per_step = sequences_per_step(train, T)
     steps = -(-n // per_step)                                                # rounded up
-    if train.steps < steps: raise ValueError(f'n={n} must be at most {train.steps * per_step}, the sequences seen in training')
-    if corpus.epochs(train.steps + steps, per_step, T) > 1: raise ValueError(f'steps={train.steps} leave fewer than n={n} sequences unseen')
-    draw = lambda first: torch.cat([corpus.batch(first + i, per_step, T, train.seed) for i in range(steps)])[:n]
+    if train.steps < steps:
+        raise ValueError(f'n={n} must be at most {train.steps * per_step}, the sequences seen in training')
+    if corpus.epochs(train.steps + steps, per_step, T) > 1:
+        raise ValueError(f'steps={train.steps} leave fewer than n={n} sequences unseen')
+    draw = lambda first: torch.cat([corpus.batch(first + i, per_step, T, train.seed)
+                                    for i in range(steps)])[:n]
     return draw(train.steps - steps), draw(train.steps)
 
 def choices(N: int, n: int, R: int, seed: int = 0) -> Tensor:  # fp64, (R, N)
@@ -264,7 +300,8 @@ def choices(N: int, n: int, R: int, seed: int = 0) -> Tensor:  # fp64, (R, N)
 @torch.no_grad()
 def _chosen_scores(model: Transformer, windows: Tensor, fit_windows: Tensor, weights: Tensor,
         batch_size: int = 16) -> dict[str, Tensor]:
-    "Scalar scores, (R,) each, on many choices, (R, N), of N sequences, from one measurement of a model in fp32."
+    """Scalar scores, (R,) each, on many choices, (R, N), of N sequences, from one measurement of a model in
+    fp32."""
     maps, found = fit_blocks(model, fit_windows, batch_size), []
     for part in windows.split(batch_size): found.append(measure_batch(model, part, maps))
     joined = {name: torch.cat([f[name] for f in found], dim=-1) for name in found[0] if name != 'variance'}
@@ -282,8 +319,10 @@ def padded_loss(loss: float, T: int) -> float:
     return loss * (T - 1) / T
 
 # %% ../nbs/beyond/02_corrections.ipynb #4437fc35
-MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal score', 4: 'final variance', 5: 'causal score', 6: 'final variance, λ = 0.1',
-        7: 'weighted sum of balancing losses, published gates', 8: 'perplexity, T = 512 / T = 32', 9: 'final variance', 10: 'final variance, median, mixture / dense',
+MAIN = {1: 'cost of an affine block', 2: 'cost of an affine block', 3: 'causal score', 4: 'final variance',
+        5: 'causal score', 6: 'final variance, λ = 0.1',
+        7: 'weighted sum of balancing losses, published gates', 8: 'perplexity, T = 512 / T = 32',
+        9: 'final variance', 10: 'final variance, median, mixture / dense',
         11: 'loss', 12: 'block evaluations, L = 8', 13: 'loss'}
 
 def ordered(rows: list[dict]) -> list[dict]:
@@ -293,14 +332,18 @@ def ordered(rows: list[dict]) -> list[dict]:
 
 def closing_table(rows: list[dict]) -> str:
     "How much each trap matters, in Markdown."
-    cells = [[c['trap'], TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']), _ratio_text(c['ratio'])] for c in ordered(rows)]
-    return markdown_table(['trap', 'what it is', 'main quantity', 'as published', 'ours', 'as published / ours'], cells)
+    cells = [[c['trap'], TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']),
+              _ratio_text(c['ratio'])] for c in ordered(rows)]
+    return markdown_table(['trap', 'what it is', 'main quantity', 'as published', 'ours',
+                           'as published / ours'], cells)
 
 # %% ../nbs/beyond/02_corrections.ipynb #eebadb53
 def _usefulness_rows(model: Transformer, windows: Tensor, fit_windows: Tensor) -> list[dict]:
     "Traps 1 and 2."
     r = affine_ratios(model, windows, fit_windows)
-    cost = {name.replace(' ', '_'): r['loss'] * (r[name] - 1) for name in ('ours', 'transposed', 'same tokens', 'both')}   # (L,) in nats
+    # (L,) in nats
+    cost = {name.replace(' ', '_'): r['loss'] * (r[name] - 1)
+            for name in ('ours', 'transposed', 'same tokens', 'both')}
     useful = lambda name: (r[name] > 1.10).double().mean()
     few = affine_ratios(model, windows[:4], fit_windows[:4])
     flattered = {name: (few['loss'] * (few[name] - 1)).mean() for name in ('ours', 'same tokens')}
@@ -310,8 +353,10 @@ def _usefulness_rows(model: Transformer, windows: Tensor, fit_windows: Tensor) -
     unit, name = 'nats, mean over blocks', 'cost of an affine block'
     return [row(1, name, cost['transposed'].mean(), cost['ours'].mean(), unit, cost),
             row(1, 'usefulness', useful('transposed'), useful('ours'), 'share of blocks above 1.10'),
-            row(1, f'ratio of block {middle} made exactly affine', affine['transposed'][middle - 1], affine['ours'][middle - 1], 'should be 1'),
-            row(2, name, cost['same_tokens'].mean(), cost['ours'].mean(), f'{unit}; {len(fit_windows)} sequences to fit on'),
+            row(1, f'ratio of block {middle} made exactly affine', affine['transposed'][middle - 1],
+                affine['ours'][middle - 1], 'should be 1'),
+            row(2, name, cost['same_tokens'].mean(), cost['ours'].mean(),
+                f'{unit}; {len(fit_windows)} sequences to fit on'),
             row(2, f'{name}, fitted on 4 sequences', flattered['same tokens'], flattered['ours'], unit),
             row(2, f'{name}, with trap 1', cost['both'].mean(), cost['ours'].mean(), f'{unit}; both traps')]
 
@@ -320,41 +365,58 @@ def _state_rows(model: Transformer, windows: Tensor, scales: tuple = (1, 4, 16, 
     ours, shifted = causal_from_states(model, windows), causal_from_states(model, windows, shifted=True)
     common = torch.where(shifted.isnan(), shifted, ours)                     # pairs s < l < L
     sizes = torch.stack([u.norm(dim=-1).mean() for u in differences(states(model, windows))])        # (L,)
-    unrelated = torch.where(shifted.isnan(), shifted, (1 + (sizes.roll(-1) / sizes) ** 2).sqrt())    # a fair guess, by column
+    # a fair guess, by column
+    unrelated = torch.where(shifted.isnan(), shifted, (1 + (sizes.roll(-1) / sizes) ** 2).sqrt())
     middle = (len(model.blocks) + 1) // 2
     zeros = torch.zeros(model.config.d_model)
     idle = with_block(model, middle, AffineBlock(torch.diag(zeros), zeros))
-    idle_rows = [mean_score(causal_from_states(idle, windows, shifted=s)[middle - 1, :-1]) for s in (True, False)]
-    normed, both = causal_from_states(model, windows, normed=True), causal_from_states(model, windows, shifted=True, normed=True)
+    idle_rows = [mean_score(causal_from_states(idle, windows, shifted=s)[middle - 1, :-1])
+                 for s in (True, False)]
+    normed, both = (causal_from_states(model, windows, normed=True),
+                    causal_from_states(model, windows, shifted=True, normed=True))
     before, after = last_variances(model, windows)
-    scaled, plain = [rounding(with_embeddings_scaled(model, c), windows[:8]) | dict(scale=c) for c in scales], rounding(model, windows)
-    loudest, swaps = scaled[-1], [permutation_score(m, windows[:8]) for m in (copy.deepcopy(model).bfloat16(), model)]
-    return [row(3, 'causal score', mean_score(shifted), mean_score(common), 'pairs s < l < L', dict(with_shift=shifted, without_shift=ours, unrelated=mean_score(unrelated))),
+    scaled, plain = [rounding(with_embeddings_scaled(model, c), windows[:8]) | dict(scale=c)
+                     for c in scales], rounding(model, windows)
+    loudest, swaps = (scaled[-1],
+                      [permutation_score(m, windows[:8]) for m in (copy.deepcopy(model).bfloat16(), model)])
+    return [row(3, 'causal score', mean_score(shifted), mean_score(common), 'pairs s < l < L',
+                dict(with_shift=shifted, without_shift=ours, unrelated=mean_score(unrelated))),
             row(3, f'block {middle} made the identity', *idle_rows, 'should be 0'),
-            row(3, 'causal score, with trap 4', mean_score(both), mean_score(common), 'both traps, as they act'),
+            row(3, 'causal score, with trap 4', mean_score(both), mean_score(common),
+                'both traps, as they act'),
             row(4, 'final variance', after, before, 'mean over tokens'),
-            row(4, 'causal score of the last block', mean_score(normed[:, -1]), mean_score(ours[:, -1]), 'mean over skipped blocks'),
-            row(5, 'causal score', plain['bf16'], plain['fp32'], f'mean over pairs; stream / update about {plain["size"]:.0f}', dict(scaled=scaled)),
+            row(4, 'causal score of the last block', mean_score(normed[:, -1]), mean_score(ours[:, -1]),
+                'mean over skipped blocks'),
+            row(5, 'causal score', plain['bf16'], plain['fp32'],
+                f'mean over pairs; stream / update about {plain["size"]:.0f}', dict(scaled=scaled)),
             row(5, 'permutation score', *swaps, 'mean over pairs, 8 sequences'),
-            row(5, f'causal score, embeddings x {loudest["scale"]}', loudest['bf16'], loudest['fp32'], f'8 sequences; stream / update about {loudest["size"]:.0f}')]
+            row(5, f'causal score, embeddings x {loudest["scale"]}', loudest['bf16'], loudest['fp32'],
+                f'8 sequences; stream / update about {loudest["size"]:.0f}')]
 
 # %% ../nbs/beyond/02_corrections.ipynb #f7c6d1fe
 def _text_rows(model: Transformer, corpus: Corpus, train: TrainConfig, fit_windows: Tensor, pool: Tensor,
         n: int, n_loss: int) -> list[dict]:
-    "Trap 11: scores on choices of n held-out sequences out of a pool, (N, T + 1), and on training text; losses on n_loss."
+    """Trap 11: scores on choices of n held-out sequences out of a pool, (N, T + 1), and on training text;
+    losses on n_loss."""
     T = fit_windows.shape[1] - 1
     seen, unseen = _seen_and_unseen(corpus, train, T, max(n_loss, len(pool)))
     held_out = corpus.sample_windows('val', min(n_loss, corpus.n_windows('val', T)), T, train.seed)
     losses = [evaluate(model, w[:n_loss]).double().mean().item() for w in (seen, unseen, held_out)]
     rows = [row(11, 'loss', losses[0], losses[2], 'nats; seen in training against held out'),
-            row(11, 'loss, training text never seen', losses[1], losses[2], 'nats; the difference in content alone')]
+            row(11, 'loss, training text never seen', losses[1], losses[2],
+                'nats; the difference in content alone')]
     weights = choices(len(pool), n, 500)
     spread = _chosen_scores(model, pool, fit_windows, torch.cat([torch.ones(1, len(pool)).double(), weights]))
     on_seen = _chosen_scores(model, seen[:len(pool)], fit_windows, torch.ones(1, len(pool)).double())
-    for name, title in dict(loss='loss', causal='causal score', permutation='permutation score', linear_loss_increase='cost of an affine block').items():
+    for name, title in dict(loss='loss', causal='causal score', permutation='permutation score',
+                            linear_loss_increase='cost of an affine block').items():
         low, high = spread[name][1:].quantile(torch.tensor([.025, .975]).double()).tolist()
-        rows.append(row(11, f'{title} over choices of {n}', high, low, 'ends of 95 % of the choices, not a pair of before and after', dict(choices=spread[name][1:])))
-        if name != 'loss': rows.append(row(11, title, on_seen[name][0], spread[name][0], f'{len(pool)} sequences seen in training against held out'))
+        rows.append(row(11, f'{title} over choices of {n}', high, low,
+                        'ends of 95 % of the choices, not a pair of before and after',
+                        dict(choices=spread[name][1:])))
+        if name != 'loss':
+            rows.append(row(11, title, on_seen[name][0], spread[name][0],
+                            f'{len(pool)} sequences seen in training against held out'))
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #e8ae81f7
@@ -364,13 +426,17 @@ def _mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dic
     for gates, model in mixtures.items():
         L, balance = len(model.blocks), _balance_by_block(model, windows)                   # (L,)
         sums = [(auxiliary_weights(L, c) * balance).sum() for c in (True, False)]
-        rows.append(row(7, f'weighted sum of balancing losses, {gates.replace("_", "-")} gates', *sums, 'in units of w', dict(balance=balance)))
+        rows.append(row(7, f'weighted sum of balancing losses, {gates.replace("_", "-")} gates', *sums,
+                        'in units of w', dict(balance=balance)))
         changed = {g: branch_variances(with_gates(model, g), windows) for g in ('published', 'renormalised')}
-        rows.append(row(10, f'branch, trained with {gates.replace("_", "-")} gates', changed['published'].mean(), changed['renormalised'].mean(),
-                        'variance of the feed-forward update, mean over blocks; same weights, gates exchanged'))
+        rows.append(row(10, f'branch, trained with {gates.replace("_", "-")} gates',
+                        changed['published'].mean(), changed['renormalised'].mean(),
+                        'variance of the feed-forward update, mean over blocks; same weights, gates '
+                        'exchanged'))
     if {'published', 'renormalised'} <= set(mixtures):
         own = {g: branch_variances(mixtures[g], windows) for g in ('published', 'renormalised')}
-        rows.append(row(10, 'branch, each trained with its own gates', own['published'].mean(), own['renormalised'].mean(),
+        rows.append(row(10, 'branch, each trained with its own gates', own['published'].mean(),
+                        own['renormalised'].mean(),
                         'variance of the feed-forward update, mean over blocks', own))
     return rows
 
@@ -387,16 +453,20 @@ def _closed_rows(model: Transformer, loss: float, T: int) -> list[dict]:
 def corrections(model: Transformer, corpus: Corpus, train: TrainConfig, mixtures: dict[str, Transformer] = {},
         n_sequences: int = 32, n_fit: int = 64, n_pool: int = 96, n_loss: int = 512,
         seed: int = 0) -> list[dict]:
-    """Every trap's numbers before and after, on one dense model in fp32 and on mixtures by their kind of gates.
-    Traps 6, 8 and 9 need records of trained runs and are not among them. Held-out sequences: n_sequences to score, n_fit to
-    fit affine maps on, n_pool to choose from in trap 11, n_loss for losses."""
+    """Every trap's numbers before and after, on one dense model in fp32 and on mixtures by their kind of
+    gates. Traps 6, 8 and 9 need records of trained runs and are not among them. Held-out sequences:
+    n_sequences to score, n_fit to fit affine maps on, n_pool to choose from in trap 11, n_loss for
+    losses."""
     T = model.config.context_length
-    windows, fit_windows, pool = corpus.sample_windows('val', n_sequences + n_fit + n_pool, T, seed).split([n_sequences, n_fit, n_pool])
+    windows, fit_windows, pool = corpus.sample_windows('val', n_sequences + n_fit + n_pool, T,
+                                                       seed).split([n_sequences, n_fit, n_pool])
     with torch.no_grad():
         rows = _usefulness_rows(model, windows, fit_windows) + _state_rows(model, windows)
         variance = trace(model, windows).streams[-1].double().var(-1)                      # (N, T)
-        rows.append(row(9, 'final variance', variance.mean(), variance.median(), 'mean against median over tokens'))
-        rows.append(row(9, 'final variance, without position 0', variance.mean(), variance[:, 1:].mean(), 'mean against mean without position 0'))
+        rows.append(row(9, 'final variance', variance.mean(), variance.median(),
+                        'mean against median over tokens'))
+        rows.append(row(9, 'final variance, without position 0', variance.mean(), variance[:, 1:].mean(),
+                        'mean against mean without position 0'))
         rows += _text_rows(model, corpus, train, fit_windows, pool, n_sequences, n_loss)
         loss = evaluate(model, windows).double().mean().item()
         return rows + _mixture_rows(mixtures, windows) + _closed_rows(model, loss, T)

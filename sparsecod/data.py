@@ -38,7 +38,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .configuration import POSITIVE, SEED, Config, check_fields, require
-from .integrity import Damaged, check_identity, check_seal, check_stamp, flush, read_json, seal, set_aside, stamp, write_text
+from .integrity import (Damaged, check_identity, check_seal, check_stamp, flush, read_json, seal,
+                                 set_aside, stamp, write_text)
 
 # %% ../nbs/build/04_data.ipynb #963b2029
 EOS = "<|endoftext|>"
@@ -71,22 +72,27 @@ def special_tokens(backend) -> list[str]:
     return sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
 
 # %% ../nbs/build/04_data.ipynb #a622dd92
-_LONGEST_WORD = 1000  # characters; beyond that a run of letters, digits, blanks or signs is cut, for training only
-_LONG_RUN = re.compile("|".join("(?:%s){%d}" % (kind, _LONGEST_WORD) for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]|_")))
+# characters; beyond that a run of letters, digits, blanks or signs is cut, for training only
+_LONGEST_WORD = 1000
+_LONG_RUN = re.compile("|".join("(?:%s){%d}" % (kind, _LONGEST_WORD)
+                                for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]|_")))
 
 def _cut_long_words(texts: Iterable[str]) -> Iterator[str]:
-    "Bound the length of a word, as the time to learn merges grows with its square; a text with a longer word comes in pieces."
+    """Bound the length of a word, as the time to learn merges grows with its square; a text with a longer
+    word comes in pieces."""
     for text in texts:
         ends = [0, *(run.end() for run in _LONG_RUN.finditer(text)), len(text)]
         yield from (text[start:end] for start, end in zip(ends, ends[1:]))
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    "Train a byte-level BPE tokenizer: EOS, 256 bytes and vocab_size - 257 merges, fewer if the text runs out of repeated pairs."
+    """Train a byte-level BPE tokenizer: EOS, 256 bytes and vocab_size - 257 merges, fewer if the text runs
+    out of repeated pairs."""
     import tokenizers as hf
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[EOS],
+    trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
+                                     special_tokens=[EOS],
                                      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(_cut_long_words(texts), trainer)
     return Tokenizer(backend)
@@ -105,7 +111,8 @@ def _find_eos(backend, settings: dict, name: str) -> str:
                      f"set eos_token to one of its tokens, for example one of {some}")
 
 def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
-    "Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub; eos_token=None: as it declares."
+    """Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub;
+    eos_token=None: as it declares."""
     from tokenizers import Tokenizer as Backend
     path = Path(os.path.expanduser(name))
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -119,7 +126,8 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
             backend, settings_file = Backend.from_file(str(file)), file.with_name("tokenizer_config.json")
         else: backend, settings_file = Backend.from_pretrained(name), _hub_file(name, "tokenizer_config.json")
     except Exception as error:
-        raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a GGUF file, "
+        raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a "
+                         f"GGUF file, "
                          f"or a name that can be fetched from the Hugging Face Hub: {error}") from error
     settings = read_json(settings_file) if settings_file and settings_file.is_file() else {}
     return Tokenizer(backend, eos_token or _find_eos(backend, settings, name))
@@ -151,13 +159,15 @@ def to_item(raw: bytes, consumed: int, where: str) -> Item:
 
 # %% ../nbs/build/04_data.ipynb #ca5b9254
 def cut(raw: bytes, limit: int) -> Iterator[bytes]:
-    "Pieces of at most `limit` (4 or more) bytes, cut behind line ends where possible and never inside a character."
+    """Pieces of at most `limit` (4 or more) bytes, cut behind line ends where possible and never inside a
+    character."""
     start = 0
     while len(raw) - start > limit:
         end = raw.rfind(b"\n", start, start + limit) + 1
         if not end:
             end = start + limit
-            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80: end -= 1  # 10xxxxxx: inside a UTF-8 character
+            # 10xxxxxx: inside a UTF-8 character
+            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80: end -= 1
         yield raw[start:end]
         start = end
     yield raw[start:]
@@ -174,7 +184,8 @@ def _text_items(path: Path, limit: int, where: str) -> Iterator[Item]:
 
 # %% ../nbs/build/04_data.ipynb #e086473e
 def row_items(rows: Iterable[tuple], field: str, limit: int, where: str) -> Iterator[Item]:
-    "Documents of at most `limit` bytes out of pairs: a row as a dict, or None if it is broken, and the bytes read for it."
+    """Documents of at most `limit` bytes out of pairs: a row as a dict, or None if it is broken, and the
+    bytes read for it."""
     checked = False
     for number, (row, consumed) in enumerate(rows, 1):
         text = row.get(field) if isinstance(row, dict) else None
@@ -196,7 +207,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple]:
         for line in file:
             try:
                 if line.strip(): yield json.loads(line), len(line)
-            except (ValueError, RecursionError): yield None, len(line)  # no JSON, or brackets in brackets without end
+            # no JSON, or brackets in brackets without end
+            except (ValueError, RecursionError): yield None, len(line)
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple]:
     "Rows of a parquet file, a few hundred in memory at a time; an OSError if it is damaged."
@@ -228,12 +240,14 @@ ROW_SUFFIXES = (".jsonl", ".parquet")
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 def _walk(root: Path, suffixes: tuple, skip: tuple = ()) -> list[tuple[str, Path]]:
-    "Files below a folder, as pairs of the name relative to it and the path; without hidden ones and folders to skip."
+    """Files below a folder, as pairs of the name relative to it and the path; without hidden ones and
+    folders to skip."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
         paths = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [(p.relative_to(root).as_posix(), p) for p in paths if p.suffix.lower() in suffixes and os.path.isfile(p)]
+        found += [(p.relative_to(root).as_posix(), p) for p in paths if p.suffix.lower() in suffixes
+                  and os.path.isfile(p)]
     return found
 
 # %% ../nbs/build/04_data.ipynb #9feaef03
@@ -242,14 +256,17 @@ def _is_python(source: str) -> bool:
     return source in ("stdlib", "site") or source.startswith("site:")
 
 def python_folders(source: str) -> list[Path]:
-    "Folders of the standard library for 'stdlib', with those of all packages for 'site', or only of packages for 'site:NAMES'."
+    """Folders of the standard library for 'stdlib', with those of all packages for 'site', or only of
+    packages for 'site:NAMES'."""
     stdlib = [Path(sysconfig.get_path("stdlib"))]
-    packages = [Path(p) for p in dict.fromkeys(sys.path) if Path(p).name in _PACKAGE_FOLDERS and os.path.isdir(p)]
+    packages = [Path(p) for p in dict.fromkeys(sys.path) if Path(p).name in _PACKAGE_FOLDERS
+                and os.path.isdir(p)]
     if ":" not in source: return stdlib + (packages if source == "site" else [])
     names = source.partition(":")[2].split(",")
     found = {name: next((p / name for p in packages if name and (p / name).is_dir()), None) for name in names}
     if missing := [name for name, folder in found.items() if folder is None]:
-        raise ValueError(f"source={source!r} names {missing[0]!r}, which is not the folder of an installed package")
+        raise ValueError(
+            f"source={source!r} names {missing[0]!r}, which is not the folder of an installed package")
     return list(found.values())
 
 # %% ../nbs/build/04_data.ipynb #0db25dfd
@@ -272,16 +289,19 @@ def _folders_below(root: str) -> Iterator[str]:
             if os.path.isdir(path): (links if os.path.islink(path) else real).append(path)
 
 def matching_files(pattern: str) -> set[Path]:
-    "Files that match a pattern with * ? [] and ** for any number of folders, also where links lead in circles."
+    """Files that match a pattern with * ? [] and ** for any number of folders, also where links lead in
+    circles."""
     parts = Path(pattern).parts
     if "**" not in parts: return {Path(p) for p in glob.glob(pattern) if os.path.isfile(p)}
     i = parts.index("**")
-    starts, rest = glob.glob(os.path.join(*parts[:i])) if i else [os.curdir], os.path.join(*parts[i + 1:] or "*")
+    starts, rest = (glob.glob(os.path.join(*parts[:i])) if i else [os.curdir],
+                    os.path.join(*parts[i + 1:] or "*"))
     folders = (folder for start in starts for folder in _folders_below(start))
     return {path for folder in folders for path in matching_files(os.path.join(glob.escape(folder), rest))}
 
 def _list_files(source: str) -> list[tuple[str, Path]]:
-    "Names and paths of the files of 'stdlib', 'site', 'site:NAMES', a file, folder or pattern, shuffled by the hash of the name."
+    """Names and paths of the files of 'stdlib', 'site', 'site:NAMES', a file, folder or pattern, shuffled
+    by the hash of the name."""
     path = Path(os.path.expanduser(source))
     if _is_python(source):
         skip, named = (*_PACKAGE_FOLDERS, "__pycache__"), ":" in source
@@ -297,7 +317,8 @@ def _list_files(source: str) -> list[tuple[str, Path]]:
         suffixes = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
         raise ValueError(f"source={source!r} is a folder without any file that ends in {suffixes}")
     if not files:
-        raise ValueError(f"source={source!r} is not a file, a folder or a pattern that matches one; allowed are those and "
+        raise ValueError(f"source={source!r} is not a file, a folder or a pattern that matches one; allowed "
+                         f"are those and "
                          f"'stdlib', 'site', 'site:PACKAGE,PACKAGE', {', '.join(map(repr, ALIASES))} "
                          "and 'hf:OWNER/NAME' for a Hugging Face dataset")
     return sorted(files, key=lambda file: (content_id(file[0]), file[1]))
@@ -307,18 +328,21 @@ ALIASES = {"fineweb-edu": {"source": "hf:HuggingFaceFW/fineweb-edu", "subset": "
                            "max_tokens": 5_000_000_000}}
 
 def _hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
-    "Rows of a Hugging Face dataset 'hf:NAME' or 'hf:NAME@REVISION', or of a local folder 'hf:FOLDER', streamed."
+    """Rows of a Hugging Face dataset 'hf:NAME' or 'hf:NAME@REVISION', or of a local folder 'hf:FOLDER',
+    streamed."""
     from datasets import load_dataset
     name, _, revision = source.removeprefix("hf:").partition("@")
     try:
-        rows = iter(load_dataset(os.path.expanduser(name), subset, split=split, streaming=True, revision=revision or None))
+        rows = iter(load_dataset(os.path.expanduser(name), subset, split=split, streaming=True,
+                                 revision=revision or None))
     except Exception as error:
         raise ValueError(f"source={source!r}, subset={subset!r}, split={split!r} must be a dataset "
                          f"that the datasets library can open: {error}") from error
     try:
         for row in rows: yield row, 0
     except Exception as error:
-        raise ValueError(f"source={source!r} could not be read further: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"source={source!r} could not be read further: {type(error).__name__}: {error}") from error
     finally:  # threads of a reader that is stopped early must end before Python does
         del rows
         gc.collect()
@@ -333,19 +357,21 @@ def split_number(content: bytes, seed: int = 0) -> float:
 @dataclass(frozen=True)
 class DataConfig(Config):
     "What a corpus is made of: where the text comes from, how it is split, and how it becomes tokens."
-    source: str = "stdlib"                 # 'stdlib', 'site', 'site:NAMES', 'fineweb-edu', 'hf:NAME[@REVISION]', or a file, folder or glob
+    # 'stdlib', 'site', 'site:NAMES', 'fineweb-edu', 'hf:NAME[@REVISION]', or a file, folder or glob
+    source: str = "stdlib"
     subset: str | None = None              # named configuration of a Hugging Face dataset
     split: str = "train"                   # split of a Hugging Face dataset to read
     text_field: str = "text"               # field that holds the text in jsonl, parquet and Hugging Face rows
-    tokenizer: str = "bpe"                 # 'bpe' to train one, or a folder, a tokenizer.json or a name on the Hub
+    tokenizer: str = "bpe"  # 'bpe' to train one, or a folder, a tokenizer.json or a name on the Hub
     vocab_size: int = 2048                 # V of the tokenizer to train; a pretrained one brings its own
-    eos_token: str | None = None           # end-of-document token of a pretrained tokenizer; None: as it declares
+    eos_token: str | None = None  # end-of-document token of a pretrained tokenizer; None: as it declares
     sample_bytes: int = 2**24              # bytes of training text that the tokenizer is trained on
     val_share: float = 0.05                # expected share of documents for validation
     seed: int = 0                          # seed of the split
     max_documents: int | None = None       # stop after this many distinct documents
     max_tokens: int | None = None          # stop before there are more tokens than this, both sides together
-    max_document_bytes: int | None = None  # cut longer texts; None: 16 KiB if the source is one text file, else 1 MiB
+    # cut longer texts; None: 16 KiB if the source is one text file, else 1 MiB
+    max_document_bytes: int | None = None
 
     RULES = {"source split text_field tokenizer subset eos_token": (str.strip, "must not be empty"),
              "vocab_size sample_bytes max_documents max_tokens": POSITIVE, "seed": SEED,
@@ -375,7 +401,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source.startswith("hf:"):
         rows = _hf_rows(config.source, config.subset, config.split)
         local = Path(os.path.expanduser(config.source.removeprefix("hf:")))
-        stamp = [_file_stamp(path) for path in sorted(local.rglob("*")) if path.is_file()] if local.is_dir() else []
+        stamp = ([_file_stamp(path) for path in sorted(local.rglob("*")) if path.is_file()] if local.is_dir()
+                 else [])
         return Source(row_items(rows, config.text_field, limit, config.source), stamp, None)
     paths = [path for _, path in _list_files(config.source)]
     if len(paths) == 1 and paths[0].suffix.lower() not in ROW_SUFFIXES:
@@ -387,7 +414,8 @@ def open_source(config: DataConfig) -> Source:
 def expand_alias(config: DataConfig) -> DataConfig:
     "Replace an alias such as 'fineweb-edu' by what it stands for; fields that the user set are kept."
     meant = ALIASES.get(config.source, {})
-    changes = {field: value for field, value in meant.items() if field == "source" or getattr(config, field) is None}
+    changes = {field: value for field, value in meant.items() if field == "source"
+               or getattr(config, field) is None}
     return replace(config, **changes)
 
 # %% ../nbs/build/04_data.ipynb #4b21fc2d
@@ -400,7 +428,8 @@ class Document(NamedTuple):
 
 def unique_documents(items: Iterable[Item], config: DataConfig, stats: Counter,
         left_out: dict | None = None) -> Iterator[Document]:
-    "The usable and new documents, each with its side of the split; fills stats and left_out, which names the first of each problem."
+    """The usable and new documents, each with its side of the split; fills stats and left_out, which names
+    the first of each problem."""
     seen, consumed, n_documents = set(), 0, 0
     for item in items:
         consumed += item.consumed
@@ -418,7 +447,8 @@ def unique_documents(items: Iterable[Item], config: DataConfig, stats: Counter,
 
 # %% ../nbs/build/04_data.ipynb #93812c13
 def _fit_tokenizer(documents: Iterator[Document], config: DataConfig) -> tuple[Tokenizer, Iterator[Document]]:
-    "Load the tokenizer of a config, or train it on the first training documents; returned with all documents again."
+    """Load the tokenizer of a config, or train it on the first training documents; returned with all
+    documents again."""
     if config.tokenizer != "bpe": return load_tokenizer(config.tokenizer, config.eos_token), documents
     head, sample, n_bytes = [], [], 0
     for document in documents:
@@ -448,14 +478,17 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 
 def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, config: DataConfig, folder: Path,
         stats: Counter, advance) -> str:
-    """Encode, append EOS, write train.bin and val.bin; returns a hash of the documents with their order and sides.
-    Counts into stats, and calls advance with each document and its number of tokens."""
+    """Encode, append EOS, write train.bin and val.bin; returns a hash of the documents with their order and
+    sides. Counts into stats, and calls advance with each document and its number of tokens."""
     dtype, content = _token_dtype(tokenizer.vocab_size), hashlib.blake2b(digest_size=16)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for document, ids in encode_documents(documents, tokenizer):
             n_tokens = len(ids) + 1
-            if config.max_tokens and stats["train_tokens"] + stats["val_tokens"] + n_tokens > config.max_tokens: break
-            (val if document.side == "val" else train).write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
+            total = stats["train_tokens"] + stats["val_tokens"] + n_tokens
+            if config.max_tokens and total > config.max_tokens:
+                break
+            side = val if document.side == "val" else train
+            side.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
             content.update(document.content + document.side.encode())
             stats.update({f"{document.side}_documents": 1, f"{document.side}_tokens": n_tokens,
                           f"{document.side}_bytes": len(document.text.encode())})
@@ -467,7 +500,8 @@ FORMAT = 1  # raise it when the same config would give other tokens
 
 def _write_corpus(items: Iterable[Item], config: DataConfig, folder: Path,
         advance=lambda document, n_tokens: None) -> dict:
-    "Write the tokens of a source, and what describes them, into an empty folder, and seal it; returns the contents of meta.json."
+    """Write the tokens of a source, and what describes them, into an empty folder, and seal it; returns the
+    contents of meta.json."""
     counted = [f"{side}_{what}" for side in ("train", "val") for what in ("documents", "bytes", "tokens")]
     stats, left_out = Counter(dict.fromkeys([*counted, "duplicates", *PROBLEMS], 0)), {}
     tokenizer, documents = _fit_tokenizer(unique_documents(items, config, stats, left_out), config)
@@ -477,7 +511,8 @@ def _write_corpus(items: Iterable[Item], config: DataConfig, folder: Path,
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     summary = json.dumps([FORMAT, content, definition, tokenizer.eos_token])
     meta = dict(fingerprint=content_id(summary).hex()[:16], content=content, eos_token=tokenizer.eos_token,
-                vocab_size=tokenizer.vocab_size, dtype=_token_dtype(tokenizer.vocab_size).name, config=config.to_dict(),
+                vocab_size=tokenizer.vocab_size, dtype=_token_dtype(tokenizer.vocab_size).name,
+                config=config.to_dict(),
                 stats={**stats, "tokenizer": content_id(definition).hex()[:16]}, left_out=left_out)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     seal(folder, {"fingerprint": meta["fingerprint"]})
@@ -485,7 +520,8 @@ def _write_corpus(items: Iterable[Item], config: DataConfig, folder: Path,
 
 # %% ../nbs/build/04_data.ipynb #6aabd1a3
 def _count_left_out(stats: dict, left_out: dict) -> str:
-    "What was left out of a corpus, in words: counts by reason, with the first file or row where left_out names it."
+    """What was left out of a corpus, in words: counts by reason, with the first file or row where left_out
+    names it."""
     first = {reason: f" (first: {where})" for reason, where in left_out.items()}
     reasons = [reason for reason in ("duplicates", *PROBLEMS) if stats[reason]]
     return ", ".join(f"{stats[reason]:,} {reason}{first.get(reason, '')}" for reason in reasons) or "none"
@@ -495,10 +531,12 @@ def _check_sides(stats: Counter, left_out: dict, config: DataConfig) -> None:
     empty = [side for side in ("train", "val") if not stats[f"{side}_documents"]]
     if not empty: return
     total = stats["train_documents"] + stats["val_documents"]
-    raise ValueError(f"source={config.source!r}: usable documents: {total}, left out: {_count_left_out(stats, left_out)}; "
+    raise ValueError(f"source={config.source!r}: usable documents: {total}, left out: "
+                     f"{_count_left_out(stats, left_out)}; "
                      f"none fell on the {' and the '.join(empty)} side and both sides need one. "
                      f"Give more text, or change val_share={config.val_share}, seed={config.seed}, "
-                     f"max_document_bytes={config.max_document_bytes} (smaller pieces) or max_tokens={config.max_tokens}")
+                     f"max_document_bytes={config.max_document_bytes} (smaller pieces) or "
+                     f"max_tokens={config.max_tokens}")
 
 # %% ../nbs/build/04_data.ipynb #5458e1ee
 def gather_windows(tokens: np.ndarray, indices, T: int) -> Tensor:
@@ -528,8 +566,8 @@ def order_key(seed: int, epoch: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/build/04_data.ipynb #3adc4e44
 def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """What stands at some places, (B,), of a random-looking permutation of 0..n-1, computed without building it.
-    The key is a uint64, one for all or one for each place."""
+    """What stands at some places, (B,), of a random-looking permutation of 0..n-1, computed without
+    building it. The key is a uint64, one for all or one for each place."""
     half = next(k for k in range(32) if 4**k >= n)                                # bits in each half
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     x = np.array(places, dtype=np.uint64).reshape(-1)                             # (B,)
@@ -538,7 +576,8 @@ def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while len(todo):
         left, right = x[todo] >> shift, x[todo] & mask
         for r in range(8):
-            left, right = right, left ^ (mix(mix(right + key[todo]) + np.uint64(r)) & mask)  # (those still outside,)
+            # (those still outside,)
+            left, right = right, left ^ (mix(mix(right + key[todo]) + np.uint64(r)) & mask)
         x[todo] = left << shift | right
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
@@ -550,9 +589,11 @@ class _StoredTokens:
         self.folder, (self.meta, self.tokenizer) = Path(folder), _read_entry(Path(folder), fingerprint)
         self.config = DataConfig(**self.meta["config"])
         self.vocab_size, self.eos_id = self.meta["vocab_size"], self.tokenizer.eos_id
-        self.fingerprint, self.stats, self.left_out = (self.meta[key] for key in ("fingerprint", "stats", "left_out"))
+        self.fingerprint, self.stats, self.left_out = (self.meta[key]
+                                                       for key in ("fingerprint", "stats", "left_out"))
         load = np.fromfile if in_memory else partial(np.memmap, mode="r")
-        self.train, self.val = (load(self.folder / f"{side}.bin", self.meta["dtype"]) for side in ("train", "val"))
+        self.train, self.val = (load(self.folder / f"{side}.bin", self.meta["dtype"])
+                                for side in ("train", "val"))
 
     def tokens(self, split: str) -> np.ndarray:
         "The strip of a split, 'train' or 'val'."
@@ -560,14 +601,17 @@ class _StoredTokens:
         return self.train if split == "train" else self.val
 
     def __repr__(self) -> str:
-        sides = ", ".join(f"{side} {self.stats[f'{side}_tokens']:,} tokens in {self.stats[f'{side}_documents']:,} documents"
+        sides = ", ".join(f"{side} {self.stats[f'{side}_tokens']:,} tokens in "
+                          f"{self.stats[f'{side}_documents']:,} documents"
                           for side in ("train", "val"))
-        return (f"Corpus({self.config.source!r}, fingerprint {self.fingerprint}, V = {self.vocab_size}, {sides}, "
+        return (f"Corpus({self.config.source!r}, fingerprint {self.fingerprint}, V = {self.vocab_size}, "
+                f"{sides}, "
                 f"left out: {_count_left_out(self.stats, {})})")
 
 # %% ../nbs/build/04_data.ipynb #c1f7699d
 def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tokenizer]:
-    "Check every file of a stored corpus, and read what describes it; `Damaged` if it is not what was written."
+    """Check every file of a stored corpus, and read what describes it; `Damaged` if it is not what was
+    written."""
     names = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
     check_seal(folder, fingerprint and {"fingerprint": fingerprint}, names)
     meta = read_json(folder / "meta.json")
@@ -579,9 +623,11 @@ def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tok
 
 def _tell_left_out(corpus: _StoredTokens) -> None:
     "Warn about documents of the user's own that could not be read, by number and first name."
-    unread = {reason: corpus.stats[reason] for reason in ("duplicates", *PROBLEMS)} | {"duplicates": 0, "empty": 0}
+    unread = ({reason: corpus.stats[reason] for reason in ("duplicates", *PROBLEMS)}
+              | {"duplicates": 0, "empty": 0})
     if any(unread.values()) and not _is_python(corpus.config.source):
-        warnings.warn(f"source={corpus.config.source!r}: left out {_count_left_out(unread, corpus.left_out)}", stacklevel=3)
+        warnings.warn(f"source={corpus.config.source!r}: left out {_count_left_out(unread, corpus.left_out)}",
+                      stacklevel=3)
 
 # %% ../nbs/build/04_data.ipynb #74d2afa3
 def count_tokens(tokens: np.ndarray, vocab_size: int, block: int = 2**22) -> np.ndarray:
@@ -592,7 +638,8 @@ def count_tokens(tokens: np.ndarray, vocab_size: int, block: int = 2**22) -> np.
     return counts
 
 def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
-    "Cross-entropy in nats of validation counts, (V,), under the frequencies of training counts, (V,), one added to each."
+    """Cross-entropy in nats of validation counts, (V,), under the frequencies of training counts, (V,), one
+    added to each."""
     p = (train_counts + 1) / (train_counts + 1).sum()                                    # (V,)
     return float(-(val_counts * np.log(p)).sum() / val_counts.sum())
 
@@ -626,20 +673,23 @@ class Corpus(_WindowedTokens):
     def batch(self, step: int, n_sequences: int, T: int, seed: int = 0) -> Tensor:  # (B, T+1)
         "The training windows of one step: a function of the arguments and of nothing else."
         n = self.n_windows("train", T)
-        position = step * n_sequences + np.arange(n_sequences)                      # (B,) windows drawn before, over all epochs
+        position = step * n_sequences + np.arange(n_sequences)  # (B,) windows drawn before, over all epochs
         return self.windows("train", shuffled(position % n, n, order_key(seed, position // n)), T)
 
     def sample_windows(self, split: str, n: int, T: int, seed: int = 0) -> Tensor:  # (n, T+1)
         "Distinct random windows in a fixed order, which a larger n only continues."
         available = self.n_windows(split, T)
         if not 1 <= n <= available:
-            raise ValueError(f"n={n} must be between 1 and {available}, the number of windows of T={T} in the {split} split")
+            raise ValueError(f"n={n} must be between 1 and {available}, the number of windows of T={T} in "
+                             f"the {split} split")
         return self.windows(split, shuffled(np.arange(n), available, order_key(seed, -1 % 2**64)), T)
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], **fields) -> "Corpus":
-        "A small corpus in memory from documents and fields of DataConfig: milliseconds, no cache, no files left."
-        config = DataConfig(**{"source": "texts", "vocab_size": 300, "val_share": 0.2, "max_document_bytes": 512, **fields})
+        """A small corpus in memory from documents and fields of DataConfig: milliseconds, no cache, no
+        files left."""
+        config = DataConfig(**{"source": "texts", "vocab_size": 300, "val_share": 0.2,
+                               "max_document_bytes": 512, **fields})
         rows, limit = (({config.text_field: text}, 0) for text in texts), config.max_document_bytes or 2**20
         items = row_items(rows, config.text_field, limit, "texts")
         with tempfile.TemporaryDirectory() as folder:
@@ -650,11 +700,13 @@ class Corpus(_WindowedTokens):
 
 # %% ../nbs/build/04_data.ipynb #b6179790
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    "Where corpora are kept: the argument, else $SPARSECOD_CACHE, else sparsecod in $XDG_CACHE_HOME or ~/.cache."
+    """Where corpora are kept: the argument, else $SPARSECOD_CACHE, else sparsecod in $XDG_CACHE_HOME or
+    ~/.cache."""
     standard = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sparsecod")
     folder = os.path.expanduser(cache_dir or os.environ.get("SPARSECOD_CACHE") or standard)
     if folder.startswith("~"):
-        raise ValueError(f"corpora would be kept in {folder}, but no home folder is known; set SPARSECOD_CACHE to a folder")
+        raise ValueError(f"corpora would be kept in {folder}, but no home folder is known; set "
+                         f"SPARSECOD_CACHE to a folder")
     return Path(folder)
 
 def _shared_folder(cache: Path, name: str) -> Path:
@@ -667,7 +719,8 @@ def _shared_folder(cache: Path, name: str) -> Path:
 
 def _cache_lock(cache: Path, name: str) -> FileLock:
     "A lock in the cache, for all who share it, on what only one process may do at a time."
-    return FileLock(_shared_folder(cache, "locks") / f"{name}.lock", mode=stat.S_IMODE(cache.stat().st_mode) & 0o666)
+    return FileLock(_shared_folder(cache, "locks") / f"{name}.lock",
+                    mode=stat.S_IMODE(cache.stat().st_mode) & 0o666)
 
 def _request_name(config: DataConfig, stamp: list) -> str:
     "A hash of everything that tells, without reading text, which corpus is asked for."
@@ -688,7 +741,8 @@ def _find_corpus(cache: Path, request: str, warn: bool = False) -> Corpus | None
     except Damaged as error:
         if warn: warnings.warn(f"a stored corpus cannot be trusted: {error}; building it again", stacklevel=3)
         return None
-    corpus.stats, corpus.left_out = answer["stats"], answer["left_out"]  # of this source; others may share the tokens
+    # of this source; others may share the tokens
+    corpus.stats, corpus.left_out = answer["stats"], answer["left_out"]
     return corpus
 
 # %% ../nbs/build/04_data.ipynb #55aad4b5
@@ -724,9 +778,11 @@ def build(cache: Path, request: str, source: Source, config: DataConfig, progres
 def _progress_bar(config: DataConfig, n_bytes: int | None, progress: bool):
     "A tqdm bar that knows where the end is, and how far a document with its number of tokens moves it."
     unit, total, size = "B", n_bytes, lambda document, n_tokens: document.consumed
-    if config.max_documents: unit, total, size = "document", config.max_documents, lambda document, n_tokens: 1
+    if config.max_documents:
+        unit, total, size = "document", config.max_documents, lambda document, n_tokens: 1
     if config.max_tokens: unit, total, size = "token", config.max_tokens, lambda document, n_tokens: n_tokens
-    with tqdm(desc=f"tokens of {config.source}", unit=unit, total=total, unit_scale=True, disable=not progress) as bar:
+    with tqdm(desc=f"tokens of {config.source}", unit=unit, total=total, unit_scale=True,
+              disable=not progress) as bar:
         yield bar, size
         if unit == "B" and total: bar.update(total - bar.n)  # what came after the last document
 
@@ -739,7 +795,8 @@ def _wait_for(lock: FileLock, progress: bool):
         return lock.acquire()
 
 # %% ../nbs/build/04_data.ipynb #fb63f546
-def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = None, progress: bool = True) -> Corpus:
+def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = None,
+            progress: bool = True) -> Corpus:
     "The corpus of a config: found in the cache, see `cache_folder`, or built and put there."
     cache, config = cache_folder(cache_dir), expand_alias(config)
     source = open_source(config)
@@ -750,8 +807,10 @@ def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = No
             with _wait_for(_cache_lock(cache, request), progress):
                 corpus = _find_corpus(cache, request) or build(cache, request, source, config, progress)
     except OSError as error:
-        raise OSError(error.errno, f"the corpus of source={config.source!r} could not be kept in {cache}: {error}. "
-                      "Free some space there, or set SPARSECOD_CACHE to a folder that you can write to") from error
+        raise OSError(error.errno,
+                      f"the corpus of source={config.source!r} could not be kept in {cache}: {error}. "
+                      "Free some space there, or set SPARSECOD_CACHE to a folder that you can write "
+                      "to") from error
     corpus.config = config
     _tell_left_out(corpus)
     return corpus

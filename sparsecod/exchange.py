@@ -30,20 +30,27 @@ from .train import FREE_FIELDS, load_result
 def _need_transformers():
     "The module transformers, or an error that says how to get it."
     try: import transformers
-    except ImportError as error: raise ImportError("transformers 5 is needed for this: pip install 'sparsecod[hf]'") from error
+    except ImportError as error:
+        raise ImportError("transformers 5 is needed for this: pip install 'sparsecod[hf]'") from error
     major = transformers.__version__.split('.')[0]
-    if int(major) < 5: raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'sparsecod[hf]' brings version 5")
+    if int(major) < 5:
+        raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'sparsecod[hf]' "
+                          f"brings version 5")
     return transformers
 
 # %% ../nbs/tools/10_exchange.ipynb #d59d713b
-OUTER = {'embedding.weight': 'model.embed_tokens.weight', 'final_norm.weight': 'model.norm.weight', 'head.weight': 'lm_head.weight'}
+OUTER = {'embedding.weight': 'model.embed_tokens.weight', 'final_norm.weight': 'model.norm.weight',
+         'head.weight': 'lm_head.weight'}
 _ATTENTION = {f'attention.{ours}.weight': f'self_attn.{theirs}_proj.weight'
              for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('output', 'o'))}
-_GAINS = {'attention_norm.weight': 'input_layernorm.weight', 'feed_forward_norm.weight': 'post_attention_layernorm.weight',
-         'attention_out_norm.weight': 'post_self_attn_layernorm.weight', 'feed_forward_out_norm.weight': 'post_mlp_layernorm.weight'}
+_GAINS = {'attention_norm.weight': 'input_layernorm.weight',
+          'feed_forward_norm.weight': 'post_attention_layernorm.weight',
+         'attention_out_norm.weight': 'post_self_attn_layernorm.weight',
+         'feed_forward_out_norm.weight': 'post_mlp_layernorm.weight'}
 _DENSE = {f'feed_forward.{name}.weight': f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')}
 _EXPERTS = {'feed_forward.router.weight': 'mlp.gate.weight'} | {
-    f'feed_forward.shared.{name}.weight': f'mlp.shared_expert.{name}_proj.weight' for name in ('gate', 'up', 'down')}
+    f'feed_forward.shared.{name}.weight': f'mlp.shared_expert.{name}_proj.weight'
+    for name in ('gate', 'up', 'down')}
 RENAMED = _GAINS | _ATTENTION | _DENSE | _EXPERTS  # in a block: our name, the stock name
 
 # %% ../nbs/tools/10_exchange.ipynb #1e4246f0
@@ -68,16 +75,20 @@ def _expert_factors(config: ModelConfig) -> tuple[float, float]:
     return (routed * k / (k + 1), 2 / (k + 1)) if config.d_shared_expert else (routed, 1)
 
 # %% ../nbs/tools/10_exchange.ipynb #b31f7ba8
-CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi3ForCausalLM', mixtral='MixtralForCausalLM',
+CLASSES = dict(llama='LlamaForCausalLM', mistral='MistralForCausalLM', phi3='Phi3ForCausalLM',
+               mixtral='MixtralForCausalLM',
                qwen2_moe='Qwen2MoeForCausalLM', glm4='Glm4ForCausalLM')  # model_type: class
-_STOCK_NORMS = dict(pre_ln='llama', layernorm_scaling='llama', peri_ln='glm4')  # norm: model_type without experts
+# norm: model_type without experts
+_STOCK_NORMS = dict(pre_ln='llama', layernorm_scaling='llama', peri_ln='glm4')
 
 def stock_family(config: ModelConfig) -> str:  # a key of CLASSES
     "The stock class that computes the same function, by its model_type."
     family, E = _STOCK_NORMS.get(config.norm), config.n_experts
     if not family or E and family == 'glm4':
-        raise ValueError(f'norm={config.norm!r} with n_experts={E} has no stock counterpart; allowed are the norms '
-                         'pre_ln and layernorm_scaling, and peri_ln with n_experts=0, for glm4 has no experts')
+        raise ValueError(f'norm={config.norm!r} with n_experts={E} has no stock counterpart; allowed are the '
+                         f'norms '
+                         'pre_ln and layernorm_scaling, and peri_ln with n_experts=0, for glm4 has no '
+                         'experts')
     if not E: return family
     return 'qwen2_moe' if config.d_shared_expert or config.gates == 'published' else 'mixtral'
 
@@ -86,15 +97,19 @@ def _stock_config(config: ModelConfig, eos_id: int | None = None):  # a transfor
     "Our configuration in the words of the stock class."
     c, family = config, stock_family(config)
     rope = dict(rope_type='default', rope_theta=float(c.rope_theta))
-    fields = dict(vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-                  num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.context_length, intermediate_size=c.d_ff,
+    fields = dict(vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers,
+                  num_attention_heads=c.n_heads,
+                  num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.context_length,
+                  intermediate_size=c.d_ff,
                   rms_norm_eps=c.norm_eps, rope_parameters=rope, tie_word_embeddings=c.tie_embeddings,
-                  initializer_range=min(1.0, c.init_std), bos_token_id=None, eos_token_id=eos_id, pad_token_id=None)
+                  initializer_range=min(1.0, c.init_std), bos_token_id=None, eos_token_id=eos_id,
+                  pad_token_id=None)
     if family == 'glm4':
         fields |= dict(head_dim=c.d_model // c.n_heads, attention_bias=False, partial_rotary_factor=1.0)
     if family == 'mixtral': fields |= dict(intermediate_size=c.d_expert, num_local_experts=c.n_experts)
     if family == 'qwen2_moe':
-        fields |= dict(moe_intermediate_size=c.d_expert, num_experts=c.n_experts, qkv_bias=False, norm_topk_prob=c.gates != 'published',
+        fields |= dict(moe_intermediate_size=c.d_expert, num_experts=c.n_experts, qkv_bias=False,
+                       norm_topk_prob=c.gates != 'published',
                        shared_expert_intermediate_size=c.d_shared_expert or 1)
     if c.n_experts: fields['num_experts_per_tok'] = c.experts_per_token
     made = _need_transformers().AutoConfig.for_model(family, **fields)
@@ -105,25 +120,36 @@ def _stock_config(config: ModelConfig, eos_id: int | None = None):  # a transfor
 def _stock_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     "Routed experts, and the shared expert, as the stock classes hold them; not what is merely renamed."
     routed, shared = _expert_factors(config)
-    gate, up, down = (block[f'feed_forward.{name}'].transpose(1, 2) for name in ('gate', 'up', 'down'))  # (E, F, D) twice, (E, D, F)
-    made = {'mlp.experts.gate_up_proj': torch.cat([gate, up], 1), 'mlp.experts.down_proj': fold(down, routed)}  # (E, 2F, D), (E, D, F)
+    # (E, F, D) twice, (E, D, F)
+    gate, up, down = (block[f'feed_forward.{name}'].transpose(1, 2) for name in ('gate', 'up', 'down'))
+    # (E, 2F, D), (E, D, F)
+    made = {'mlp.experts.gate_up_proj': torch.cat([gate, up], 1), 'mlp.experts.down_proj': fold(down, routed)}
     if stock_family(config) == 'mixtral': return made
-    D, names = config.d_model, {name: f'mlp.shared_expert.{name}_proj.weight' for name in ('gate', 'up', 'down')}
-    made['mlp.shared_expert_gate.weight'] = gate.new_zeros(1, D)                # sigmoid(0) = 1/2 for every token
-    if config.d_shared_expert: return made | {names['down']: fold(block['feed_forward.shared.down.weight'], shared)}  # (D, F)
-    return made | {names['gate']: gate.new_zeros(1, D), names['up']: gate.new_zeros(1, D), names['down']: gate.new_zeros(D, 1)}
+    D, names = (config.d_model,
+                {name: f'mlp.shared_expert.{name}_proj.weight' for name in ('gate', 'up', 'down')})
+    made['mlp.shared_expert_gate.weight'] = gate.new_zeros(1, D)  # sigmoid(0) = 1/2 for every token
+    # (D, F)
+    if config.d_shared_expert:
+        return made | {names['down']: fold(block['feed_forward.shared.down.weight'], shared)}
+    return made | {names['gate']: gate.new_zeros(1, D), names['up']: gate.new_zeros(1, D),
+                   names['down']: gate.new_zeros(D, 1)}
 
 # %% ../nbs/tools/10_exchange.ipynb #66ee1394
 def _stock_block(block: dict[str, Tensor], config: ModelConfig, l: int) -> dict[str, Tensor]:
     "The weights of one block as the stock class holds them; names without model.layers.{l-1}."
     made = {RENAMED[name]: weight for name, weight in block.items() if name in RENAMED}
     if config.norm == 'layernorm_scaling':
-        for name in ('input_layernorm.weight', 'post_attention_layernorm.weight'): made[name] = fold(made[name], l ** -0.5)  # (D,)
+        # (D,)
+        for name in ('input_layernorm.weight', 'post_attention_layernorm.weight'):
+            made[name] = fold(made[name], l ** -0.5)
     if config.n_experts: made |= _stock_experts(block, config)
     if stock_family(config) == 'glm4':
         D_h = config.d_model // config.n_heads
-        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): made[name] = interleave(made[name], D_h)
-        made['mlp.gate_up_proj.weight'] = torch.cat([made.pop('mlp.gate_proj.weight'), made.pop('mlp.up_proj.weight')])  # (2F, D)
+        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'):
+            made[name] = interleave(made[name], D_h)
+        # (2F, D)
+        made['mlp.gate_up_proj.weight'] = torch.cat([made.pop('mlp.gate_proj.weight'),
+                                                     made.pop('mlp.up_proj.weight')])
     return made
 
 # %% ../nbs/tools/10_exchange.ipynb #b24c4a29
@@ -148,7 +174,8 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig):
                          f'allowed are at most {config.vocab_size}, which the model knows')
 
 def to_hf(model: Transformer, tokenizer: Tokenizer | None = None):
-    "A stock transformers model with the same function, dtype and device; a tokenizer gives the id that ends a text."
+    """A stock transformers model with the same function, dtype and device; a tokenizer gives the id that
+    ends a text."""
     transformers = _need_transformers()
     if tokenizer is not None: _check_vocabulary(tokenizer, model.config)
     config = _stock_config(model.config, None if tokenizer is None else tokenizer.eos_id)
@@ -159,31 +186,41 @@ def to_hf(model: Transformer, tokenizer: Tokenizer | None = None):
 
 # %% ../nbs/tools/10_exchange.ipynb #1931f5a3
 _REASONS = dict.fromkeys(('olmoe', 'qwen3_moe', 'qwen3', 'gemma3_text'), 'it normalises queries and keys')
-_REASONS |= dict(qwen2='it has biases on queries, keys and values', olmo2='it normalises after its sublayers only, and queries and keys',
-                gemma='it scales the embedding', gemma2='it caps its attention scores and scales the embedding',
-                gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')  # model_type: why not
+# model_type: why not
+_REASONS |= dict(qwen2='it has biases on queries, keys and values',
+                 olmo2='it normalises after its sublayers only, and queries and keys',
+                 gemma='it scales the embedding',
+                 gemma2='it caps its attention scores and scales the embedding',
+                 gpt2='it has learnt positions, LayerNorm and biases', gpt_neox='it has LayerNorm and biases')
 
 def _check_family(config):
     "Raise a ValueError unless `from_hf` knows this kind of model."
     family = getattr(config, 'model_type', None)
     if family in CLASSES and getattr(config, 'quantization_config', None) is None: return
-    reason = _REASONS.get(family, 'its blocks are not known here') if family not in CLASSES else 'its weights are quantised'
-    raise ValueError(f'model_type={family!r} cannot become a Transformer: {reason}; allowed are {", ".join(CLASSES)}, not quantised')
+    reason = (_REASONS.get(family, 'its blocks are not known here') if family not in CLASSES
+              else 'its weights are quantised')
+    raise ValueError(f'model_type={family!r} cannot become a Transformer: {reason}; allowed are '
+                     f'{", ".join(CLASSES)}, not quantised')
 
 # %% ../nbs/tools/10_exchange.ipynb #929afe6c
 def _check_settings(config):
-    "Raise a ValueError that names the first switch of a stock configuration that makes it another function than ours."
+    """Raise a ValueError that names the first switch of a stock configuration that makes it another
+    function than ours."""
     c, rope = config, dict(config.rope_parameters or {})
-    T, D_h, window = c.max_position_embeddings, c.hidden_size // c.num_attention_heads, getattr(c, 'sliding_window', None)
-    checks = dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), qkv_bias=(False,), head_dim=(None, D_h),
+    T, D_h, window = (c.max_position_embeddings, c.hidden_size // c.num_attention_heads,
+                      getattr(c, 'sliding_window', None))
+    checks = dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), qkv_bias=(False,),
+                  head_dim=(None, D_h),
                   decoder_sparse_step=(1,), mlp_only_layers=([],), use_sliding_window=(False,))
     found = [(name, getattr(c, name), allowed) for name, allowed in checks.items() if hasattr(c, name)]
     if window and window < T: found.append(('sliding_window', window, (None, f'{T} or more')))
     found += [('layer_types', kind, ('full_attention',)) for kind in getattr(c, 'layer_types', None) or []]
-    found += [(f'rope_parameters.{name}', rope.get(name, usual), (usual,)) for name, usual in (('rope_type', 'default'), ('partial_rotary_factor', 1.))]
+    found += [(f'rope_parameters.{name}', rope.get(name, usual), (usual,))
+              for name, usual in (('rope_type', 'default'), ('partial_rotary_factor', 1.))]
     for name, value, allowed in found:
         if value not in allowed:
-            raise ValueError(f'{c.model_type}: {name}={value!r} cannot be expressed in a Transformer; allowed is {" or ".join(map(repr, allowed))}')
+            raise ValueError(f'{c.model_type}: {name}={value!r} cannot be expressed in a Transformer; '
+                             f'allowed is {" or ".join(map(repr, allowed))}')
 
 # %% ../nbs/tools/10_exchange.ipynb #90a36386
 def _own_config(config) -> ModelConfig:  # of the Transformer with the same function
@@ -191,27 +228,34 @@ def _own_config(config) -> ModelConfig:  # of the Transformer with the same func
     _check_family(config), _check_settings(config)
     c, family = config, config.model_type
     experts = {}
-    if family == 'mixtral': experts = dict(n_experts=c.num_local_experts, d_expert=c.intermediate_size, gates='renormalised')
+    if family == 'mixtral':
+        experts = dict(n_experts=c.num_local_experts, d_expert=c.intermediate_size, gates='renormalised')
     if family == 'qwen2_moe':
-        experts = dict(n_experts=c.num_experts, d_expert=c.moe_intermediate_size, d_shared_expert=c.shared_expert_intermediate_size,
+        experts = dict(n_experts=c.num_experts, d_expert=c.moe_intermediate_size,
+                       d_shared_expert=c.shared_expert_intermediate_size,
                        gates='renormalised' if c.norm_topk_prob else 'published')
     if experts: experts['experts_per_token'] = c.num_experts_per_tok
-    return ModelConfig(vocab_size=c.vocab_size, n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_heads=c.num_attention_heads,
-                       n_kv_heads=c.num_key_value_heads, d_ff=c.intermediate_size, context_length=c.max_position_embeddings,
-                       norm='peri_ln' if family == 'glm4' else 'pre_ln', norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters['rope_theta'],
+    return ModelConfig(vocab_size=c.vocab_size, n_layers=c.num_hidden_layers, d_model=c.hidden_size,
+                       n_heads=c.num_attention_heads,
+                       n_kv_heads=c.num_key_value_heads, d_ff=c.intermediate_size,
+                       context_length=c.max_position_embeddings,
+                       norm='peri_ln' if family == 'glm4' else 'pre_ln', norm_eps=c.rms_norm_eps,
+                       rope_theta=c.rope_parameters['rope_theta'],
                        init_std=c.initializer_range or 0.02, tie_embeddings=c.tie_word_embeddings, **experts)
 
 # %% ../nbs/tools/10_exchange.ipynb #f81279d0
 def _own_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     "Routed and shared experts as our layer holds them; names without blocks.l."
     routed, shared = _expert_factors(config)
-    gate, up = block.pop('mlp.experts.gate_up_proj').transpose(1, 2).chunk(2, -1)                # two of (E, D, F)
+    gate, up = block.pop('mlp.experts.gate_up_proj').transpose(1, 2).chunk(2, -1)  # two of (E, D, F)
     made = {'feed_forward.gate': gate, 'feed_forward.up': up}
-    made['feed_forward.down'] = fold(block.pop('mlp.experts.down_proj').transpose(1, 2), 1 / routed)  # (E, F, D)
+    # (E, F, D)
+    made['feed_forward.down'] = fold(block.pop('mlp.experts.down_proj').transpose(1, 2), 1 / routed)
     chooses = block.pop('mlp.shared_expert_gate.weight', torch.zeros(1))                         # (1, D)
     if not config.d_shared_expert: return made
     if chooses.any():
-        raise ValueError('mlp.shared_expert_gate.weight is not 0: the weight of the shared expert depends on the token, '
+        raise ValueError('mlp.shared_expert_gate.weight is not 0: the weight of the shared expert depends on '
+                         'the token, '
                          'which cannot be expressed in a Transformer; allowed is 0')
     down = fold(block.pop('mlp.shared_expert.down_proj.weight'), 1 / shared)                     # (D, F)
     return made | {'feed_forward.shared.down.weight': down}
@@ -220,11 +264,13 @@ def _own_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
 def _split_projections(block: dict[str, Tensor], config: ModelConfig):
     "Take apart the matrices that some classes store as one."
     D_h = config.d_model // config.n_heads
-    rows = dict(q=config.n_heads * D_h, k=config.n_kv_heads * D_h, v=config.n_kv_heads * D_h, gate=config.d_ff, up=config.d_ff)
+    rows = dict(q=config.n_heads * D_h, k=config.n_kv_heads * D_h, v=config.n_kv_heads * D_h,
+                gate=config.d_ff, up=config.d_ff)
     for stacked, layer, parts in (('qkv', 'self_attn', ('q', 'k', 'v')), ('gate_up', 'mlp', ('gate', 'up'))):
         whole = block.pop(f'{layer}.{stacked}_proj.weight', None)                            # (all rows, D)
         if whole is None: continue
-        for part, weight in zip(parts, whole.split([rows[p] for p in parts])): block[f'{layer}.{part}_proj.weight'] = weight
+        for part, weight in zip(parts, whole.split([rows[p] for p in parts])):
+            block[f'{layer}.{part}_proj.weight'] = weight
 
 # %% ../nbs/tools/10_exchange.ipynb #400174b0
 def _own_block(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -232,7 +278,8 @@ def _own_block(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     _split_projections(block, config)
     if config.norm == 'peri_ln':
         D_h = config.d_model // config.n_heads
-        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'): block[name] = half_split(block[name], D_h)
+        for name in ('self_attn.q_proj.weight', 'self_attn.k_proj.weight'):
+            block[name] = half_split(block[name], D_h)
     made = _own_experts(block, config) if config.n_experts else {}
     return made | {ours: block.pop(theirs) for ours, theirs in RENAMED.items() if theirs in block}
 
@@ -252,26 +299,32 @@ def _own_weights(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, T
         prefix = f'model.layers.{i}.'
         block = within(weights, prefix)
         outer |= {f'blocks.{i}.{name}': weight for name, weight in _own_block(block, config).items()}
-        weights = {name: w for name, w in weights.items() if not name.startswith(prefix)} | {prefix + name: w for name, w in block.items()}
-    if weights: raise ValueError(f'these weights have no place in a Transformer: {", ".join(sorted(weights)[:4])}')
+        weights = ({name: w for name, w in weights.items() if not name.startswith(prefix)}
+                   | {prefix + name: w for name, w in block.items()})
+    if weights:
+        raise ValueError(f'these weights have no place in a Transformer: {", ".join(sorted(weights)[:4])}')
     return outer
 
 # %% ../nbs/tools/10_exchange.ipynb #999c10bb
 def _open_stock(folder: Path, dtype: torch.dtype):  # a transformers model
     "Open a checkpoint whose function is that of a `Transformer`."
     transformers = _need_transformers()
-    if is_gguf(folder): raise ValueError(f'{folder} is a GGUF file and becomes no Transformer; open_model opens it, to be scored')
+    if is_gguf(folder):
+        raise ValueError(
+            f'{folder} is a GGUF file and becomes no Transformer; open_model opens it, to be scored')
     if 'model_type' not in read_object(folder / 'config.json'):
         raise ValueError(f'{folder} holds no transformers checkpoint: its config.json has no model_type; '
                          'a saved Transformer is opened with Transformer.from_pretrained')
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _own_config(config), check_weights(folder)
     try: stock, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f'{folder} holds no readable weights ({str(error).splitlines()[0]})') from error
     for what in ('missing_keys', 'mismatched_keys', 'unexpected_keys'):
-        if names := sorted(map(str, report.get(what) or ())): raise ValueError(f'{folder}: {what}={names[:4]}; allowed are none')
+        if names := sorted(map(str, report.get(what) or ())):
+            raise ValueError(f'{folder}: {what}={names[:4]}; allowed are none')
     return stock
 
 # %% ../nbs/tools/10_exchange.ipynb #572532c8
@@ -291,10 +344,12 @@ def files_beside(folder: Path) -> dict[str, bytes]:  # name: content
     "Chat templates and generation settings, under the names that they have in newer checkpoints."
     told = (read_json(folder / 'tokenizer_config.json') or {}).get('chat_template') or []
     if isinstance(told, str): told = [dict(name='default', template=told)]
-    found = {f'{_MORE_CHATS}/{Path(chat["name"]).name}.jinja': chat['template'].encode('utf-8') for chat in told}
+    found = {f'{_MORE_CHATS}/{Path(chat["name"]).name}.jinja': chat['template'].encode('utf-8')
+             for chat in told}
     if default := found.pop(f'{_MORE_CHATS}/default.jinja', None): found[_CHAT] = default
     paths = [folder / _CHAT, folder / _GENERATION, *(folder / _MORE_CHATS).glob('*.jinja')]
-    return found | {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    return found | {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths
+                    if path.is_file()}
 
 # %% ../nbs/tools/10_exchange.ipynb #41c9d46a
 def _check_class(model):  # the same
@@ -307,13 +362,15 @@ def _check_class(model):  # the same
     return model
 
 def from_hf(source, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | None]:
-    """A `Transformer` with the function of a stock model, and its tokenizer; a ValueError where there is none.
-    The source is a live model, which comes without a tokenizer, a folder with a checkpoint, or a name on the Hub."""
+    """A `Transformer` with the function of a stock model, and its tokenizer; a ValueError where there is
+    none. The source is a live model, which comes without a tokenizer, a folder with a checkpoint, or a name
+    on the Hub."""
     folder = find_folder(source) if isinstance(source, (str, Path)) else None
     stock = _check_class(source) if folder is None else _open_stock(folder, dtype)
     weights = {name: weight.detach() for name, weight in stock.state_dict().items()}
     config = _drop_silent_experts(_own_config(stock.config), weights)
-    state = {name: weight.to(dtype, copy=True).contiguous() for name, weight in _own_weights(config, weights).items()}
+    state = {name: weight.to(dtype, copy=True).contiguous()
+             for name, weight in _own_weights(config, weights).items()}
     with torch.device('meta'): model = Transformer(config)
     model.load_state_dict(state, strict=True, assign=True)
     if config.tie_embeddings: model.head.weight = model.embedding.weight
@@ -328,7 +385,8 @@ def to_hf_tokenizer(tokenizer: Tokenizer, context_length: int | None = None):  #
     backend.post_processor = None
     length = {} if context_length is None else dict(model_max_length=context_length)
     made = _need_transformers().PreTrainedTokenizerFast
-    return made(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True, clean_up_tokenization_spaces=False, **length)
+    return made(tokenizer_object=backend, eos_token=tokenizer.eos_token, split_special_tokens=True,
+                clean_up_tokenization_spaces=False, **length)
 
 # %% ../nbs/tools/10_exchange.ipynb #380fa69b
 def read_json(path: Path) -> dict | None:  # None if there is no such file
@@ -342,32 +400,40 @@ def _record_facts(record: dict) -> dict:  # keys as in run_facts
     cloze = record.get('cloze') or {}
     tasks = [dict(task='cloze', metric=name, n=cloze.get('n_questions'), chance=cloze.get('chance'), **value)
              for name, value in cloze.items() if name.startswith('accuracy')]
-    facts = dict(model=config.get('model'), tasks=tasks or None, scores=scores.get('scalars'), score=config.get('score'), scored_on=provenance.get('corpus_fingerprint') or record.get('corpus'))
+    facts = dict(model=config.get('model'), tasks=tasks or None, scores=scores.get('scalars'),
+                 score=config.get('score'), scored_on=provenance.get('corpus_fingerprint')
+                 or record.get('corpus'))
     if provenance:
-        facts |= dict(train=config.get('train'), data=config.get('data'), corpus=provenance.get('corpus_fingerprint'), provenance=provenance,
-                      final=record.get('final'), **{name: record.get(name) for name in ('status', 'step', 'tokens')})
+        facts |= dict(train=config.get('train'), data=config.get('data'),
+                      corpus=provenance.get('corpus_fingerprint'), provenance=provenance,
+                      final=record.get('final'),
+                      **{name: record.get(name) for name in ('status', 'step', 'tokens')})
     return {name: value for name, value in facts.items() if value is not None}
 
 # %% ../nbs/tools/10_exchange.ipynb #e55eae36
 def _refuse_other_record(known: dict, told: dict):
     "Raise a ValueError if the record is of another run."
     if 'corpus' in known and 'corpus' in told and known['corpus'] != told['corpus']:
-        raise ValueError(f"the record is of another run: corpus={told['corpus']!r} there, {known['corpus']!r} in the folder")
+        raise ValueError(f"the record is of another run: corpus={told['corpus']!r} there, "
+                         f"{known['corpus']!r} in the folder")
     for part in ('model', 'train'):
         ours, theirs = known.get(part) or {}, told.get(part) or {}
         for name in sorted(set(ours) & set(theirs) - set(FREE_FIELDS)):
             if json.dumps(ours[name]) != json.dumps(theirs[name]):
-                raise ValueError(f'the record is of another run: {part}.{name}={theirs[name]!r} there, {ours[name]!r} in the folder')
+                raise ValueError(f'the record is of another run: {part}.{name}={theirs[name]!r} there, '
+                                 f'{ours[name]!r} in the folder')
 
 # %% ../nbs/tools/10_exchange.ipynb #0435d278
 def run_facts(folder: str | Path | None = None, record: dict | None = None) -> dict:
-    """All that is known about a model, for its card: model, train, data, corpus, status, step, tokens, final, scores, score,
-    scored_on, tasks, provenance."""
+    """All that is known about a model, for its card: model, train, data, corpus, status, step, tokens,
+    final, scores, score, scored_on, tasks, provenance."""
     known = {}
     if folder is not None:
         folder = Path(folder)
-        label, run, result, answers = (read_json(folder / f'{name}.json') or {} for name in ('config', 'run', 'result', 'eval'))
-        known = dict(model=label.get('model'), train=label.get('train'), corpus=label.get('corpus'), data=run.get('data'), tasks=answers.get('results'),
+        label, run, result, answers = (read_json(folder / f'{name}.json') or {}
+                                       for name in ('config', 'run', 'result', 'eval'))
+        known = dict(model=label.get('model'), train=label.get('train'), corpus=label.get('corpus'),
+                     data=run.get('data'), tasks=answers.get('results'),
                      **{name: result.get(name) for name in ('status', 'step', 'tokens')})
         known = {name: value for name, value in known.items() if value is not None}
     told = _record_facts(record or {})
@@ -380,7 +446,8 @@ def _public_name(name: str) -> str:  # the same, unless it is a place on this ma
     if name in ('stdlib', 'site', 'texts', 'bpe', *ALIASES): return name
     place = name.removeprefix('hf:')
     on_hub = not place.startswith(('/', '~', '.', '\\')) and not Path(place).exists()
-    plain = place.count('/') <= 1 and not any(c in place for c in '*?\\:') and not place.endswith(('.json', '.txt', '.jsonl', '.parquet'))
+    plain = (place.count('/') <= 1 and not any(c in place for c in '*?\\:')
+             and not place.endswith(('.json', '.txt', '.jsonl', '.parquet')))
     return name if on_hub and plain else 'a local file or folder'
 
 # %% ../nbs/tools/10_exchange.ipynb #7656ed89
@@ -393,8 +460,10 @@ def _training_rows(facts: dict) -> list[tuple]:  # what, and its value; empty if
     when = 'trained_' if provenance.get('trained_commit') else ''
     code = provenance.get(f'{when}commit')
     if code and provenance.get(f'{when}dirty'): code += ', with changes that were not committed'
-    rows = [('status', facts.get('status')), ('steps done', facts.get('step')), ('training tokens', facts.get('tokens')),
-            ('corpus fingerprint', facts.get('corpus')), ('tokens in the training split', stats.get('train_tokens')),
+    rows = [('status', facts.get('status')), ('steps done', facts.get('step')),
+            ('training tokens', facts.get('tokens')),
+            ('corpus fingerprint', facts.get('corpus')),
+            ('tokens in the training split', stats.get('train_tokens')),
             *((f'data.{name}', value) for name, value in (data | hidden).items() if value is not None),
             *((f'train.{name}', value) for name, value in train.items() if value is not None),
             ('commit of the code', code), ('hardware', provenance.get('hardware')),
@@ -403,11 +472,15 @@ def _training_rows(facts: dict) -> list[tuple]:  # what, and its value; empty if
     return [(name, 'not recorded' if value is None else shown(name, value)) for name, value in rows]
 
 # %% ../nbs/tools/10_exchange.ipynb #c70aefca
-_SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token', final_variance='variance of the last stream',
-                   jacobian_deviation='Jacobian deviation', causal='causal score', permutation='permutation score',
-                   usefulness='usefulness, share of blocks', linear_loss_increase='loss added by a linear replacement of a block, nats',
+_SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token',
+                    final_variance='variance of the last stream',
+                   jacobian_deviation='Jacobian deviation', causal='causal score',
+                   permutation='permutation score',
+                   usefulness='usefulness, share of blocks',
+                   linear_loss_increase='loss added by a linear replacement of a block, nats',
                    skip_loss_increase='loss added by skipping a block, nats')
-_NEVER_MEASURED = ('bias, toxicity or safety of what the model writes', 'loss on text unlike that of its corpus')
+_NEVER_MEASURED = ('bias, toxicity or safety of what the model writes',
+                   'loss on text unlike that of its corpus')
 
 def measured(facts: dict) -> dict:  # name: value, low, high
     "The scores, with the final loss among them; without those that have no value."
@@ -418,34 +491,45 @@ def measured(facts: dict) -> dict:  # name: value, low, high
 # %% ../nbs/tools/10_exchange.ipynb #b8b72fcb
 def model_card(config: ModelConfig, facts: dict | None = None, library: str = 'sparsecod',
         name: str = 'A sparsecod model', license: str | None = None):
-    """A huggingface_hub.ModelCard that says what the model is, how it was trained, what was measured and what was not.
-    Facts are from run_facts; a license is such as 'apache-2.0'."""
+    """A huggingface_hub.ModelCard that says what the model is, how it was trained, what was measured and
+    what was not. Facts are from run_facts; a license is such as 'apache-2.0'."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     facts, scores = facts or {}, measured(facts or {})
     number = lambda x: '-' if x is None else f'{x:.4g}'
     ends = lambda s: '-' if s.get('low') is None else f"{number(s['low'])} to {number(s['high'])}"
-    words, asked = _SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token'), {r['task'] for r in facts.get('tasks') or ()}
+    words, asked = (_SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token'),
+                    {r['task'] for r in facts.get('tasks') or ()})
     missing = [said for of, said in _SCORE_WORDS.items() if of not in scores]
     if 'cloze' not in asked: missing.append('accuracy on cloze questions from held-out text')
     missing.append('accuracy on public benchmarks' + (' other than those above' if asked - {'cloze'} else ''))
     source = _public_name((facts.get('data') or {}).get('source') or 'not recorded')
-    results = [EvalResult(task_type='text-generation', dataset_type=source, dataset_name=f"{source}, held-out split, corpus {facts.get('corpus')}",
-                          metric_type='loss', metric_name='nats a token', metric_value=scores['val_loss']['value'])] if 'val_loss' in scores else None
-    data = ModelCardData(library_name=library, pipeline_tag='text-generation', tags=['sparsecod'], license=license, model_name=name, eval_results=results)
+    results = [EvalResult(task_type='text-generation', dataset_type=source,
+                          dataset_name=f"{source}, held-out split, corpus {facts.get('corpus')}",
+                          metric_type='loss', metric_name='nats a token',
+                          metric_value=scores['val_loss']['value'])] if 'val_loss' in scores else None
+    data = ModelCardData(library_name=library, pipeline_tag='text-generation', tags=['sparsecod'],
+                         license=license, model_name=name, eval_results=results)
     return ModelCard.from_template(
-        data, template_str=resources.files('sparsecod').joinpath('templates/card.md').read_text(encoding='utf-8'), name=name, license=license,
-        counts=param_counts(config), config=config.to_dict(), stored=CLASSES[stock_family(config)] if library == 'transformers' else None,
-        training=_training_rows(facts), scored_on=facts.get('scored_on'), n=(facts.get('score') or {}).get('n_sequences'),
-        scores=[(words.get(of, of.replace('_', ' ')), number(s['value']), ends(s)) for of, s in scores.items()],
-        tasks=[(r['task'], r['metric'].replace('_', ' '), number(r['value']), ends(r), number(r.get('chance')), r.get('n') or '-') for r in facts.get('tasks') or ()],
+        data, template_str=resources.files('sparsecod').joinpath('templates/card.md').read_text(
+            encoding='utf-8'), name=name, license=license,
+        counts=param_counts(config), config=config.to_dict(),
+        stored=CLASSES[stock_family(config)] if library == 'transformers' else None,
+        training=_training_rows(facts), scored_on=facts.get('scored_on'),
+        n=(facts.get('score') or {}).get('n_sequences'),
+        scores=[(words.get(of, of.replace('_', ' ')), number(s['value']), ends(s))
+                for of, s in scores.items()],
+        tasks=[(r['task'], r['metric'].replace('_', ' '), number(r['value']), ends(r),
+                number(r.get('chance')), r.get('n') or '-') for r in facts.get('tasks') or ()],
         missing=[*missing, *_NEVER_MEASURED])
 
 # %% ../nbs/tools/10_exchange.ipynb #87b4ee4d
 def _find_record(folder: Path) -> dict | None:
     "The record of a run of a study, or the scores in its folder, if they are where they usually are."
     scale = (read_json(folder / 'run.json') or {}).get('scale')
-    out = folder.absolute().parent.parent  # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
-    for path in (out / f'{scale}/{folder.name}.json', out.parent / f'results/{scale}/{folder.name}.json', folder / 'scores.json'):
+    # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
+    out = folder.absolute().parent.parent
+    for path in (out / f'{scale}/{folder.name}.json', out.parent / f'results/{scale}/{folder.name}.json',
+                 folder / 'scores.json'):
         if record := read_json(path): return record
 
 # %% ../nbs/tools/10_exchange.ipynb #6ede2deb
@@ -453,7 +537,8 @@ def _known_facts(model: Transformer) -> dict:  # keys as in run_facts; empty if 
     "What the folder of a model's training says, while the weights are those in it."
     folder, state = getattr(model, 'trained_in', None), model.state_dict()
     if folder is None or not (path := folder / 'model' / 'model.safetensors').exists(): return {}
-    same = all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype)) for name, w in load_file(path).items())
+    same = all(name in state and torch.equal(state[name].cpu(), w.to(state[name].dtype))
+               for name, w in load_file(path).items())
     return run_facts(folder, _find_record(folder)) if same else {}
 
 # %% ../nbs/tools/10_exchange.ipynb #7fbc7936
@@ -463,8 +548,10 @@ def generate_model_card(self, facts: dict | None = None, **fields):
 
 def _from_pretrained(cls, *, model_id: str, **options):
     "Open a model; one in the folder of a training knows that folder."
-    model, folder = super(HubModel, cls)._from_pretrained(model_id=model_id, **options), Path(model_id).absolute()
-    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}): model.trained_in = folder.parent
+    model, folder = (super(HubModel, cls)._from_pretrained(model_id=model_id, **options),
+                     Path(model_id).absolute())
+    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}):
+        model.trained_in = folder.parent
     model.beside = files_beside(folder)
     return model
 
@@ -477,16 +564,23 @@ def check_target(out: Path, format: str, overwrite: bool, source: Path | None = 
     "Raise an error unless an export may be written there."
     if format not in FORMATS: raise ValueError(f'format={format!r} must be one of {", ".join(FORMATS)}')
     here = out.resolve()
-    if source is not None and (here == source.resolve() or source.resolve() in here.parents or here in source.resolve().parents):
+    if source is not None and (here == source.resolve() or source.resolve() in here.parents
+                               or here in source.resolve().parents):
         raise ValueError(f'out={str(out)!r} must be neither {source}, nor in it, nor around it')
-    if out.is_symlink() or out.exists() and not out.is_dir(): raise FileExistsError(f'out={str(out)!r} is not a folder; choose another name')
+    if out.is_symlink() or out.exists() and not out.is_dir():
+        raise FileExistsError(f'out={str(out)!r} is not a folder; choose another name')
     above = next(parent for parent in here.parents if parent.exists())
     if not above.is_dir(): raise FileExistsError(f'out={str(out)!r} cannot be made: {above} is a file')
-    if not os.access(above, os.W_OK): raise PermissionError(f'out={str(out)!r} cannot be made: {above} must not be written to')
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f'out={str(out)!r} cannot be made: {above} must not be written to')
     if not out.exists() or not any(out.iterdir()): return
-    if not overwrite: raise FileExistsError(f'out={str(out)!r} is not empty; choose another folder, or overwrite=True to replace the model in it')
-    if not all((out / name).exists() for name in ('config.json', 'README.md')) or (out / 'checkpoints').exists():
-        raise FileExistsError(f'out={str(out)!r} holds something else than an exported model and is not overwritten; choose another folder')
+    if not overwrite:
+        raise FileExistsError(f'out={str(out)!r} is not empty; choose another folder, or overwrite=True to '
+                              f'replace the model in it')
+    if not all((out / name).exists() for name in ('config.json',
+                                                  'README.md')) or (out / 'checkpoints').exists():
+        raise FileExistsError(f'out={str(out)!r} holds something else than an exported model and is not '
+                              f'overwritten; choose another folder')
 
 # %% ../nbs/tools/10_exchange.ipynb #c3ce30ee
 def export_model(model: Transformer, out: str | Path, tokenizer: Tokenizer | None = None,
@@ -497,16 +591,19 @@ def export_model(model: Transformer, out: str | Path, tokenizer: Tokenizer | Non
     out = Path(out)
     check_target(out, format, overwrite)
     if tokenizer is not None: _check_vocabulary(tokenizer, model.config)
-    stock = to_hf(model, tokenizer) if format == 'hf' else None   # what cannot be exported fails before anything is written
+    # what cannot be exported fails before anything is written
+    stock = to_hf(model, tokenizer) if format == 'hf' else None
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = _known_facts(model) if facts is None else facts
     beside = dict(getattr(model, 'beside', {}))
     with atomic_folder(out) as draft:
         (stock or model).save_pretrained(draft)
-        if tokenizer is not None and stock: to_hf_tokenizer(tokenizer, model.config.context_length).save_pretrained(draft)
-        elif tokenizer is not None:                                  # and the token that ends a text, for load_tokenizer
+        if tokenizer is not None and stock:
+            to_hf_tokenizer(tokenizer, model.config.context_length).save_pretrained(draft)
+        elif tokenizer is not None:  # and the token that ends a text, for load_tokenizer
             (draft / 'tokenizer.json').write_text(tokenizer.backend.to_str(), encoding='utf-8')
-            (draft / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)), encoding='utf-8')
+            (draft / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token=tokenizer.eos_token)),
+                                                         encoding='utf-8')
         if _GENERATION in beside: (draft / _GENERATION).write_bytes(beside.pop(_GENERATION))
         (draft / 'README.md').unlink(missing_ok=True)                # ours writes one
         seal(draft, dict(kind='export', format=format, model=model.config.to_dict()))
@@ -521,35 +618,46 @@ def export_model(model: Transformer, out: str | Path, tokenizer: Tokenizer | Non
 def _open_training(folder: Path) -> tuple[Transformer, Tokenizer | None]:
     "The trained model, and its tokenizer if it was kept."
     result = load_result(folder)
-    if result is None: raise ValueError(f'{folder} holds a training that has not ended; there is no model to export yet')
-    if result.status != 'finished': raise ValueError(f'{folder} holds a training with status={result.status!r}; allowed is finished')
+    if result is None:
+        raise ValueError(f'{folder} holds a training that has not ended; there is no model to export yet')
+    if result.status != 'finished':
+        raise ValueError(f'{folder} holds a training with status={result.status!r}; allowed is finished')
     try: return result.model, find_tokenizer(folder / 'model')
     except Damaged: raise
-    except ValueError as error: warnings.warn(f'the model is exported without a tokenizer: {error}', stacklevel=3)
+    except ValueError as error:
+        warnings.warn(f'the model is exported without a tokenizer: {error}', stacklevel=3)
     return result.model, None
 
 # %% ../nbs/tools/10_exchange.ipynb #7e6b3481
 def open_saved(folder: Path, format: str) -> tuple[Transformer, Tokenizer | None]:
     "The model in a folder, and its tokenizer."
     label = read_json(folder / 'config.json')
-    if label is None: raise FileNotFoundError(f'folder={str(folder)!r} holds no model: there is no config.json; allowed are the folder of a training, of a saved Transformer, or of a transformers checkpoint')
+    if label is None:
+        raise FileNotFoundError(f'folder={str(folder)!r} holds no model: there is no config.json; allowed '
+                                f'are the folder of a training, of a saved Transformer, or of a transformers '
+                                f'checkpoint')
     if 'train' in label: return _open_training(folder)
     if 'model_type' in label:
-        if format == 'hf': raise ValueError(f"folder={str(folder)!r} is a transformers checkpoint already; allowed is format='sparsecod'")
+        if format == 'hf':
+            raise ValueError(
+                f"folder={str(folder)!r} is a transformers checkpoint already; allowed is format='sparsecod'")
         return from_hf(folder)
     check_weights(folder)
     try:
-        with redirect_stdout(StringIO()): model = Transformer.from_pretrained(folder, strict=True)  # it prints
-    except Exception as error: raise ValueError(f'folder={str(folder)!r} holds no readable model ({error})') from error
+        # it prints
+        with redirect_stdout(StringIO()): model = Transformer.from_pretrained(folder, strict=True)
+    except Exception as error:
+        raise ValueError(f'folder={str(folder)!r} holds no readable model ({error})') from error
     return model, _own_tokenizer(folder, model.config)
 
 # %% ../nbs/tools/10_exchange.ipynb #5fa02d9d
 def export_folder(folder: str | Path, out: str | Path, format: str = 'hf', overwrite: bool = False,
         record: dict | None = None, license: str | None = None) -> Path:
-    """Export the training, saved Transformer or transformers checkpoint in a folder, with a card of all that is known about it.
-    The record is that of the run, or scores by themselves; None: look for them."""
+    """Export the training, saved Transformer or transformers checkpoint in a folder, with a card of all
+    that is known about it. The record is that of the run, or scores by themselves; None: look for them."""
     folder, out = Path(folder), Path(out)
-    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}): folder = folder.parent
+    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}):
+        folder = folder.parent
     check_target(out, format, overwrite, folder)
     model, tokenizer = open_saved(folder, format)
     trained = 'train' in read_json(folder / 'config.json')
@@ -565,7 +673,9 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True, token: s
     folder = Path(folder)
     missing = [name for name in ('README.md', 'config.json') if not (folder / name).exists()]
     if not any(folder.glob('*.safetensors')): missing.append('*.safetensors')
-    if missing: raise FileNotFoundError(f'folder={str(folder)!r} is no exported model: it lacks {", ".join(missing)}; make one with export_folder')
+    if missing:
+        raise FileNotFoundError(f'folder={str(folder)!r} is no exported model: it lacks '
+                                f'{", ".join(missing)}; make one with export_folder')
     check_seal(folder, dict(kind='export'), ('config.json',))
     api = huggingface_hub.HfApi(token=token)
     repo = api.create_repo(repo_id=repo_id, private=private, exist_ok=True)

@@ -20,10 +20,12 @@ import markupsafe
 
 from .claims import PUBLISHED
 from .core import NORMS, ModelConfig
-from .figures import METRICS, finished, label_variants, learnt_little, logarithmic, metric_text, results_folder
+from .figures import (METRICS, finished, label_variants, learnt_little, logarithmic, metric_text,
+                               results_folder)
 from .integrity import check_stamp, read_json
 from .studies import SCALES, STUDIES, by_variant, over_seeds, read_metric
-from .theory import CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval, simulate_jacobian, simulate_stream, stream_variance
+from .theory import (CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval,
+                              simulate_jacobian, simulate_stream, stream_variance)
 
 # %% ../nbs/tools/08_explorers.ipynb #35c8c499
 BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#808a93'
@@ -45,31 +47,40 @@ def template_text(name: str) -> markupsafe.Markup:
 # %% ../nbs/tools/08_explorers.ipynb #ffb74212
 class Explorer:
     "A chart with controls, a sentence and tables; a notebook shows it."
-    def __init__(self, name: str, title: str, charts: alt.ConcatChart, tables: list[dict], description: str, note: str,
+    def __init__(self, name: str, title: str, charts: alt.ConcatChart, tables: list[dict], description: str,
+                 note: str,
                  datasets: dict, made: dict, linked: dict = {}, limits: dict = {}, widest: int = 420):
-        """`name` is the HTML id, `description` for those who cannot see the chart. Tables have a title, a view whose data they
-        show, and columns, field -> heading; the first has the sentence. `datasets` are rows by name, for the charts that
-        name them; `made` says how it was made, for the checks of stored pages; `linked` selection -> the views in which
-        a click changes it; `limits` slider -> the parameter that says how far it goes; `widest` pixels of a chart."""
-        if not re.fullmatch('[A-Za-z0-9-]+', name): raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
+        """`name` is the HTML id, `description` for those who cannot see the chart. Tables have a title, a
+        view whose data they show, and columns, field -> heading; the first has the sentence. `datasets` are
+        rows by name, for the charts that name them; `made` says how it was made, for the checks of stored
+        pages; `linked` selection -> the views in which a click changes it; `limits` slider -> the parameter
+        that says how far it goes; `widest` pixels of a chart."""
+        if not re.fullmatch('[A-Za-z0-9-]+', name):
+            raise ValueError(f'name={name!r} must hold letters, digits and hyphens only')
         about = dict(widest=widest, limits=limits)
-        spec = charts.configure(**_LOOK).properties(description=description, datasets=datasets, usermeta=about).to_dict()
+        spec = charts.configure(**_LOOK).properties(description=description, datasets=datasets,
+                                                    usermeta=about).to_dict()
         for p in spec.get('params', []):
-            if p['name'] in linked: p['views'] = [v + end for v in linked[p['name']] for end in ('', '_0')]   # Altair may add a number
+            # Altair may add a number
+            if p['name'] in linked: p['views'] = [v + end for v in linked[p['name']] for end in ('', '_0')]
         self.title, self.data = title, dict(made=made, tables=tables, spec=spec)
-        data = json.dumps(self.data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')    # for any HTML parser
+        # for any HTML parser
+        data = json.dumps(self.data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
         self.html = TEMPLATES.get_template('explorer.html').render(
-            name=name, title=title, tables=tables, description=description, note=note, data=markupsafe.Markup(data),
+            name=name, title=title, tables=tables, description=description, note=note,
+            data=markupsafe.Markup(data),
             css=template_text('explorer.css'), js=template_text('explorer.js'))
 
     def page(self) -> str:
         "A document of its own, to be saved and opened from disk."
         body = markupsafe.Markup(self.html)
-        return TEMPLATES.get_template('page.html').render(title=self.title, body=body, vega=template_text('vega.js'))
+        return TEMPLATES.get_template('page.html').render(title=self.title, body=body,
+                                                          vega=template_text('vega.js'))
 
     def __repr__(self): return f'Explorer({self.title!r})'
 
-    def _repr_html_(self): return (f'<script>{template_text("vega.js")}</script>' if _watched() else '') + self.html
+    def _repr_html_(self):
+        return (f'<script>{template_text("vega.js")}</script>' if _watched() else '') + self.html
 
 def _watched() -> bool:
     "Does somebody look at this notebook now? What is run to be stored for the site finds the library there."
@@ -86,7 +97,8 @@ def _trim(x, digits: int = 5):
 def _known(**fields):
     "Refuse a value that is not among the possible ones: each field is a pair of value and possible values."
     for field, (value, possible) in fields.items():
-        if value not in possible: raise ValueError(f'{field}={value!r} must be one of {", ".join(map(str, possible))}')
+        if value not in possible:
+            raise ValueError(f'{field}={value!r} must be one of {", ".join(map(str, possible))}')
 
 def _chosen(field: str, value, options: list, labels: list, name: str) -> alt.Parameter:
     "A list to choose from."
@@ -115,10 +127,12 @@ def theory_stack(L: int, p: float, step: int, norm: str) -> dict:
     return dict(variance=stream_variance(config, p), jacobian=jacobian_deviation(config, p))
 
 # %% ../nbs/tools/08_explorers.ipynb #e5077642
-def _simulate_points(p: float, step: int, norm: str, L: int = SIMULATED_DEPTH, n_models: int = 8, n_jacobian: int = 4,
+def _simulate_points(p: float, step: int, norm: str, L: int = SIMULATED_DEPTH, n_models: int = 8,
+                     n_jacobian: int = 4,
                     n_tokens: int = 64) -> dict:
-    """Simulated dots for one setting: variance and Jacobian, each mean and half-width of the interval by layer.
-    `n_models` seeds give the variance on `n_tokens` sequences of one token, the first `n_jacobian` the Jacobians."""
+    """Simulated dots for one setting: variance and Jacobian, each mean and half-width of the interval by
+    layer. `n_models` seeds give the variance on `n_tokens` sequences of one token, the first `n_jacobian`
+    the Jacobians."""
     config = _explorer_config(L, step, norm)
     samples = dict(variance=simulate_stream(config, p, n_models=n_models, n_tokens=n_tokens),
                    jacobian=simulate_jacobian(config, p, n_models=n_jacobian, n_tokens=2)[1])
@@ -129,13 +143,16 @@ DENSITIES, _SCALED = (1.0, 0.5, 0.25, 0.1), (0, 5, 10)
 
 def _simulate_all() -> dict:
     "All dots, and where they come from; takes a minute or two."
-    about = ('random models of width 64 with random masks; variance: 8 models (seeds 0 to 7), 64 tokens each; '
+    about = ('random models of width 64 with random masks; variance: 8 models (seeds 0 to 7), 64 tokens '
+             'each; '
              'Jacobian: 4 models (seeds 0 to 3), 2 tokens each')
-    return dict(about=about, points=[_simulate_points(p, step, norm) for norm in CLOSED_FORMS for p in DENSITIES for step in _SCALED])
+    return dict(about=about, points=[_simulate_points(p, step, norm) for norm in CLOSED_FORMS
+                                     for p in DENSITIES for step in _SCALED])
 
 def stored_points(start: str | Path = '.') -> dict:
     "The dots as _simulate_all made them."
-    return json.loads((results_folder(start).parent / 'nbs' / 'tools' / '08_explorers.json').read_text(encoding='utf-8'))
+    return json.loads((results_folder(start).parent / 'nbs' / 'tools' / '08_explorers.json').read_text(
+        encoding='utf-8'))
 
 # %% ../nbs/tools/08_explorers.ipynb #03167e85
 _OCTAVES, _FINE = (-16, 2), 16    # range of log2 s2, and parts of an octave
@@ -147,7 +164,8 @@ def _gate_table() -> dict[str, list[float]]:
                 gain=_trim([gate_gain(s2) for s2 in variances], 7))
 
 def _formulas(p: str, suffix: str) -> tuple[dict, dict]:
-    "The closed forms of the theory as expressions; v is the variance of the stream, j the Jacobian deviation."
+    """The closed forms of the theory as expressions; v is the variance of the stream, j the Jacobian
+    deviation."""
     names = dict(p=p, s=suffix, D=_WIDTH, F=4 * _WIDTH, first=_OCTAVES[0], fine=_FINE)
     say = lambda text: text.format(**names)
     between = lambda of: say(f'(gate.{of}[floor(datum.at{{s}})] * (1 - datum.at{{s}} % 1) '
@@ -159,9 +177,11 @@ def _formulas(p: str, suffix: str) -> tuple[dict, dict]:
             'f': say("norm == 'peri_ln' ? 1 : {F} * datum.w{s} * pow(datum.s2{s}, 2) * ") + between('square'),
             'add': say('datum.l ? datum.a{s} + datum.f{s} : pow(sigma, 2)')}
     reads = {'read': say('datum.v{s} - datum.a{s} - datum.f{s}'),
-             'kept': say("{D1} / {D} * (norm == 'peri_ln' ? {D1} / {D} : 1)".replace('{D1}', str(_WIDTH - 1))),
+             'kept': say("{D1} / {D} * (norm == 'peri_ln' ? {D1} / {D} : 1)".replace('{D1}',
+                                                                                     str(_WIDTH - 1))),
              'one': say('datum.kept{s} * datum.a{s} / ({D} * datum.read{s})'),
-             'two': say('datum.kept{s} * datum.f{s} * ') + between('gain') + say(' / ({D} * (datum.read{s} + datum.a{s}))'),
+             'two': say('datum.kept{s} * datum.f{s} * ') + between('gain')
+             + say(' / ({D} * (datum.read{s} + datum.a{s}))'),
              'j': say('sqrt(datum.one{s} + datum.two{s} + {D} * datum.one{s} * datum.two{s})')}
     return tuple({name + suffix: text for name, text in fields.items()} for fields in (adds, reads))
 
@@ -170,70 +190,88 @@ _NORM_NAMES = {norm: NORMS[norm].title for norm in CLOSED_FORMS}
 def _formula_lines() -> alt.Chart:
     "Data of the curves: by layer, at the chosen density and without masks."
     (adds, reads), (adds1, reads1) = _formulas('p', ''), _formulas('1', '1')
-    chart = _calculated(alt.Chart(alt.sequence(0, _DEEPEST + 1, as_='l')).transform_filter('datum.l <= L'), adds | adds1)
+    chart = _calculated(alt.Chart(alt.sequence(0, _DEEPEST + 1, as_='l')).transform_filter('datum.l <= L'),
+                        adds | adds1)
     chart = chart.transform_window(v='sum(add)', v1='sum(add1)', frame=[None, 0], sort=[alt.SortField('l')])
     says = ("datum.l == L ? 'With ' + names[norm] + ' and L = ' + L + ', the last stream has variance ' "
-            "+ format(datum.v, '.3~g') + ' at density ' + p + ' and ' + format(datum.v1, '.3~g') + ' without masks. "
-            "The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ', and by ' "
+            """+ format(datum.v, '.3~g') + ' at density ' + p + ' and ' + format(datum.v1, '.3~g') + '
+            without masks. """
+            """The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ',
+            and by ' """
             "+ format(datum.j1, '.3~g') + ' without masks.' : null")
     return _calculated(chart, reads | reads1 | dict(says=says))
 
 def _variance_chart(quantity: str) -> alt.LayerChart:
     "Curves with the simulated dots."
     field, first, title, x = dict(variance=('v', 0, 'Stream variance by layer', 'layer l'),
-                                  jacobian=('j', 1, 'Jacobian deviation ‖J − I‖ / D by block', 'block l'))[quantity]
+                                  jacobian=('j', 1, 'Jacobian deviation ‖J − I‖ / D by block',
+                                            'block l'))[quantity]
     along = alt.X('l:Q', title=x, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
     log, names = alt.Scale(type='log', nice=False), ['at this density', 'without masks', 'simulated']
     kinds = alt.Color('kind:N', title=None, scale=alt.Scale(domain=names, range=[BLUE, GREY, ORANGE]))
-    line = _formula_lines().transform_filter(f'datum.l >= {first}').transform_fold([field, field + '1'], ['which', 'y'])
+    line = _formula_lines().transform_filter(f'datum.l >= {first}').transform_fold([field, field + '1'],
+                                                                                   ['which', 'y'])
     line = line.transform_calculate(kind=f"datum.which == '{field}' ? 'at this density' : 'without masks'")
-    tip = [alt.Tooltip('l:Q', title=x), alt.Tooltip('kind:N', title='curve'), alt.Tooltip('y:Q', format='.3~g', title='value')]
+    tip = [alt.Tooltip('l:Q', title=x), alt.Tooltip('kind:N', title='curve'),
+           alt.Tooltip('y:Q', format='.3~g', title='value')]
     dashes = alt.Scale(domain=names[:2], range=[[1, 0], [5, 4]])
     curves = line.mark_line(strokeWidth=2.2, point=dict(size=12)).encode(
-        along, alt.Y('y:Q', title=None, scale=log, axis=alt.Axis(format='~g', tickCount=6)), kinds, tooltip=tip,
+        along, alt.Y('y:Q', title=None, scale=log, axis=alt.Axis(format='~g', tickCount=6)), kinds,
+        tooltip=tip,
         strokeDash=alt.StrokeDash('kind:N', legend=None, scale=dashes))
     here = alt.Chart(alt.NamedData('simulated')).transform_filter(
         'datum.norm == norm && abs(datum.p - p) < 1e-9 && abs(0.02 * pow(2, datum.step / 4) - sigma) < 1e-9')
     here = _calculated(here, dict(l=f'sequence({first}, datum.{quantity}.length + {first})'))
     here = here.transform_flatten(['l', quantity], as_=['l', 'pair']).transform_filter('datum.l <= L')
-    here = _calculated(here, dict(m='datum.pair[0]', h='datum.pair[1]', low='max(datum.m - datum.h, datum.m / 100)',
+    here = _calculated(here,
+                       dict(m='datum.pair[0]', h='datum.pair[1]', low='max(datum.m - datum.h, datum.m / 100)',
                                  high='datum.m + datum.h', kind="'simulated'"))
     whisker = here.mark_rule(color=ORANGE).encode(along, alt.Y('low:Q', title=None), alt.Y2('high:Q'))
     about = [alt.Tooltip('l:Q', title=x), alt.Tooltip('m:Q', format='.3~g', title='simulated'),
              alt.Tooltip('h:Q', format='.2~g', title='±')]
-    dots = here.mark_point(filled=True, size=22, opacity=1).encode(along, alt.Y('m:Q', title=None), kinds, tooltip=about)
+    dots = here.mark_point(filled=True, size=22,
+                           opacity=1).encode(along, alt.Y('m:Q', title=None), kinds, tooltip=about)
     dots = dots.properties(name=f'dots_{quantity}')
     data = _formula_lines().transform_filter(f'datum.l >= {first}').mark_point(opacity=0, size=0, aria=False)
     data = data.encode(along, alt.Y(f'{field}:Q', title=None)).properties(name=quantity)
     return alt.layer(curves, whisker, dots, data).properties(width='container', height=240, title=title)
 
-def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5, step: int = 10, norm: str = 'pre_ln',
+def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5, step: int = 10,
+                      norm: str = 'pre_ln',
                       name: str = 'sce-variance') -> Explorer:
-    """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at first at depth L,
-    density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots are from _simulate_all."""
-    _known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS), norm=(norm, CLOSED_FORMS))
+    """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at
+    first at depth L, density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots
+    are from _simulate_all."""
+    _known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS),
+           norm=(norm, CLOSED_FORMS))
     made = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm, name=name)
     simulated = simulated or dict(about='', points=[])
     text = lambda s: (f'{_scale_at(s):.3g}' + {10: ', as published', 0: ', our laptop models'}.get(s, '')
                       + (', simulated' if s in _SCALED and simulated['points'] else ''))
     params = [_chosen('norm', norm, list(_NORM_NAMES), list(_NORM_NAMES.values()), 'Norm placement'),
-              _chosen('sigma', _scale_at(step), [_scale_at(s) for s in _STEPS], [text(s) for s in _STEPS], 'Initial scale σ at D = 64'),
+              _chosen('sigma', _scale_at(step), [_scale_at(s) for s in _STEPS], [text(s) for s in _STEPS],
+                      'Initial scale σ at D = 64'),
               alt.param('p', value=p, bind=alt.binding_range(min=0.05, max=1, step=0.05, name='Density p')),
               alt.param('L', value=L, bind=alt.binding_range(min=2, max=_DEEPEST, step=1, name='Depth L')),
               alt.param('gate', value=_gate_table()), alt.param('names', value=_NORM_NAMES)]
-    charts = alt.concat(*(_variance_chart(q) for q in ('variance', 'jacobian')), columns=2).add_params(*params)
+    charts = alt.concat(*(_variance_chart(q) for q in ('variance', 'jacobian')),
+                        columns=2).add_params(*params)
     columns = dict(l='layer', v='variance', v1='without masks', j='Jacobian deviation', j1='without masks')
     tables = [dict(title='Numbers of the curves', view='variance', columns=columns),
-              *(dict(title=f'Simulated {q}', view=f'dots_{q}', columns=dict(l='layer', m='mean', h='± (95 %)'))
+              *(dict(title=f'Simulated {q}', view=f'dots_{q}',
+                     columns=dict(l='layer', m='mean', h='± (95 %)'))
                 for q in ('variance', 'jacobian'))]
     note = ('Both axes are logarithmic. '
-            + (f'Dots: {simulated["about"]}; 95 % intervals over models, up to layer {SIMULATED_DEPTH}; they exist at the '
+            + (f'Dots: {simulated["about"]}; 95 % intervals over models, up to layer {SIMULATED_DEPTH}; they '
+               f'exist at the '
                f'densities {", ".join(map(str, DENSITIES))} and the scales that the list calls simulated. '
                if simulated['points'] else '')
             + 'The formulas leave out the ε of the norms, which shows under Peri-LN at small scales.')
     return Explorer(name, 'Variance through depth', charts, tables,
-                    'Two line charts by layer: the variance of the stream, and the deviation of the Jacobian from the '
-                    'identity, at a chosen density and without masks.', note, dict(simulated=simulated['points']), made)
+                    'Two line charts by layer: the variance of the stream, and the deviation of the Jacobian '
+                    'from the '
+                    'identity, at a chosen density and without masks.', note,
+                    dict(simulated=simulated['points']), made)
 
 # %% ../nbs/tools/08_explorers.ipynb #7155a137
 CURVES = {  # name -> title, what is on the x axis, logarithmic
@@ -258,12 +296,15 @@ def _run_curve(record: dict, name: str) -> list:
     return record['scores']['arrays'].get(name) or []
 
 def _seed_range(runs: list[dict], name: str) -> dict | None:
-    "A curve over the seeds of a setting: x, and mean, lowest and highest at each point; None where there are none."
+    """A curve over the seeds of a setting: x, and mean, lowest and highest at each point; None where there
+    are none."""
     points = zip(*(line for r in runs if (line := _run_curve(r, name))))
-    over = [[None] * 3 if None in values else [sum(values) / len(values), min(values), max(values)] for values in points]
+    over = [[None] * 3 if None in values else [sum(values) / len(values), min(values), max(values)]
+            for values in points]
     if not over: return None
     along = CURVES[name][1]
-    x = _thinned(runs[0]['curve']['step']) if along == 'training step' else [l + (along == 'block l') for l in range(len(over))]
+    x = (_thinned(runs[0]['curve']['step']) if along == 'training step'
+         else [l + (along == 'block l') for l in range(len(over))])
     return dict(zip(('x', 'y', 'low', 'high'), (x, *_trim(list(zip(*over)), 4))))
 
 _RECORDS = 'https://github.com/sparsecod/sparsecod/blob/main/results'
@@ -271,14 +312,17 @@ _RECORDS = 'https://github.com/sparsecod/sparsecod/blob/main/results'
 def _about_run(record: dict, metrics: list[str]) -> dict:
     "What a ring of the chart stands for."
     config, made = record['config'], record['provenance']
-    values = {name: _trim(float(m['value']), 4) for name in metrics if (m := finished([record]) and read_metric(record, name))}
+    values = {name: _trim(float(m['value']), 4) for name in metrics
+              if (m := finished([record]) and read_metric(record, name))}
     return dict(id=record['name'], seed=record['seed'], status=record['status'], tokens=record['tokens'],
                 steps=record['step'], lr=config['train']['lr'], decay=config['train']['weight_decay'],
-                blocks=config['model']['n_layers'], commit=str(made.get('commit'))[:10], machine=made.get('hardware'),
+                blocks=config['model']['n_layers'], commit=str(made.get('commit'))[:10],
+                machine=made.get('hardware'),
                 url=f"{_RECORDS}/{record['scale']}/{record['name']}.json", values=values)
 
 def _setting_rows(records: list[dict], metrics: list[str], studies: dict | None) -> tuple[list[dict], dict]:
-    "A row for each setting of each study (as for `results_explorer`), and for each place of a curve the runs behind it."
+    """A row for each setting of each study (as for `results_explorer`), and for each place of a curve the
+    runs behind it."""
     found, groups = [], {}
     for scale in dict.fromkeys(r['scale'] for r in records):
         mine = lambda runs: [r for r in runs if r['scale'] == scale]
@@ -291,9 +335,11 @@ def _setting_rows(records: list[dict], metrics: list[str], studies: dict | None)
                 key = groups.setdefault(tuple(r['name'] for r in runs), (len(groups), done))[0]
                 estimates = {name: over_seeds(values, logarithmic(name)) for name in metrics
                              if (values := [m for r in done if (m := read_metric(r, name))])}
-                label += f' ({len(runs) - len(done)} of {len(runs)} diverged)' if len(done) < len(runs) else ''
+                label += f' ({len(runs) - len(done)} of {len(runs)} diverged)' if len(done) < len(
+                    runs) else ''
                 label += ' †' if any(map(learnt_little, done)) else ''
-                numbers = {name: [*_trim([e['value'], e['low'], e['high']], 4), e['n']] for name, e in estimates.items()}
+                numbers = {name: [*_trim([e['value'], e['low'], e['high']], 4), e['n']]
+                           for name, e in estimates.items()}
                 found.append(dict(scale=scale, study=study, row=row, label=label, group=key,
                                   runs=[r['name'] for r in runs], found=numbers))
     return found, dict(groups.values())
@@ -316,19 +362,26 @@ _SETTINGS = alt.NamedData('settings')
 def _floor_rule(where: str) -> alt.Chart:
     "Losses of simpler models as dashed lines, where an expression says that a loss is shown."
     return alt.Chart(alt.NamedData('floors')).transform_filter(where).mark_rule(
-        strokeDash=[4, 4], color='currentColor').encode(tooltip=['name:N', alt.Tooltip('value:Q', format='.4~g')])
+        strokeDash=[4, 4],
+        color='currentColor').encode(tooltip=['name:N', alt.Tooltip('value:Q', format='.4~g')])
 
 def _setting_tips(**fields) -> list[alt.Tooltip]:
     "What a pointer is told of a setting: field -> title."
-    return [alt.Tooltip('label:N', title='setting'), *(alt.Tooltip(f'{f}:Q', format='.4~g', title=t) for f, t in fields.items())]
+    return [alt.Tooltip('label:N', title='setting'),
+            *(alt.Tooltip(f'{f}:Q', format='.4~g', title=t) for f, t in fields.items())]
 
 def _forest() -> alt.LayerChart:
     "Estimates with intervals, a row a setting, and a ring for each run."
-    log, title = 'metrics[metric].log', alt.Title(alt.expr("metrics[metric].title + ' (' + metrics[metric].unit + ')'"))
-    here = _calculated(alt.Chart(_SETTINGS).transform_filter(_CHOSEN), dict(estimate='datum.found[metric]', on=_PICKED))
-    says = ("!datum.on ? null : !datum.estimate ? datum.label + ': ' + metrics[metric].title + ' was not measured.' : "
-            "datum.label + ': ' + metrics[metric].title + ' ' + format(datum.value, '.3~g') + (datum.low == datum.high ? "
-            "(datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval ' + "
+    log, title = ('metrics[metric].log',
+                  alt.Title(alt.expr("metrics[metric].title + ' (' + metrics[metric].unit + ')'")))
+    here = _calculated(alt.Chart(_SETTINGS).transform_filter(_CHOSEN),
+                       dict(estimate='datum.found[metric]', on=_PICKED))
+    says = ("!datum.on ? null : !datum.estimate ? datum.label + ': ' + metrics[metric].title + ' was not "
+            "measured.' : "
+            """datum.label + ': ' + metrics[metric].title + ' ' + format(datum.value, '.3~g') + (datum.low
+            == datum.high ? """
+            """(datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval
+            ' + """
             "format(datum.low, '.3~g') + ' to ' + format(datum.high, '.3~g') + "
             "(datum.n > 1 ? ' over ' + datum.n + ' seeds.' : ' over held-out sequences, one seed.'))")
     parts = {name: f'datum.estimate ? datum.estimate[{i}] : {0 if name == "n" else "null"}'
@@ -341,7 +394,8 @@ def _forest() -> alt.LayerChart:
     interval = means.mark_rule(strokeWidth=2).encode(x('at_low'), y, alt.X2('at_high:Q'), color=colour)
     point = means.mark_point(filled=True, size=90, opacity=1, cursor='pointer')
     point = point.encode(x('at_value'), y, color=colour, tooltip=tip).properties(name='settings')
-    about = alt.LookupData(alt.NamedData('runs'), 'id', ['seed', 'status', 'tokens', 'steps', 'lr', 'decay', 'blocks', 'commit',
+    about = alt.LookupData(alt.NamedData('runs'), 'id',
+                           ['seed', 'status', 'tokens', 'steps', 'lr', 'decay', 'blocks', 'commit',
                                                          'machine', 'url', 'values'])
     rings = _calculated(here.transform_flatten(['runs'], as_=['id']).transform_lookup('id', about),
                        dict(value='datum.values[metric]') | _bent(log, 'value'))
@@ -350,19 +404,25 @@ def _forest() -> alt.LayerChart:
     ring = rings.mark_point(size=70, strokeWidth=1.6, color=ORANGE, yOffset=11, cursor='pointer')
     ring = ring.encode(x('at_value'), y, href='url:N', tooltip=tip).properties(name='runs')
     floor = _floor_rule("indexof(metric, 'val_loss') == 0").encode(alt.X('value:Q', title=None))
-    return alt.layer(interval, point, ring, floor).properties(width='container', height=alt.Step(38), title=title)
+    return alt.layer(interval, point, ring, floor).properties(width='container', height=alt.Step(38),
+                                                              title=title)
 
-_RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='record', status='status', tokens='tokens',
-                   steps='steps', lr='learning rate', decay='weight decay', blocks='blocks', commit='commit', machine='machine')
+_RUN_FIELDS = dict(label='setting', seed='seed', value='value', id='run', url='record', status='status',
+                   tokens='tokens',
+                   steps='steps', lr='learning rate', decay='weight decay', blocks='blocks', commit='commit',
+                   machine='machine')
 
 def _paper_chart() -> alt.Chart:
     "The paper's numbers for the chosen metric, on their own scale."
     log = 'metrics[metric].published[study]'
-    numbers = alt.Chart(alt.NamedData('paper')).transform_filter('datum.study == study && datum.metric == metric')
+    numbers = alt.Chart(alt.NamedData('paper')).transform_filter(
+        'datum.study == study && datum.metric == metric')
     title = alt.Title(alt.expr(
-        "(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean downstream accuracy' : "
+        """(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean
+        downstream accuracy' : """
         "metrics[metric].title) : 'The paper gives no numbers for this metric and study')"))
-    rings = _calculated(numbers, _bent(log, 'value')).mark_point(size=90, strokeWidth=2, strokeDash=[3, 2], color=GREY)
+    rings = _calculated(numbers, _bent(log, 'value')).mark_point(size=90, strokeWidth=2, strokeDash=[3, 2],
+                                                                 color=GREY)
     return rings.encode(alt.X('at_value:Q', title=None, scale=alt.Scale(zero=False), axis=_bent_axis(log)),
         alt.Y('label:N', title=None, sort=None),
         tooltip=[alt.Tooltip('label:N', title='setting'), alt.Tooltip('value:Q', title='the paper')]
@@ -372,41 +432,52 @@ def _curves_chart() -> alt.LayerChart:
     "The chosen curve of all settings, with the range over seeds of the picked one."
     log = 'curves[curve].log'
     lines = ['x', 'y', 'low', 'high']
-    here = _calculated(alt.Chart(_SETTINGS).transform_filter(_CHOSEN), dict(on=_PICKED, key="curve + ' ' + datum.group"))
+    here = _calculated(alt.Chart(_SETTINGS).transform_filter(_CHOSEN),
+                       dict(on=_PICKED, key="curve + ' ' + datum.group"))
     here = here.transform_lookup('key', alt.LookupData(alt.NamedData('curves'), 'key', lines))
-    here = _calculated(here.transform_filter('datum.x').transform_flatten(lines), _bent(log, 'y', 'low', 'high'))
+    here = _calculated(here.transform_filter('datum.x').transform_flatten(lines),
+                       _bent(log, 'y', 'low', 'high'))
     x = alt.X('x:Q', title=None, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
     y = alt.Y('at_y:Q', title=None, scale=alt.Scale(zero=False), axis=_bent_axis(log))
     label, *numbers = _setting_tips(y='mean', low='lowest seed', high='highest seed')
     tip = [label, alt.Tooltip('x:Q', title='layer, block or step'), *numbers]
     others = here.mark_line(color=GREY, strokeWidth=1, opacity=.8).encode(x, y, detail='label:N', tooltip=tip)
     picked = here.transform_filter('datum.on')
-    area = picked.mark_area(color=BLUE, opacity=.25).encode(x, alt.Y('at_low:Q', title=None), alt.Y2('at_high:Q'))
+    area = picked.mark_area(color=BLUE, opacity=.25).encode(x, alt.Y('at_low:Q', title=None),
+                                                            alt.Y2('at_high:Q'))
     line = picked.mark_line(color=BLUE, strokeWidth=2.5).encode(x, y)
-    points = picked.mark_point(color=BLUE, filled=True, size=30, opacity=1).encode(x, y, tooltip=tip).properties(name='curves')
+    points = picked.mark_point(color=BLUE, filled=True, size=30,
+                               opacity=1).encode(x, y, tooltip=tip).properties(name='curves')
     title = alt.Title(alt.expr("curves[curve].title + ', by ' + curves[curve].along"))
     floor = _floor_rule("curve == 'train_loss'").encode(alt.Y('value:Q', title=None))
     return alt.layer(others, area, line, points, floor).properties(width='container', height=260, title=title)
 
-_WEAK = ('† The held-out loss of at least one run is not below that of token frequencies alone: that model has learnt less '
+_WEAK = ('† The held-out loss of at least one run is not below that of token frequencies alone: that model '
+         'has learnt less '
          'than how frequent each token is.')
-_PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Sparsity Mitigate the Curse of Depth in LLMs, '
-         'arXiv 2603.15389; printed there or read off one of its figures, about far larger models, and no run of ours '
+_PAPER = ('Muhtar, Song, Pokutta, Zimmer, Pelleriti, Hofmann, Liu: When Does Sparsity Mitigate the Curse of '
+          'Depth in LLMs, '
+         'arXiv 2603.15389; printed there or read off one of its figures, about far larger models, and no '
+         'run of ours '
          'stands behind them')
 
-def results_explorer(records: list[dict], study: str | None = None, metric: str = 'causal', curve: str = 'variance_mean',
+def results_explorer(records: list[dict], study: str | None = None, metric: str = 'causal',
+                     curve: str = 'variance_mean',
                      curves: tuple = tuple(CURVES), name: str = 'sce-results', studies: dict | None = None,
                      floors: dict = {}) -> Explorer:
-    """All recorded runs: choose study, metric and curve; every ring leads to its run. At first it shows `study` (None: the
-    first that has runs), `metric` and `curve`; it holds these `curves`, keys of CURVES, and `studies`, name -> label ->
-    runs (None: all that have runs). `floors` are losses of simpler models by name, dashed where a loss is shown."""
+    """All recorded runs: choose study, metric and curve; every ring leads to its run. At first it shows
+    `study` (None: the first that has runs), `metric` and `curve`; it holds these `curves`, keys of CURVES,
+    and `studies`, name -> label -> runs (None: all that have runs). `floors` are losses of simpler models
+    by name, dashed where a loss is shown."""
     if not records:
         raise ValueError('records is empty; the explorer needs at least one run: '
                          'run `sparsecod reproduce --study depth --scale tiny`')
     done = finished(records)
     metrics = [m for m in (*METRICS, *_AT_COMMON) if any(read_metric(r, m) for r in done)]
     settings, groups = _setting_rows(records, metrics, studies)
-    if not settings: raise ValueError(f'none of the {len(records)} records belongs to a study; there are {", ".join(STUDIES)}')
+    if not settings:
+        raise ValueError(
+            f'none of the {len(records)} records belongs to a study; there are {", ".join(STUDIES)}')
     lines = [dict(key=f'{c} {g}', **line) for c in CURVES if c in curves for g, runs in groups.items()
              if (line := _seed_range(runs, c))]
     shown = [c for c in CURVES if any(line['key'].startswith(c + ' ') for line in lines)]
@@ -423,10 +494,13 @@ def results_explorer(records: list[dict], study: str | None = None, metric: str 
         title, unit = metric_text(m)
         found = {s: [n['value'] for n in numbers if (n['study'], n['metric']) == (s, m)] for s in studies}
         about[m] = dict(title=title, unit=unit.replace('$h_L$', 'h_L'), log=logarithmic(m),
-                        published={s: logarithmic(m) and min(values) > 0 for s, values in found.items() if values})
-    rows = lambda scale, s: max((x['row'] for x in settings if (x['scale'], x['study']) == (scale, s)), default=0)
+                        published={s: logarithmic(m) and min(values) > 0 for s, values in found.items()
+                                   if values})
+    rows = lambda scale, s: max((x['row'] for x in settings if (x['scale'], x['study']) == (scale, s)),
+                                default=0)
     sizes = {scale: {s: rows(scale, s) for s in studies} for scale in scales}
-    params = [_chosen('scale', scales[0], scales, scales, 'Scale') if len(scales) > 1 else alt.param('scale', value=scales[0]),
+    params = [_chosen('scale', scales[0], scales, scales, 'Scale') if len(scales) > 1
+              else alt.param('scale', value=scales[0]),
               _chosen('study', study, studies, list(map(question, studies)), 'Study'),
               _chosen('metric', metric, metrics, [about[m]['title'] for m in metrics], 'Metric'),
               _chosen('curve', curve, shown, [CURVES[c][0] for c in shown], 'Curve'),
@@ -446,14 +520,18 @@ def results_explorer(records: list[dict], study: str | None = None, metric: str 
               dict(title='Numbers of the curve', view='curves',
                    columns=dict(x='layer, block or step', y='mean', low='lowest seed', high='highest seed')),
               dict(title='Numbers of the paper', view='paper', columns=dict(label='setting', value='value'))]
-    note = ('Dots: means with 95 % intervals; rings: single runs, each leading to its record; blue: the setting that the '
+    note = ('Dots: means with 95 % intervals; rings: single runs, each leading to its record; blue: the '
+            'setting that the '
             'slider points at, in the curves with the range of its seeds. '
             f'Dashed: {_PAPER}. ' + (_WEAK if any('†' in s['label'] for s in settings) else ''))
-    data = dict(settings=settings, runs=[_about_run(r, metrics) for r in records], curves=lines, paper=numbers,
+    data = dict(settings=settings, runs=[_about_run(r, metrics) for r in records], curves=lines,
+                paper=numbers,
                 floors=[dict(name=n, value=v) for n, v in floors.items()])
     return Explorer(name, 'All recorded results', charts, tables,
-                    'Estimates of a metric with intervals for the settings of a study, the numbers of the paper, and a '
-                    'curve for each setting.', note, data, made, dict(pick=['settings']), dict(pick_row='rows'))
+                    'Estimates of a metric with intervals for the settings of a study, the numbers of the '
+                    'paper, and a '
+                    'curve for each setting.', note, data, made, dict(pick=['settings']),
+                    dict(pick_row='rows'))
 
 # %% ../nbs/tools/08_explorers.ipynb #384053aa
 def _surgery_rows(records: list[dict], study: str | None = 'depth') -> list[dict]:
@@ -463,38 +541,48 @@ def _surgery_rows(records: list[dict], study: str | None = 'depth') -> list[dict
     found, first = [], {}
     for r in sorted(runs, key=lambda r: (r['config']['model']['n_layers'], r['seed'])):
         first.setdefault(r['config']['model']['n_layers'], r)
-    operations = dict(skip='skip_loss_increase', linear='linear_loss_increase', ratio='usefulness_ratio', swap='permutation',
+    operations = dict(skip='skip_loss_increase', linear='linear_loss_increase', ratio='usefulness_ratio',
+                      swap='permutation',
                       causal='causal')
     for L, r in first.items():
         arrays, measured = r['scores']['arrays'], r['scores']['settings']
-        about = dict(model=f'L={L}', name=r['name'], seed=r['seed'], loss=r['scores']['scalars']['loss']['value'],
+        about = dict(model=f'L={L}', name=r['name'], seed=r['seed'],
+                     loss=r['scores']['scalars']['loss']['value'],
                      n=measured['n_sequences'], T=measured['T'], threshold=r['config']['score']['threshold'])
         columns = zip(*(_trim(arrays[name]) for name in operations.values()))
         found += [about | dict(b=b) | dict(zip(operations, column)) for b, column in enumerate(columns, 1)]
     return found
 
-_MODES = {'skip': 'Skip block i', 'swap': 'Swap blocks i and j', 'linear': 'Replace block i by its affine map'}
+_MODES = {'skip': 'Skip block i', 'swap': 'Swap blocks i and j',
+          'linear': 'Replace block i by its affine map'}
 
 # %% ../nbs/tools/08_explorers.ipynb #65535729
-_FIRST, _OTHER = 'min(pick.i[0], datum.swap.length)', 'min(pick.j[0], datum.swap.length)'   # in a model that may have fewer blocks
-_MODEL = alt.Chart(alt.NamedData('blocks')).transform_filter('datum.model == model')       # the blocks of the chosen model
+# in a model that may have fewer blocks
+_FIRST, _OTHER = 'min(pick.i[0], datum.swap.length)', 'min(pick.j[0], datum.swap.length)'
+# the blocks of the chosen model
+_MODEL = alt.Chart(alt.NamedData('blocks')).transform_filter('datum.model == model')
 
 def _block_bars() -> alt.LayerChart:
     "What the operation costs at every block."
-    rises = lambda cost: (f"(({cost}) < 0 ? 'falls' : 'rises') + ' by ' + format(abs({cost}), '.3~g') + ' nats a token, "
+    rises = lambda cost: (f"(({cost}) < 0 ? 'falls' : 'rises') + ' by ' + format(abs({cost}), '.3~g') + ' "
+                          f"nats a token, "
                           f"from ' + format(datum.loss, '.3f') + ' to ' + format(datum.loss + {cost}, '.3f')")
     says = dict(skip=f"'Without block ' + datum.b + ', the loss ' + {rises('datum.skip')} + '.' "
              "+ (datum.b < datum.J ? ' The update of block ' + datum.J + ' changes by ' "
              "+ format(100 * datum.causal[datum.J - 1], '.3~g') + ' % of its size.' : '')",
-        linear=f"'With its best affine map in place of block ' + datum.b + ', the loss ' + {rises('datum.linear')} "
-               "+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio > datum.threshold ? 'useful' : 'not useful') "
+        linear=f"'With its best affine map in place of block ' + datum.b + ', the loss ' + "
+               f"{rises('datum.linear')} "
+               """+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio >
+               datum.threshold ? 'useful' : 'not useful') """
                "+ ' at the threshold ' + format(datum.threshold, '.2f') + '.'",
-        swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and ' + datum.J "
+        swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and "
+             "' + datum.J "
              "+ ' swapped, the loss of ' + format(datum.loss, '.3f') + ' changes by ' "
              "+ format(datum.swap[datum.J - 1] * datum.loss, '.3~g') + ' nats a token, ' "
              "+ format(100 * datum.swap[datum.J - 1], '.3~g') + ' % of it. Its direction is not recorded.'")
     here = _calculated(_MODEL, dict(I=_FIRST, J=_OTHER, mode='pick.mode[0]',
-        cost="datum.mode == 'swap' ? (datum.b == datum.I ? 0 : datum.swap[datum.I - 1] * datum.loss) : datum[datum.mode]",
+        cost="datum.mode == 'swap' ? (datum.b == datum.I ? 0 : datum.swap[datum.I - 1] * datum.loss) : "
+             "datum[datum.mode]",
         on="datum.b == datum.I || datum.mode == 'swap' && datum.b == datum.J",
         i="datum.mode == 'swap' ? datum.I : datum.b", j="datum.mode == 'swap' ? datum.b : datum.J",
         what="datum.mode == 'swap' && datum.b == datum.I ? 'itself' : "
@@ -502,7 +590,8 @@ def _block_bars() -> alt.LayerChart:
         says=f"datum.b != datum.I ? null : datum.mode == 'skip' ? {says['skip']} : "
              f"datum.mode == 'linear' ? {says['linear']} : ({says['swap']})"))
     y = alt.Y('b:O', title='block', axis=alt.Axis(domain=False, ticks=False))
-    x = alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'), axis=alt.Axis(tickCount=5, format='~g'))
+    x = alt.X('cost:Q', title='nats a token', scale=alt.Scale(type='sqrt'),
+              axis=alt.Axis(tickCount=5, format='~g'))
     tip = [alt.Tooltip('b:O', title='block'), alt.Tooltip('what:N', title='nats a token')]
     colour = alt.condition('datum.on', alt.value(ORANGE), alt.value(BLUE))
     bar = here.mark_bar(cursor='pointer').encode(x, y, color=colour, tooltip=tip).properties(name='blocks')
@@ -513,7 +602,8 @@ def _block_bars() -> alt.LayerChart:
 
 def _pair_map(score: str, mode: str, title: str, touched: str) -> alt.LayerChart:
     "A heat map of pairs of blocks."
-    here = _calculated(_MODEL, dict(I=_FIRST, J=_OTHER, now='pick.mode[0]', i='datum.b', j='sequence(1, datum.swap.length + 1)'))
+    here = _calculated(_MODEL, dict(I=_FIRST, J=_OTHER, now='pick.mode[0]', i='datum.b',
+                                    j='sequence(1, datum.swap.length + 1)'))
     here = here.transform_flatten(['j', score], as_=['j', 'score']).transform_filter('isValid(datum.score)')
     here = _calculated(here, dict(mode=f"'{mode}'", on=touched))
     axis = alt.Axis(labelOverlap=True, domain=False, ticks=False)
@@ -525,10 +615,12 @@ def _pair_map(score: str, mode: str, title: str, touched: str) -> alt.LayerChart
                  alt.Tooltip('score:Q', format='.3~g', title='relative change')])
     return cells.properties(name=score, width=260, height=260, title=title)
 
-def surgery_explorer(records: list[dict], study: str | None = 'depth', model: str | None = None, mode: str = 'skip', i: int = 1,
+def surgery_explorer(records: list[dict], study: str | None = 'depth', model: str | None = None,
+                     mode: str = 'skip', i: int = 1,
                      j: int = 2, name: str = 'sce-surgery') -> Explorer:
-    """Recorded surgery: skip, swap or linearise blocks of trained models, for each depth of a study the run with the lowest
-    seed (study=None: all records). It shows at first a model such as L=8 (None: the deepest), a key of MODES, and blocks i, j."""
+    """Recorded surgery: skip, swap or linearise blocks of trained models, for each depth of a study the run
+    with the lowest seed (study=None: all records). It shows at first a model such as L=8 (None: the
+    deepest), a key of MODES, and blocks i, j."""
     found = _surgery_rows(records, study)
     models = {row['model']: row for row in found}                  # its last row: b is the number of blocks
     model = model or list(models)[-1]
@@ -538,7 +630,8 @@ def surgery_explorer(records: list[dict], study: str | None = 'depth', model: st
                 model=model, mode=mode, i=i, j=j, name=name)
     deepest = max(row['b'] for row in models.values())
     block = lambda text: alt.binding_range(min=1, max=deepest, step=1, name=text)
-    controls = dict(mode=alt.binding_radio(options=list(_MODES), labels=list(_MODES.values()), name='Operation'),
+    controls = dict(mode=alt.binding_radio(options=list(_MODES), labels=list(_MODES.values()),
+                                           name='Operation'),
                     i=block('Block i'), j=block('Block j (swap with; watch its update)'))
     pick = alt.selection_point(name='pick', fields=['j', 'i', 'mode'], on='click', clear=False,
                                value=[dict(mode=mode, i=i, j=j)], bind=controls)
@@ -549,50 +642,66 @@ def surgery_explorer(records: list[dict], study: str | None = 'depth', model: st
     bars = _block_bars()
     bars.layer[0] = bars.layer[0].add_params(pick)
     swaps = _pair_map('swap', 'swap', 'Swap blocks: relative change of the loss',
-                      "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == datum.J || "
+                      """datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j ==
+                      datum.J || """
                       "datum.i == datum.J && datum.j == datum.I)")
-    causal = _pair_map('causal', 'skip', 'Skip block i: relative change of update j', "datum.now == 'skip' && datum.i == datum.I")
-    charts = alt.concat(bars, swaps, causal, columns=3).resolve_scale(fillOpacity='independent').add_params(*params)
-    single = dict(b='block', skip='skip: loss increase', linear='affine map: loss increase', ratio='affine map: loss ratio')
+    causal = _pair_map('causal', 'skip', 'Skip block i: relative change of update j',
+                       "datum.now == 'skip' && datum.i == datum.I")
+    charts = alt.concat(bars, swaps, causal,
+                        columns=3).resolve_scale(fillOpacity='independent').add_params(*params)
+    single = dict(b='block', skip='skip: loss increase', linear='affine map: loss increase',
+                  ratio='affine map: loss ratio')
     pairs = dict(i='block i', j='block j', score='relative change')
     tables = [dict(title='Numbers of single blocks', view='blocks', columns=single),
               dict(title='Numbers of the swaps', view='swap', columns=pairs),
               dict(title='Numbers of the causal scores', view='causal', columns=pairs)]
     one = next(iter(models.values()))
-    note = (f'One model for each depth: {", ".join(row["name"] for row in models.values())}. Losses on {one["n"]} held-out '
-            f'sequences of {one["T"]} tokens. Bars and shades grow with the square root. A click on a bar or a cell carries '
+    note = (f'One model for each depth: {", ".join(row["name"] for row in models.values())}. Losses on '
+            f'{one["n"]} held-out '
+            f'sequences of {one["T"]} tokens. Bars and shades grow with the square root. A click on a bar or '
+            f'a cell carries '
             'out its operation; the controls do the same from the keyboard.')
     return Explorer(name, 'Surgery on trained blocks', charts, tables,
-                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: swaps, and causal '
+                    'Bars with the cost of an operation at every block, and heat maps of pairs of blocks: '
+                    'swaps, and causal '
                     'scores.', note, dict(blocks=found), made, dict(pick=['blocks', 'swap', 'causal']),
                     dict(pick_i='depth', pick_j='depth'))
 
 # %% ../nbs/tools/08_explorers.ipynb #7d1e5a02
-_COSTS = dict(causal='causal', permutation='permutation', usefulness='usefulness', linear_loss_increase='affine cost, nats',
+_COSTS = dict(causal='causal', permutation='permutation', usefulness='usefulness',
+              linear_loss_increase='affine cost, nats',
               skip_loss_increase='skip cost, nats', jacobian_deviation='Jacobian deviation')
 
 def stored_twins(start: str | Path = '.') -> list[dict]:
     "Runs of the twins chapter, seed 0: the usual model and its two twins, in the clone that `start` is in."
     path = results_folder(start) / 'twins.json'
-    return [r for r in check_stamp(read_json(path), path)['runs'] if r['seed'] == 0 and r['arm'] in ('usual', 'twin')]
+    return [r for r in check_stamp(read_json(path), path)['runs'] if r['seed'] == 0
+            and r['arm'] in ('usual', 'twin')]
 
 def twins_explorer(runs: list[dict], c: int = 3, name: str = 'sce-twins') -> Explorer:
-    "One model in other units: the variance of its stream for any scale 2^c, and its scores; runs from `stored_twins`."
+    """One model in other units: the variance of its stream for any scale 2^c, and its scores; runs from
+    `stored_twins`."""
     _known(c=(c, range(-3, 4)))
     usual = next(r for r in runs if r['arm'] == 'usual')
     k = lambda r: round(math.log2(r['c']))
-    layers = [dict(k=k(r), l=l, v=_trim(v), loss=_trim(r['val_loss'])) for r in runs for l, v in enumerate(r['variance_median'])]
-    scores = [dict(k=k(r), score=text, value=_trim(r['scalars'][key], 3)) for r in runs for key, text in _COSTS.items()]
+    layers = [dict(k=k(r), l=l, v=_trim(v), loss=_trim(r['val_loss'])) for r in runs
+              for l, v in enumerate(r['variance_median'])]
+    scores = [dict(k=k(r), score=text, value=_trim(r['scalars'][key], 3)) for r in runs
+              for key, text in _COSTS.items()]
     last = len(usual['variance_median']) - 1
-    says = (f"datum.l == {last} ? 'With c = ' + pow(2, k) + ' the variance of the last stream is ' + format(datum.y, '.3~g') "
+    says = (f"datum.l == {last} ? 'With c = ' + pow(2, k) + ' the variance of the last stream is ' + "
+            f"format(datum.y, '.3~g') "
             "+ ', ' + format(pow(4, k), '~g') + ' times that of c = 1. "
             f"The held-out loss, {usual['val_loss']:.3f}, and every score are the same.' : null")
     x = alt.X('l:Q', title='layer l', scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1, grid=False))
     reach = [min(r['v'] for r in layers) / 2, max(r['v'] for r in layers) * 2]
-    y = alt.Y('y:Q', title=None, scale=alt.Scale(type='log', domain=reach), axis=alt.Axis(format='~g', tickCount=6))
-    kind = alt.Color('kind:N', title=None, scale=alt.Scale(domain=['calculated', 'measured'], range=[BLUE, ORANGE]))
+    y = alt.Y('y:Q', title=None, scale=alt.Scale(type='log', domain=reach),
+              axis=alt.Axis(format='~g', tickCount=6))
+    kind = alt.Color('kind:N', title=None,
+                     scale=alt.Scale(domain=['calculated', 'measured'], range=[BLUE, ORANGE]))
     rows = lambda data: alt.Chart(alt.NamedData(data))
-    lines = _calculated(rows('layers').transform_filter('datum.k == 0'), dict(y='datum.v * pow(4, k)', kind="'calculated'", says=says))
+    lines = _calculated(rows('layers').transform_filter('datum.k == 0'),
+                        dict(y='datum.v * pow(4, k)', kind="'calculated'", says=says))
     rings = _calculated(rows('layers').transform_filter('datum.k == k'), dict(y='datum.v', kind="'measured'"))
     tip = [alt.Tooltip('l:Q', title='layer'), alt.Tooltip('y:Q', format='.3~g', title='variance')]
     stream = alt.layer(lines.mark_line(strokeWidth=2.2, point=dict(size=20)).encode(x, y, kind, tooltip=tip),
@@ -603,15 +712,23 @@ def twins_explorer(runs: list[dict], c: int = 3, name: str = 'sce-twins') -> Exp
     same = _calculated(rows('scores').transform_filter('datum.k == 0'), dict(kind="'calculated'"))
     found = _calculated(rows('scores').transform_filter('datum.k == k'), dict(kind="'measured'"))
     tip = [alt.Tooltip('score:N'), alt.Tooltip('value:Q')]
-    bars = alt.layer(same.mark_bar(height=9).encode(value, order, kind, tooltip=tip).properties(name='scores'),
-                     found.mark_point(shape='cross', size=110, filled=True, opacity=1).encode(value, order, kind, tooltip=tip))
-    charts = alt.concat(stream.properties(width='container', height=240, title='Variance of the stream (median over tokens)'),
+    bars = alt.layer(same.mark_bar(height=9).encode(value, order, kind,
+                                                    tooltip=tip).properties(name='scores'),
+                     found.mark_point(shape='cross', size=110, filled=True,
+                                      opacity=1).encode(value, order, kind, tooltip=tip))
+    charts = alt.concat(stream.properties(width='container', height=240,
+                                          title='Variance of the stream (median over tokens)'),
                         bars.properties(width='container', height=240, title='Scores'), columns=2)
-    charts = charts.add_params(alt.param('k', value=c, bind=alt.binding_range(min=-3, max=3, step=1, name='log₂ of the factor c')))
-    tables = [dict(title='Numbers of the variance', view='stream', columns=dict(l='layer', y='variance', v='variance at c = 1')),
+    charts = charts.add_params(alt.param('k', value=c,
+                                         bind=alt.binding_range(min=-3, max=3, step=1,
+                                                                name='log₂ of the factor c')))
+    tables = [dict(title='Numbers of the variance', view='stream',
+                   columns=dict(l='layer', y='variance', v='variance at c = 1')),
               dict(title='Numbers of the scores', view='scores', columns=dict(score='score', value='value'))]
     return Explorer(name, 'A model and its twins', charts, tables,
-                    'A line chart of the variance by layer, which moves with c, and bars of six scores, which do not.',
-                    'The left axis is logarithmic. Trained twins exist for c = 1/8, 1 and 8; for the other values the line is '
+                    'A line chart of the variance by layer, which moves with c, and bars of six scores, '
+                    'which do not.',
+                    'The left axis is logarithmic. Trained twins exist for c = 1/8, 1 and 8; for the other '
+                    'values the line is '
                     'calculated, and the scores are those of c = 1.',
                     dict(layers=layers, scores=scores), dict(function='twins_explorer', c=c, name=name))

@@ -30,24 +30,28 @@ from matplotlib import rc_params_from_file
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .claims import CLAIMS, PUBLISHED, markdown_table, number
-from .studies import RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed, read_metric, run_study
+from .studies import (RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed,
+                               read_metric, run_study)
 from .studies import scale_config, seed_list, study_named, t_interval
 from .train import FREE_FIELDS
 
 # %% ../nbs/tools/07_figures.ipynb #258976eb
-STYLE = rc_params_from_file(str(files('sparsecod') / 'templates' / 'sparsecod.mplstyle'), use_default_template=False)
+STYLE = rc_params_from_file(str(files('sparsecod') / 'templates' / 'sparsecod.mplstyle'),
+                            use_default_template=False)
 OKABE_ITO, MARKERS = STYLE['axes.prop_cycle'].by_key()['color'], 'os^DvPX*p<>h'
 
 @contextmanager
 def use_style():
-    "A context, and a decorator, in which matplotlib draws in this project's style; other settings stay as they are."
+    """A context, and a decorator, in which matplotlib draws in this project's style; other settings stay as
+    they are."""
     with plt.rc_context(STYLE):
         yield
         shows = plt.isinteractive()         # a notebook turns this on at its first figure, and needs it on
     plt.rcParams['interactive'] = shows
 
 # %% ../nbs/tools/07_figures.ipynb #d83af3e9
-DEPTH, VARIANT = 'model.n_layers', 'variant'   # a variant is no field: it is the label that a study gives to a run
+# a variant is no field: it is the label that a study gives to a run
+DEPTH, VARIANT = 'model.n_layers', 'variant'
 SETTINGS = {DEPTH: ('L', 'depth L (blocks)'), 'model.context_length': ('T', 'context length T (tokens)'),
             'model.n_kv_heads': ('K', 'key/value heads K'), 'model.n_experts': ('E', 'experts E'),
             'train.weight_decay': ('λ', 'weight decay λ'), 'model.norm': ('norm', 'norm placement'),
@@ -58,8 +62,11 @@ def _setting(record: dict, by: str = DEPTH):
     part, _, name = by.partition('.')
     try: return record[VARIANT] if by == VARIANT else record['config'][part][name]
     except KeyError:
-        if by == VARIANT: raise ValueError(f"by='variant' needs records with labels, and {record['name']} has none: use label_variants(study, records)") from None
-        raise ValueError(f'by={by!r} is no field of the configuration of {record["name"]}; write part.field, as in {DEPTH}') from None
+        if by == VARIANT:
+            raise ValueError(f"by='variant' needs records with labels, and {record['name']} has none: use "
+                             f"label_variants(study, records)") from None
+        raise ValueError(f'by={by!r} is no field of the configuration of {record["name"]}; write part.field, '
+                         f'as in {DEPTH}') from None
 
 def label(value, by: str = DEPTH) -> str:
     "A setting as it is written in legends, such as L = 16."
@@ -69,37 +76,45 @@ def flat_config(record: dict) -> dict:
     "All that decides the outcome of a run except the seed: part.field -> value."
     flat = {'corpus': record['provenance']['corpus_fingerprint']}
     for part, fields in record['config'].items():
-        flat |= {f'{part}.{name}': value for name, value in fields.items()} if isinstance(fields, dict) else {part: fields}
-    without = ('seed', 'measures', 'lengths', 'n_questions', *FREE_FIELDS)   # three set what is measured afterwards
+        flat |= {f'{part}.{name}': value
+                 for name, value in fields.items()} if isinstance(fields, dict) else {part: fields}
+    # three set what is measured afterwards
+    without = ('seed', 'measures', 'lengths', 'n_questions', *FREE_FIELDS)
     return {name: value for name, value in flat.items() if name.split('.')[-1] not in without}
 
 def differences(records: list[dict]) -> dict[str, list]:
-    "Fields in which runs differ, with their values in order of appearance; seeds and fields without influence on the result aside."
+    """Fields in which runs differ, with their values in order of appearance; seeds and fields without
+    influence on the result aside."""
     flat = [flat_config(r) for r in records]
     values = {name: list({json.dumps(f[name]): f[name] for f in flat}.values()) for name in flat[0]
               if all(name in f for f in flat)}
     return {name: v for name, v in values.items() if len(v) > 1}
 
 def varied_field(records: list[dict]) -> str:
-    "The field that a study varies: depth if the runs differ in it, else the best known field in which they do."
+    """The field that a study varies: depth if the runs differ in it, else the best known field in which
+    they do."""
     found = differences(records) if records else {}
     return next((f for f in [*SETTINGS, *found] if f in found), DEPTH)
 
 def by_setting(records: list[dict], by: str = DEPTH) -> dict:
     "Records by the value of a field, both in order; those of one value may differ in nothing but the seed."
-    if not records: raise ValueError('there are no records to show: run a study first, for example `sparsecod reproduce --study depth --scale tiny`')
+    if not records:
+        raise ValueError('there are no records to show: run a study first, for example `sparsecod reproduce '
+                         '--study depth --scale tiny`')
     groups, order = {}, lambda r: (_setting(r, by) is not None, _setting(r, by))
     for r in records if by == VARIANT else sorted(records, key=order):
         groups.setdefault(_setting(r, by), []).append(r)
     for value, group in groups.items():
         group.sort(key=lambda r: r['seed'])
         for name, values in differences(group).items():
-            raise ValueError(f'the runs with {label(value, by)} differ in {name} ({", ".join(map(str, values))}): choose one before drawing')
+            raise ValueError(f'the runs with {label(value, by)} differ in {name} '
+                             f'({", ".join(map(str, values))}): choose one before drawing')
     return groups
 
 # %% ../nbs/tools/07_figures.ipynb #48ccadc7
 def label_variants(study: str | Study, records: list[dict], base: RunConfig | None = None) -> list[dict]:
-    "Copies of a study's records in the order of its variants, each with its label under 'variant'; base None: of their scale."
+    """Copies of a study's records in the order of its variants, each with its label under 'variant'; base
+    None: of their scale."""
     return [r | {VARIANT: name} for name, group in by_variant(study, records, base).items() for r in group]
 
 # %% ../nbs/tools/07_figures.ipynb #1de10e3d
@@ -111,7 +126,7 @@ def looks(values: list, by: str = DEPTH) -> dict:
                and (m := re.fullmatch(r'\S+=([\d.]+)', f))}    # such as λ=0.1
     if len(numbers) == len(names): names.sort(key=lambda f: numbers[f])
     ordered = by != VARIANT or len(numbers) == len(names) or len(names) > len(OKABE_ITO)
-    shades = map(tuple, plt.get_cmap('plasma')(np.linspace(.68, .02, len(names))))       # from orange to dark blue
+    shades = map(tuple, plt.get_cmap('plasma')(np.linspace(.68, .02, len(names))))  # from orange to dark blue
     colors = dict(zip(names, shades if ordered else OKABE_ITO))
     nth = {v: sum(family[w] == family[v] for w in values[:i]) for i, v in enumerate(values)}   # in its family
     return {v: dict(color=colors[family[v]], marker=m, ls=('-', '-.', ':')[nth[v] % 3])
@@ -121,8 +136,8 @@ def looks(values: list, by: str = DEPTH) -> dict:
 _Series = namedtuple('_Series', 'x mean low high seeds')   # x: layers, blocks or steps; seeds: how many
 
 def _series(records: list[dict], line: Callable[[dict], dict], by: str = DEPTH) -> dict:
-    """The line of each setting, the mean over seeds with its range, at the places that all its finished runs have; `line`
-    gives a run's values by place, if it has any."""
+    """The line of each setting, the mean over seeds with its range, at the places that all its finished
+    runs have; `line` gives a run's values by place, if it has any."""
     series = {}
     for value, group in by_setting(records, by).items():
         lines = [points for r in group if r['status'] == 'finished' and (points := line(r))]
@@ -141,7 +156,8 @@ def _profile(record: dict, name: str) -> dict[int, float]:
     if not record.get('scores'): return {}
     found = record['scores']['arrays']
     values = found[name] if name in found else record['curve'][name][-1]
-    return dict(enumerate(values, 0 if len(values) > _setting(record) else 1))   # L + 1 streams from h_0, or L blocks from 1
+    # L + 1 streams from h_0, or L blocks from 1
+    return dict(enumerate(values, 0 if len(values) > _setting(record) else 1))
 
 def _curve(record: dict, name: str) -> dict[int, float]:
     "A training curve by step; of a list by layer, the value of the last layer."
@@ -170,13 +186,15 @@ def _nothing(ax, why: str = 'nothing to draw'):
     ax.text(.5, .5, why, transform=ax.transAxes, ha='center', color='#777777')
 
 def _draw_series(ax, series: dict, records: list[dict], by: str = DEPTH, markers: bool = True):
-    "A line a setting, with a band from the lowest to the highest seed; a setting keeps its colour in every figure."
+    """A line a setting, with a band from the lowest to the highest seed; a setting keeps its colour in
+    every figure."""
     for value, look in looks(list(by_setting(records, by)), by).items():
         if value not in series: continue
         s = series[value]
         ax.plot(s.x, s.mean, **look | ({} if markers else dict(marker=None)), label=label(value, by))
         if s.seeds > 1: ax.fill_between(s.x, s.low, s.high, color=look['color'], alpha=.2, lw=0)
-    if series: _legend(ax, by, ncols=1 if markers or len(series) < 4 else 2)           # a flat legend leaves room for curves
+    # a flat legend leaves room for curves
+    if series: _legend(ax, by, ncols=1 if markers or len(series) < 4 else 2)
     else: _nothing(ax)
 
 def _draw_layers(ax, records: list[dict], line, by: str, x: str, **texts):
@@ -188,7 +206,8 @@ def _draw_layers(ax, records: list[dict], line, by: str, x: str, **texts):
     return ax
 
 # %% ../nbs/tools/07_figures.ipynb #e0d6a0ee
-STATISTICS = {'mean': 'mean over tokens', 'median': 'median over tokens', 'without_first': 'mean without position 0'}
+STATISTICS = {'mean': 'mean over tokens', 'median': 'median over tokens',
+              'without_first': 'mean without position 0'}
 
 @use_style()
 def plot_variance(records: list[dict], statistic: str = 'mean', ax=None, by: str = DEPTH):
@@ -203,16 +222,20 @@ UPDATES = {'attention': 'Attention updates', 'feed_forward': 'Feed-forward updat
 
 @use_style()
 def plot_updates(records: list[dict], part: str, ax=None, by: str = DEPTH):
-    "Size of one kind of update, one of UPDATES, over the size of the stream before its block, at the end of training."
+    """Size of one kind of update, one of UPDATES, over the size of the stream before its block, at the end
+    of training."""
     _one_of(UPDATES, part=part)
-    ends = lambda r: (r['curve'][name][-1] for name in (f'{part}_update', 'variance_mean'))     # (L,) and (L + 1,)
+    # (L,) and (L + 1,)
+    ends = lambda r: (r['curve'][name][-1] for name in (f'{part}_update', 'variance_mean'))
     relative = lambda r: {l: math.sqrt(u / v) for l, (u, v) in enumerate(zip(*ends(r)), 1)}
-    return _draw_layers(ax, records, relative, by, 'block l', ylabel='update / stream', yscale='log', title=UPDATES[part])
+    return _draw_layers(ax, records, relative, by, 'block l', ylabel='update / stream', yscale='log',
+                        title=UPDATES[part])
 
 # %% ../nbs/tools/07_figures.ipynb #cbb47709
 @use_style()
 def plot_curve(records: list[dict], name: str, ax=None, by: str = DEPTH):
-    "A quantity of the training log against step: a line a setting, a band over seeds, diverged runs by themselves."
+    """A quantity of the training log against step: a line a setting, a band over seeds, diverged runs by
+    themselves."""
     ax, groups = ax or plt.subplots()[1], by_setting(records, by)
     _draw_series(ax, _series(records, lambda r: _curve(r, name), by), records, by, markers=False)
     for value, look in looks(list(groups), by).items():
@@ -236,12 +259,14 @@ def plot_final_variance(records: list[dict], statistic: str = 'mean', ax=None, b
 FLOORS = dict(frequencies='token frequencies', pairs='table of token pairs', triples='table of token triples')
 
 def _floor_losses(records: list[dict], names: Iterable[str]) -> dict[str, list[float]]:
-    "Lowest and highest held-out loss, over the runs, of simpler models that have read what the runs have read; by label."
+    """Lowest and highest held-out loss, over the runs, of simpler models that have read what the runs have
+    read; by label."""
     found = {FLOORS[name]: [r['floors'][name] for r in finished(records) if 'floors' in r] for name in names}
     return {label: [min(losses), max(losses)] for label, losses in found.items() if losses}
 
 def _floors_of(records: list[dict], metric: str) -> dict[str, list[float]]:
-    "What belongs beside a score: for a held-out loss, the tables of tokens; that of triples if some run beats that of pairs."
+    """What belongs beside a score: for a held-out loss, the tables of tokens; that of triples if some run
+    beats that of pairs."""
     if not metric.startswith('val_loss'): return {}
     return _floor_losses(records, ('pairs', 'triples') if any(map(passed, records)) else ('pairs',))
 
@@ -272,11 +297,13 @@ def plot_jacobian(records: list[dict], variant: str = 'per_token', ax=None, by: 
 
 # %% ../nbs/tools/07_figures.ipynb #f8045de0
 def estimates(records: list[dict], measure: str | Callable[[dict], float], by: str = DEPTH) -> dict:
-    """A scalar over the seeds of each setting: setting -> value, low, high, n, and what the interval is over. `measure` is a
-    metric, or a function of a finished run (NaN: it has none); settings where no run has it are left out."""
+    """A scalar over the seeds of each setting: setting -> value, low, high, n, and what the interval is
+    over. `measure` is a metric, or a function of a finished run (NaN: it has none); settings where no run
+    has it are left out."""
     if isinstance(measure, str): read, log = lambda r: read_metric(r, measure), logarithmic(measure)
     else: read, log = lambda r: dict(value=v, low=v, high=v) if (v := measure(r)) == v else None, False
-    found = {value: [m for r in finished(group) if (m := read(r))] for value, group in by_setting(records, by).items()}
+    found = {value: [m for r in finished(group) if (m := read(r))]
+             for value, group in by_setting(records, by).items()}
     return {value: over_seeds(metrics, log) for value, metrics in found.items() if metrics}
 
 # %% ../nbs/tools/07_figures.ipynb #9b201c28
@@ -293,10 +320,12 @@ METRICS = {name: (title, axis) for axis, titles in {
         final_variance='Final-layer variance, mean', final_variance_median='Final-layer variance, median',
         final_variance_without_first='Final-layer variance, no position 0'),
     '$v_L / v_1$ (median over tokens)': dict(growth='Growth of the variance'),
-    '$v_L / v_1$': dict(growth_mean='Growth of the mean variance', growth_without_first='Growth, no position 0'),
+    '$v_L / v_1$': dict(growth_mean='Growth of the mean variance',
+                        growth_without_first='Growth, no position 0'),
     'variance of $h_1$': dict(first_variance='Variance after block 1'),
     'mean over blocks': dict(
-        jacobian_deviation='Jacobian deviation, per token', jacobian_per_sequence='Jacobian deviation, per sequence',
+        jacobian_deviation='Jacobian deviation, per token',
+        jacobian_per_sequence='Jacobian deviation, per sequence',
         jacobian_deviation_published='Jacobian deviation, as published'),
     'nats a token': dict(val_loss='Held-out loss'), 'held-out perplexity': dict(perplexity='Perplexity'),
     'share of questions': dict(accuracy='Cloze accuracy', accuracy_plain='Cloze accuracy, plain'),
@@ -314,20 +343,26 @@ METRICS = {name: (title, axis) for axis, titles in {
 
 # %% ../nbs/tools/07_figures.ipynb #9d86542b
 def metric_text(name: str) -> tuple[str, str]:
-    "Title and axis of one of METRICS; another length of evaluation, or the common one, stands behind it, as in val_loss@128 and val_loss@common."
+    """Title and axis of one of METRICS; another length of evaluation, or the common one, stands behind it,
+    as in val_loss@128 and val_loss@common."""
     base, _, T = name.partition('@')
-    if base not in METRICS: raise ValueError(f'name={name!r} must be one of {", ".join(METRICS)}, or one of them at a length, as in val_loss@128')
+    if base not in METRICS:
+        raise ValueError(f'name={name!r} must be one of {", ".join(METRICS)}, or one of them at a length, as '
+                         f'in val_loss@128')
     title, axis = METRICS[base]
-    return title + (' (evaluated at a common length)' if T == 'common' else f' (evaluated at T = {T})' if T else ''), axis
+    return title + (' (evaluated at a common length)' if T == 'common' else f' (evaluated at T = {T})' if T
+                    else ''), axis
 
 # %% ../nbs/tools/07_figures.ipynb #36e84600
 def _spread(ax, values: list, by: str) -> dict:
-    "Place settings on the x axis, at equal ratios if all are positive numbers, otherwise in a row: value -> position."
+    """Place settings on the x axis, at equal ratios if all are positive numbers, otherwise in a row: value
+    -> position."""
     ratios = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values)
     places = {v: math.log2(v) if ratios else i for i, v in enumerate(values)}
     names, slant = list(map(str, places)), {}
     if by == VARIANT:      # in several lines, or slanted where one of their words is too long for that
-        room = ax.get_window_extent().width / ax.figure.dpi / .078 / max(1, len(places))     # characters that fit side by side
+        # characters that fit side by side
+        room = ax.get_window_extent().width / ax.figure.dpi / .078 / max(1, len(places))
         slanted = max((len(word) for name in names for word in name.split()), default=0) > room - 1
         names = [textwrap.fill(name, 18 if slanted else max(1, int(room - 1)), break_long_words=False)
                  for name in names]
@@ -347,7 +382,7 @@ def _fit_limits(ax, y: list, low: list, high: list, log: bool):
     "Show all points, and intervals as far as they are not many times longer than the points are apart."
     if log:
         ax.set_yscale('log', nonpositive='clip')
-        if max(y) < 100 * min(y):                               # numbers as one writes them, and not powers of ten
+        if max(y) < 100 * min(y):  # numbers as one writes them, and not powers of ten
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter('{x:g}')
             ax.yaxis.set_minor_formatter(NullFormatter())
@@ -374,7 +409,8 @@ def _draw_points(ax, found: dict, places: dict, **style):
 # %% ../nbs/tools/07_figures.ipynb #7bbfa759
 @use_style()
 def plot_score(records: list[dict], name: str, ax=None, by: str = DEPTH):
-    "One of METRICS against a setting: points with 95 % intervals, single seeds as rings; for a loss, its floors."
+    """One of METRICS against a setting: points with 95 % intervals, single seeds as rings; for a loss, its
+    floors."""
     ax, groups, found = ax or plt.subplots()[1], by_setting(records, by), estimates(records, name, by)
     places, (title, ylabel) = _spread(ax, list(groups), by), metric_text(name)
     ax.set(title=textwrap.fill(title, 44) + (f'\n({_seeds_text(found)})' if found else ''), ylabel=ylabel)
@@ -384,7 +420,8 @@ def plot_score(records: list[dict], name: str, ax=None, by: str = DEPTH):
     if not found: return _nothing(ax) or ax
     drawn, floors = _cut_share(found, name, ax), _floors_of(records, name)
     _draw_points(ax, drawn, places, marker='o', ls='' if by == VARIANT else '-')
-    seeds = [(places[v], m['value']) for v in found for r in finished(groups[v]) if (m := read_metric(r, name))]
+    seeds = [(places[v], m['value']) for v in found for r in finished(groups[v])
+             if (m := read_metric(r, name))]
     if len(seeds) > len(found): ax.plot([at + .12 for at, _ in seeds], [y for _, y in seeds], 'o',
                                         color=OKABE_ITO[0], mfc='none', ms=4, mew=.8)
     ends = [[e[key] for e in drawn.values()] for key in ('low', 'high')]
@@ -397,7 +434,8 @@ def plot_score(records: list[dict], name: str, ax=None, by: str = DEPTH):
 # %% ../nbs/tools/07_figures.ipynb #59c5edf7
 def _published(name: str) -> dict[int, float]:
     "The paper's numbers of a metric by depth; empty if there are none."
-    return {int(row.removeprefix('L=')): found[name] for row, found in PUBLISHED['depth'].items() if name in found}
+    return {int(row.removeprefix('L=')): found[name] for row, found in PUBLISHED['depth'].items()
+            if name in found}
 
 def _paper_axes(ax, title: str, ylabel: str):
     "Axes for published numbers: grey, and labelled."
@@ -426,7 +464,8 @@ def _plot_published_ends(claim: str, ends: tuple[str, str], title: str, ylabel: 
     ax, text = _paper_axes(ax, title, ylabel), next(c.published for c in CLAIMS if c.id == claim)
     for (L, *ys), marker in zip(re.findall(r'L=(\d+): ([\d.]+) to ([\d.]+)', text), MARKERS):
         ax.plot([0, 1], list(map(float, ys)), '--', marker=marker, color='#555555')
-        ax.annotate(label(L), (1, float(ys[1])), xytext=(8, 0), textcoords='offset points', va='center', fontsize=9)
+        ax.annotate(label(L), (1, float(ys[1])), xytext=(8, 0), textcoords='offset points', va='center',
+                    fontsize=9)
     ax.set_xticks([0, 1], ends)
     ax.set(xlim=(-.3, 1.6), yscale='log')
     return ax
@@ -450,7 +489,9 @@ def _pair_means(records: list[dict], name: str) -> np.ndarray:
     "Mean over seeds of the scores of pairs of one setting, (L, L); NaN where there is no pair."
     _one_of(_PAIRS, name=name)
     depths = sorted({_setting(r) for r in records})
-    if len(depths) != 1: raise ValueError(f'a heat map shows models of one depth; these have L = {", ".join(map(str, depths))}')
+    if len(depths) != 1:
+        raise ValueError(
+            f'a heat map shows models of one depth; these have L = {", ".join(map(str, depths))}')
     runs = finished(records)
     if not runs: raise ValueError('no run of these has scores: all of them diverged')
     return np.array([r['scores']['arrays'][name] for r in runs], dtype=float).mean(0)
@@ -461,7 +502,8 @@ def plot_pairs(records: list[dict], name: str = 'causal', ax=None, by: str = DEP
     values = _pair_means(records, name)
     (title, x, y), L, ax = _PAIRS[name], len(values), ax or plt.subplots(figsize=(4.4, 3.6))[1]
     edges = np.arange(L + 1) + .5                                  # cell l spans l - 0.5 .. l + 0.5
-    cells = ax.pcolormesh(edges, edges, values, cmap='cividis', vmin=0, edgecolors='white', lw=.5 if L <= 16 else 0)
+    cells = ax.pcolormesh(edges, edges, values, cmap='cividis', vmin=0, edgecolors='white',
+                          lw=.5 if L <= 16 else 0)
     ax.figure.colorbar(cells, ax=ax, shrink=.9)
     step = 1 if L <= 8 else 2 if L <= 16 else 4
     ticks = sorted({1, *range(step, L + 1, step), L})
@@ -473,13 +515,15 @@ def plot_pairs(records: list[dict], name: str = 'causal', ax=None, by: str = DEP
 
 # %% ../nbs/tools/07_figures.ipynb #5f22aa0b
 def _split_pairs(scores: np.ndarray) -> dict[str, float]:
-    "Mean over the pairs with block 1, and over those without it, of scores (L, L) that are NaN where there is no pair."
+    """Mean over the pairs with block 1, and over those without it, of scores (L, L) that are NaN where
+    there is no pair."""
     parts = {'with block 1': np.concatenate([scores[0], scores[:, 0]]), 'without block 1': scores[1:, 1:]}
     return {name: float(np.nanmean(x)) if np.isfinite(x).any() else math.nan for name, x in parts.items()}
 
 def pair_parts(records: list[dict], name: str, by: str = DEPTH) -> dict[str, dict]:
     "Estimates of a score of pairs, with block 1 and without it: part -> setting -> as from estimates."
-    part = lambda which: lambda r: _split_pairs(_pair_means([r], name))[which] if _setting(r) > 1 else math.nan
+    part = (lambda which: lambda r: _split_pairs(_pair_means([r], name))[which] if _setting(r) > 1
+            else math.nan)
     return {which: estimates(records, part(which), by) for which in ('with block 1', 'without block 1')}
 
 @use_style()
@@ -512,9 +556,13 @@ def plot_distance(records: list[dict], name: str = 'causal', ax=None, by: str = 
 # %% ../nbs/tools/07_figures.ipynb #7c82b1c5
 @use_style()
 def plot_usefulness(records: list[dict], ax=None, by: str = DEPTH):
-    "Loss ratio of each block replaced by its affine map, of runs of one setting, with the threshold; whiskers span the seeds."
-    (value, s), *others = _series(records, lambda r: _profile(r, 'usefulness_ratio'), by).items() or [(None, None)]
-    if others: raise ValueError(f'usefulness by block is for models of one setting; these have {", ".join(label(v, by) for v in by_setting(records, by))}')
+    """Loss ratio of each block replaced by its affine map, of runs of one setting, with the threshold;
+    whiskers span the seeds."""
+    (value, s), *others = _series(records, lambda r: _profile(r, 'usefulness_ratio'),
+                                  by).items() or [(None, None)]
+    if others:
+        raise ValueError(f'usefulness by block is for models of one setting; these have '
+                         f'{", ".join(label(v, by) for v in by_setting(records, by))}')
     ax, threshold = ax or plt.subplots()[1], records[0]['config']['score']['threshold']
     ax.axhline(threshold, color=OKABE_ITO[1], lw=1.2, ls='--', label=f'threshold {threshold:.2f}')
     ax.set(xlabel='block l', ylabel='loss with affine map / loss',
@@ -549,22 +597,26 @@ def plot_thresholds(records: list[dict], ax=None, by: str = DEPTH):
 _SCORES = ('causal', 'permutation', 'usefulness')
 
 def _draw_scores(ax, points: dict[str, dict]):
-    "Several scores against depth in one panel, told apart by colour and marker: score -> depth -> value, low and high."
+    """Several scores against depth in one panel, told apart by colour and marker: score -> depth -> value,
+    low and high."""
     places = _spread(ax, sorted({x for found in points.values() for x in found}), DEPTH)
     ax.set_ylabel('score')
     for (name, found), color, marker in zip(points.items(), OKABE_ITO, MARKERS):
-        if found: _draw_points(ax, _cut_share(found, name, ax), places, color=color, marker=marker, label=name)
+        if found:
+            _draw_points(ax, _cut_share(found, name, ax), places, color=color, marker=marker, label=name)
     if not any(points.values()): return _nothing(ax)
     ax.set_ylim(-.05, max(1.05, 1.05 * max(e['value'] for found in points.values() for e in found.values())))
     ax.legend()
 
 @use_style()
-def headline_figure(records: list[dict], path: str | Path | None = None):  # where to save it (.svg or .png); None: nowhere
+def headline_figure(records: list[dict],
+                    path: str | Path | None = None):  # where to save it (.svg or .png); None: nowhere
     "The scores of a depth study, ours beside the paper's."
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     ours = {name: estimates(records, name) for name in _SCORES}
     _draw_scores(left, ours)
-    left.set_title('Ours: scores by depth' + (f' ({_seeds_text(next(iter(ours.values())))})' if any(ours.values()) else ''))
+    left.set_title('Ours: scores by depth' + (f' ({_seeds_text(next(iter(ours.values())))})'
+                                              if any(ours.values()) else ''))
     theirs = {name: {x: dict(value=y, low=y, high=y) for x, y in _published(name).items()}
               for name in _SCORES}
     _draw_scores(_paper_axes(right, '', ''), theirs)
@@ -573,13 +625,15 @@ def headline_figure(records: list[dict], path: str | Path | None = None):  # whe
     path = Path(path)
     if path.suffix not in ('.svg', '.png'): raise ValueError(f'path={str(path)!r} must end in .svg or .png')
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150, metadata={'Date': None} if path.suffix == '.svg' else {'Software': None})   # equal figures, equal files
+    # equal figures, equal files
+    fig.savefig(path, dpi=150, metadata={'Date': None} if path.suffix == '.svg' else {'Software': None})
     return fig
 
 # %% ../nbs/tools/07_figures.ipynb #935c0778
 def span(middle: float, low: float, high: float) -> str:
     "A number with its range, such as 0.35 (0.33 to 0.38); no line ends within the range."
-    return number(middle) if low == high or low != low else f'{number(middle)} ({number(low)}\xa0to\xa0{number(high)})'
+    return (number(middle) if low == high or low != low
+            else f'{number(middle)} ({number(low)}\xa0to\xa0{number(high)})')
 
 def folded(title: str, text: str) -> str:
     "Markdown that shows its title, and the rest after a click."
@@ -593,7 +647,8 @@ def estimates_table(records: list[dict], names: list[str], by: str = DEPTH) -> s
     "Our estimates with their 95 % intervals, a row a setting."
     columns = [estimates(records, name, by) for name in names]
     return markdown_table([SETTINGS.get(by, (by,))[0], *(metric_text(name)[0] for name in names)],
-                          [[v, *(estimate_text(column.get(v)) for column in columns)] for v in by_setting(records, by)])
+                          [[v, *(estimate_text(column.get(v)) for column in columns)]
+                           for v in by_setting(records, by)])
 
 def published_table(names: list[str]) -> str:
     "The paper's numbers of the depth study, a row a depth."
@@ -604,40 +659,58 @@ def published_table(names: list[str]) -> str:
 def verdict_text(row: dict) -> str:
     "One row of the ledger as a sentence."
     s, claim = row['statistic'], row['statement']
-    if s is None: return f"**{row['verdict'].capitalize()}**: {claim} Published: {row['published']}; by our sum: {row['ours']}."
-    nothing = 'not defined: the metric is the same in all runs' if s.get('seeds') else 'no seed was run at every setting'
-    found = nothing if s['n'] == 0 else f"{number(s['value'])} with one seed, and hence no interval" if s['n'] == 1 else (
-            f"{number(s['value'])}, 95 % interval {number(s['low'])} to {number(s['high'])} over {s['n']} seeds")
+    if s is None:
+        return (f"**{row['verdict'].capitalize()}**: {claim} Published: {row['published']}; by our sum: "
+                f"{row['ours']}.")
+    nothing = ('not defined: the metric is the same in all runs' if s.get('seeds')
+               else 'no seed was run at every setting')
+    value = number(s['value'])
+    if s['n'] == 0: found = nothing
+    elif s['n'] == 1: found = f'{value} with one seed, and hence no interval'
+    else: found = f"{value}, 95 % interval {number(s['low'])} to {number(s['high'])} over {s['n']} seeds"
     return f"**{row['verdict'].capitalize()}**: {claim} ({row['rule'].split('; confirmed')[0]}: {found})"
 
 def runs_text(records: list[dict], by: str = DEPTH) -> str:
     "What was run, in a sentence."
     groups = {v: finished(group) for v, group in by_setting(records, by).items()}
     seeds = sorted({len(group) for group in groups.values()})
-    each = f'{seeds[0]} seed{"s" * (seeds[0] != 1)} each' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]} seeds'
+    each = (f'{seeds[0]} seed{"s" * (seeds[0] != 1)} each' if len(seeds) == 1
+            else f'{seeds[0]} to {seeds[-1]} seeds')
     diverged = sum(r['status'] != 'finished' for r in records)
-    return f"{len(records)} runs: {', '.join(label(v, by) for v in groups)}, {each}" + (f'; {diverged} diverged' if diverged else '')
+    return (f"{len(records)} runs: {', '.join(label(v, by) for v in groups)}, {each}"
+            + (f'; {diverged} diverged' if diverged else ''))
 
 # %% ../nbs/tools/07_figures.ipynb #5793f057
 def results_folder(start: str | Path = '.') -> Path:
     "The folder `results` of the repository around a place."
     start = Path(start).absolute()
-    root = next((p for p in (start, *start.parents) if (p / 'settings.ini').exists() and (p / 'nbs').is_dir()), None)
-    if root is None: raise FileNotFoundError(f'{start} is not inside a clone of the repository: no settings.ini was found upwards of it')
+    root = next((p for p in (start, *start.parents) if (p / 'settings.ini').exists()
+                 and (p / 'nbs').is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(
+            f'{start} is not inside a clone of the repository: no settings.ini was found upwards of it')
     return root / 'results'
 
 def page_records(studies: str | tuple[str, ...], scale: str, seeds: int | Iterable[int], folder: str | Path,
                  rerun: bool = False, written: str = 'laptop') -> tuple[list[dict], bool]:
-    """What a study page shows: records of a scale and of so many or these seeds, and whether text and checks of the page,
-    which are about runs of the scale `written`, are about them. `rerun` runs what a folder of one's own lacks."""
+    """What a study page shows: records of a scale and of so many or these seeds, and whether text and
+    checks of the page, which are about runs of the scale `written`, are about them. `rerun` runs what a
+    folder of one's own lacks."""
     seeds, committed = seed_list(seeds), Path(folder).resolve() == results_folder().resolve()
     studies = [studies] if isinstance(studies, str) else studies
-    if rerun and committed: raise ValueError(f"FOLDER={folder} holds the committed records; a rerun needs a folder of its own, such as '../../runs'")
+    if rerun and committed:
+        raise ValueError(f"FOLDER={folder} holds the committed records; a rerun needs a folder of its own, "
+                         f"such as '../../runs'")
     for study in studies if rerun else (): run_study(study, scale, seeds, out=folder)
-    found = {r['id']: r for study in studies for r in load_results(folder, scale, study) if r['seed'] in seeds}
-    if not found: raise ValueError(f'FOLDER={folder} has no runs of scale {scale}, seeds {seeds}; RERUN = True with a folder of its own makes them')
+    found = {r['id']: r for study in studies for r in load_results(folder, scale, study)
+             if r['seed'] in seeds}
+    if not found:
+        raise ValueError(f'FOLDER={folder} has no runs of scale {scale}, seeds {seeds}; RERUN = True with a '
+                         f'folder of its own makes them')
     recorded = committed and (scale, seeds) == (written, [0, 1, 2])
-    if not recorded: print(f'{len(found)} runs of scale {scale}, seeds {seeds}. The text of this page is about other runs, and checks of what it says are skipped.')
+    if not recorded:
+        print(f'{len(found)} runs of scale {scale}, seeds {seeds}. The text of this page is about other '
+              f'runs, and checks of what it says are skipped.')
     return list(found.values()), recorded
 
 # %% ../nbs/tools/07_figures.ipynb #1b548764
@@ -647,15 +720,18 @@ def learnt_little(record: dict) -> bool:
     return loss is not None and loss['value'] >= record['final']['unigram_loss']
 
 def _dagger(groups: dict[str, list[dict]]) -> tuple[dict, str]:
-    "Titles of variants, marked if models have learnt less than token frequencies; and a sentence that says so, or ''."
+    """Titles of variants, marked if models have learnt less than token frequencies; and a sentence that
+    says so, or ''."""
     weak = {v: [r for r in group if learnt_little(r)] for v, group in groups.items()}
     titles = {v: f'{v} †' if weak[v] else v for v in groups}
     if not any(weak.values()): return titles, ''
-    losses = ' or '.join(sorted({number(r['final']['unigram_loss']) for group in weak.values() for r in group}))
+    losses = ' or '.join(sorted({number(r['final']['unigram_loss']) for group in weak.values()
+                                 for r in group}))
     done = {v: len(finished(group)) for v, group in groups.items()}
     some = '; '.join(f'{v}: {len(weak[v])} of {done[v]} seeds' for v in groups if 0 < len(weak[v]) < done[v])
     return titles, (f' † Held-out loss not below {losses} nats a token, the loss of token frequencies alone: '
-                    f"these models have learnt less than how frequent each token is{f' ({some})' if some else ''}.")
+                    f"these models have learnt less than how frequent each token "
+                    f"is{f' ({some})' if some else ''}.")
 
 def study_cells(runs: list[dict], names: list[str]) -> tuple[dict, dict, str]:  # runs as from label_variants
     "The cells of a table of variants: variant -> column title -> cell; variant -> its title; and a note."
@@ -668,27 +744,35 @@ def study_cells(runs: list[dict], names: list[str]) -> tuple[dict, dict, str]:  
         if any(r['status'] != 'finished' for r in runs):
             rows[v]['diverged'] = f'{len(group) - done} of {len(group)}' if done < len(group) else ''
     over = {e['over'] for found in columns.values() for e in found.values()}
-    says = 'Means over seeds with 95 % intervals (Student), geometric means for variances' + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in over else '.')
-    if over == {'sequences'}: says = 'One seed: the intervals are over held-out sequences and say nothing about other seeds.'
+    says = ('Means over seeds with 95 % intervals (Student), geometric means for variances'
+            + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in over else '.'))
+    if over == {'sequences'}:
+        says = 'One seed: the intervals are over held-out sequences and say nothing about other seeds.'
     return rows, titles, says + note
 
-def study_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None) -> str:
+def study_table(study: str | Study, records: list[dict], names: list[str],
+                base: RunConfig | None = None) -> str:
     "Estimates with intervals over seeds, a row a variant, as Markdown."
     runs = label_variants(study, records, base)
     rows, titles, note = study_cells(runs, names)
-    missing = [name for name in study_named(study).changes(base or scale_config(runs[0]['scale'])) if name not in rows]
-    table = markdown_table([VARIANT, *next(iter(rows.values()))], [[titles[v], *cells.values()] for v, cells in rows.items()])
+    missing = [name for name in study_named(study).changes(base or scale_config(runs[0]['scale']))
+               if name not in rows]
+    table = markdown_table([VARIANT, *next(iter(rows.values()))],
+                           [[titles[v], *cells.values()] for v, cells in rows.items()])
     return f'{table}\n\n{note}' + (f" Not run: {', '.join(missing)}." if missing else '')
 
 # %% ../nbs/tools/07_figures.ipynb #dd2d7d5d
 def published_columns(study: str | Study, names: list[str]) -> dict[str, dict]:
     "The paper's numbers by column, of the metrics that it has: column title -> its row -> number as text."
-    title = lambda name: 'mean downstream accuracy' if name == 'accuracy' else metric_text(name)[0]  # the paper's is not our cloze task
+    # the paper's is not our cloze task
+    title = lambda name: 'mean downstream accuracy' if name == 'accuracy' else metric_text(name)[0]
     rows = PUBLISHED.get(study_named(study).name, {})
-    columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if name in row} for name in names}
+    columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if name in row}
+               for name in names}
     return {title: column for title, column in columns.items() if column}
 
-def beside_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None) -> str:
+def beside_table(study: str | Study, records: list[dict], names: list[str],
+                 base: RunConfig | None = None) -> str:
     "Our estimates and the paper's numbers side by side; rows that only the paper has come last."
     ours, marked, note = study_cells(label_variants(study, records, base), names)
     paper, titles = published_columns(study, names), list(next(iter(ours.values())))
@@ -714,17 +798,20 @@ def plot_study(study: str | Study, records: list[dict], names: list[str], base: 
 
 # %% ../nbs/tools/07_figures.ipynb #7821b82d
 def seed_changes(runs: list[dict], name: str, against: str) -> dict[str, dict]:  # runs as from label_variants
-    "Change of a metric from one variant to every other within a seed: value, low, high, n, by_seed, and how many diverged."
+    """Change of a metric from one variant to every other within a seed: value, low, high, n, by_seed, and
+    how many diverged."""
     groups, found = by_setting(runs, VARIANT), {}
     values = {v: {r['seed']: m['value'] for r in finished(g) if (m := read_metric(r, name))}
               for v, g in groups.items()}
-    change = lambda a, b: b - a if not logarithmic(name) else math.log2(b / a) if a > 0 and b > 0 else math.nan
+    change = (lambda a, b: b - a if not logarithmic(name) else math.log2(b / a) if a > 0
+              and b > 0 else math.nan)
     for v, group in groups.items():
         if v == against: continue
         by_seed = {s: c for s, b in values[v].items() if s in values.get(against, {})
                    and math.isfinite(c := change(values[against][s], b))}
         mean, low, high = map(float, t_interval(by_seed.values()))
-        found[v] = dict(value=mean, low=low, high=high, n=len(by_seed), by_seed=by_seed, lost=_lost_text(group))
+        found[v] = dict(value=mean, low=low, high=high, n=len(by_seed), by_seed=by_seed,
+                        lost=_lost_text(group))
     return found
 
 # %% ../nbs/tools/07_figures.ipynb #d4357973
@@ -746,16 +833,20 @@ def _draw_changes(ax, runs: list[dict], name: str, against: str):
     found, (title, unit), color = seed_changes(runs, name, against), metric_text(name), OKABE_ITO[0]
     ax.axvline(0, color='#444444', lw=1)
     for y, c in enumerate(found.values()):
-        ax.text(.02, y - .12, _change_text(c), transform=ax.get_yaxis_transform(), color=OKABE_ITO[1], fontsize=9)
+        ax.text(.02, y - .12, _change_text(c), transform=ax.get_yaxis_transform(), color=OKABE_ITO[1],
+                fontsize=9)
         if not c['n']: continue
         ax.plot(list(c['by_seed'].values()), [y + .24] * c['n'], 'o', color=color, mfc='none', ms=4, mew=.8)
         reach = [[c['value'] - c['low']], [c['high'] - c['value']]] if c['n'] > 1 else None
         clear = c['n'] > 1 and (c['low'] > 0 or c['high'] < 0)
-        ax.errorbar(c['value'], y, xerr=reach, fmt='o', color=color, mfc=color if clear else 'white', ms=6, capsize=3)
+        ax.errorbar(c['value'], y, xerr=reach, fmt='o', color=color, mfc=color if clear else 'white', ms=6,
+                    capsize=3)
     ax.set_yticks(range(len(found)), [textwrap.fill(v, 22) for v in found])
     seeds = _seeds_text(found).split(',')[0] if found else ''
     ax.set(title=textwrap.fill(title, 44) + f'\n({seeds})', ylim=(max(len(found), 1) - .5, -.5),
-           xlabel=textwrap.fill(f"change from {against} ({'doublings' if logarithmic(name) else unit.replace(' (', ', ').rstrip(')')})", 42))
+           xlabel=textwrap.fill(
+               f"change from {against} "
+               f"({'doublings' if logarithmic(name) else unit.replace(' (', ', ').rstrip(')')})", 42))
     ax.xaxis.set_major_locator(plt.MaxNLocator(5))
     ax.grid(False, axis='y')
     if any(c['n'] for c in found.values()): _fit_width(ax, found)
@@ -772,7 +863,8 @@ def _reference(study: str | Study, records: list[dict], against: str | None, bas
 @use_style()
 def plot_changes(study: str | Study, records: list[dict], names: list[str], against: str | None = None,
                  base: RunConfig | None = None):
-    "Changes within a seed from one variant (None: the study's first) to the others, with 95 % intervals over seeds: one picture a metric."
+    """Changes within a seed from one variant (None: the study's first) to the others, with 95 % intervals
+    over seeds: one picture a metric."""
     runs, against = label_variants(study, records, base), _reference(study, records, against, base)
     fig, axes = _small_axes(len(names), 1.5 + .42 * max(2, len(by_setting(runs, VARIANT)) - 1))
     for ax, name in zip(axes, names): _draw_changes(ax, runs, name, against)
@@ -786,57 +878,69 @@ def changes_table(study: str | Study, records: list[dict], names: list[str], aga
     titles = [metric_text(name)[0] + (' (doublings)' if logarithmic(name) else '') for name in names]
     seeds = {c['n'] for column in columns for c in column.values() if c['n']}
     few = lambda c: f"{c['n']} seed{'s' * (c['n'] > 1)}" if c['n'] and len(seeds) > 1 else ''
-    text = lambda c: ', '.join(filter(None, [span(c['value'], c['low'], c['high']) if c['n'] else '-', few(c), _change_text(c)]))
+    text = lambda c: ', '.join(filter(None, [span(c['value'], c['low'], c['high']) if c['n'] else '-', few(c),
+                                             _change_text(c)]))
     rows = [[v, *(text(column[v]) for column in columns)] for v in by_setting(runs, VARIANT) if v != against]
-    return markdown_table([f'change from {against}', *titles],
-                          rows) + f"\n\nMean change within a seed, with 95 % intervals (Student) over {' or '.join(map(str, sorted(seeds)))} seeds."
+    over = ' or '.join(map(str, sorted(seeds)))
+    return (markdown_table([f'change from {against}', *titles], rows)
+            + f'\n\nMean change within a seed, with 95 % intervals (Student) over {over} seeds.')
 
 # %% ../nbs/tools/07_figures.ipynb #dbd59f07
 @use_style()
-def plot_scatter(study: str | Study, records: list[dict], x: str, y: str, ax=None, base: RunConfig | None = None):
-    "One metric against another: a point a run, a colour and marker a variant; variants with diverged runs say so."
+def plot_scatter(study: str | Study, records: list[dict], x: str, y: str, ax=None,
+                 base: RunConfig | None = None):
+    """One metric against another: a point a run, a colour and marker a variant; variants with diverged runs
+    say so."""
     groups, drawn = by_setting(label_variants(study, records, base), VARIANT), 0
     ax = ax or plt.subplots(figsize=(6.4, max(3.4, .3 + .215 * len(groups))))[1]
     for v, look in looks(list(groups), VARIANT).items():
         pairs = [(read_metric(r, x), read_metric(r, y)) for r in finished(groups[v])]
         points = [(a['value'], b['value']) for a, b in pairs if a and b]
         lost = _lost_text(groups[v])
-        if points or lost: ax.plot(*zip(*points) if points else ([], []), **look | dict(ls='', ms=6, alpha=.85),
+        if points or lost:
+            ax.plot(*zip(*points) if points else ([], []), **look | dict(ls='', ms=6, alpha=.85),
                                    label=f'{v} ({lost})' if lost else v)
         drawn += len(points)
     for axis, name in (('x', x), ('y', y)):
         ax.set(**{f'{axis}label': metric_text(name)[0]})
         if logarithmic(name) and drawn: ax.set(**{f'{axis}scale': 'log'})
     ax.set_title(f'{drawn} runs')
-    if ax.get_legend_handles_labels()[1]: ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
     if not drawn: _nothing(ax)
     return ax
 
 # %% ../nbs/tools/07_figures.ipynb #0ca276e9
 def correlation_table(rows: list[dict]) -> str:
-    "Rank correlations over seeds as Markdown; rows have x, y, value, low, high (NaN: not defined), n seeds and variants."
+    """Rank correlations over seeds as Markdown; rows have x, y, value, low, high (NaN: not defined), n
+    seeds and variants."""
     return markdown_table(['one', 'other', 'rank correlation', 'seeds', 'variants'],
-                          [[metric_text(r['x'])[0], metric_text(r['y'])[0], span(r['value'], r['low'], r['high']), r['n'], r['variants']]
+                          [[metric_text(r['x'])[0], metric_text(r['y'])[0],
+                            span(r['value'], r['low'], r['high']), r['n'], r['variants']]
                            for r in rows])
 
 # %% ../nbs/tools/07_figures.ipynb #e5fe56dd
 def _at_lengths(record: dict, name: str) -> dict[int, float]:
     "A metric by the length that it was evaluated at."
     if not record.get('scores'): return {}
-    return {int(T): m['value'] for T in record.get('lengths') or {} if (m := read_metric(record, f'{name}@{T}'))}
+    return {int(T): m['value'] for T in record.get('lengths') or {}
+            if (m := read_metric(record, f'{name}@{T}'))}
 
 @use_style()
 def plot_lengths(records: list[dict], name: str, by: str = VARIANT, ax=None):
-    "A metric against the length at which it was evaluated, such as val_loss: a line a setting, a band over seeds."
+    """A metric against the length at which it was evaluated, such as val_loss: a line a setting, a band
+    over seeds."""
     ax, groups, floors = ax or plt.subplots()[1], by_setting(records, by), _floors_of(records, name)
     series = _series(records, lambda r: _at_lengths(r, name), by)
     _draw_series(ax, series, records, by)
     for value, look in looks(list(groups), by).items():
         own = _setting(groups[value][0], 'model.context_length')
         if value in series and own in series[value].x:
-            ax.plot(own, series[value].mean[series[value].x.index(own)], 'o', ms=11, mfc='none', color=look['color'])
+            ax.plot(own, series[value].mean[series[value].x.index(own)], 'o', ms=11, mfc='none',
+                    color=look['color'])
     ax.set_xscale('log', base=2)
-    if series: ax.set_xticks(ticks := sorted({T for s in series.values() for T in s.x}), list(map(str, ticks)))
+    if series:
+        ax.set_xticks(ticks := sorted({T for s in series.values() for T in s.x}), list(map(str, ticks)))
     if logarithmic(name): ax.set_yscale('log')
     draw_floors(ax, floors)
     if floors: _legend(ax, by)

@@ -17,7 +17,8 @@ from pathlib import Path
 # %% ../nbs/tools/01_integrity.ipynb #9ce60337
 def flush(path: Path):
     "Make sure that a file, or the list of names in a folder, is on the disk."
-    if os.name == 'nt' and Path(path).is_dir(): return  # Windows cannot open folders, and flushes their lists by itself
+    # Windows cannot open folders, and flushes their lists by itself
+    if os.name == 'nt' and Path(path).is_dir(): return
     handle = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
@@ -99,7 +100,8 @@ def seal(
     names: tuple | None = None,  # of the files that are sealed; None: all
 ):
     "Write the manifest of a folder: its identity, and a checksum for each file in it."
-    found = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()
+             and p.name != MANIFEST)
     files = {name: checksum(folder / name) for name in sorted(found if names is None else names)}
     write_text(folder / MANIFEST, json.dumps(stamp(dict(identity=identity, files=files)), indent=1))
 
@@ -112,7 +114,8 @@ def check_identity(
     "Raise `Damaged` for the first entry that differs."
     for name, value in (wanted or {}).items():
         if found.get(name) != json.loads(json.dumps(value)):
-            raise Damaged(f'{where} belongs to something else: {name}={found.get(name)!r} there, {name}={value!r} expected')
+            raise Damaged(f'{where} belongs to something else: {name}={found.get(name)!r} there, '
+                          f'{name}={value!r} expected')
 
 
 def check_seal(
@@ -124,7 +127,8 @@ def check_seal(
     path = folder / MANIFEST
     manifest = check_stamp(read_json(path), path)
     found, files = manifest.get('identity'), manifest.get('files')
-    if not isinstance(found, dict) or not isinstance(files, dict): raise Damaged(f'{path} holds no identity and files')
+    if not isinstance(found, dict) or not isinstance(files, dict):
+        raise Damaged(f'{path} holds no identity and files')
     check_identity(folder, found, identity)
     for name in dict.fromkeys([*names, *files]):
         if name not in files: raise Damaged(f'{folder / name} is not listed in {MANIFEST}')
@@ -149,7 +153,8 @@ def stamp(content: dict) -> dict:
 
 def check_stamp(content, where: str | Path) -> dict:
     "The dictionary itself, if its checksum is right; else `Damaged`."
-    if not isinstance(content, dict): raise Damaged(f'{where} holds a {type(content).__name__} and not a JSON object')
+    if not isinstance(content, dict):
+        raise Damaged(f'{where} holds a {type(content).__name__} and not a JSON object')
     if 'checksum' not in content: raise Damaged(f'{where} has no checksum')
     if content['checksum'] != content_checksum(content): raise Damaged(f'{where} does not match its checksum')
     return content

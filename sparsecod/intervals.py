@@ -63,7 +63,8 @@ def median_estimate(
     half = jackknife_ends(W @ (x <= value).double().mean(1) / W.sum(1))
     if not all(end.isfinite() for end in half): return dict(value=value.item(), low=math.nan, high=math.nan)
     at = [min(max(round(end.item() * x.numel()) - 1, 0), x.numel() - 1) for end in half]
-    return dict(value=value.item(), low=min(ordered[at[0]], value).item(), high=max(ordered[at[1]], value).item())
+    return dict(value=value.item(), low=min(ordered[at[0]], value).item(),
+                high=max(ordered[at[1]], value).item())
 
 # %% ../nbs/build/13_intervals.ipynb #5ae09d2d
 def resamples(
@@ -73,7 +74,8 @@ def resamples(
 ) -> Tensor:        # weights of the sequences, fp64, (R + 1, N); the first row is all ones
     "How often each sequence occurs in the data and in each bootstrap resample."
     draws = torch.randint(N, (R, N), generator=torch.Generator().manual_seed(seed))     # (R, N)
-    counts = torch.zeros(R, N, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    counts = torch.zeros(R, N, dtype=torch.float64).scatter_add_(1, draws,
+                                                                 torch.ones_like(draws, dtype=torch.float64))
     return torch.cat([torch.ones(1, N, dtype=torch.float64), counts])
 
 ENDS = torch.tensor([.025, .975], dtype=torch.float64)    # of a 95 % interval

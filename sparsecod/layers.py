@@ -26,22 +26,25 @@ class RMSNorm(nn.Module):
         return (normed * (self.scale * self.weight)).to(x.dtype)    # (..., D)
 
 # %% ../nbs/build/01_layers.ipynb #c2d05184
-def rope_angles(T: int, D_h: int, theta: float = 1e4, device=None) -> tuple[Tensor, Tensor]:  # each (T, D_h/2)
-    "Cosines and sines of T positions times frequencies of base theta (RoPE, Su et al. 2021); D_h channels a head, even."
+def rope_angles(T: int, D_h: int, theta: float = 1e4,
+                device=None) -> tuple[Tensor, Tensor]:  # each (T, D_h/2)
+    """Cosines and sines of T positions times frequencies of base theta (RoPE, Su et al. 2021); D_h channels
+    a head, even."""
     omega = theta ** (-torch.arange(0, D_h, 2, device=device, dtype=torch.float32) / D_h)   # (D_h/2,)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), omega)         # (T, D_h/2)
     return angle.cos(), angle.sin()
 
 # %% ../nbs/build/01_layers.ipynb #ce20c144
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # same shape
-    """Rotate channel pairs (i, i + D_h/2) of queries (B, H, T, D_h) or keys (B, K, T, D_h) by the angle of their position;
-    cos and sin are (T, D_h/2)."""
+    """Rotate channel pairs (i, i + D_h/2) of queries (B, H, T, D_h) or keys (B, K, T, D_h) by the angle of
+    their position; cos and sin are (T, D_h/2)."""
     a, b = x.chunk(2, dim=-1)                                                # two of (..., T, D_h/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype) # (..., T, D_h)
 
 # %% ../nbs/build/01_layers.ipynb #b7c41e90
 class AttentionInBlocks(torch.autograd.Function):
-    "Causal attention for a compiler: the earlier half of the queries, without the later keys, and then the other."
+    """Causal attention for a compiler: the earlier half of the queries, without the later keys, and then
+    the other."""
     @staticmethod
     def blocks(T: int) -> tuple[tuple[int, int], ...]:
         "Where the two blocks of queries start and stop."
@@ -84,13 +87,17 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return out.split([layer.out_features for layer in layers], dim=-1)
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D_h)
-    "Causal averages of values (B, K, T, D_h) by queries (B, H, T, D_h) and keys (B, K, T, D_h), by the fastest way that fits."
+    """Causal averages of values (B, K, T, D_h) by queries (B, H, T, D_h) and keys (B, K, T, D_h), by the
+    fastest way that fits."""
     G, T = q.shape[1] // k.shape[1], q.shape[2]
-    plain = torch.compiler.is_compiling() and q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512
-    if G > 1 and (plain or q.dtype == torch.float32):   # kernels without a whole map share heads in 16 bits only
+    plain = (torch.compiler.is_compiling() and q.device.type == 'cpu' and q.dtype == torch.bfloat16
+             and T <= 512)
+    # kernels without a whole map share heads in 16 bits only
+    if G > 1 and (plain or q.dtype == torch.float32):
         k, v = (x.repeat_interleave(G, 1) for x in (k, v))
     if plain: return AttentionInBlocks.apply(q, k, v)
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                   enable_gqa=k.shape[1] < q.shape[1])
 
 class Attention(nn.Module):
     "Causal self-attention with H query heads that share K key/value heads in groups of G = H/K."
@@ -103,7 +110,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(H * self.D_h, D, bias=False)
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        "From the stream (B, T, D) and rotary tables (T, D_h/2) to queries (B, H, T, D_h), keys and values (B, K, T, D_h)."
+        """From the stream (B, T, D) and rotary tables (T, D_h/2) to queries (B, H, T, D_h), keys and values
+        (B, K, T, D_h)."""
         q, k, v = (p.unflatten(-1, (-1, self.D_h)).transpose(1, 2)        # (B, H or K, T, D_h)
                    for p in project(x, self.query, self.key, self.value))
         return rotate(q, *rope), rotate(k, *rope), v
@@ -119,7 +127,7 @@ def attention_weights(attention: Attention, x: Tensor, rope: tuple[Tensor, Tenso
     q, k, _ = attention.heads(x, rope)                                      # (B, H, T, D_h), (B, K, T, D_h)
     k = k.repeat_interleave(attention.H // attention.K, dim=1)              # (B, H, T, D_h)
     products = (q @ k.transpose(-1, -2)).float() / attention.D_h ** 0.5     # (B, H, T, T)
-    hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=x.device).triu(1)     # above the diagonal
+    hidden = torch.ones(products.shape[-2:], dtype=torch.bool, device=x.device).triu(1)  # above the diagonal
     return products.masked_fill(hidden, float('-inf')).softmax(-1)          # (B, H, T, T)
 
 # %% ../nbs/build/01_layers.ipynb #139caf1d

@@ -21,8 +21,8 @@ from .train import channel_variance
 # %% ../nbs/tools/04_measures.ipynb #1ad7113c
 @torch.no_grad()
 def at_length(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 13) -> dict[str, dict]:
-    """Loss and the forms of final-layer variance, with low and high each, on held-out windows of any length, (N, T + 1);
-    weights in fp32."""
+    """Loss and the forms of final-layer variance, with low and high each, on held-out windows of any
+    length, (N, T + 1); weights in fp32."""
     losses, variances, T = [], [], windows.shape[1] - 1
     for part in windows.to(next(model.parameters()).device).split(max(1, batch_tokens // T)):
         h = model.run(model.embed(part[:, :-1]))                               # (b, T, D)
@@ -31,13 +31,14 @@ def at_length(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 13) 
     loss, variance = torch.cat(losses).double(), torch.cat(variances).double() # (N,), (N, T)
     W = leave_one_out(len(windows))                                            # (N + 1, N)
     scalars = dict(val_loss=W @ loss / W.sum(1), **stream_scores(variance[None], W)[0])
-    return {name: jackknife_estimate(v, 0.) for name, v in scalars.items()} | dict(final_variance_median=median_estimate(variance))
+    return ({name: jackknife_estimate(v, 0.) for name, v in scalars.items()}
+            | dict(final_variance_median=median_estimate(variance)))
 
 # %% ../nbs/tools/04_measures.ipynb #abd28caf
 def measure_lengths(model: Transformer, corpus, lengths: tuple, n_tokens: int = 2 ** 14,
         seed: int = 0) -> dict[str, dict]:
-    """Loss and final-layer variance, from at_length, by context length, on about n_tokens held-out tokens each, and the
-    number of windows."""
+    """Loss and final-layer variance, from at_length, by context length, on about n_tokens held-out tokens
+    each, and the number of windows."""
     found = {}
     for T in lengths:
         N = min(max(2, n_tokens // T), corpus.n_windows('val', T))
@@ -46,47 +47,53 @@ def measure_lengths(model: Transformer, corpus, lengths: tuple, n_tokens: int = 
 
 # %% ../nbs/tools/04_measures.ipynb #9ea9ad40
 def mask_dependence(matrices: list[Tensor], threshold: float = 0.1) -> float:
-    """Dependence of the mask of small weights on the weights, averaged over a sublayer's matrices by size; 1 if there is none.
-    The threshold is in units of each matrix's root mean square."""
+    """Dependence of the mask of small weights on the weights, averaged over a sublayer's matrices by size;
+    1 if there is none. The threshold is in units of each matrix's root mean square."""
     ratio = lambda m: mask_weight_dependence(m, m.abs() >= threshold * m.square().mean().sqrt())['ratio']
     return sum(ratio(m) * m.numel() for m in matrices) / sum(m.numel() for m in matrices)
 
 # %% ../nbs/tools/04_measures.ipynb #d9456bba
 @torch.no_grad()
 def compare_with_theory(model: Transformer, tokens: Tensor) -> dict:
-    """Measured and predicted stream variance (means over positions 1..T-1), and how the assumptions fail, on tokens (B, T).
-    Lists over the layers; predictions are missing for a mixture of experts."""
+    """Measured and predicted stream variance (means over positions 1..T-1), and how the assumptions fail,
+    on tokens (B, T). Lists over the layers; predictions are missing for a mixture of experts."""
     tokens = tokens.to(next(model.parameters()).device)
-    budget = {name: x.mean(1).tolist() for name, x in variance_budget(model, tokens).items()}     # L numbers each
+    # L numbers each
+    budget = {name: x.mean(1).tolist() for name, x in variance_budget(model, tokens).items()}
     v0, density = budget['before'][0], effective_density(model, tokens)
-    found = dict(measured=[v0, *budget['after']], attention=budget['attention'], feed_forward=budget['feed_forward'],
+    found = dict(measured=[v0, *budget['after']], attention=budget['attention'],
+                 feed_forward=budget['feed_forward'],
                  covariance=budget['covariance'],
-                 mask_dependence=[[mask_dependence(m) for m in block.values()] for block in sublayer_matrices(model)])
+                 mask_dependence=[[mask_dependence(m) for m in block.values()]
+                                  for block in sublayer_matrices(model)])
     if not all(isinstance(block.feed_forward, SwiGLU) for block in model.blocks): return found
     averaging = measure_averaging(model, tokens)                                                  # L numbers
     return found | dict(averaging=averaging, predicted=predict_variance(model, v0=v0, averaging=averaging),
-                        predicted_with_density=predict_variance(model, density, v0, averaging, masks='sublayers'))
+                        predicted_with_density=predict_variance(model, density, v0, averaging,
+                                                                masks='sublayers'))
 
 # %% ../nbs/tools/04_measures.ipynb #697c7004
 BINS = 10.0 ** torch.linspace(-6, 0.5, 53)  # edges for the sizes of weights
 
 def weight_histogram(model: Transformer) -> list[float]:  # (len(BINS) + 1,)
     "Share of the weights of all blocks in each bin of sizes; the outer two are below and above all edges."
-    sizes = torch.cat([m.detach().float().abs().flatten().cpu() for block in sublayer_matrices(model) for ms in block.values() for m in ms])
+    sizes = torch.cat([m.detach().float().abs().flatten().cpu() for block in sublayer_matrices(model)
+                       for ms in block.values() for m in ms])
     counts = torch.bincount(torch.bucketize(sizes, BINS), minlength=len(BINS) + 1)
     return (counts / len(sizes)).tolist()
 
 # %% ../nbs/tools/04_measures.ipynb #72f9e4ed
 @torch.no_grad()
 def sample_mechanisms(model: Transformer, tokens: Tensor, decode) -> dict:
-    """What weights, attention and routing of a model look like on one sequence, (T,): its tokens as text, a block and its
-    attention, the histogram of weights, and the experts of each token and block."""
+    """What weights, attention and routing of a model look like on one sequence, (T,): its tokens as text, a
+    block and its attention, the histogram of weights, and the experts of each token and block."""
     tokens = tokens.to(next(model.parameters()).device)
-    maps = torch.cat(list(attention_maps(model, tokens[None])))                                              # (L, H, T, T)
+    maps = torch.cat(list(attention_maps(model, tokens[None])))  # (L, H, T, T)
     entropy = -torch.xlogy(maps, maps).sum(-1).mean((1, 2))                                 # (L,)
     block, routed = int(entropy.argmin()), []
     if model.config.n_experts:
-        model.run(model.embed(tokens[None]), watch=lambda l, out: routed.append(out.routing.experts.tolist()))  # (T, k)
+        # (T, k)
+        model.run(model.embed(tokens[None]), watch=lambda l, out: routed.append(out.routing.experts.tolist()))
     return dict(tokens=[decode([t]) for t in tokens.tolist()], block=block + 1,
                 attention=[[[round(p, 3) for p in row] for row in head] for head in maps[block].tolist()],
                 weights=weight_histogram(model), experts=routed)

@@ -19,7 +19,8 @@ from torch.nn import functional
 from .layers import SwiGLU
 
 # %% ../nbs/build/02_moe.ipynb #91639e32
-GATES = ('published', 'renormalised', 'scale_matched')  # what a token's k gates sum to: less than 1, to 1, to k
+# what a token's k gates sum to: less than 1, to 1, to k
+GATES = ('published', 'renormalised', 'scale_matched')
 
 class Routing(NamedTuple):
     "Where a router sends N tokens."
@@ -31,13 +32,14 @@ def route(logits: Tensor, k: int, gates: str = 'published') -> Routing:
     "Choose the k most probable experts of each token, by logits (N, E); gates are one of GATES."
     probabilities = logits.float().softmax(-1)                      # (N, E)
     chosen, experts = probabilities.topk(k, dim=-1)                 # (N, k)
-    if gates != 'published': chosen = chosen / chosen.sum(-1, keepdim=True) * (k if gates == 'scale_matched' else 1)
+    if gates != 'published':
+        chosen = chosen / chosen.sum(-1, keepdim=True) * (k if gates == 'scale_matched' else 1)
     return Routing(logits.float(), experts, chosen)
 
 # %% ../nbs/build/02_moe.ipynb #ded8733c
 def experts_loop(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
-    """The sum of gated outputs of experts on tokens x, (N, D), one expert after the other: slow, obvious, and the reference
-    for `experts_grouped`. Matrices: gate and up, (E, D, F), and down, (E, F, D)."""
+    """The sum of gated outputs of experts on tokens x, (N, D), one expert after the other: slow, obvious,
+    and the reference for `experts_grouped`. Matrices: gate and up, (E, D, F), and down, (E, F, D)."""
     out = torch.zeros_like(x)                                                         # (N, D)
     gate, up, down = (w.to(x.dtype) for w in (gate, up, down))
     for e in range(len(gate)):
@@ -49,23 +51,25 @@ def experts_loop(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Te
 
 # %% ../nbs/build/02_moe.ipynb #8c6e2e24
 def expert_ends(experts: Tensor, E: int) -> Tensor:  # int32, (E,)
-    """Last row of each of E experts when assignments, (M,), are sorted; unlike a count of bins, it does not make
-    a GPU wait."""
+    """Last row of each of E experts when assignments, (M,), are sorted; unlike a count of bins, it does not
+    make a GPU wait."""
     return (experts[:, None] <= torch.arange(E, device=experts.device)).sum(0).int()
 
 def experts_grouped(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     "All experts at once, on tokens sorted by expert; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
-    order, ends = experts.argsort(stable=True), expert_ends(experts, len(gate))       # (N*k,) assignments by expert, (E,)
+    # (N*k,) assignments by expert, (E,)
+    order, ends = experts.argsort(stable=True), expert_ends(experts, len(gate))
     rows = x[order // k]                                                              # (N*k, D)
     mm = lambda a, weights: functional.grouped_mm(a, weights.to(a.dtype), offs=ends)
     hidden = functional.silu(mm(rows, gate)) * mm(rows, up)                           # (N*k, F)
     weight = routing.gates.flatten()[order, None].to(x.dtype)                         # (N*k, 1)
-    outputs = (weight * mm(hidden, down))[order.argsort()]                            # (N*k, D), back in the order of tokens
+    outputs = (weight * mm(hidden, down))[order.argsort()]  # (N*k, D), back in the order of tokens
     return outputs.view(len(x), k, -1).sum(1)                                         # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #a0f9c30f
-TILE = 64   # rows: a CPU's library builds a kernel for each number of rows it meets, and keeps about a thousand
+# rows: a CPU's library builds a kernel for each number of rows it meets, and keeps about a thousand
+TILE = 64
 
 def expert_rows(ends: Tensor) -> list[slice]:
     "The rows of each expert, from the last row of each, (E,)."
@@ -74,10 +78,11 @@ def expert_rows(ends: Tensor) -> list[slice]:
 
 @torch.library.custom_op('sparsecod::expert_products', mutates_args=())
 def expert_products(rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:  # (M, B)
-    """Rows, (M, A), sorted by expert, times the matrix, (A, B), of their expert, as one operation for a compiler;
-    ends, (E,), has the last row of each expert."""
+    """Rows, (M, A), sorted by expert, times the matrix, (A, B), of their expert, as one operation for a
+    compiler; ends, (E,), has the last row of each expert."""
     M, out = len(rows), rows.new_empty(len(rows), weights.shape[2])
-    for part, weight in zip(expert_rows(ends), weights):         # in order: what is written past an end is written again
+    # in order: what is written past an end is written again
+    for part, weight in zip(expert_rows(ends), weights):
         n = -(-(part.stop - part.start) // TILE) * TILE
         wide = slice(part.start, part.start + n) if part.start + n <= M else slice(max(0, M - n), M)
         if wide.start == part.start: torch.mm(rows[wide], weight, out=out[wide])
@@ -108,12 +113,15 @@ def products_backward(ctx, slope: Tensor):
     slope = slope.contiguous()
     return expert_products(slope, ends, weights.mT), None, expert_derivatives(rows, ends, slope)
 
-expert_products.register_autograd(products_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+expert_products.register_autograd(products_backward,
+                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 class Reorder(torch.autograd.Function):
-    "Rows in another order; its derivative puts them back, where that of indexing would add them up one by one."
+    """Rows in another order; its derivative puts them back, where that of indexing would add them up one by
+    one."""
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:  # (M, A), and a permutation and its inverse, (M,)
+    def forward(ctx, x: Tensor, order: Tensor,
+                back: Tensor) -> Tensor:  # (M, A), and a permutation and its inverse, (M,)
         ctx.save_for_backward(back)
         return x[order]
 
@@ -123,24 +131,26 @@ class Reorder(torch.autograd.Function):
 def fits_grouped(x: Tensor, gate: Tensor) -> bool:
     "Whether PyTorch has `grouped_mm`, and tokens, (N, D), are of the kind and length that it wants."
     aligned = all(width * x.element_size() % 16 == 0 for width in gate.shape[1:])
-    return aligned and hasattr(functional, 'grouped_mm') and (x.device.type == 'cpu' or x.dtype == torch.bfloat16)
+    return (aligned and hasattr(functional, 'grouped_mm')
+            and (x.device.type == 'cpu' or x.dtype == torch.bfloat16))
 
 def products_of(x: Tensor, gate: Tensor) -> Callable:
-    "What multiplies the rows of all experts in a compiled step: on a GPU one kernel, which waits for nothing."
+    """What multiplies the rows of all experts in a compiled step: on a GPU one kernel, which waits for
+    nothing."""
     if x.device.type == 'cpu' or not fits_grouped(x, gate): return expert_products
     return lambda rows, ends, weights: functional.grouped_mm(rows, weights, offs=ends)
 
 def experts_compiled(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     "All experts at once, in operations that a compiler can join; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
-    order = experts.argsort(stable=True)                                              # (N*k,) assignments by expert
+    order = experts.argsort(stable=True)  # (N*k,) assignments by expert
     back = order.argsort()                                                            # (N*k,)
-    ends = expert_ends(experts, len(gate))                                            # (E,) last row of each expert
+    ends = expert_ends(experts, len(gate))  # (E,) last row of each expert
     rows = Reorder.apply(x.repeat_interleave(k, 0), order, back)                      # (N*k, D)
     products = products_of(x, gate)
     g, u = products(rows, ends, torch.cat([gate, up], 2).to(x.dtype)).chunk(2, -1)    # (N*k, F) each
     outputs = products(functional.silu(g) * u, ends, down.to(x.dtype))                # (N*k, D)
-    outputs = Reorder.apply(outputs, back, order).view(len(x), k, -1)                 # (N, k, D), in the order of tokens
+    outputs = Reorder.apply(outputs, back, order).view(len(x), k, -1)  # (N, k, D), in the order of tokens
     return (routing.gates[:, :, None] * outputs).sum(1).to(x.dtype)                   # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #fcc0854b
@@ -161,7 +171,8 @@ def expert_load(routing: Routing) -> Tensor:  # (E,)
     return functional.one_hot(routing.experts.flatten(), E).sum(0) / N
 
 def balance_loss(routing: Routing, sequences: int = 1) -> Tensor:  # a scalar
-    "Load-balancing loss (E/k) sum_e f_e P_e of each sequence, all of one length, averaged over them; 1 when balanced."
+    """Load-balancing loss (E/k) sum_e f_e P_e of each sequence, all of one length, averaged over them; 1
+    when balanced."""
     (N, E), k, B = routing.logits.shape, routing.experts.shape[1], sequences
     load = functional.one_hot(routing.experts.view(B, -1), E).sum(1) * (B / N)              # f, (B, E)
     probability = routing.logits.softmax(-1).view(B, -1, E).mean(1)                         # P, (B, E)
@@ -173,24 +184,29 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 # %% ../nbs/build/02_moe.ipynb #1c8116cb
 class MixtureOfExperts(nn.Module):
-    "E experts of width F of which each token uses k, without dropping tokens, and a shared one if it has a width."
+    """E experts of width F of which each token uses k, without dropping tokens, and a shared one if it has
+    a width."""
     def __init__(self, D: int, F: int, E: int, k: int, shared: int = 0, gates: str = 'published'):
         super().__init__()
         self.k, self.gates = k, gates
         self.router = nn.Linear(D, E, bias=False)
-        self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape)) for shape in ((E, D, F), (E, D, F), (E, F, D)))
+        self.gate, self.up, self.down = (nn.Parameter(torch.zeros(shape))
+                                         for shape in ((E, D, F), (E, D, F), (E, F, D)))
         self.shared = SwiGLU(D, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # the update, (B, T, D), and where the tokens went
+    def forward(self, x: Tensor) -> tuple[Tensor,
+                                          Routing]:  # the update, (B, T, D), and where the tokens went
         flat = x.flatten(0, -2)                                                   # (N, D), N = B*T
-        with torch.autocast(x.device.type, enabled=False):                        # near-ties must not hang on rounding
+        with torch.autocast(x.device.type, enabled=False):  # near-ties must not hang on rounding
             routing = route(functional.linear(flat.float(), self.router.weight.float()), self.k, self.gates)
-        routed = run_experts(working_precision(flat), routing, self.gate, self.up, self.down).view_as(x)  # (B, T, D)
+        # (B, T, D)
+        routed = run_experts(working_precision(flat), routing, self.gate, self.up, self.down).view_as(x)
         if self.shared is None: return routed, routing
         return (self.shared(x) + self.k * routed) / (self.k + 1), routing
 
 # %% ../nbs/build/02_moe.ipynb #f3ed10c6
 def moe_params(D: int, F: int, E: int, k: int, shared: int = 0) -> tuple[int, int]:
-    "Parameters of a layer of E experts of width F, with a shared one or not: all, and those that a token uses."
+    """Parameters of a layer of E experts of width F, with a shared one or not: all, and those that a token
+    uses."""
     always = D * E + 3 * D * shared                        # router and shared expert
     return always + E * 3 * D * F, always + k * 3 * D * F

@@ -30,10 +30,12 @@ def make_level(keys: np.ndarray, counts: np.ndarray, V: int) -> Level:
     contexts, starts = np.unique(keys // V, return_index=True)
     once, twice = (counts == 1).sum(), (counts == 2).sum()
     discount = max(once / (once + 2 * twice) if once else 0.0, LEAST_DISCOUNT)
-    return Level(keys, counts, contexts, np.add.reduceat(counts, starts), np.diff([*starts, len(keys)]), discount)
+    return Level(keys, counts, contexts, np.add.reduceat(counts, starts), np.diff([*starts, len(keys)]),
+                 discount)
 
 
-def look_up(level: Level, contexts: np.ndarray, tokens: np.ndarray, V: int, simpler: np.ndarray) -> np.ndarray:
+def look_up(level: Level, contexts: np.ndarray, tokens: np.ndarray, V: int,
+            simpler: np.ndarray) -> np.ndarray:
     "p(token | context) for each pair, given what the simpler table says of it; all (N,)."
     def find(sorted_values, wanted):
         at = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
@@ -62,8 +64,8 @@ class KneserNey:
                 waiting = []
         if not len(pairs[0]): raise ValueError('no windows: tables need at least one pair of tokens')
         self.pairs, self.triples = make_level(*pairs, V), make_level(*triples, V) if len(triples[0]) else None
-        self.singles = make_level(*np.unique(pairs[0] % V, return_counts=True), V)               # after how many tokens
-        kinds = np.unique(triples[0] % V ** 2, return_counts=True)                               # (u, w) after how many
+        self.singles = make_level(*np.unique(pairs[0] % V, return_counts=True), V)  # after how many tokens
+        kinds = np.unique(triples[0] % V ** 2, return_counts=True)  # (u, w) after how many
         self.continuations = make_level(*kinds, V) if len(triples[0]) else None
         self.frequencies = np.bincount(pairs[0] % V, weights=pairs[1], minlength=V)              # (V,)
 
@@ -74,7 +76,8 @@ class KneserNey:
 
     def _keys(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Pairs and triples of windows (B, T + 1) as whole numbers."
-        if w.min() < 0 or w.max() >= self.V: raise ValueError(f'tokens must lie between 0 and V - 1 = {self.V - 1}')
+        if w.min() < 0 or w.max() >= self.V:
+            raise ValueError(f'tokens must lie between 0 and V - 1 = {self.V - 1}')
         pairs = w[:, :-1] * self.V + w[:, 1:]
         return pairs.ravel(), (w[:, :-2] * self.V ** 2 + pairs[:, 1:]).ravel()
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .integrity import Damaged, check_identity, check_stamp, content_checksum, draft_name, read_json, set_aside, stamp, write_text
+from .integrity import (Damaged, check_identity, check_stamp, content_checksum, draft_name,
+                                 read_json, set_aside, stamp, write_text)
 
 # %% ../nbs/tools/15_parts.ipynb #92fcc6c4
 def tensor_hash(tensors) -> str:  # 16 hexadecimal digits
@@ -35,7 +36,8 @@ def write_whole(path: Path, write: Callable[[Path], None]):
     try:
         write(draft)
         os.replace(draft, path)
-    except (OSError, SafetensorError) as error: raise OSError(f'{path} could not be written: {error}') from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f'{path} could not be written: {error}') from error
     finally: draft.unlink(missing_ok=True)
 
 def put_aside(path: Path, error: Exception):
@@ -56,21 +58,26 @@ def read_part(path: Path, identity: dict) -> dict[str, Tensor]:
         with safe_open(path, 'pt') as file:
             about = json.loads((file.metadata() or {}).get('about', 'null'))
             found = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, ValueError, SafetensorError) as error: raise Damaged(f'{path} cannot be read ({error})') from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Damaged(f'{path} cannot be read ({error})') from error
     check_identity(path, check_stamp(about, path), identity)
-    if about.get('tensors') != tensor_hash(sorted(found.items())): raise Damaged(f'{path} does not match its checksum')
+    if about.get('tensors') != tensor_hash(sorted(found.items())):
+        raise Damaged(f'{path} does not match its checksum')
     return found
 
 def claim_folder(folder: Path, key: dict):
     "Create the folder with its key, or raise a ValueError if it has another one."
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise OSError(f'resume={str(folder)!r} cannot be made a folder: {error.strerror}') from error
+    except OSError as error:
+        raise OSError(f'resume={str(folder)!r} cannot be made a folder: {error.strerror}') from error
     path, key = folder / 'key.json', stamp(key)
     try: stored = check_stamp(read_json(path), path) if path.exists() else None
     except Damaged as error: stored = put_aside(path, error)
     if stored is None: return write_text(path, json.dumps(key, indent=1))
     other = [name for name in {**stored, **key} if name != 'checksum' and stored.get(name) != key.get(name)]
-    if other: raise ValueError(f'resume={str(folder)!r} holds parts of another measurement, with other {", ".join(other)}; '
+    if other:
+        raise ValueError(f'resume={str(folder)!r} holds parts of another measurement, with other '
+                         f'{", ".join(other)}; '
                                'name another folder or remove this one')
 
 # %% ../nbs/tools/15_parts.ipynb #dada5658
@@ -86,7 +93,8 @@ class Parts:
 
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         "A part from disk, or else from `make`."
-        path, identity = self.folder and self.folder / f'{name}.safetensors', dict(part=name, key=content_checksum(self.key))
+        path, identity = (self.folder and self.folder / f'{name}.safetensors',
+                          dict(part=name, key=content_checksum(self.key)))
         if self.has(name):
             try: return read_part(path, identity)
             except Damaged as error: put_aside(path, error)

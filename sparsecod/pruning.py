@@ -40,8 +40,8 @@ def block_influence(t: Trace) -> Tensor:  # fp64, (L, B)
     return torch.stack([1 - cosine(*pair).mean(-1) for pair in zip(t.streams, t.streams[1:])]).cpu()
 
 def angular_distance(t: Trace) -> Tensor:  # fp64, (L, L, B)
-    """Angle between the input of block l and the output of block l+n-1 at the last token, in units of a half turn, at
-    [n-1, l-1]; NaN where there are no blocks l .. l+n-1."""
+    """Angle between the input of block l and the output of block l+n-1 at the last token, in units of a
+    half turn, at [n-1, l-1]; NaN where there are no blocks l .. l+n-1."""
     h = [functional.normalize(to_fp64(x[:, -1]), dim=-1) for x in t.streams]             # (B, D) each
     L, found = len(t.updates), torch.full((len(t.updates), len(t.updates), len(t.targets)), math.nan).double()
     for n in range(1, L + 1):
@@ -58,8 +58,10 @@ def span_loss(model, t: Trace, l: int, n: int = 1) -> Tensor:  # fp64, (B,)
 
 # %% ../nbs/build/12_pruning.ipynb #00d7d76f
 SUBLAYERS = dict(
-    attention=('attention', 'self_attn', 'attn', 'self_attention', 'linear_attn', 'conv', 'self_attention.dense'),
-    feed_forward=('feed_forward', 'mlp', 'ffn', 'block_sparse_moe', 'fc2', 'mlp.dense_4h_to_h', 'ffn.down_proj'))
+    attention=('attention', 'self_attn', 'attn', 'self_attention', 'linear_attn', 'conv',
+               'self_attention.dense'),
+    feed_forward=('feed_forward', 'mlp', 'ffn', 'block_sparse_moe', 'fc2', 'mlp.dense_4h_to_h',
+                  'ffn.down_proj'))
 
 @contextmanager
 def silenced(*parts: nn.Module):
@@ -75,11 +77,13 @@ def silenced(*parts: nn.Module):
 def find_sublayers(model, l: int, h: Tensor) -> dict[str, nn.Module]:  # by the names of SUBLAYERS
     "The attention and the feed-forward layer of block l, tried out on a stream h, (B, T, D)."
     named = dict(model.blocks[l - 1].named_modules())
-    attention, feed_forward = ([named[name] for name in names if name in named] for names in SUBLAYERS.values())
+    attention, feed_forward = ([named[name] for name in names if name in named]
+                               for names in SUBLAYERS.values())
     for pair in ((a, f) for a in attention for f in feed_forward):
         with silenced(*pair):
             if torch.equal(model.run(h, start=l - 1, stop=l), h): return dict(zip(SUBLAYERS, pair))
-    raise ValueError(f'block {l}, a {type(model.blocks[l - 1]).__name__}, is not the sum of its input, an attention and '
+    raise ValueError(f'block {l}, a {type(model.blocks[l - 1]).__name__}, is not the sum of its input, an '
+                     f'attention and '
                      'a feed-forward layer with known names, so these cannot be left out alone')
 
 # %% ../nbs/build/12_pruning.ipynb #6b9f3ff2
@@ -100,8 +104,8 @@ def rank_agreement(a: Tensor, b: Tensor) -> Tensor:  # (...)
     return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
 
 def _measure_influence(model, windows: Tensor, longest: int, keep: Callable) -> dict[str, Tensor]:
-    """Influence, angles, and losses without parts, from one trace of a model in fp32 on a batch, (B, T + 1); the last axis is the
-    sequence. Keep gets what is known of a block, or makes it."""
+    """Influence, angles, and losses without parts, from one trace of a model in fp32 on a batch, (B, T +
+    1); the last axis is the sequence. Keep gets what is known of a block, or makes it."""
     t, L = trace(model, windows), len(model.blocks)
     try: sublayers = [find_sublayers(model, l, h[:1]) for l, h in enumerate(t.streams[:-1], 1)]
     except ValueError as error: sublayers = warnings.warn(str(error), stacklevel=2)
@@ -113,53 +117,63 @@ def _measure_influence(model, windows: Tensor, longest: int, keep: Callable) -> 
     found = dict(loss=t.loss.cpu(), block_influence=block_influence(t), angular_distance=angular_distance(t))
     return found | {name: torch.stack([row[name] for row in rows], -2) for name in rows[0]}
 
-def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int = 16, resume: Path | None = None,
+def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int = 16,
+                     resume: Path | None = None,
         progress: bool = False) -> dict:
     """What each block does to the stream, and what it costs to leave out blocks, spans and sublayers.
-    Longest is the longest span to skip; what has been measured is kept in the folder resume. Returns 'scalars', 'arrays' and
-    'intervals', as score_model does, with spans and angles at [n-1][l-1]."""
+    Longest is the longest span to skip; what has been measured is kept in the folder resume. Returns
+    'scalars', 'arrays' and 'intervals', as score_model does, with spans and angles at [n-1][l-1]."""
     model = adapt(model)
-    if not 1 <= longest <= len(model.blocks): raise ValueError(f'longest={longest} must be 1 to {len(model.blocks)}')
+    if not 1 <= longest <= len(model.blocks):
+        raise ValueError(f'longest={longest} must be 1 to {len(model.blocks)}')
     windows, W, found = windows.to(next(model.parameters()).device), leave_one_out(len(windows)), []
-    key = {} if resume is None else dict(longest=longest, batch_size=batch_size, windows=tensor_hash([('windows', windows)]),
-                                         weights=tensor_hash(getattr(model, 'network', model).named_parameters()))
+    key = {} if resume is None else dict(longest=longest, batch_size=batch_size,
+                                         windows=tensor_hash([('windows', windows)]),
+                                         weights=tensor_hash(getattr(model, 'network',
+                                                                     model).named_parameters()))
     kept, batches = Parts(resume, key), windows.split(batch_size)
-    with untouched(model), tqdm(total=len(batches) * len(model.blocks), desc='leave out parts', disable=not progress, leave=False) as bar:
+    with untouched(model), tqdm(total=len(batches) * len(model.blocks), desc='leave out parts',
+                                disable=not progress, leave=False) as bar:
         ready = scoring_model(model)
         for i, batch in enumerate(batches):
             def keep(name, make):
                 bar.update()
                 return kept.get(f'{i}-{name}', make)
             found.append(_measure_influence(ready, batch, longest, keep))
-    m = {name: torch.cat([part[name] for part in found], -1) @ W.T / W.sum(1) for name in found[0]}   # (..., N + 1)
+    # (..., N + 1)
+    m = {name: torch.cat([part[name] for part in found], -1) @ W.T / W.sum(1) for name in found[0]}
     arrays = {name: m[name] for name in ('block_influence', 'angular_distance')}
     costs = {f'{name}_loss_increase': m[name] - m['loss'] for name in ('span', *SUBLAYERS) if name in m}
     arrays |= dict(skip_loss_increase=costs['span_loss_increase'][0]) | costs
     agreement = rank_agreement(arrays['block_influence'], arrays['skip_loss_increase'])          # (N + 1,)
     ends = {name: dict(zip(('low', 'high'), jackknife_ends(x))) for name, x in arrays.items()}
-    scalars = dict(loss=jackknife_estimate(m['loss']), influence_rank_agreement=jackknife_estimate(agreement, -1.))
+    scalars = dict(loss=jackknife_estimate(m['loss']),
+                   influence_rank_agreement=jackknife_estimate(agreement, -1.))
     scalars['influence_rank_agreement']['high'] = min(1., scalars['influence_rank_agreement']['high'])
-    return to_lists(dict(scalars=scalars, arrays={name: x[..., 0] for name, x in arrays.items()}, intervals=ends))
+    return to_lists(dict(scalars=scalars, arrays={name: x[..., 0] for name, x in arrays.items()},
+                         intervals=ends))
 
 # %% ../nbs/build/12_pruning.ipynb #caaf9598
 def add_influence(scores: dict, model, windows: Tensor, **options) -> dict:
-    """Scores of a model, and what block influence, its rank agreement, angles and costs of sublayers add to them.
-    Windows are those that were scored; options are those of influence_scores."""
+    """Scores of a model, and what block influence, its rank agreement, angles and costs of sublayers add to
+    them. Windows are those that were scored; options are those of influence_scores."""
     found = influence_scores(model, windows, longest=1, **options)
-    more = lambda part: {name: x for name, x in found[part].items() if name not in scores[part] and name != 'span_loss_increase'}
+    more = lambda part: {name: x for name, x in found[part].items() if name not in scores[part]
+                         and name != 'span_loss_increase'}
     return scores | {part: scores[part] | more(part) for part in found}
 
 # %% ../nbs/build/12_pruning.ipynb #838a6414
 @torch.no_grad()
 def loss_frame(model, windows: Tensor, removed: Iterable[int] = ()):
-    """Losses by sequence and position, with or without some blocks, 1..L: a pandas DataFrame of sequence and position, both
-    from 0, token that was to be foretold, and loss."""
+    """Losses by sequence and position, with or without some blocks, 1..L: a pandas DataFrame of sequence
+    and position, both from 0, token that was to be foretold, and loss."""
     from pandas import DataFrame
     model = adapt(model)
     windows = windows.to(next(model.parameters()).device)
     with untouched(model):
         ready = scoring_model(model)
-        losses = torch.cat([ready.token_losses(run_without(ready, ready.embed(w[:, :-1]), removed), w[:, 1:]).cpu()
+        losses = torch.cat([ready.token_losses(run_without(ready, ready.embed(w[:, :-1]), removed),
+                                               w[:, 1:]).cpu()
                             for w in windows.split(1)])                                  # (N, T)
     n, t = torch.meshgrid(*map(torch.arange, losses.shape), indexing='ij')
     columns = dict(sequence=n, position=t, token=windows[:, 1:].cpu(), loss=losses)
@@ -168,17 +182,20 @@ def loss_frame(model, windows: Tensor, removed: Iterable[int] = ()):
 # %% ../nbs/build/12_pruning.ipynb #e6575fee
 def run_without(model, h: Tensor, removed: Iterable[int], start: int = 0) -> Tensor:  # h_L, (B, T, D)
     "Carry the stream h_start, (B, T, D), through the blocks that are left."
-    for l in sorted({*range(start + 1, len(model.blocks) + 1)} - {*removed}): h = model.run(h, start=l - 1, stop=l)
+    for l in sorted({*range(start + 1, len(model.blocks) + 1)} - {*removed}):
+        h = model.run(h, start=l - 1, stop=l)
     return h
 
 @torch.no_grad()
-def loss_without(model, windows: Tensor, removed: Iterable[int] = (), batch_size: int = 16) -> Tensor:  # fp64, (N,)
+def loss_without(model, windows: Tensor, removed: Iterable[int] = (),
+                 batch_size: int = 16) -> Tensor:  # fp64, (N,)
     "Loss of each sequence of (N, T + 1) without some blocks."
     last = lambda w: run_without(model, model.embed(w[:, :-1]), removed)                 # (B, T, D)
     return torch.cat([sequence_loss(model, last(w), w[:, 1:]).cpu() for w in windows.split(batch_size)])
 
 @torch.no_grad()
-def _removal_losses(model, windows: Tensor, removed: list[int], batch_size: int = 16) -> Tensor:  # fp64, (L, N) at l-1
+def _removal_losses(model, windows: Tensor, removed: list[int],
+                    batch_size: int = 16) -> Tensor:  # fp64, (L, N) at l-1
     "Loss of each sequence with one more block removed, for each that is left; NaN for those that are gone."
     found = torch.full((len(model.blocks), len(windows)), math.nan).double()
     for i, batch in enumerate(windows.split(batch_size)):
@@ -190,7 +207,8 @@ def _removal_losses(model, windows: Tensor, removed: list[int], batch_size: int 
     return found
 
 def _greedy_steps(model, windows: Tensor, batch_size: int = 16) -> Iterator[tuple[int, Tensor]]:
-    "The cheapest block, the next cheapest without it, and so on; each with the losses before it went of one more removal, (L, N)."
+    """The cheapest block, the next cheapest without it, and so on; each with the losses before it went of
+    one more removal, (L, N)."""
     removed = []
     while len(removed) < len(model.blocks) - 1:
         losses = _removal_losses(model, windows, removed, batch_size)
@@ -204,21 +222,23 @@ def step_seconds(model, windows: Tensor, batch_size: int = 16) -> float:  # seco
     return len(windows) * one * (L * (L + 1) / 2 + L * costs.loss)
 
 def greedy_order(model, windows: Tensor, most: int, batch_size: int = 16, progress: bool = False) -> dict:
-    """The order in which most blocks go, the loss without the first k, from k = 0, and its gap to the sum of single costs, both
-    with intervals; chosen on windows, (N, T + 1)."""
+    """The order in which most blocks go, the loss without the first k, from k = 0, and its gap to the sum
+    of single costs, both with intervals; chosen on windows, (N, T + 1)."""
     model = adapt(model)
-    if not 1 <= most < len(model.blocks): raise ValueError(f'most={most} must be 1 to {len(model.blocks) - 1}: one block stays')
+    if not 1 <= most < len(model.blocks):
+        raise ValueError(f'most={most} must be 1 to {len(model.blocks) - 1}: one block stays')
     windows, order, losses = windows.to(next(model.parameters()).device), [], []
     with untouched(model):
         ready = scoring_model(model)
         base = loss_without(ready, windows, (), batch_size)                              # (N,)
         steps = _greedy_steps(ready, windows, batch_size)
         for _, (l, found) in zip(tqdm(range(most), 'greedy', disable=not progress, leave=False), steps):
-            if not order: alone = found - base                                           # (L, N), of single blocks
+            if not order: alone = found - base  # (L, N), of single blocks
             order.append(l)
             losses.append(found[l - 1])
     gaps = [loss - base - alone[[l - 1 for l in order[:k]]].sum(0) for k, loss in enumerate(losses, 1)]
-    return to_lists(dict(order=order, loss=[mean_estimate(x) for x in (base, *losses)], gap=[mean_estimate(x) for x in gaps]))
+    return to_lists(dict(order=order, loss=[mean_estimate(x) for x in (base, *losses)],
+                         gap=[mean_estimate(x) for x in gaps]))
 
 # %% ../nbs/build/12_pruning.ipynb #759e4f90
 CRITERIA = 'greedy', 'influence', 'angle', 'skip', 'random'
@@ -235,10 +255,12 @@ def removals(model, windows: Tensor, by: str = 'greedy', batch_size: int = 16,
     mean = lambda of: torch.cat([of(trace(model, batch)) for batch in windows.split(batch_size)], -1).mean(-1)
     if by == 'random': order = torch.randperm(L, generator=torch.Generator().manual_seed(seed))
     elif by == 'influence': order = mean(block_influence).argsort()
-    elif by == 'skip': order = mean(lambda t: torch.stack([span_loss(model, t, l) for l in range(1, L + 1)])).argsort()
+    elif by == 'skip':
+        order = mean(lambda t: torch.stack([span_loss(model, t, l) for l in range(1, L + 1)])).argsort()
     else: places = mean(angular_distance).nan_to_num(math.inf).argmin(1)    # (L,), by length
     for n in range(1, L):
-        yield list(range(places[n - 1] + 1, places[n - 1] + n + 1)) if by == 'angle' else sorted(x + 1 for x in order[:n].tolist())
+        yield list(range(places[n - 1] + 1, places[n - 1] + n + 1)) if by == 'angle' else sorted(
+            x + 1 for x in order[:n].tolist())
 
 def parse_spans(text: str, L: int) -> list[int]:  # blocks, 1..L
     "Blocks named one by one and in spans."
@@ -247,18 +269,24 @@ def parse_spans(text: str, L: int) -> list[int]:  # blocks, 1..L
         ends = re.fullmatch(r'\s*(\d+)\s*(?:-\s*(\d+)\s*)?', part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
         if not 1 <= first <= last <= L:
-            raise ValueError(f'spans={text!r}: {part.strip()!r} is no span of blocks; allowed are 1 to {L}, such as 2 or 2-{L - 1}')
+            raise ValueError(f'spans={text!r}: {part.strip()!r} is no span of blocks; allowed are 1 to {L}, '
+                             f'such as 2 or 2-{L - 1}')
         removed |= {*range(first, last + 1)}
     return sorted(removed)
 
 def check_removal(L: int, blocks: int | None, spans: str | None, budget: float | None,
         by: str) -> list[int] | None:
-    "Raise a ValueError unless exactly one of the three says what is to be removed, and a block stays; the blocks of spans."
+    """Raise a ValueError unless exactly one of the three says what is to be removed, and a block stays; the
+    blocks of spans."""
     given = [x for x in (blocks, spans, budget) if x is not None]
-    if len(given) != 1: raise ValueError(f'blocks={blocks}, spans={spans}, budget={budget}: exactly one of them must be given')
+    if len(given) != 1:
+        raise ValueError(
+            f'blocks={blocks}, spans={spans}, budget={budget}: exactly one of them must be given')
     if by not in CRITERIA: raise ValueError(f'by={by!r} must be one of {", ".join(CRITERIA)}')
-    if blocks is not None and not 1 <= blocks < L: raise ValueError(f'blocks={blocks} must be 1 to {L - 1}: of {L} blocks one has to stay')
-    if budget is not None and not 1 <= budget < math.inf: raise ValueError(f'budget={budget} must be a factor of the loss from 1 on, such as 1.02')
+    if blocks is not None and not 1 <= blocks < L:
+        raise ValueError(f'blocks={blocks} must be 1 to {L - 1}: of {L} blocks one has to stay')
+    if budget is not None and not 1 <= budget < math.inf:
+        raise ValueError(f'budget={budget} must be a factor of the loss from 1 on, such as 1.02')
     if spans is None: return None
     removed = parse_spans(spans, L)
     if len(removed) == L: raise ValueError(f'spans={spans!r} removes all {L} blocks; one has to stay')
@@ -275,7 +303,9 @@ def _choose_removal(model, windows: Tensor, blocks: int | None = None, budget: f
         if budget is not None:
             ratio = (loss_without(model, windows, removed, batch_size).mean() / base).item()
             if not ratio <= budget:
-                if not chosen: raise ValueError(f'budget={budget} cannot be met: without block {removed[0]}, the first to go by {by}, '
+                if not chosen:
+                    raise ValueError(f'budget={budget} cannot be met: without block {removed[0]}, the first '
+                                     f'to go by {by}, '
                                                 f'the loss is {ratio:.4f} times what it was')
                 return chosen
         chosen = removed
@@ -289,17 +319,22 @@ _COUNTS = 'first_k_dense_replace', 'max_window_layers'             # the first s
 def _cut_config(config, kept: list[int], L: int):  # of the same class
     "The configuration of a network with fewer blocks."
     whole, text = config.to_dict(), config.get_text_config()
-    part = whole if text is config else whole[next(name for name in whole if getattr(config, name, None) is text)]
+    part = (whole if text is config
+            else whole[next(name for name in whole if getattr(config, name, None) is text)])
     for name, value in part.items():
-        if name in _NUMBERS and isinstance(value, list): part[name] = [kept.index(l + 1) for l in value if l + 1 in kept]
+        if name in _NUMBERS and isinstance(value, list):
+            part[name] = [kept.index(l + 1) for l in value if l + 1 in kept]
         elif name in _COUNTS and isinstance(value, int): part[name] = sum(l <= value for l in kept)
-        elif isinstance(value, (list, tuple)) and len(value) == L and 'token_id' not in name and name != 'architectures':
+        elif isinstance(value,
+                        (list, tuple)) and len(
+                            value) == L and 'token_id' not in name and name != 'architectures':
             part[name] = [value[l - 1] for l in kept]
     part[text.attribute_map.get('num_hidden_layers', 'num_hidden_layers')] = len(kept)
     return type(config).from_dict(whole)
 
 def _cut_network(model: AdaptedModel, kept: list[int], dtype: torch.dtype | None = None):
-    "A transformers network with fewer blocks, to be saved, not to be run; weights in dtype, None: as they are."
+    """A transformers network with fewer blocks, to be saved, not to be run; weights in dtype, None: as they
+    are."""
     network, L, kind = model.network, len(model.blocks), type(model.network).__name__
     prefix = next(name for name, part in network.named_modules() if part is model.blocks) + '.'
     weights = {}
@@ -313,14 +348,16 @@ def _cut_network(model: AdaptedModel, kept: list[int], dtype: torch.dtype | None
         made.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         gone = ', '.join(str(l) for l in range(1, L + 1) if l not in kept)
-        raise ValueError(f'{kind} cannot do without block {gone}: its blocks are not alike, and its configuration cannot say '
+        raise ValueError(f'{kind} cannot do without block {gone}: its blocks are not alike, and its '
+                         f'configuration cannot say '
                          f'which are left ({str(error).strip().splitlines()[-1].strip()})') from error
     made.tie_weights()
     made.config.dtype = next(iter(weights.values())).dtype
     return made.eval()
 
 # %% ../nbs/build/12_pruning.ipynb #2a1b95ed
-_BESIDE = 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', '*.py'
+_BESIDE = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model',
+           '*.py')
 
 def _write_network(folder: Path, made, source: Path | None, tokenizer: Tokenizer | None = None):
     "Write a network and what belongs to it."
@@ -330,8 +367,10 @@ def _write_network(folder: Path, made, source: Path | None, tokenizer: Tokenizer
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
         return
     stock = source is not None and 'model_type' in read_object(source / 'config.json')
-    for file in (f for pattern in _BESIDE if stock for f in source.glob(pattern) if f.is_file()): shutil.copy2(file, folder)
-    if not stock and tokenizer is not None: to_hf_tokenizer(tokenizer, made.config.max_position_embeddings).save_pretrained(folder)
+    for file in (f for pattern in _BESIDE if stock for f in source.glob(pattern) if f.is_file()):
+        shutil.copy2(file, folder)
+    if not stock and tokenizer is not None:
+        to_hf_tokenizer(tokenizer, made.config.max_position_embeddings).save_pretrained(folder)
     for name, content in (files_beside(source) if source else {}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -341,51 +380,63 @@ def _source_dtype(source: Path | None) -> torch.dtype | None:  # None if it does
     if source is None or is_gguf(source): return None
     settings = read_object(source / 'config.json')
     settings = settings | (settings.get('text_config') or {})
-    return getattr(torch, str(settings.get('dtype') or settings.get('torch_dtype')).removeprefix('torch.'), None)
+    return getattr(torch, str(settings.get('dtype') or settings.get('torch_dtype')).removeprefix('torch.'),
+                   None)
 
 # %% ../nbs/build/12_pruning.ipynb #b59550e3
 def prune(model, out: str | Path, choose_on: Tensor, held_out: Tensor, blocks: int | None = None,
         spans: str | None = None, budget: float | None = None, by: str = 'greedy', source: Path | None = None,
         tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None, batch_size: int = 16,
         seed: int = 0, n_random: int = 10, progress: bool = False) -> dict:
-    """Write a checkpoint with fewer blocks into a new folder; returns what was removed, and the loss before and after, which
-    are also in out/pruning.json.
-    What goes is said by one of: so many blocks; spans such as 3-5,8; or a budget, the factor by which the loss may grow on
-    choose_on, (M, T + 1). Blocks and budget choose by one of CRITERIA. The loss is stated on held_out, (N, T + 1), and
-    compared with n_random random removals of as many blocks. Source is the folder or GGUF file the model comes from;
-    a Transformer needs its tokenizer; dtype=None writes weights as in source, else as they are."""
+    """Write a checkpoint with fewer blocks into a new folder; returns what was removed, and the loss before
+    and after, which are also in out/pruning.json. What goes is said by one of: so many blocks; spans such
+    as 3-5,8; or a budget, the factor by which the loss may grow on choose_on, (M, T + 1). Blocks and budget
+    choose by one of CRITERIA. The loss is stated on held_out, (N, T + 1), and compared with n_random random
+    removals of as many blocks. Source is the folder or GGUF file the model comes from; a Transformer needs
+    its tokenizer; dtype=None writes weights as in source, else as they are."""
     out, model = Path(out), adapt(model)
     removed = check_removal(len(model.blocks), blocks, spans, budget, by)
-    if out.exists() or out.is_symlink(): raise FileExistsError(f'out={str(out)!r} exists; name a folder that does not')
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f'out={str(out)!r} exists; name a folder that does not')
     if {*map(tuple, choose_on.tolist())} & {*map(tuple, held_out.tolist())}:
-        raise ValueError('choose_on and held_out share a sequence; the loss must be stated on others than those that chose')
+        raise ValueError('choose_on and held_out share a sequence; the loss must be stated on others than '
+                         'those that chose')
     if isinstance(model, Transformer): model = adapt(to_hf(model, tokenizer))
     L, device = len(model.blocks), next(model.parameters()).device
     keep = lambda gone: [l for l in range(1, L + 1) if l not in gone]
     _cut_network(model, keep(removed or [(L + 1) // 2]))                                  # before any work
     with untouched(model):
         ready, held_out = scoring_model(model), held_out.to(device)
-        if removed is None: removed = _choose_removal(ready, choose_on.to(device), blocks, budget, by, batch_size, seed, progress)
+        if removed is None:
+            removed = _choose_removal(ready, choose_on.to(device), blocks, budget, by, batch_size, seed,
+                                      progress)
         draws = torch.Generator().manual_seed(seed)
         sets = [(torch.randperm(L, generator=draws)[:len(removed)] + 1).tolist() for _ in range(n_random)]
-        before, after, *others = (loss_without(ready, held_out, gone, batch_size) for gone in ([], removed, *sets))   # (N,)
+        # (N,)
+        before, after, *others = (loss_without(ready, held_out, gone, batch_size)
+                                  for gone in ([], removed, *sets))
     W = leave_one_out(len(held_out))
     with atomic_folder(out) as draft:
-        def put(kind):                                                                   # and take it up again
+        def put(kind):  # and take it up again
             for file in draft.glob('*.safetensors*'): file.unlink()
             _write_network(draft, _cut_network(model, keep(removed), kind), source, tokenizer)
             written = adapt(load_network(draft)).to(device)
             with untouched(written): return written, loss_without(written, held_out, (), batch_size)
         written, found = put(_source_dtype(source))
         if not (found - after).abs().max() <= 1e-4 * after.mean():                       # of any sequence
-            raise ValueError(f'{model.config.architecture} cannot do without these blocks: the checkpoint has a loss of {found.mean():.4f} '
-                             f'where {after.mean():.4f} was measured, so what its blocks do depends on their place')
+            raise ValueError(f'{model.config.architecture} cannot do without these blocks: the checkpoint '
+                             f'has a loss of {found.mean():.4f} '
+                             f'where {after.mean():.4f} was measured, so what its blocks do depends on their '
+                             f'place')
         if dtype is not None: written, found = put(dtype)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, written)]
         record = to_lists(dict(
-            architecture=model.config.architecture, n_layers=L, removed=removed, by='spans' if spans else by, budget=budget, parameters=sizes,
-            loss=dict(before=mean_estimate(before), after=mean_estimate(found)), loss_ratio=jackknife_estimate((W @ found) / (W @ before)),
-            random=dict(mean=torch.stack(others).mean().item(), losses=[x.mean().item() for x in others], removed=[sorted(s) for s in sets]) if sets else None,
+            architecture=model.config.architecture, n_layers=L, removed=removed, by='spans' if spans else by,
+            budget=budget, parameters=sizes,
+            loss=dict(before=mean_estimate(before), after=mean_estimate(found)),
+            loss_ratio=jackknife_estimate((W @ found) / (W @ before)),
+            random=dict(mean=torch.stack(others).mean().item(), losses=[x.mean().item() for x in others],
+                        removed=[sorted(s) for s in sets]) if sets else None,
             text=dict(n_sequences=len(held_out), n_choose=len(choose_on), T=held_out.shape[1] - 1)))
         write_text(draft / 'pruning.json', json.dumps(stamp(record), indent=1))
     return record

@@ -25,8 +25,10 @@ import numpy as np
 import pandas as pd
 
 from .claims import HEADS, ledger_cells, number, verdict_counts
-from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer, template_text
-from .figures import DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config, label, runs_text, span
+from .explorers import (BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer,
+                                 template_text)
+from .figures import (DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config,
+                               label, runs_text, span)
 from .figures import varied_field
 from .integrity import Damaged, read_object, write_text
 from .scores import SCORES_SCHEMA, scores_frame, with_true_names
@@ -44,7 +46,8 @@ def _clean(x) -> float | None:
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
 
 def _checked(scores: dict, name: str, values, low, high):
-    "An estimate, or lists of them, without what cannot be trusted: an interval with one end, or from one sequence."
+    """An estimate, or lists of them, without what cannot be trusted: an interval with one end, or from one
+    sequence."""
     if isinstance(values, list):
         blank = [None] * len(values)
         return [_checked(scores, name, *three) for three in zip(values, low or blank, high or blank)]
@@ -70,17 +73,19 @@ def _n_blocks(scores: dict) -> int:
     if arrays.get('variance_mean'): return len(arrays['variance_mean']) - 1
     for name in ('usefulness_ratio', 'skip_loss_increase', 'jacobian_per_token', 'causal'):
         if arrays.get(name): return len(arrays[name])
-    raise ValueError(f"scores['arrays'] holds {sorted(arrays)}; it must hold variance_mean or another score by layer")
+    raise ValueError(
+        f"scores['arrays'] holds {sorted(arrays)}; it must hold variance_mean or another score by layer")
 
 # %% ../nbs/tools/09_report.ipynb #b0784a7a
-# blocks on either side of a line; open: the interval contains it; sure: decided by intervals, not by values alone
+# blocks on either side of a line; open: the interval contains it; sure: decided by intervals, not values alone
 _Sides = namedtuple('_Sides', 'below above open sure')
 
 def _sides(estimates: list[Estimate], line: float) -> _Sides:
     "Sort blocks by the side on which their interval lies, or their value if not all intervals are known."
     known = {l: e for l, e in enumerate(estimates, 1) if e.value is not None}
     sure = bool(known) and all(e.low is not None for e in known.values())
-    low, high = ({l: getattr(e, end) if sure else e.value for l, e in known.items()} for end in ('low', 'high'))
+    low, high = ({l: getattr(e, end) if sure else e.value for l, e in known.items()}
+                 for end in ('low', 'high'))
     below, above = [l for l in known if high[l] < line], [l for l in known if low[l] > line]
     return _Sides(below, above, [l for l in known if l not in below and l not in above], sure)
 
@@ -88,7 +93,8 @@ def _sides(estimates: list[Estimate], line: float) -> _Sides:
 def _listed(numbers: list[int], one: Callable[[int], str], span: str) -> str:
     "Numbers in words; three or more in a row become a range, which `span` says of its ends."
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
-    words = [w for run in runs for w in ([span.format(one(run[0]), one(run[-1]))] if len(run) > 2 else map(one, run))]
+    words = [w for run in runs
+             for w in ([span.format(one(run[0]), one(run[-1]))] if len(run) > 2 else map(one, run))]
     return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
 def names(blocks: list[int], noun: str = 'block') -> str:  # such as "blocks 1, 3 and 5 to 9"
@@ -117,11 +123,13 @@ def _interval_text(e: Estimate) -> str:  # such as "4.1 (95 % interval 3.8 to 4.
     return _few(e.value) + (f' (95 % interval {_few(e.low)} to {_few(e.high)})' if e.low is not None else '')
 
 _SENTENCES = jinja2.Environment(loader=TEMPLATES.loader, trim_blocks=True, lstrip_blocks=True)
-_SENTENCES.globals |= dict(names=names, pairs_text=_pairs_text, basis=_basis, any_of=_any_of, few=_few, interval_text=_interval_text)
+_SENTENCES.globals |= dict(names=names, pairs_text=_pairs_text, basis=_basis, any_of=_any_of, few=_few,
+                           interval_text=_interval_text)
 
 def _say(what: str, **facts) -> list[str]:
     "The sentences of a part of the reading that hold, in the words of templates/reading.txt."
-    return [line for line in getattr(_SENTENCES.get_template('reading.txt').module, what)(**facts).splitlines() if line]
+    return [line for line in getattr(_SENTENCES.get_template('reading.txt').module,
+                                     what)(**facts).splitlines() if line]
 
 # %% ../nbs/tools/09_report.ipynb #76ca9df1
 def _number_of(about: dict | None, *keys: str) -> float | None:
@@ -146,17 +154,20 @@ def _highest(cost: list[Estimate], blocks: list[int]) -> float:
 
 def _read_replacements(scores: dict, about: dict | None = None) -> list[str]:
     "Which blocks an affine map can stand in for, and what a usefulness of 0 means."
-    line, loose, cost = _threshold_of(scores), _undetermined(scores, about), _by_layer(scores, 'linear_loss_increase')
+    line, loose, cost = (_threshold_of(scores), _undetermined(scores, about),
+                         _by_layer(scores, 'linear_loss_increase'))
     found, costs = _sides(_by_layer(scores, 'usefulness_ratio'), line), _sides(cost, 0)
-    lines = _say('replacements', found=found, above=[l for l in found.above if l not in loose], loose=loose, line=f'{line:g}')
+    lines = _say('replacements', found=found, above=[l for l in found.above if l not in loose], loose=loose,
+                 line=f'{line:g}')
     lines += _say('costs', found=costs, most=_highest(cost, costs.open))
-    loss, known = _scalar(scores, 'loss').value, {l: e.value for l, e in enumerate(cost, 1) if e.value is not None}
+    loss, known = (_scalar(scores, 'loss').value,
+                   {l: e.value for l, e in enumerate(cost, 1) if e.value is not None})
     if not found.below or found.above or found.open or loss is None or not known: return lines
     worst = max(known, key=known.get)
     return lines + _say('uselessness', loss=loss, allowed=(line - 1) * loss, worst=worst, cost=known[worst])
 
 # %% ../nbs/tools/09_report.ipynb #6edb2764
-_SMALL_SWAP = 0.01     # share of the loss; a pair whose swap changes the loss by less is called interchangeable
+_SMALL_SWAP = 0.01  # share of the loss; a pair whose swap changes the loss by less is called interchangeable
 
 def _read_swaps(scores: dict) -> list[str]:
     "Which blocks can change places."
@@ -165,8 +176,9 @@ def _read_swaps(scores: dict) -> list[str]:
     known = [e for i, row in enumerate(E) for e in row[i + 1:] if e.value is not None] if len(E) == L else []
     if not known: return ['Swaps: what they cost is not known.']
     found = _sides([E[i][i + 1] for i in range(L - 1)], _SMALL_SWAP)
-    above = found.above if found.sure else sorted(found.above + found.open)              # a value that equals the line
-    lines, sure = _say('neighbours', found=found, above=above, least=f'{least} of it'), all(e.high is not None for e in known)
+    above = found.above if found.sure else sorted(found.above + found.open)  # a value that equals the line
+    lines, sure = (_say('neighbours', found=found, above=above, least=f'{least} of it'),
+                   all(e.high is not None for e in known))
     small = sum((e.high if sure else e.value) < _SMALL_SWAP for e in known)
     facts = dict(small=small, n=len(known), every=L * (L - 1) // 2, least=f'{least} of it', sure=sure)
     return lines + (_say('swaps', **facts) if len(known) > 1 else [])
@@ -185,8 +197,10 @@ def _read_skips(scores: dict) -> list[str]:
     for name, part in dict(attention='attention', feed_forward='feed-forward layer').items():
         found = _sides(_by_layer(scores, f'{name}_loss_increase'), 0)
         if found.sure: lines += _say('sublayer', part=part, free=sorted(found.below + found.open))
-    angles = {n: [e.value for e in row if e.value is not None] for n, row in enumerate(_by_layer(scores, 'angular_distance'), 1)}
-    spans = [(n, min(row), row.index(min(row)) + 1) for n, row in angles.items() if n in (2, 4, 8) and n < len(angles) and row]
+    angles = {n: [e.value for e in row if e.value is not None]
+              for n, row in enumerate(_by_layer(scores, 'angular_distance'), 1)}
+    spans = [(n, min(row), row.index(min(row)) + 1) for n, row in angles.items() if n in (2, 4, 8)
+             and n < len(angles) and row]
     return lines + (_say('spans', found=spans) if spans else [])
 
 def _read_causal(scores: dict) -> list[str]:
@@ -229,33 +243,41 @@ def _relative_deviation(scores: dict, D: float) -> list[Estimate]:
 def _read_jacobian(scores: dict, about: dict | None = None) -> list[str]:
     "Which blocks are near the identity."
     D, n = _number_of(about, 'd_model', 'width'), (scores.get('settings') or {}).get('n_jacobian')
-    if not any(e.value is not None for e in _by_layer(scores, 'jacobian_per_token')): return ['Jacobian deviation: not known.']
+    if not any(e.value is not None for e in _by_layer(scores, 'jacobian_per_token')):
+        return ['Jacobian deviation: not known.']
     if not D:
-        return ['Jacobian: the width of the model was not given, so how near its blocks are to the identity cannot be said.']
+        return ['Jacobian: the width of the model was not given, so how near its blocks are to the identity '
+                'cannot be said.']
     found = _sides(_relative_deviation(scores, D), _NEAR_IDENTITY)
-    return _say('jacobian', found=found, limit=f'{100 * _NEAR_IDENTITY:g}', on=f', on {n} sequences' if n else '')
+    return _say('jacobian', found=found, limit=f'{100 * _NEAR_IDENTITY:g}',
+                on=f', on {n} sequences' if n else '')
 
 # %% ../nbs/tools/09_report.ipynb #d67a62b8
 def _read_loss(scores: dict, about: dict | None = None) -> list[str]:
     "Whether the model predicts the text at all."
     loss, V = _scalar(scores, 'loss'), _number_of(about, 'vocab_size', 'vocabulary') or 0
-    if loss.value is None: return ['The loss is not known or not finite, so most of what follows has nothing to stand on.']
+    if loss.value is None:
+        return ['The loss is not known or not finite, so most of what follows has nothing to stand on.']
     return _say('loss', loss=loss, tokens=f'{V:,.0f}' if V >= 2 else '', guess=math.log(max(V, 2)))
 
 def _cautions(scores: dict) -> list[str]:
     "What holds for every reading."
-    s, fitted = scores.get('settings') or {}, any(e.value is not None for e in _by_layer(scores, 'usefulness_ratio'))
+    s, fitted = (scores.get('settings') or {},
+                 any(e.value is not None for e in _by_layer(scores, 'usefulness_ratio')))
     return _say('cautions', N=s.get('n_sequences'), n=s.get('n_jacobian'), L=_n_blocks(scores),
                n_fit=s.get('n_fit') if fitted else None, by_block=bool(scores.get('intervals')))
 
 def plain_reading(scores: dict, about: dict | None = None) -> list[str]:
     "What the scores say about the model, and what they do not."
-    return (_read_skips(scores) + _read_loss(scores, about) + _read_replacements(scores, about) + _read_swaps(scores)
-            + _read_causal(scores) + _read_variance(scores) + _read_jacobian(scores, about) + _cautions(scores))
+    return (_read_skips(scores) + _read_loss(scores,
+                                             about) + _read_replacements(scores, about) + _read_swaps(scores)
+            + _read_causal(scores) + _read_variance(scores) + _read_jacobian(scores, about)
+            + _cautions(scores))
 
 # %% ../nbs/tools/09_report.ipynb #5bfcd229
 _ARRAYS = SCORES_SCHEMA['properties']['arrays']['properties']
-_COLUMNS = {name: about['column'] for name, about in _ARRAYS.items() if 'column' in about}   # in order of importance
+# in order of importance
+_COLUMNS = {name: about['column'] for name, about in _ARRAYS.items() if 'column' in about}
 
 def _layer_rows(scores: dict, columns: list[str]) -> list[str]:
     "Lines of the table by layer; a variance is that of the stream after the block."
@@ -269,7 +291,8 @@ def _layer_rows(scores: dict, columns: list[str]) -> list[str]:
 def score_table(scores: dict, width: int | None = None) -> str:
     "Scalars with intervals and scores by layer, as text of so many characters a line (None: the terminal's)."
     width = width or shutil.get_terminal_size((100, 24)).columns
-    lines, narrow = [f"{'score':29s} {'value':>10s}  95 % interval over sequences"], ['score: value, 95 % interval']
+    lines, narrow = ([f"{'score':29s} {'value':>10s}  95 % interval over sequences"],
+                     ['score: value, 95 % interval'])
     for name in scores['scalars']:
         e = _scalar(scores, name)
         ends = f'{_few(e.low, 4)} to {_few(e.high, 4)}' if e.low is not None else '–'
@@ -284,15 +307,20 @@ def score_table(scores: dict, width: int | None = None) -> str:
 
 # %% ../nbs/tools/09_report.ipynb #f852b4d8
 _LEFT_OUT = ('skip_loss_increase', 'block_influence', 'attention_loss_increase', 'feed_forward_loss_increase')
-BARS = {name: (about['title'], about['description'], about['unit'], about.get('start', 0.))   # last: where bars start
+# last: where bars start
+BARS = {name: (about['title'], about['description'], about['unit'], about.get('start', 0.))
         for name, about in ({name: _ARRAYS[name] for name in _LEFT_OUT} | _ARRAYS).items() if 'unit' in about}
-_STREAMS = {'mean': 'variance_mean', 'median': 'variance_median', 'mean without position 0': 'variance_without_first'}
+_STREAMS = {'mean': 'variance_mean', 'median': 'variance_median',
+            'mean without position 0': 'variance_without_first'}
 _HEATS = dict(  # score -> title, what it says, vertical and horizontal axis
-    angular_distance=('Angles of spans', 'Angle at the last token between the streams before and after n blocks in a row, '
+    angular_distance=('Angles of spans',
+                      'Angle at the last token between the streams before and after n blocks in a row, '
                       'in half turns. It takes one pass, and is no cost.', 'blocks n', 'first block'),
-    causal=('Causal score of pairs', 'How much the update of block l changes, relative to its size, when the earlier block s is '
+    causal=('Causal score of pairs',
+            'How much the update of block l changes, relative to its size, when the earlier block s is '
             'skipped.', 'skipped block s', 'changed block l'),
-    permutation=('Swaps of pairs', 'Change of the loss, as a share of it, when blocks i and j change places.', 'block i', 'block j'))
+    permutation=('Swaps of pairs', 'Change of the loss, as a share of it, when blocks i and j change places.',
+                 'block i', 'block j'))
 _FORMAT = '.4~g'
 
 def _few_large(values: list) -> float | None:
@@ -311,59 +339,74 @@ _LAYERS = alt.Axis(tickMinStep=1, grid=False, labelOverlap=True)
 
 def _estimate_rows(estimates: list[Estimate], first: int = 1, **more) -> list[dict]:
     "Rows for a chart; an estimate without a value is left out."
-    return [dict(block=l, **e._asdict(), **more) for l, e in enumerate(estimates, first) if e.value is not None]
+    return [dict(block=l, **e._asdict(), **more) for l, e in enumerate(estimates, first)
+            if e.value is not None]
 
 def _pair_rows(pairs: list[list[Estimate]]) -> list[dict]:
     "Rows for a heat map; a pair without a value is left out."
-    return [dict(i=i, j=j, **e._asdict()) for i, row in enumerate(pairs, 1) for j, e in enumerate(row, 1) if e.value is not None]
+    return [dict(i=i, j=j, **e._asdict()) for i, row in enumerate(pairs, 1) for j, e in enumerate(row, 1)
+            if e.value is not None]
 
 def _linked(charts: list, L: int) -> alt.ConcatChart:
     "Charts side by side, with a control that highlights a block in all of them."
     pick = alt.selection_point(name='pick', fields=['block'], on='click', clear=False, value=[dict(block=0)],
-                               bind=dict(block=alt.binding_range(min=0, max=L, step=1, name='Highlight a block (0: none)')))
+                               bind=dict(block=alt.binding_range(min=0, max=L, step=1,
+                                                                 name='Highlight a block (0: none)')))
     layers = charts[0].layer if isinstance(charts[0], alt.LayerChart) else charts
     first = next(layer for layer in layers if isinstance(layer.name, str))                # what is clicked
     first.params = first.add_params(pick).params
-    return alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent', xOffset='independent')
+    return alt.concat(*charts, columns=2).resolve_scale(color='independent', shape='independent',
+                                                        xOffset='independent')
 
 def _dashed(y: alt.Y, lines: tuple) -> list[alt.Chart]:
     "Dashed lines at given heights."
-    return [alt.Chart(alt.Data(values=[dict(line=line)])).mark_rule(strokeDash=[5, 3], color='currentColor').encode(y)
+    return [alt.Chart(alt.Data(values=[dict(line=line)])).mark_rule(strokeDash=[5, 3],
+                                                                    color='currentColor').encode(y)
             for line in lines]
 
-def _bars(name: str, title: str, unit: str, rows: list[dict], base: float = 0., lines: tuple = ()) -> alt.LayerChart:
+def _bars(name: str, title: str, unit: str, rows: list[dict], base: float = 0.,
+          lines: tuple = ()) -> alt.LayerChart:
     "Bars by block, with intervals where they are known."
     middle, values = _few_large([r['value'] - base for r in rows]), [r['value'] for r in rows]
     if base and max(values) > 5 * base and min(values) > 0: scale = alt.Scale(type='log')
-    else: scale = alt.Scale(type='symlog', constant=middle) if middle and not base else alt.Scale(zero=not base)
+    else:
+        scale = alt.Scale(type='symlog', constant=middle) if middle and not base else alt.Scale(zero=not base)
     here = alt.Chart(alt.Data(values=[r | dict(base=base) for r in rows]))
     x = alt.X('block:O', title='block', sort='ascending', axis=_LAYERS)
     y = alt.Y('value:Q', title=unit, scale=scale, axis=alt.Axis(format='~g', tickCount=6))
     kinds = sorted({r['kind'] for r in rows if 'kind' in r})
     beside = dict(xOffset=alt.XOffset('kind:N', scale=alt.Scale(domain=kinds))) if kinds else {}
-    colour = alt.Color('kind:N', title=None, scale=alt.Scale(domain=kinds, range=[BLUE, GREY])) if kinds else _HIGHLIGHT
-    bar = here.mark_bar().encode(x, y, alt.Y2('base'), tooltip=_tips(block='block', value=unit, **_ENDS), color=colour, **beside)
+    colour = (alt.Color('kind:N', title=None, scale=alt.Scale(domain=kinds, range=[BLUE, GREY])) if kinds
+              else _HIGHLIGHT)
+    bar = here.mark_bar().encode(x, y, alt.Y2('base'), tooltip=_tips(block='block', value=unit, **_ENDS),
+                                 color=colour, **beside)
     line = here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2)
     whisker = line.encode(x, alt.Y('low:Q', title=unit), alt.Y2('high:Q'), **beside)
     layers = [bar.properties(name=name), *[whisker] * any(r['low'] is not None for r in rows)]
-    return alt.layer(*layers, *_dashed(alt.Y('line:Q', title=unit), lines)).properties(width='container', height=190, title=title)
+    return alt.layer(*layers, *_dashed(alt.Y('line:Q', title=unit),
+                                       lines)).properties(width='container', height=190, title=title)
 
 def _stream_lines(rows: list[dict], name: str = 'streams', title: str = 'Variance by layer',
                   colours: tuple = (BLUE, ORANGE, GREY)) -> alt.LayerChart:
     "Variance of the streams: a line for each kind."
     here = alt.Chart(alt.Data(values=[r for r in rows if r['value'] > 0]))
-    x = alt.X('block:Q', title='stream (0: embedding, l: after block l)', scale=alt.Scale(nice=False), axis=_LAYERS)
-    y = alt.Y('value:Q', title='variance', scale=alt.Scale(type='log', nice=False), axis=alt.Axis(format='~g', tickCount=6))
-    kinds = alt.Color('kind:N', title=None, sort=list(_STREAMS), legend=alt.Legend(columns=2), scale=alt.Scale(range=[*colours]))
+    x = alt.X('block:Q', title='stream (0: embedding, l: after block l)', scale=alt.Scale(nice=False),
+              axis=_LAYERS)
+    y = alt.Y('value:Q', title='variance', scale=alt.Scale(type='log', nice=False),
+              axis=alt.Axis(format='~g', tickCount=6))
+    kinds = alt.Color('kind:N', title=None, sort=list(_STREAMS), legend=alt.Legend(columns=2),
+                      scale=alt.Scale(range=[*colours]))
     line = here.mark_line().encode(x, y, kinds)
     whisker = here.transform_filter('datum.low > 0').mark_rule()
     whisker = whisker.encode(x, alt.Y('low:Q', title='variance'), alt.Y2('high:Q'), kinds)
     tip = [alt.Tooltip('kind:N', title='statistic'), *_tips(block='stream', value='variance', **_ENDS)]
     size = alt.condition(_ON, alt.value(140), alt.value(30))
-    point = here.mark_point(filled=True, opacity=1).encode(x, y, kinds, size=size, tooltip=tip).properties(name=name)
+    point = here.mark_point(filled=True, opacity=1).encode(x, y, kinds, size=size,
+                                                           tooltip=tip).properties(name=name)
     return alt.layer(line, whisker, point).properties(width='container', height=190, title=title)
 
-def _heat(name: str, title: str, across: str, down: str, rows: list[dict], others: list[dict] = []) -> alt.Chart:
+def _heat(name: str, title: str, across: str, down: str, rows: list[dict],
+          others: list[dict] = []) -> alt.Chart:
     "A heat map of pairs of blocks; what is not defined stays empty."
     sizes = [r['value'] for r in [*rows, *others] if r['value'] > 0]
     top = dict(domainMax=max(sizes)) if sizes and others else {}
@@ -371,16 +414,18 @@ def _heat(name: str, title: str, across: str, down: str, rows: list[dict], other
     if sizes and _few_large(sizes) and min(sizes) < max(sizes):
         domain = [max(min(sizes), max(sizes) / 1e4), max(sizes)]
         scale = alt.Scale(scheme='viridis', type='log', domain=domain, clamp=True)
-    spans = 'datum.j <= pick.block[0] && pick.block[0] < datum.j + datum.i'              # those with the block in them
+    spans = 'datum.j <= pick.block[0] && pick.block[0] < datum.j + datum.i'  # those with the block in them
     touched = spans if name.startswith('angular') else 'datum.i == pick.block[0] || datum.j == pick.block[0]'
     return alt.Chart(alt.Data(values=rows)).mark_rect(strokeWidth=2).encode(
         alt.X('j:O', title=across, axis=_LAYERS), alt.Y('i:O', title=down, axis=_LAYERS),
         alt.Color('value:Q', title=None, scale=scale, legend=alt.Legend(format='.2~g', gradientLength=200)),
         stroke=alt.condition(touched, alt.value(ORANGE), alt.value(None)),
-        tooltip=_tips(i=down, j=across, value='value', **_ENDS)).properties(name=name, width=270, height=270, title=title)
+        tooltip=_tips(i=down, j=across, value='value', **_ENDS)).properties(name=name, width=270, height=270,
+                                                                            title=title)
 
 def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {}) -> Explorer | None:
-    "Linked charts of the scores of a model: what can go, then how the layers differ; None where there is nothing to draw."
+    """Linked charts of the scores of a model: what can go, then how the layers differ; None where there is
+    nothing to draw."""
     L, charts, tables, texts = _n_blocks(scores), [], [], []
     def add(chart, view, title, text, **columns):
         charts.append(chart)
@@ -391,7 +436,8 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {})
         lines = (_threshold_of(scores),) if score == 'usefulness_ratio' else ()
         if not (found := _estimate_rows(_by_layer(scores, score))): return
         dashed = f' Dashed: {", ".join(map(_few, lines))}.' if lines else ''
-        add(_bars(score, title, unit, found, base, lines), score, title, text + dashed, block='block', value=unit)
+        add(_bars(score, title, unit, found, base, lines), score, title, text + dashed, block='block',
+            value=unit)
     def add_heat(score):
         title, text, down, across = _HEATS[score]
         if L > 1 and len(pairs := _by_layer(scores, score)) == L and (found := _pair_rows(pairs)):
@@ -399,13 +445,16 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {})
     for score in _LEFT_OUT: add_bars(score)
     add_heat('angular_distance')
     for score in list(BARS)[len(_LEFT_OUT):]: add_bars(score)
-    found = [r for kind, score in _STREAMS.items() if len(es := _by_layer(scores, score)) == L + 1 for r in _estimate_rows(es, 0, kind=kind)]
+    found = [r for kind, score in _STREAMS.items() if len(es := _by_layer(scores, score)) == L + 1
+             for r in _estimate_rows(es, 0, kind=kind)]
     if any(r['value'] > 0 for r in found):
-        add(_stream_lines(found), 'streams', 'Variance by layer', 'variance over channels of the stream, before the final norm.',
+        add(_stream_lines(found), 'streams', 'Variance by layer',
+            'variance over channels of the stream, before the final norm.',
             kind='statistic', block='stream', value='variance')
     shares = (sparsity or {}).get('arrays', {})
     found = [r for kind in ('attention', 'feed_forward')
-             for r in _estimate_rows([Estimate(_clean(x)) for x in shares.get(f'density_{kind}') or []], kind=kind.replace('_', '-'))]
+             for r in _estimate_rows([Estimate(_clean(x)) for x in shares.get(f'density_{kind}') or []],
+                                     kind=kind.replace('_', '-'))]
     if found and max(r['block'] for r in found) == L:
         add(_bars('density', 'Effective density', 'density', found), 'density', 'Effective density',
             'share of active connections of both sublayers.', kind='sublayer', block='block', value='density')
@@ -413,43 +462,52 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {})
     if not charts: return None
     views = [t['view'] for t in tables if t['view'] in BARS or t['view'] == 'streams']
     return Explorer('sce-scores', 'Scores by block', _linked(charts, L), tables,
-                    f'Charts of the scores of a model of {L} blocks: {", ".join(t["title"] for t in tables)}.',
+                    f'Charts of the scores of a model of {L} blocks: '
+                    f'{", ".join(t["title"] for t in tables)}.',
                     ' '.join(texts) + ' Whiskers: 95 % intervals.', {}, made, dict(pick=views))
 
-_VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}   # colours of bars
+# colours of bars
+_VERDICTS = {'better without it': '#009E73', 'no cost shown': BLUE, 'costs something': GREY}
 
 def _skip_explorer(scores: dict) -> Explorer | None:
     "What each block costs to leave out, cheapest first; None where that is not known."
     cost = _by_layer(scores, 'skip_loss_increase')
     found, (_, _, unit, _) = _sides(cost, 0), BARS['skip_loss_increase']
-    verdict = {l: kind for kind, blocks in zip(_VERDICTS, (found.below, found.open, found.above)) for l in blocks}
-    rows = sorted((r | dict(verdict=verdict[r['block']]) for r in _estimate_rows(cost)), key=lambda r: r['value'])
+    verdict = {l: kind for kind, blocks in zip(_VERDICTS, (found.below, found.open, found.above))
+               for l in blocks}
+    rows = sorted((r | dict(verdict=verdict[r['block']]) for r in _estimate_rows(cost)),
+                  key=lambda r: r['value'])
     if not rows: return None
     middle = _few_large([r['value'] for r in rows])
     here = alt.Chart(alt.Data(values=rows))
     x = alt.X('block:O', title='block, cheapest first', sort=[r['block'] for r in rows],
               axis=alt.Axis(labelOverlap=True, labelAngle=0))
     scale = alt.Scale(type='symlog', constant=middle) if middle else alt.Undefined
-    y = lambda field: alt.Y(f'{field}:Q', title=f'cost, {unit}', scale=scale, axis=alt.Axis(format='~g', tickCount=8))
+    y = lambda field: alt.Y(f'{field}:Q', title=f'cost, {unit}', scale=scale,
+                            axis=alt.Axis(format='~g', tickCount=8))
     colour = alt.Color('verdict:N', title=None, sort=list(_VERDICTS),
                        scale=alt.Scale(domain=list(_VERDICTS), range=list(_VERDICTS.values())))
     tip = [*_tips(block='block', value=unit, **_ENDS), alt.Tooltip('verdict:N')]
     bar = here.mark_bar().encode(x, y('value'), colour, tooltip=tip).properties(name='skips')
     whisker = here.transform_filter('isValid(datum.low)').mark_rule(color='currentColor', strokeWidth=1.2)
     whisker = whisker.encode(x, y('low'), alt.Y2('high:Q'))
-    chart = alt.layer(bar, *[whisker] * found.sure, *_dashed(y('line'), (0,))).properties(width='container', height=240)
+    chart = alt.layer(bar, *[whisker] * found.sure,
+                      *_dashed(y('line'), (0,))).properties(width='container', height=240)
     columns = dict(block='block', value=unit, **_ENDS, verdict='verdict')
     ends = ('Whiskers: 95 % intervals.' if found.sure else
             'Colours go by the values alone: no intervals of single blocks are stored.')
     return Explorer('sce-skips', 'What it costs to leave out a block', alt.concat(chart, columns=1),
                     [dict(title='Cost of each block, cheapest first', view='skips', columns=columns)],
                     f'Bars: rise of the loss without each of {_n_blocks(scores)} blocks, cheapest first.',
-                    'One block at a time; what several cost together need not be the sum (sparsecod prune measures it). '
-                    + ends + (' The axis is linear around 0 and logarithmic beyond.' if middle else ''), {}, {}, widest=940)
+                    'One block at a time; what several cost together need not be the sum (sparsecod prune '
+                    'measures it). '
+                    + ends + (' The axis is linear around 0 and logarithmic beyond.' if middle else ''), {},
+                    {}, widest=940)
 
 # %% ../nbs/tools/09_report.ipynb #63251970
 _scores = SCORES_SCHEMA['properties']
-_explained = lambda schema: {name: (entry['title'], entry['description']) for name, entry in schema['properties'].items()}
+_explained = lambda schema: {name: (entry['title'], entry['description'])
+                             for name, entry in schema['properties'].items()}
 MEANING = _explained(_scores['scalars'])                             # score -> title, what it says
 _SPARSE = _explained(_scores['sparsity']['properties']['scalars'])    # likewise
 
@@ -469,24 +527,31 @@ def _facts_of(scores: dict, about: dict | None = None) -> dict:  # fact -> text
               if v is not None and k not in ('name', 'blocks')}
     if 'sequences' not in facts and {'n_sequences', 'T', 'n_fit'} <= s.keys():
         jacobians = f", {s['n_jacobian']} for Jacobians" if s.get('n_jacobian') else ''
-        facts['tokens'] = f"{s['n_sequences']} sequences of {s['T']} scored, {s['n_fit']} others for affine maps{jacobians}"
-    if s.get('jacobian_probes'): facts['Jacobians'] = f"estimated from {s['jacobian_probes']} random probes each"
+        facts['tokens'] = (f"{s['n_sequences']} sequences of {s['T']} scored, "
+                           f"{s['n_fit']} others for affine maps{jacobians}")
+    if s.get('jacobian_probes'):
+        facts['Jacobians'] = f"estimated from {s['jacobian_probes']} random probes each"
     facts['intervals'] = '95 %, over the scored sequences; not over trainings'
     facts['numbering'] = 'blocks are 1 to L; streams are 0 (the embedding) to L (after block L)'
     return {str(k): f'{v:,}' if type(v) is int else str(v) for k, v in facts.items()}
 
 # %% ../nbs/tools/09_report.ipynb #5d574492
-def score_page(scores: dict, title: str | None = None, about: dict | None = None, sparsity: dict | None = None) -> str:
-    """One HTML page that needs nothing else: what can go, a plain reading, linked charts, and all numbers. `about` has
-    facts about the model, such as name (the title, unless given), d_model, vocab_size and text."""
+def score_page(scores: dict, title: str | None = None, about: dict | None = None,
+               sparsity: dict | None = None) -> str:
+    """One HTML page that needs nothing else: what can go, a plain reading, linked charts, and all numbers.
+    `about` has facts about the model, such as name (the title, unless given), d_model, vocab_size and
+    text."""
     skips, charts, cost = _skip_explorer(scores), _score_explorer(scores, sparsity), _read_skips(scores)
     numbers, shares = scores['scalars'], (sparsity or {}).get('scalars', {})
-    tables = {'All scores in one number each': _table_rows({name: _scalar(scores, name) for name in numbers}, MEANING),
+    tables = {'All scores in one number each': _table_rows({name: _scalar(scores, name) for name in numbers},
+                                                           MEANING),
               'Sparsity': _table_rows({name: Estimate(_clean(x)) for name, x in shares.items()}, _SPARSE)}
     return TEMPLATES.get_template('scores.html').render(
         title=str(title or (about or {}).get('name') or 'a model'), facts=_facts_of(scores, about), cost=cost,
-        reading=plain_reading(scores, about)[len(cost):], tables=tables, skips=skips and markupsafe.Markup(skips.html),
-        charts=charts and markupsafe.Markup(charts.html), css=template_text('report.css'), vega=template_text('vega.js'))
+        reading=plain_reading(scores, about)[len(cost):], tables=tables,
+        skips=skips and markupsafe.Markup(skips.html),
+        charts=charts and markupsafe.Markup(charts.html), css=template_text('report.css'),
+        vega=template_text('vega.js'))
 
 def _save(path: str | Path, text: str) -> Path:
     "Write a file, and its folder if there is none."
@@ -501,7 +566,8 @@ def write_page(path: str | Path, scores: dict, **more) -> Path:
 def record_explorer(records: list[dict]) -> Explorer:
     "The charts of a run's scores."
     [record] = records
-    return _score_explorer(record['scores'], record['sparsity'], dict(function='record_explorer', runs=[record['name']]))
+    return _score_explorer(record['scores'], record['sparsity'],
+                           dict(function='record_explorer', runs=[record['name']]))
 
 # %% ../nbs/tools/09_report.ipynb #27a95479
 def _difference(a: Estimate, b: Estimate) -> Estimate:  # of B minus A
@@ -509,7 +575,8 @@ def _difference(a: Estimate, b: Estimate) -> Estimate:  # of B minus A
     if None in (a.value, b.value): return Estimate(None)
     d = b.value - a.value
     if None in (a.low, b.low): return Estimate(d)
-    return Estimate(d, d - math.hypot(b.value - b.low, a.high - a.value), d + math.hypot(b.high - b.value, a.value - a.low))
+    return Estimate(d, d - math.hypot(b.value - b.low, a.high - a.value),
+                    d + math.hypot(b.high - b.value, a.value - a.low))
 
 # %% ../nbs/tools/09_report.ipynb #a1de6ae3
 def read_scores(path: str | Path) -> dict:  # scores, and what the file says about them
@@ -518,17 +585,20 @@ def read_scores(path: str | Path) -> dict:  # scores, and what the file says abo
     if isinstance(found.get('scores'), dict):
         run = with_true_names(found)
         corpus = (run.get('provenance') or {}).get('corpus_fingerprint')
-        found = dict(model=run.get('name'), config=run.get('config'), sparsity=run.get('sparsity'), corpus=corpus) | run['scores']
+        found = dict(model=run.get('name'), config=run.get('config'), sparsity=run.get('sparsity'),
+                     corpus=corpus) | run['scores']
     try:
         L = _n_blocks(found)
         for name in found['scalars']: _scalar(found, name)
         for name in _HEATS: _pair_rows(_by_layer(found, name))
         for name in (*BARS, *_STREAMS.values()):
             values, want = _by_layer(found, name), L + (name in _STREAMS.values())
-            if len(values) not in (0, want): raise ValueError(f'{name} has {len(values)} numbers, and {want} are wanted')
-        for values in found['arrays'].values(): np.array(values, float)             # or it holds what is no number
+            if len(values) not in (0, want):
+                raise ValueError(f'{name} has {len(values)} numbers, and {want} are wanted')
+        for values in found['arrays'].values(): np.array(values, float)  # or it holds what is no number
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(f'{path} holds no scores as sparsecod score writes them ({type(error).__name__}: {error})') from error
+        raise Damaged(f'{path} holds no scores as sparsecod score writes them ({type(error).__name__}: '
+                      f'{error})') from error
     return found
 
 def file_names(paths: list[str | Path]) -> list[str]:  # one for each, all different
@@ -542,14 +612,19 @@ def mismatches(a: dict, b: dict) -> list[str]:
     lines = []
     if None in text: lines.append('Whether both were scored on the same text is not known.')
     elif text[0] != text[1]:
-        lines.append('They were scored on different texts, or on one text cut by different tokenizers: a difference is one of '
+        lines.append('They were scored on different texts, or on one text cut by different tokenizers: a '
+                     'difference is one of '
                      'model and text together, and a nat a token need not be the same unit.')
-    settings = [(s.get('settings') or {}) | {k: v for k, v in (s.get('config') or {}).items() if k == 'dtype'} for s in (a, b)]
-    differ = [f'{k} {_plain(settings[0].get(k))} and {_plain(settings[1].get(k))}' for k in dict.fromkeys([*settings[0], *settings[1]])
-              if k not in ('undetermined_fits', 'pairs', 'batch_size') and settings[0].get(k) != settings[1].get(k)]
+    settings = [(s.get('settings') or {}) | {k: v for k, v in (s.get('config') or {}).items() if k == 'dtype'}
+                for s in (a, b)]
+    differ = [f'{k} {_plain(settings[0].get(k))} and {_plain(settings[1].get(k))}'
+              for k in dict.fromkeys([*settings[0], *settings[1]])
+              if k not in ('undetermined_fits', 'pairs', 'batch_size')
+              and settings[0].get(k) != settings[1].get(k)]
     if differ: lines.append(f"They were scored in different ways: {', '.join(differ)}.")
     if L[0] != L[1]:
-        lines.append(f'A has {L[0]} blocks and B has {L[1]}, so block l of one is not block l of the other: blocks are drawn '
+        lines.append(f'A has {L[0]} blocks and B has {L[1]}, so block l of one is not block l of the other: '
+                     f'blocks are drawn '
                      'beside each other, and only numbers of the whole model are subtracted.')
     return lines
 
@@ -559,14 +634,16 @@ def _layer_differences(a: dict, b: dict, name: str) -> list[Estimate]:
     return [_difference(*pair) for pair in zip(_by_layer(a, name), _by_layer(b, name))]
 
 def comparison_frame(a: dict, b: dict):
-    "All numbers of both, B minus A: a pandas DataFrame with columns score, block, other, a, b, difference, low and high."
+    """All numbers of both, B minus A: a pandas DataFrame with columns score, block, other, a, b,
+    difference, low and high."""
     keys, alike = ['score', 'block', 'other'], _n_blocks(a) == _n_blocks(b)
     both = scores_frame(a).merge(scores_frame(b), on=keys, suffixes=('_a', '_b'))
     if not alike: both = both[both['block'].isna()]
     ends = lambda row, of, s: _checked(s, row['score'], *(row[f'{end}_{of}'] for end in Estimate._fields))
     found = [_difference(ends(row, 'a', a), ends(row, 'b', b)) for row in both.to_dict('records')]
     table = both[keys].assign(a=both['value_a'], b=both['value_b'])
-    for name, end in dict(difference='value', low='low', high='high').items(): table[name] = [getattr(d, end) for d in found]
+    for name, end in dict(difference='value', low='low', high='high').items():
+        table[name] = [getattr(d, end) for d in found]
     return table.reset_index(drop=True)
 
 def read_comparison(a: dict, b: dict) -> list[str]:
@@ -575,16 +652,24 @@ def read_comparison(a: dict, b: dict) -> list[str]:
     loss = _difference(_scalar(a, 'loss'), _scalar(b, 'loss'))
     if loss.value is not None:
         known = loss.low is None or loss.low > 0 or loss.high < 0
-        lines.append(f"The loss is {_interval_text(_scalar(a, 'loss'))} in A and {_interval_text(_scalar(b, 'loss'))} in B"
-                     + ('.' if known else ': no difference is shown.') + f' B minus A: {_interval_text(loss)} nats a token.')
+        lines.append(f"The loss is {_interval_text(_scalar(a, 'loss'))} in A and "
+                     f"{_interval_text(_scalar(b, 'loss'))} in B"
+                     + ('.' if known else ': no difference is shown.')
+                     + f' B minus A: {_interval_text(loss)} nats a token.')
     for name, (title, _, _, _) in BARS.items():
         found = _sides(_layer_differences(a, b, name), 0)
         if not any(found[:3]): continue
-        if not found.sure: lines.append(f'{title}: without intervals of single blocks, no difference of a block can be called sure.')
+        if not found.sure:
+            lines.append(
+                f'{title}: without intervals of single blocks, no difference of a block can be called sure.')
         elif not found.above + found.below: lines.append(f'{title}: no difference is shown at any block.')
-        else: lines.append(f'{title}: ' + '; '.join(f'{way} in B at {names(blocks)} {_basis(True, end)}' for way, blocks, end in
-                           (('larger', found.above, 'lower'), ('smaller', found.below, 'upper')) if blocks) + '.')
-    return lines + ['A difference has an interval as if the two had been measured on independent texts; on the same text it is '
+        else:
+            lines.append(f'{title}: ' + '; '.join(f'{way} in B at {names(blocks)} {_basis(True, end)}'
+                                                  for way, blocks, end in
+                           (('larger', found.above, 'lower'), ('smaller', found.below, 'upper')) if blocks)
+                           + '.')
+    return lines + ['A difference has an interval as if the two had been measured on independent texts; on '
+                    'the same text it is '
                     'rather too wide. Of twenty intervals, about one is expected to miss the truth.']
 
 def _comparison_explorer(a: dict, b: dict, called: list[str]) -> Explorer:
@@ -593,7 +678,8 @@ def _comparison_explorer(a: dict, b: dict, called: list[str]) -> Explorer:
     def add(chart, view, title, **columns):
         charts.append(chart)
         tables.append(dict(title=title, view=view, columns=columns | _ENDS))
-    of_both = lambda score, first=1: [r for kind, s in both.items() for r in _estimate_rows(_by_layer(s, score), first, kind=kind)]
+    of_both = lambda score, first=1: [r for kind, s in both.items()
+                                      for r in _estimate_rows(_by_layer(s, score), first, kind=kind)]
     for score, (title, _, unit, base) in BARS.items():
         if not (rows := of_both(score)): continue
         add(_bars(score, title, unit, rows, base), score, title, kind='model', block='block', value=unit)
@@ -603,14 +689,19 @@ def _comparison_explorer(a: dict, b: dict, called: list[str]) -> Explorer:
     for what, score in list(_STREAMS.items())[:2]:
         rows, head = of_both(score, 0), f'Variance, {what}'
         if any(r['value'] > 0 for r in rows):
-            add(_stream_lines(rows, score, head, (BLUE, GREY)), score, head, kind='model', block='stream', value='variance')
+            add(_stream_lines(rows, score, head, (BLUE, GREY)), score, head, kind='model', block='stream',
+                value='variance')
     for score, (title, _, down, across) in _HEATS.items():
         maps = [_pair_rows(_by_layer(s, score)) for s in (a, b)]
         for kind, rows, others in zip('AB', maps, maps[::-1]):
             view, head = f'{score}_{kind}', f'{title}, {kind}'
-            if rows: add(_heat(view, head, across, down, rows, others), view, head, i=down, j=across, value='value')
-    said = [f'{title}: {text}' for score, (title, text, *_) in (BARS | _HEATS).items() if any(s['arrays'].get(score) for s in (a, b))]
-    return Explorer('sce-comparison', 'Both models by block', _linked(charts, max(map(_n_blocks, (a, b)))), tables,
+            if rows:
+                add(_heat(view, head, across, down, rows, others), view, head, i=down, j=across,
+                    value='value')
+    said = [f'{title}: {text}' for score, (title, text, *_) in (BARS | _HEATS).items()
+            if any(s['arrays'].get(score) for s in (a, b))]
+    return Explorer('sce-comparison', 'Both models by block', _linked(charts, max(map(_n_blocks, (a, b)))),
+                    tables,
                     f'Charts of the scores of two models: {", ".join(t["title"] for t in tables)}.',
                     ' '.join(said) + ' Whiskers: 95 % intervals.', {}, {},
                     dict(pick=[t['view'] for t in tables if not t['view'].endswith(('_A', '_B'))]))
@@ -622,7 +713,8 @@ def comparison_table(a: dict, b: dict) -> list[dict]:
         if name not in b['scalars']: continue
         x, y = _scalar(a, name), _scalar(b, name)
         d, (title, text) = _difference(x, y), MEANING.get(name, (name.replace('_', ' '), ''))
-        rows.append(dict(name=name, title=title, text=text, a=_few(x.value, 4), b=_few(y.value, 4), difference=_few(d.value, 4),
+        rows.append(dict(name=name, title=title, text=text, a=_few(x.value, 4), b=_few(y.value, 4),
+                         difference=_few(d.value, 4),
                          interval=f'{_few(d.low, 4)} to {_few(d.high, 4)}' if d.low is not None else '–'))
     return rows
 
@@ -632,7 +724,8 @@ def comparison_page(a: dict, b: dict, called: tuple = ('A', 'B')) -> str:  # HTM
     return TEMPLATES.get_template('comparison.html').render(
         called=[str(name) for name in called], css=template_text('report.css'), vega=template_text('vega.js'),
         reading=read_comparison(a, b), charts=markupsafe.Markup(_comparison_explorer(a, b, called).html),
-        rows=comparison_table(a, b), facts=[(name, *(f.get(name, '–') for f in facts)) for name in facts[0] | facts[1]])
+        rows=comparison_table(a, b),
+        facts=[(name, *(f.get(name, '–') for f in facts)) for name in facts[0] | facts[1]])
 
 # %% ../nbs/tools/09_report.ipynb #2e884017
 def _plain(value) -> str:
@@ -646,7 +739,8 @@ def _summary_lines(records: list[dict], groups: dict, by: str) -> list[str]:
     diverged = [r['name'] for r in records if r['status'] != 'finished']
     lines = [f"{runs_text(records, by)}, at scale {', '.join(sorted({r['scale'] for r in records}))}."]
     if any(len(finished(group)) == 1 for group in groups.values()):
-        lines.append('Settings with one seed have intervals over held-out sequences only: they say how well that model was '
+        lines.append('Settings with one seed have intervals over held-out sequences only: they say how well '
+                     'that model was '
                      'measured, and nothing about other seeds.')
     return lines + ([f"Diverged, and therefore without scores: {', '.join(diverged)}."] if diverged else [])
 
@@ -654,7 +748,8 @@ def _run_row(r: dict, label: str) -> dict:
     "One run of the report: head -> cell."
     loss, seconds = read_metric(r, 'val_loss'), r['seconds']
     return {'run': r['name'], 'setting': label, 'seed': r['seed'], 'status': r['status'], 'steps': r['step'],
-            'tokens': f"{r['tokens']:,}", 'held-out loss (interval over sequences)': span(*loss.values()) if loss else '',
+            'tokens': f"{r['tokens']:,}", 'held-out loss (interval over sequences)': span(*loss.values())
+            if loss else '',
             'token frequencies alone': number(r['final']['unigram_loss']),
             'training s': seconds['train'], 'scoring s': seconds['score']}
 
@@ -666,27 +761,32 @@ def _provenance_rows(records: list[dict]) -> list[list[str]]:
     heads = dict(dirty='package edited since the commit')
     return [[heads.get(k, k.replace('_', ' ')), '; '.join(v)] for k, v in found.items()]
 
-def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] | None = None, title: str | None = None,
+def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] | None = None,
+                 title: str | None = None,
                  by: str | None = None, beside: pd.DataFrame | None = None) -> Path:
-    """Write the charts, their numbers, the ledger and the provenance of one study into one HTML file that needs nothing else.
-    Runs that diverged or are missing leave gaps; `by` is the field that the runs differ in (None: found out), or 'variant' for
-    labelled records; `beside`, from claims.beside_record, makes the ledger the recorded one."""
+    """Write the charts, their numbers, the ledger and the provenance of one study into one HTML file that
+    needs nothing else. Runs that diverged or are missing leave gaps; `by` is the field that the runs differ
+    in (None: found out), or 'variant' for labelled records; `beside`, from claims.beside_record, makes the
+    ledger the recorded one."""
     by = by or varied_field(records)
-    title = title or ('Depth and the residual stream' if by == DEPTH else f'Runs by {SETTINGS.get(by, (by, by))[1]}')
+    title = title or ('Depth and the residual stream' if by == DEPTH
+                      else f'Runs by {SETTINGS.get(by, (by, by))[1]}')
     groups = {label(value, by): group for value, group in by_setting(records, by).items()}
     about = next((name for name, s in STUDIES.items()
                   if by == VARIANT and s.question == title or by == DEPTH and name == 'depth'), title)
     charts = []
     if done := finished(records):
         metric = 'causal' if any(read_metric(r, 'causal') for r in done) else 'val_loss'
-        charts = [results_explorer(records, studies={about: groups}, metric=metric), surgery_explorer(records, None)]
+        charts = [results_explorer(records, studies={about: groups}, metric=metric),
+                  surgery_explorer(records, None)]
     differ = [[name, ', '.join(map(_plain, values))] for name, values in differences(records).items()]
     runs = [_run_row(r, name) for name, group in groups.items() for r in group]
     short = lambda x: _few(x) if isinstance(x, float) else x
     text = TEMPLATES.get_template('study.html').render(
         title=title, css=template_text('report.css'), vega=template_text('vega.js'),
         summary=_summary_lines(records, groups, by), charts=[markupsafe.Markup(c.html) for c in charts],
-        heads=[*HEADS, 'rule'], claims=ledger_rows and [[*ledger_cells(row), row['rule']] for row in ledger_rows],
+        heads=[*HEADS, 'rule'], claims=ledger_rows
+        and [[*ledger_cells(row), row['rule']] for row in ledger_rows],
         counts=verdict_counts(ledger_rows) if ledger_rows else '', recorded=beside is not None,
         beside=None if beside is None else beside.map(short).values.tolist(), run_heads=list(runs[0]),
         runs=[list(row.values()) for row in runs], provenance=_provenance_rows(records), differ=differ,

@@ -22,7 +22,8 @@ from .compilation import kept_speed
 from .configuration import POSITIVE, Config, check_fields, one_of, require
 from .core import ModelConfig, Transformer, flops_per_token, param_counts
 from .scores import ScoreConfig, plan_memory, planned_work
-from .studies import RunConfig, Study, hardware, read_records, scale_config, study_named, training_bytes
+from .studies import (RunConfig, Study, hardware, read_records, scale_config, study_named,
+                               training_bytes)
 from .train import TrainConfig, find_world, make_optimizer, memory_bytes, sequences_per_step
 
 # %% ../nbs/tools/03_resources.ipynb #c212d21b
@@ -33,10 +34,11 @@ def training_flops(config: RunConfig) -> float:  # operations
 @cache
 def _scoring_passes(m: ModelConfig, score: ScoreConfig) -> float:
     "Sequences that the scores send through a block, or as much other work."
-    with torch.device('meta'): model = Transformer(m.replace(n_layers=1))                # shapes, and no numbers
-    model.config, model.blocks = m, nn.ModuleList([*model.blocks] * m.n_layers)          # one block stands for all
+    with torch.device('meta'): model = Transformer(m.replace(n_layers=1))  # shapes, and no numbers
+    model.config, model.blocks = m, nn.ModuleList([*model.blocks] * m.n_layers)  # one block stands for all
     windows, fit = (torch.empty(n, m.context_length + 1) for n in (score.n_sequences, score.n_fit))
-    return sum(planned_work(model, windows, fit, score, plan_memory(model, len(windows), m.context_length, score)).values())
+    return sum(planned_work(model, windows, fit, score,
+                            plan_memory(model, len(windows), m.context_length, score)).values())
 
 def scoring_flops(config: RunConfig) -> float:  # operations
     "Operations of the final loss and the scores; further measurements of a study are not counted."
@@ -52,7 +54,8 @@ class Card(NamedTuple):
     fp32: float    # operations a second
     memory: float  # bytes
 
-CARDS = {'H100': Card(989e12, 67e12, 80e9), 'H200': Card(989e12, 67e12, 141e9), 'A100': Card(312e12, 19.5e12, 80e9),
+CARDS = {'H100': Card(989e12, 67e12, 80e9), 'H200': Card(989e12, 67e12, 141e9),
+         'A100': Card(312e12, 19.5e12, 80e9),
          'L40S': Card(362e12, 91.6e12, 48e9), 'RTX4090': Card(165e12, 82.6e12, 24e9)}
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Machine(Config):
     card: str | None = None                 # one of CARDS; None: this machine
     gpus: int = 1                           # how many of these cards
     utilisation: float = 0.4                # share of their peak that training and scoring reach
-    tokens_per_second: float | None = None  # in training, of the scale's own model; others by their operations
+    # in training, of the scale's own model; others by their operations
+    tokens_per_second: float | None = None
 
     RULES = {'gpus tokens_per_second': POSITIVE, 'card': one_of(CARDS),
              'utilisation': ((lambda share: 0 < share <= 1), 'must lie above 0 and be at most 1')}
@@ -69,7 +73,8 @@ class Machine(Config):
     def __post_init__(self):
         check_fields(self)
         require(self.gpus == 1 or self.card, self, 'gpus', 'needs a card, such as H100: --card H100')
-        require(self.tokens_per_second is None or self.card is None, self, 'tokens_per_second', 'is a speed already; leave the card out')
+        require(self.tokens_per_second is None or self.card is None, self, 'tokens_per_second',
+                'is a speed already; leave the card out')
 
 # %% ../nbs/tools/03_resources.ipynb #436c496c
 def timed(work: Callable[[], object], device: torch.device) -> float:  # seconds
@@ -109,12 +114,13 @@ def _step_speed(
             optimizer.zero_grad()
         return n * a_sequence / timed(step, device)
 
-def measured_speed(config: RunConfig) -> tuple[float, str]:   # operations a second, and how they were measured
+def measured_speed(config: RunConfig) -> tuple[float, str]:  # operations a second, and how they were measured
     "Speed of a run on this machine, from a model with two blocks, and at most 64 experts in each."
     m, t = config.model, config.train
     E = m.n_experts and max(m.experts_per_token, min(m.n_experts, 64))
     small = m.replace(n_layers=min(2, m.n_layers), n_experts=E)
-    return _step_speed(small, sequences_per_step(t, m.context_length), find_world().device), 'from a short measurement'
+    return (_step_speed(small, sequences_per_step(t, m.context_length), find_world().device),
+            'from a short measurement')
 
 # %% ../nbs/tools/03_resources.ipynb #f0453687
 class Speed(NamedTuple):
@@ -134,19 +140,23 @@ def recorded_speeds(records: list[dict]) -> dict[tuple, Speed]:
         config, taken = RunConfig.from_dict(r['config']), r['seconds']
         new = training_flops(config), taken['train'], scoring_flops(config), taken['score']
         sums[shape(config)] = [a + b for a, b in zip(sums.get(shape(config), [0] * 4), new)]
-    return {key: Speed(train / max(t, 1e-3), score / max(s, 1e-3), 'recorded runs') for key, (train, t, score, s) in sums.items()}
+    return {key: Speed(train / max(t, 1e-3), score / max(s, 1e-3), 'recorded runs')
+            for key, (train, t, score, s) in sums.items()}
 
 def _speed_of(config: RunConfig, base: RunConfig, machine: Machine, known: dict[tuple, Speed]) -> Speed:
     "How fast a run goes on a machine."
     if machine.card:
         card, share = CARDS[machine.card], machine.gpus * machine.utilisation
-        return Speed(share * card.bf16, share * card.fp32, f'{machine.gpus} x {machine.card} at {machine.utilisation:.0%} of the peak')
+        return Speed(share * card.bf16, share * card.fp32,
+                     f'{machine.gpus} x {machine.card} at {machine.utilisation:.0%} of the peak')
     if machine.tokens_per_second:
         flops = machine.tokens_per_second * flops_per_token(base.model)
-        return Speed(flops, flops, f'{machine.tokens_per_second:,.0f} tokens a second for the model of the scale')
+        return Speed(flops, flops,
+                     f'{machine.tokens_per_second:,.0f} tokens a second for the model of the scale')
     if shape(config) in known: return known[shape(config)]
     if found := kept_speed(config.model, config.train, find_world().device):
-        return Speed(found * flops_per_token(config.model), found * flops_per_token(config.model), 'a kept trial')
+        return Speed(found * flops_per_token(config.model), found * flops_per_token(config.model),
+                     'a kept trial')
     flops, basis = measured_speed(config)
     return Speed(flops, flops, basis)
 
@@ -165,18 +175,24 @@ def study_needs(
     "What the runs of a study need."
     base, rows, seen = scale_config(scale), [], {}
     here = hardware(find_world().device)
-    records = [r for r in read_records(Path(out) / base.scale)[0] if r['status'] == 'finished' and r['provenance']['hardware'] == here]
+    records = [r for r in read_records(Path(out) / base.scale)[0] if r['status'] == 'finished'
+               and r['provenance']['hardware'] == here]
     known = {} if machine != Machine() else recorded_speeds(records)
     for label, config in study_named(study).runs(base, 1):
         m, t = config.model, config.train
         key = *shape(config), t.tokens_per_step
-        if key not in seen: seen[key] = _speed_of(config, base, machine, known), memory_bytes(config, machine.gpus, _in_bf16(config, machine))
+        if key not in seen:
+            seen[key] = _speed_of(config, base, machine,
+                                  known), memory_bytes(config, machine.gpus, _in_bf16(config, machine))
         speed, memory = seen[key]
         training, scoring = training_flops(config), scoring_flops(config)
-        rows.append(dict(variant=label, runs=seeds, parameters=param_counts(m)['total'], tokens=t.steps * t.tokens_per_step,
-                         training_flops=training, scoring_flops=scoring, **{f'memory_{way}': n for way, n in memory.items()},
+        rows.append(dict(variant=label, runs=seeds, parameters=param_counts(m)['total'],
+                         tokens=t.steps * t.tokens_per_step,
+                         training_flops=training, scoring_flops=scoring,
+                         **{f'memory_{way}': n for way, n in memory.items()},
                          disk=training_bytes(config), disk_kept=4 * param_counts(m)['total'],
-                         hours=seeds * (training / speed.training + scoring / speed.scoring) / 3600, speed=speed.basis))
+                         hours=seeds * (training / speed.training + scoring / speed.scoring) / 3600,
+                         speed=speed.basis))
     return pd.DataFrame(rows)
 
 # %% ../nbs/tools/03_resources.ipynb #64ef4069
@@ -191,15 +207,22 @@ def needs_lines(study: str, scale: str, needs: pd.DataFrame, machine: Machine) -
     runs, total = needs.runs.sum(), lambda column: (needs[column] * needs.runs).sum()
     disk = needs.disk.max() + total('disk_kept')
     flops = total('training_flops') + total('scoring_flops')
-    lines = [f'{study} at {scale}: {runs} runs, {_spell_number(total("tokens"))} tokens, {flops:.3g} operations, '
-             f'{_spell_number(disk)}B of disk, {needs.hours.sum():.3g} hours', f'speed: {"; ".join(dict.fromkeys(needs.speed))}', '']
-    gigabytes = {way: f'memory {way.upper() if way != "single" else way}' for way in ('single', 'ddp', 'fsdp')}
+    lines = [f'{study} at {scale}: {runs} runs, {_spell_number(total("tokens"))} tokens, {flops:.3g} '
+             f'operations, '
+             f'{_spell_number(disk)}B of disk, {needs.hours.sum():.3g} hours',
+             f'speed: {"; ".join(dict.fromkeys(needs.speed))}', '']
+    gigabytes = {way: f'memory {way.upper() if way != "single" else way}'
+                 for way in ('single', 'ddp', 'fsdp')}
     if machine.gpus == 1: gigabytes = {'single': 'memory'}
-    shown = pd.DataFrame({'variant': needs.variant, 'runs': needs.runs, 'parameters': needs.parameters.map(_spell_number),
-                          'tokens a run': needs.tokens.map(_spell_number), 'training': needs.training_flops.map('{:.2g}'.format),
+    shown = pd.DataFrame({'variant': needs.variant, 'runs': needs.runs,
+                          'parameters': needs.parameters.map(_spell_number),
+                          'tokens a run': needs.tokens.map(_spell_number),
+                          'training': needs.training_flops.map('{:.2g}'.format),
                           'scoring': needs.scoring_flops.map('{:.2g}'.format)}
-                         | {name: needs[f'memory_{way}'].map(lambda n: f'{_spell_number(n)}B') for way, name in gigabytes.items()}
-                         | {'disk a run': needs.disk.map(lambda n: f'{_spell_number(n)}B'), 'hours': needs.hours.map('{:.3g}'.format)})
+                         | {name: needs[f'memory_{way}'].map(lambda n: f'{_spell_number(n)}B')
+                            for way, name in gigabytes.items()}
+                         | {'disk a run': needs.disk.map(lambda n: f'{_spell_number(n)}B'),
+                            'hours': needs.hours.map('{:.3g}'.format)})
     lines += shown.to_string(index=False).splitlines()
     return lines + (_too_large(study, scale, needs, machine) if machine.card else [])
 
@@ -212,7 +235,9 @@ def _too_large(study: str, scale: str, needs: pd.DataFrame, machine: Machine) ->
             tokens = (config.train.micro_batch_tokens or config.train.tokens_per_step) // 2
             if tokens < config.model.context_length: break
             config = config.replace(train=config.train.replace(micro_batch_tokens=tokens).to_dict())
-            fits = {way: n for way, n in memory_bytes(config, machine.gpus, _in_bf16(config, machine)).items() if n <= room}
-        said = f'train.micro_batch_tokens={tokens} fits ({", ".join(fits)})' if fits else f'more or larger cards than {machine.gpus} x {machine.card} are needed'
+            fits = {way: n for way, n in memory_bytes(config, machine.gpus, _in_bf16(config, machine)).items()
+                    if n <= room}
+        said = (f'train.micro_batch_tokens={tokens} fits ({", ".join(fits)})' if fits
+                else f'more or larger cards than {machine.gpus} x {machine.card} are needed')
         lines.append(f'{row.variant}: too large for one {machine.card}; {said}')
     return lines

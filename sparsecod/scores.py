@@ -35,7 +35,8 @@ from .compilation import kept_memory
 from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .core import LOGITS_AT_ONCE, Transformer, check_finite, full_precision
 from .data import Tokenizer
-from .intervals import estimate, jackknife_ends, jackknife_estimate, leave_one_out, magnitude_ends, median_estimate, resamples
+from .intervals import (estimate, jackknife_ends, jackknife_estimate, leave_one_out, magnitude_ends,
+                                 median_estimate, resamples)
 from .parts import Parts, tensor_hash
 from .windows import DEFAULT_LENGTH, text_windows, tokenizer_of, without_repetitions
 
@@ -52,14 +53,16 @@ class ScoreConfig(Config):
     threshold: float = 1.10    # a block is useful if the loss grows by more than this factor
     n_bootstrap: int = 1000    # resamples of the sequences for the interval of usefulness
     seed: int = 0              # for the choice of sequences, the resampling and the probes
-    jacobian_probes: int | None = None  # random probes a Jacobian; 0: exact; None: exact up to D = 128, else 32
+    # random probes a Jacobian; 0: exact; None: exact up to D = 128, else 32
+    jacobian_probes: int | None = None
 
     RULES = {'n_sequences n_fit n_jacobian batch_size n_bootstrap threshold': POSITIVE, 'seed': SEED,
              'jacobian_probes': ((lambda n: n == 0 or n > 1), 'must be None, 0 (exact) or at least 2')}
 
     def __post_init__(self):
         check_fields(self)
-        require(self.n_jacobian <= self.n_sequences, self, 'n_jacobian', f'must be at most n_sequences={self.n_sequences}')
+        require(self.n_jacobian <= self.n_sequences, self, 'n_jacobian',
+                f'must be at most n_sequences={self.n_sequences}')
 
 # %% ../nbs/build/07_scores.ipynb #096114ca
 def to_fp64(x: Tensor) -> Tensor:  # where x is, or on the CPU if the device of x has no fp64
@@ -76,7 +79,8 @@ class Trace(NamedTuple):
     loss: Tensor           # mean cross-entropy of each sequence, (B,)
 
 def sequence_loss(model: Transformer, h: Tensor, targets: Tensor) -> Tensor:
-    "Mean cross-entropy of each sequence in nats, fp64, (B,), from the last stream (B, T, D) and next tokens (B, T)."
+    """Mean cross-entropy of each sequence in nats, fp64, (B,), from the last stream (B, T, D) and next
+    tokens (B, T)."""
     return to_fp64(model.token_losses(h, targets)).mean(-1)
 
 @torch.no_grad()
@@ -95,10 +99,13 @@ def token_variances(t: Trace) -> Tensor:  # fp64, (L + 1, B, T); index l is the 
     return torch.stack([to_fp64(h).var(-1) for h in t.streams])
 
 # %% ../nbs/build/07_scores.ipynb #a08ac496
-def _jacobian_products(block: Callable, h: Tensor, vectors: Tensor, rows_at_once: int = 32) -> Iterator[Tensor]:
-    """v J_t, (rows, T, D), for up to `rows_at_once` rows v of the vectors (R, D) after another: the gradient of v times
-    the output, summed over output positions, at every position of the stream (T, D) that the block reads."""
-    copies = h.expand(min(rows_at_once, len(vectors)), -1, -1).detach().clone().requires_grad_()  # (copies, T, D)
+def _jacobian_products(block: Callable, h: Tensor, vectors: Tensor,
+                       rows_at_once: int = 32) -> Iterator[Tensor]:
+    """v J_t, (rows, T, D), for up to `rows_at_once` rows v of the vectors (R, D) after another: the
+    gradient of v times the output, summed over output positions, at every position of the stream (T, D)
+    that the block reads."""
+    # (copies, T, D)
+    copies = h.expand(min(rows_at_once, len(vectors)), -1, -1).detach().clone().requires_grad_()
     with torch.enable_grad(): out = block(copies)                                       # (copies, T, D)
     parts = vectors.split(rows_at_once)
     for i, part in enumerate(parts):
@@ -108,8 +115,10 @@ def _jacobian_products(block: Callable, h: Tensor, vectors: Tensor, rows_at_once
         yield torch.autograd.grad(asked, copies, retain_graph=i + 1 < len(parts))[0][:len(part)]
 
 # %% ../nbs/build/07_scores.ipynb #1f897f40
-def _jacobian_rows(block: Callable, h: Tensor, vectors: Tensor, rows_at_once: int = 32) -> tuple[Tensor, Tensor]:
-    "What each vector sees of the deviation: v (J_t - I) / D averaged over t, fp64, (R, D); its squared norms, (R, T)."
+def _jacobian_rows(block: Callable, h: Tensor, vectors: Tensor,
+                   rows_at_once: int = 32) -> tuple[Tensor, Tensor]:
+    """What each vector sees of the deviation: v (J_t - I) / D averaged over t, fp64, (R, D); its squared
+    norms, (R, T)."""
     averages, squares = [], []
     for v, rows in zip(vectors.split(rows_at_once), _jacobian_products(block, h, vectors, rows_at_once)):
         rest = (rows.cpu().double() - v[:, None].cpu().double()) / h.shape[1]           # (rows, T, D)
@@ -127,8 +136,8 @@ def jacobian_deviation(block: Callable, h: Tensor, rows_at_once: int = 32) -> tu
 # %% ../nbs/build/07_scores.ipynb #655beb60
 @torch.no_grad()
 def _skip_run(model: Transformer, t: Trace, s: int, until: int | None = None) -> tuple[list[Tensor], Tensor]:
-    """Skip block s at positions before `until` (None: at all). Gives ||change of u_l|| of each token for l = s+1 .. L,
-    each (B, T), and the last stream, (B, T, D)."""
+    """Skip block s at positions before `until` (None: at all). Gives ||change of u_l|| of each token for l
+    = s+1 .. L, each (B, T), and the last stream, (B, T, D)."""
     h, change = t.streams[s].clone(), []                                             # (B, T, D)
     h[:, :until] = t.streams[s - 1][:, :until]                                       # without u_s
     def compare(l, out): change.append((out.update - t.updates[l - 1]).norm(dim=-1))
@@ -159,14 +168,16 @@ def relative(change: Tensor, size: Tensor) -> Tensor:
     return torch.where(change == 0, 0., change / size)
 
 def causal_ratio(change: Tensor, size: Tensor) -> Tensor:
-    "C(s, l), (L, L, ...), NaN unless s < l: change of u_l when s is skipped, (L, L, ...), over size of u_l, (L, ...)."
+    """C(s, l), (L, L, ...), NaN unless s < l: change of u_l when s is skipped, (L, L, ...), over size of
+    u_l, (L, ...)."""
     L, more = len(size), change.dim() - 2
     later = torch.ones(L, L).triu(1).bool().reshape(L, L, *[1] * more)       # True where s < l
     return torch.where(later, relative(change, size), float('nan'))
 
 # %% ../nbs/build/07_scores.ipynb #291661a6
 def _future_effect(model: Transformer, t: Trace, s: int) -> Tensor:  # (L, B) at l-1; NaN unless s < l
-    "Largest relative change of u_l at later tokens when block s is skipped at the first half of the positions."
+    """Largest relative change of u_l at later tokens when block s is skipped at the first half of the
+    positions."""
     L, (B, T) = len(t.updates), t.targets.shape
     effect, middle = torch.full((L, B), float('nan')), T // 2
     for l, c in enumerate(_skip_run(model, t, s, until=middle)[0] if s < L else [], s + 1):
@@ -189,7 +200,8 @@ def _swapped_run(model: Transformer, h: Tensor, i: int, j: int) -> Tensor:
 
 @torch.no_grad()
 def _swap_row(model: Transformer, t: Trace, i: int, later: list[int] | None = None) -> Tensor:
-    "Loss of each sequence after swapping block i with later ones (None: all): fp64, (L, B) at j-1, NaN where none was."
+    """Loss of each sequence after swapping block i with later ones (None: all): fp64, (L, B) at j-1, NaN
+    where none was."""
     L = len(t.updates)
     loss = torch.full((L, len(t.targets)), float('nan'), dtype=torch.float64)        # (L, B)
     for j in range(i + 1, L + 1) if later is None else later:
@@ -212,13 +224,15 @@ def _pair_kinds(L: int) -> Tensor:
     return torch.where(i < j, kinds, -1)
 
 def choose_pairs(L: int, pairs: int | None = None, seed: int = 0) -> Tensor:
-    """Which pairs are swapped, bool, (L, L) at [i-1, j-1]: all neighbours, and others at random; pairs=0: all,
-    None: all of up to 16 blocks, else 2 L."""
+    """Which pairs are swapped, bool, (L, L) at [i-1, j-1]: all neighbours, and others at random; pairs=0:
+    all, None: all of up to 16 blocks, else 2 L."""
     kinds, every = _pair_kinds(L), L * (L - 1) // 2
     if pairs is None: pairs = 2 * L if L > 16 else 0
     if pairs == 0 or pairs >= every: return kinds >= 0
     least = min(L + 3, every)     # all neighbours and two of each other kind
-    if pairs < least: raise ValueError(f'pairs={pairs} is too few: of {L} blocks at least {least} pairs are swapped; 0 swaps all {every}')
+    if pairs < least:
+        raise ValueError(f'pairs={pairs} is too few: of {L} blocks at least {least} pairs are swapped; 0 '
+                         f'swaps all {every}')
     places = [(kinds == kind).flatten().nonzero()[:, 0] for kind in (1, 2)]              # (N,) each
     (first, rest), drawn = map(len, places), pairs - (L - 1)
     n = round(drawn * first ** .5 / (first ** .5 + rest ** .5))
@@ -229,7 +243,8 @@ def choose_pairs(L: int, pairs: int | None = None, seed: int = 0) -> Tensor:
     return chosen.view(L, L)
 
 def pair_weights(chosen: Tensor) -> Tensor:
-    "How many pairs each chosen one stands for, fp64, (L, L): a sum with these weights is an unbiased sum over all."
+    """How many pairs each chosen one stands for, fp64, (L, L): a sum with these weights is an unbiased sum
+    over all."""
     weights, kinds = chosen.double(), _pair_kinds(len(chosen))
     for kind in (1, 2):
         same = kinds == kind
@@ -238,7 +253,8 @@ def pair_weights(chosen: Tensor) -> Tensor:
 
 # %% ../nbs/build/07_scores.ipynb #bdffeb9a
 def pair_errors(scores: Tensor, chosen: Tensor) -> Tensor:
-    "Errors of means of swaps (L, L), from the choice of pairs: over all pairs and over those without block 1, (2,)."
+    """Errors of means of swaps (L, L), from the choice of pairs: over all pairs and over those without
+    block 1, (2,)."""
     L, kinds, variances = len(scores), _pair_kinds(len(scores)), []
     for kind in (1, 2):
         N, x = (kinds == kind).sum().item(), scores[(kinds == kind) & chosen]            # (n,)
@@ -248,8 +264,9 @@ def pair_errors(scores: Tensor, chosen: Tensor) -> Tensor:
 
 # %% ../nbs/build/07_scores.ipynb #125ef50f
 def _solve_scaled(cov: Tensor, cross: Tensor, mean: Tensor) -> tuple[Tensor, int]:
-    """A (D, D) and in how many directions x varies, from the covariances of x with itself and with y, (D, D), and its
-    mean, (D,): least squares for channels of unit variance; directions in which x does not vary are left alone."""
+    """A (D, D) and in how many directions x varies, from the covariances of x with itself and with y, (D,
+    D), and its mean, (D,): least squares for channels of unit variance; directions in which x does not vary
+    are left alone."""
     spread = cov.diagonal().clamp(min=0).sqrt()                         # (D,)
     varies = spread > 1e-6 * mean.abs()                                 # what is less is rounding
     scale = torch.where(varies, 1 / spread.clamp(min=1e-300), 0.)       # (D,)
@@ -283,8 +300,8 @@ class AffineFit:
 # %% ../nbs/build/07_scores.ipynb #28167ee6
 @torch.no_grad()
 def fit_blocks(model: Transformer, windows: Tensor, batch_size: int = 16) -> list[tuple[Tensor, Tensor, int]]:
-    """Best affine map for the update of every block, A (D, D), b (D,) and the rank of the data, from one pass over
-    sequences (M, T + 1), none of them scored later."""
+    """Best affine map for the update of every block, A (D, D), b (D,) and the rank of the data, from one
+    pass over sequences (M, T + 1), none of them scored later."""
     fits = [AffineFit(model.config.d_model) for _ in model.blocks]
     for batch in windows.split(batch_size):
         h = model.embed(batch[:, :-1])                       # (B, T, D)
@@ -314,27 +331,34 @@ def linear_losses(model: Transformer, t: Trace, maps: list, transposed: bool = F
 # %% ../nbs/build/07_scores.ipynb #73502e52
 def _batch_pieces(model: Transformer, maps: list, published_maps: list | None = None,
                  swapped: Tensor | None = None) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:
-    "The pieces of work on a batch, each by its name, as functions of the trace; arguments as for `measure_batch`."
-    base = lambda t: dict(loss=t.loss, variance=token_variances(t), size=update_sizes(t).double().sum(-1))  # (B,), (L + 1, B, T), (L, B)
-    def skip(t, l):                                                                      # (L, B), (B,), (L, B)
+    """The pieces of work on a batch, each by its name, as functions of the trace; arguments as for
+    `measure_batch`."""
+    # (B,), (L + 1, B, T), (L, B)
+    base = lambda t: dict(loss=t.loss, variance=token_variances(t), size=update_sizes(t).double().sum(-1))
+    def skip(t, l):  # (L, B), (B,), (L, B)
         change, loss = _skip_effect(model, t, l)
         return dict(change=change, skip_loss=loss, future=_future_effect(model, t, l).double())
     def linear(t, l):                                                                    # (B,) each
         found = dict(linear_loss=_linear_loss(model, t, l, maps[l - 1]))
-        if published_maps: found['published_loss'] = _linear_loss(model, t, l, published_maps[l - 1], transposed=True)
+        if published_maps:
+            found['published_loss'] = _linear_loss(model, t, l, published_maps[l - 1], transposed=True)
         return found
     later = lambda l: None if swapped is None else (swapped[l - 1].nonzero()[:, 0] + 1).tolist()
     swap = lambda t, l: dict(swap_loss=_swap_row(model, t, l, later(l)))                  # (L, B)
     kinds, blocks = dict(skip=skip, linear=linear, swap=swap), range(1, len(model.blocks) + 1)
-    return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l) for kind, do in kinds.items() for l in blocks}
+    return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l) for kind, do in kinds.items()
+                              for l in blocks}
 
 def measure_batch(model: Transformer, windows: Tensor, maps: list, published_maps: list | None = None,
-                  keep: Callable[[str, Callable], dict] = lambda name, make: make(),  # gets a piece by name, or makes it
-                  swapped: Tensor | None = None) -> dict[str, Tensor]:                # pairs, (L, L); None: all
-    """All measurements on a batch (B, T + 1), from one trace; the last axis is the sequence, or for variance the token.
-    Maps are from `fit_blocks`; `published_maps` are for usefulness as published, None leaves it out."""
+                  # gets a piece by name, or makes it
+                  keep: Callable[[str, Callable], dict] = lambda name, make: make(),
+                  swapped: Tensor | None = None) -> dict[str, Tensor]:  # pairs, (L, L); None: all
+    """All measurements on a batch (B, T + 1), from one trace; the last axis is the sequence, or for
+    variance the token. Maps are from `fit_blocks`; `published_maps` are for usefulness as published, None
+    leaves it out."""
     L, traced = len(model.blocks), cache(lambda: trace(model, windows))
-    done = {name: keep(name, lambda: do(traced())) for name, do in _batch_pieces(model, maps, published_maps, swapped).items()}
+    done = {name: keep(name, lambda: do(traced()))
+            for name, do in _batch_pieces(model, maps, published_maps, swapped).items()}
     found = dict(done['base'])
     for kind in ('skip', 'linear', 'swap'):
         rows = [done[f'{kind}-{l}'] for l in range(1, L + 1)]
@@ -348,7 +372,8 @@ class Costs(NamedTuple):
     fit: float = 0       # adding a sequence at one block to the sums of its affine fit
     backward: float = 2  # one backward pass through a block
 
-def batch_costs(L: int, c: Costs = Costs(), as_published: bool = False, swapped: Tensor | None = None) -> dict[str, float]:
+def batch_costs(L: int, c: Costs = Costs(), as_published: bool = False,
+                swapped: Tensor | None = None) -> dict[str, float]:
     "What the pieces of `_batch_pieces` cost for one sequence, by name."
     costs = dict(base=L + c.loss)
     for l in range(1, L + 1):
@@ -369,16 +394,18 @@ def n_probes(config: ScoreConfig, D: int) -> int:  # 0: exact
 
 def _measure_jacobian(model: Transformer, l: int, h: Tensor, probes: int = 0, rows_at_once: int = 32,
                      seed: int = 0) -> dict[str, Tensor]:
-    """What is kept of the Jacobian of block l on the stream of one sequence, (T, D): rows (R, D) and squares (R, T) of
-    `_jacobian_rows`; with probes=0, exactly: R = D, and squares summed over rows, (1, T)."""
+    """What is kept of the Jacobian of block l on the stream of one sequence, (T, D): rows (R, D) and
+    squares (R, T) of `_jacobian_rows`; with probes=0, exactly: R = D, and squares summed over rows, (1,
+    T)."""
     D = h.shape[1]
     vectors = _random_signs(probes, D, seed).to(h) if probes else torch.eye(D, dtype=h.dtype, device=h.device)
     rows, squares = _jacobian_rows(lambda h: model.run(h, start=l - 1, stop=l), h, vectors, rows_at_once)
     return dict(rows=rows.float(), squares=squares if probes else squares.sum(0, keepdim=True))
 
 def join_jacobians(parts: list[dict]) -> dict[str, Tensor]:
-    """What the Jacobians of a block on n sequences, each from `_measure_jacobian`, say about any weighted average of
-    them: products of the rows of two sequences, fp64, (R or 1, n, n), and squares, (R or 1, n, T)."""
+    """What the Jacobians of a block on n sequences, each from `_measure_jacobian`, say about any weighted
+    average of them: products of the rows of two sequences, fp64, (R or 1, n, n), and squares, (R or 1, n,
+    T)."""
     rows, squares = torch.stack([p['rows'] for p in parts]), torch.stack([p['squares'] for p in parts], 1)
     if len(squares) == 1: rows = rows.flatten(1)[:, None]                                # (n, 1, D D)
     return dict(products=torch.stack([r.double() @ r.double().T for r in rows.unbind(1)]), squares=squares)
@@ -401,10 +428,11 @@ def _pair_row(m: dict[str, Tensor], s: int, average: Callable[[Tensor], Tensor])
 PAIRS = ('causal', 'causal_max', 'permutation')
 
 def _pair_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None) -> tuple[dict, dict, dict]:
-    """Causal and permutation scores from measurements on N sequences and weights (N + 1, N): scalars, each (N + 1,);
-    arrays, each (L, L); their 'low' and 'high' ends."""
+    """Causal and permutation scores from measurements on N sequences and weights (N + 1, N): scalars, each
+    (N + 1,); arrays, each (L, L); their 'low' and 'high' ends."""
     L, n = len(m['size']), W.sum(1)
-    blank, total = torch.full((L, L), float('nan'), dtype=torch.float64), torch.zeros(2, len(W), dtype=torch.float64)
+    blank, total = (torch.full((L, L), float('nan'), dtype=torch.float64),
+                    torch.zeros(2, len(W), dtype=torch.float64))
     arrays, sums = {name: blank.clone() for name in PAIRS}, {name: total.clone() for name in PAIRS}
     ends = {name: dict(low=blank.clone(), high=blank.clone()) for name in PAIRS} if len(W) > 1 else {}
     stands = pair_weights(choose_pairs(L, 0) if swapped is None else swapped)           # (L, L)
@@ -414,7 +442,7 @@ def _pair_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None)
             arrays[name][s - 1, s:] = size[:, 0]
             stand = stands[s - 1, s:] if name == 'permutation' else torch.ones(L - s).double()     # (L - s,)
             part = stand[stand > 0] @ size[stand > 0]                                  # (N + 1,)
-            sums[name] += torch.stack([part, part * (s > 1)])                          # over all pairs; without block 1
+            sums[name] += torch.stack([part, part * (s > 1)])  # over all pairs; without block 1
             if not ends: continue
             low, high = magnitude_ends(x) if name == 'permutation' else jackknife_ends(x)          # (L - s,)
             ends[name]['low'][s - 1, s:] = low if name == 'permutation' else low.clamp(min=0)
@@ -422,9 +450,10 @@ def _pair_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None)
     arrays['permutation'] = _both_ways(arrays['permutation'])
     if ends: ends['permutation'] = {end: _both_ways(x) for end, x in ends['permutation'].items()}
     counts = torch.tensor([[L * (L - 1) / 2], [(L - 1) * (L - 2) / 2]])
-    means = {name: x / counts for name, x in sums.items()}                             # (2, N + 1); 0/0 is NaN
+    means = {name: x / counts for name, x in sums.items()}  # (2, N + 1); 0/0 is NaN
     scalars = {name: mean[0] for name, mean in means.items()}
-    return scalars | {f'{name}_without_block_1': means[name][1] for name in ('causal', 'permutation')}, arrays, ends
+    return (scalars | {f'{name}_without_block_1': means[name][1] for name in ('causal', 'permutation')},
+            arrays, ends)
 
 # %% ../nbs/build/07_scores.ipynb #83879f06
 def usefulness_scores(m: dict[str, Tensor], V: Tensor, threshold: float) -> dict[str, Tensor]:
@@ -433,11 +462,13 @@ def usefulness_scores(m: dict[str, Tensor], V: Tensor, threshold: float) -> dict
     names = dict(usefulness='linear_loss', usefulness_as_published='published_loss')
     return {name: share(kept) for name, kept in names.items() if kept in m}
 
-def intervention_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None = None) -> tuple[dict, dict, dict]:
+def intervention_scores(m: dict[str, Tensor], W: Tensor,
+                        swapped: Tensor | None = None) -> tuple[dict, dict, dict]:
     """Causal and permutation scores, and costs of blocks, with weights (N + 1, N): scalars, each (N + 1,);
     arrays, (L, N + 1) or for pairs (L, L, 1); ends of the intervals of pairs."""
-    average = lambda name: m[name] @ W.T / W.sum(1)                                    # (..., N) -> (..., N + 1)
-    loss, linear, skip = average('loss'), average('linear_loss'), average('skip_loss')  # (N + 1,), (L, N + 1) twice
+    average = lambda name: m[name] @ W.T / W.sum(1)  # (..., N) -> (..., N + 1)
+    # (N + 1,), (L, N + 1) twice
+    loss, linear, skip = average('loss'), average('linear_loss'), average('skip_loss')
     pairs, arrays, ends = _pair_scores(m, W, swapped)
     order = ('loss', *PAIRS, 'causal_without_block_1', 'permutation_without_block_1')
     scalars = {name: (dict(loss=loss) | pairs)[name] for name in order}
@@ -448,16 +479,17 @@ def intervention_scores(m: dict[str, Tensor], W: Tensor, swapped: Tensor | None 
     return scalars, arrays, ends
 
 def stream_scores(variance: Tensor, W: Tensor) -> tuple[dict, dict]:
-    """Mean over tokens of the stream variance (L + 1, N, T), and mean without position 0, with weights (N + 1, N):
-    scalars, each (N + 1,); arrays, each (L + 1, N + 1)."""
-    average = lambda x: x.mean(-1) @ W.T / W.sum(1)                                     # (L + 1, N, T) -> (L + 1, N + 1)
+    """Mean over tokens of the stream variance (L + 1, N, T), and mean without position 0, with weights (N +
+    1, N): scalars, each (N + 1,); arrays, each (L + 1, N + 1)."""
+    average = lambda x: x.mean(-1) @ W.T / W.sum(1)  # (L + 1, N, T) -> (L + 1, N + 1)
     arrays = dict(variance_mean=average(variance), variance_without_first=average(variance[..., 1:]))
-    return dict(final_variance=arrays['variance_mean'][-1], final_variance_without_first=arrays['variance_without_first'][-1]), arrays
+    return dict(final_variance=arrays['variance_mean'][-1],
+                final_variance_without_first=arrays['variance_without_first'][-1]), arrays
 
 # %% ../nbs/build/07_scores.ipynb #7436368a
 def _root_of_terms(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Root of the mean over probes of squares (probes, ...), corrected for bias by the jackknife, (...), and the same
-    with one probe left out, (probes, ...); one term is the exact square."""
+    """Root of the mean over probes of squares (probes, ...), corrected for bias by the jackknife, (...),
+    and the same with one probe left out, (probes, ...); one term is the exact square."""
     m, total = len(squares), squares.sum(0)                                              # (...)
     if m == 1: return total.clamp(min=0).sqrt(), squares.clamp(min=0).sqrt()
     without = ((total - squares).clamp(min=0) / (m - 1)).sqrt()                          # (probes, ...)
@@ -471,27 +503,32 @@ def block_jacobian(found: dict[str, Tensor], W: Tensor) -> dict[str, Tensor]:
     """Jacobian deviation of a block, published, per sequence and per token, each (rows,);
     with probes, also the standard errors of the first row, (1,)."""
     W = W / W.sum(1, keepdim=True)
-    alone = lambda x: torch.einsum('wn,pn->pw', W, x)                                    # an average of what sequences say
-    pooled = _root_of_terms(torch.einsum('wi,pij,wj->pw', W, found['products'], W))       # (rows,), (probes, rows)
+    alone = lambda x: torch.einsum('wn,pn->pw', W, x)  # an average of what sequences say
+    pooled = _root_of_terms(torch.einsum('wi,pij,wj->pw', W, found['products'], W))  # (rows,), (probes, rows)
     sequence = _root_of_terms(found['products'].diagonal(dim1=1, dim2=2))                 # (n,), (probes, n)
     token = [x.mean(-1) for x in _root_of_terms(found['squares'])]                        # (n,), (probes, n)
-    kinds = dict(published=pooled, per_sequence=[W @ sequence[0], alone(sequence[1])], per_token=[W @ token[0], alone(token[1])])
+    kinds = dict(published=pooled, per_sequence=[W @ sequence[0], alone(sequence[1])],
+                 per_token=[W @ token[0], alone(token[1])])
     scores = {f'jacobian_{name}': value for name, (value, _) in kinds.items()}
     if len(found['squares']) == 1: return scores
-    return scores | {f'jacobian_{name}_error': _jackknife_error(without[:, :1]) for name, (_, without) in kinds.items()}
+    return scores | {f'jacobian_{name}_error': _jackknife_error(without[:, :1])
+                     for name, (_, without) in kinds.items()}
 
 def jacobian_scores(blocks: list[dict], W: Tensor) -> tuple[dict, dict]:
-    "Means over layers of the Jacobian deviation, each (rows,), and by layer, (L, rows), standard errors (L, 1)."
+    """Means over layers of the Jacobian deviation, each (rows,), and by layer, (L, rows), standard errors
+    (L, 1)."""
     found = [block_jacobian(one, W) for one in blocks]
     arrays = {name: torch.stack([one[name] for one in found]) for name in found[0]}
-    return dict(jacobian_deviation=arrays['jacobian_per_token'].mean(0), jacobian_deviation_published=arrays['jacobian_published'].mean(0),
+    return dict(jacobian_deviation=arrays['jacobian_per_token'].mean(0),
+                jacobian_deviation_published=arrays['jacobian_published'].mean(0),
                 jacobian_per_sequence=arrays['jacobian_per_sequence'].mean(0)), arrays
 
 # %% ../nbs/build/07_scores.ipynb #c5d04387
 def _layer_intervals(arrays: dict[str, Tensor]) -> dict[str, dict]:
     "95 % intervals by layer, 'low' and 'high', of arrays (L, N + 1); a value alone, (..., 1), has none."
     ends = {name: jackknife_ends(x) for name, x in arrays.items() if x.shape[-1] > 1}
-    return {name: dict(low=low if name in SIGNED else low.clamp(min=0), high=high) for name, (low, high) in ends.items()}
+    return {name: dict(low=low if name in SIGNED else low.clamp(min=0), high=high)
+            for name, (low, high) in ends.items()}
 
 # %% ../nbs/build/07_scores.ipynb #6f4cafd8
 def scoring_model(model: Transformer) -> Transformer:  # fp32, for reading only
@@ -502,9 +539,11 @@ def scoring_model(model: Transformer) -> Transformer:  # fp32, for reading only
 @contextmanager
 def untouched(model: Transformer):
     "Within, the model is in eval mode and no parameter wants a gradient; afterwards, all is as it was."
-    modes, wanted = {part: part.training for part in model.modules()}, {p: p.requires_grad for p in model.parameters()}
+    modes, wanted = ({part: part.training for part in model.modules()},
+                     {p: p.requires_grad for p in model.parameters()})
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(next(iter(wanted)).device.type, enabled=False), full_precision():
+        with (torch.inference_mode(False), torch.no_grad(),
+              torch.autocast(next(iter(wanted)).device.type, enabled=False), full_precision()):
             for p in wanted: p.requires_grad = False
             yield model.eval()
     finally:
@@ -540,15 +579,18 @@ def _fixed_bytes(model: Transformer, N: int, T: int, as_published: bool = False)
 def _jacobian_bytes(model: Transformer, T: int, n: int, probes: int) -> int:  # bytes; probes=0: exact
     "What the streams before a block and the rows of its Jacobians need."
     D, R = model.config.d_model, probes or model.config.d_model
-    return n * (8 * T * D + 4 * R * D + (8 * R * T if probes else 0)) + 24 * R * D + (16 * n * R * D if not probes else 0)
+    return (n * (8 * T * D + 4 * R * D + (8 * R * T if probes else 0)) + 24 * R * D
+            + (16 * n * R * D if not probes else 0))
 
 def needed_bytes(model: Transformer, B: int, N: int, T: int, as_published: bool = False,
                  n_bootstrap: int = ScoreConfig.n_bootstrap, n_jacobian: int = ScoreConfig.n_jacobian,
                  probes: int | None = None) -> int:  # bytes; probes=0: exact Jacobians, None: by the width
     "A bound on the memory that scoring takes beyond the model."
     L, V, work = len(model.blocks), model.config.vocab_size, work_bytes(model, T)
-    batch = B * (4 * T * (2 * L + 1) * model.config.d_model + work) + 12 * min(B * T * V, LOGITS_AT_ONCE + V)   # trace, work, logits
-    summary = 8 * (N + 1) * (5 * N + 25 * L + 50) + 8 * (n_bootstrap + 1) * (5 * N + 5 * L) + 48 * N * T + 400 * L * L
+    # trace, work, logits
+    batch = B * (4 * T * (2 * L + 1) * model.config.d_model + work) + 12 * min(B * T * V, LOGITS_AT_ONCE + V)
+    summary = (8 * (N + 1) * (5 * N + 25 * L + 50) + 8 * (n_bootstrap + 1) * (5 * N + 5 * L) + 48 * N * T
+               + 400 * L * L)
     if probes is None: probes = n_probes(ScoreConfig(), model.config.d_model)
     jacobian = _jacobian_bytes(model, T, min(n_jacobian, N), probes) + work
     return _fixed_bytes(model, N, T, as_published) + max(batch, jacobian, summary)
@@ -561,74 +603,93 @@ class Plan(NamedTuple):
 
 def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory: int | None = None,
                 as_published: bool = False) -> Plan:
-    """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32 copies;
-    None: that many sequences."""
+    """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32
+    copies; None: that many sequences."""
     most = max(1, min(32, 4096 // T))
-    if next(model.parameters()).device.type == 'cpu': most = max(1, min(most, 512 // T))   # small enough for its caches
+    # small enough for its caches
+    if next(model.parameters()).device.type == 'cpu': most = max(1, min(most, 512 // T))
     if memory is None: return Plan(config.batch_size, most)
     probes, n = n_probes(config, model.config.d_model), min(config.n_jacobian, N)
     need = lambda B: needed_bytes(model, B, N, T, as_published, config.n_bootstrap, n, probes)
-    if need(1) > memory: raise ValueError(f'memory={memory} bytes cannot hold one sequence; this model needs at least {need(1)}')
+    if need(1) > memory:
+        raise ValueError(
+            f'memory={memory} bytes cannot hold one sequence; this model needs at least {need(1)}')
     B = max(B for B in range(1, config.batch_size + 1) if need(B) <= memory)
-    copies = (memory - _fixed_bytes(model, N, T, as_published) - _jacobian_bytes(model, T, n, probes)) // work_bytes(model, T)
+    copies = (memory - _fixed_bytes(model, N, T,
+                                    as_published) - _jacobian_bytes(model, T, n,
+                                                                    probes)) // work_bytes(model, T)
     return Plan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
 _MEASUREMENT = 3   # version of what the pieces of work measure
 
-def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
+def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
+                     plan: Plan,
                     as_published: bool, swapped: Tensor) -> dict:
     "What a measurement depends on, for JSON."
-    settings = {name: value for name, value in config.to_dict().items() if name not in ('threshold', 'n_bootstrap', 'batch_size')}
+    settings = {name: value for name, value in config.to_dict().items()
+                if name not in ('threshold', 'n_bootstrap', 'batch_size')}
     network = getattr(model, 'network', model)                    # of an adapted model, the network inside
-    function = {name: repr(value) for name, value in network.config.to_dict().items() if not name.startswith('_')}
+    function = {name: repr(value) for name, value in network.config.to_dict().items()
+                if not name.startswith('_')}
     tensors = dict(pairs=swapped, windows=windows, fit_windows=fit_windows)
-    return dict(version=_MEASUREMENT, architecture=type(network).__name__, config=function, settings=settings, plan=list(plan),
-                as_published=as_published, weights=tensor_hash([*network.named_parameters(), *network.named_buffers()]),
+    return dict(version=_MEASUREMENT, architecture=type(network).__name__, config=function, settings=settings,
+                plan=list(plan),
+                as_published=as_published,
+                weights=tensor_hash([*network.named_parameters(), *network.named_buffers()]),
                 **{name: tensor_hash([(name, x)]) for name, x in tensors.items()})
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
 def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
-                 as_published: bool = False, swapped: Tensor | None = None, c: Costs | None = None) -> dict[str, float]:
+                 as_published: bool = False, swapped: Tensor | None = None,
+                 c: Costs | None = None) -> dict[str, float]:
     "Costs of all parts of a measurement by name, in order; c=None: from the sizes of the model."
     L, D = len(model.blocks), model.config.d_model
     c = c or Costs(loss=model.config.vocab_size / (12 * D), fit=1 / 3)
     work = dict(maps=len(fit_windows) * L * (1 + c.fit))
     if as_published: work['published_maps'] = len(windows) * L * (1 + c.fit)
     for i, batch in enumerate(windows.split(plan.sequences)):
-        work |= {f'batch-{i}-{name}': len(batch) * cost for name, cost in batch_costs(L, c, as_published, swapped).items()}
+        work |= {f'batch-{i}-{name}': len(batch) * cost
+                 for name, cost in batch_costs(L, c, as_published, swapped).items()}
     passes = n_probes(config, D) or D
-    return work | {f'jacobian-{l}-{i}': passes * c.backward for l in range(1, L + 1) for i in range(len(windows[:config.n_jacobian]))}
+    return work | {f'jacobian-{l}-{i}': passes * c.backward for l in range(1, L + 1)
+                   for i in range(len(windows[:config.n_jacobian]))}
 
-Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]   # gets a part by its name, or makes it
+# gets a part by its name, or makes it
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 def _measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, name: str) -> list:
     "Affine maps of all blocks as from `fit_blocks`, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
-        return dict(A=torch.stack(A), b=torch.stack(b), rank=torch.tensor(rank))         # (L, D, D), (L, D), (L,)
+        return dict(A=torch.stack(A), b=torch.stack(b), rank=torch.tensor(rank))  # (L, D, D), (L, D), (L,)
     found = keep(name, make)
     return list(zip(found['A'], found['b'], found['rank'].tolist()))
 
-def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: Plan, keep: Keep) -> list[dict]:
-    "Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `join_jacobians`; from disk where they are there."
+def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: Plan,
+                        keep: Keep) -> list[dict]:
+    """Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `join_jacobians`; from disk
+    where they are there."""
     L, probes, held, joined = len(model.blocks), n_probes(config, model.config.d_model), [], []
-    def streams(l):                                                                      # h_l of every sequence, each (1, T, D)
+    def streams(l):  # h_l of every sequence, each (1, T, D)
         if not held: held[:] = 0, [model.embed(window[None, :-1]) for window in windows]
         held[:] = l, [model.run(h, start=held[0], stop=l) for h in held[1]]
         return held[1]
     for l in range(1, L + 1):
-        make = lambda i: lambda: _measure_jacobian(model, l, streams(l - 1)[i][0], probes, plan.copies, config.seed * L + l)
+        make = lambda i: lambda: _measure_jacobian(model, l, streams(l - 1)[i][0], probes, plan.copies,
+                                                   config.seed * L + l)
         joined.append(join_jacobians([keep(f'jacobian-{l}-{i}', make(i)) for i in range(len(windows))]))
     return joined
 
 # %% ../nbs/build/07_scores.ipynb #28ce8601
-def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, progress: bool = False,
+def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
+            progress: bool = False,
             plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of
     `measure_batch`, joined; of _measured_jacobians; and the ranks of the fits, (L,)."""
-    device, plan = next(model.parameters()).device, plan or plan_memory(model, len(windows), windows.shape[1] - 1, config)
+    device, plan = (next(model.parameters()).device,
+                    plan or plan_memory(model, len(windows), windows.shape[1] - 1, config))
     windows, fit_windows, found = windows.to(device), fit_windows.to(device), []
     work = planned_work(model, windows, fit_windows, config, plan, as_published, swapped)
     done = sum(cost for name, cost in work.items() if parts.has(name))
@@ -642,14 +703,17 @@ def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: Sc
         maps = _measured_maps(model, fit_windows, plan, keep, 'maps')
         published = _measured_maps(model, windows, plan, keep, 'published_maps') if as_published else None
         for i, batch in enumerate(windows.split(plan.sequences)):
-            found.append(measure_batch(model, batch, maps, published, lambda name, make: keep(f'batch-{i}-{name}', make), swapped))
+            found.append(measure_batch(model, batch, maps, published,
+                                       lambda name, make: keep(f'batch-{i}-{name}', make), swapped))
         jacobians = _measured_jacobians(model, windows[:config.n_jacobian], config, plan, keep)
-    joined = {name: torch.cat([p[name] for p in found], dim=1 if name == 'variance' else -1) for name in found[0]}
+    joined = {name: torch.cat([p[name] for p in found], dim=1 if name == 'variance' else -1)
+              for name in found[0]}
     return joined, jacobians, torch.tensor([rank for _, _, rank in maps])
 
 # %% ../nbs/build/07_scores.ipynb #7a140b0e
 def measured_costs(model: Transformer, windows: Tensor, copies: int) -> tuple[float, Costs]:
-    "Seconds that a sequence of a batch (B, T + 1) takes through one block here, and the costs of the rest in units of it."
+    """Seconds that a sequence of a batch (B, T + 1) takes through one block here, and the costs of the rest
+    in units of it."""
     B, l = len(windows), (len(model.blocks) + 1) // 2
     h, signs = model.embed(windows[:, :-1]), _random_signs(2 * copies, model.config.d_model)
     fit, wait = AffineFit(model.config.d_model), torch.cuda.synchronize if h.is_cuda else lambda: None
@@ -662,31 +726,37 @@ def measured_costs(model: Transformer, windows: Tensor, copies: int) -> tuple[fl
             took[-1] += time.perf_counter()
         return min(took)
     one = seconds(lambda: block(h)) / B
-    loss, fitted = (seconds(do) / B / one for do in (lambda: sequence_loss(model, h, windows[:, 1:]), lambda: fit.add(h, h)))
+    loss, fitted = (seconds(do) / B / one for do in (lambda: sequence_loss(model, h, windows[:, 1:]),
+                                                     lambda: fit.add(h, h)))
     back = seconds(lambda: _jacobian_rows(block, h[0], signs.to(h), copies)) / len(signs) / one
     return one, Costs(loss, fitted, back)
 
 def expected_seconds(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                     memory: int | None = None, as_published: bool = False, pairs: int | None = None) -> float:
+                     memory: int | None = None, as_published: bool = False,
+                     pairs: int | None = None) -> float:
     "How many seconds `score_model` will take with the same arguments, from a short trial."
     swapped, device = choose_pairs(len(model.blocks), pairs, config.seed), next(model.parameters()).device
     plan = plan_memory(model, len(windows), windows.shape[1] - 1, config, memory, as_published)
     with untouched(model):
         model = scoring_model(model)
         one, costs = measured_costs(model, windows[:plan.sequences].to(device), plan.copies)
-    return one * sum(planned_work(model, windows, fit_windows, config, plan, as_published, swapped, costs).values())
+    return one * sum(planned_work(model, windows, fit_windows, config, plan, as_published, swapped,
+                                  costs).values())
 
 # %% ../nbs/build/07_scores.ipynb #4db58beb
 def text_config(D: int, T: int) -> ScoreConfig:
-    "Settings for sequences that are cut from text: wide models get more of them to fit on, four tokens a channel."
+    """Settings for sequences that are cut from text: wide models get more of them to fit on, four tokens a
+    channel."""
     return ScoreConfig(n_fit=max(ScoreConfig.n_fit, -(-4 * D // T)))
 
-def _prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfig | None, length: int | None = None,
+def _prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfig | None,
+                     length: int | None = None,
                     tokenizer=None) -> tuple[Tensor, Tensor, ScoreConfig]:
-    """Sequences to score, sequences to fit on, and settings; data are ready sequences, (N, T + 1), or (N + M, T + 1)
-    unless those to fit on are given, or text."""
+    """Sequences to score, sequences to fit on, and settings; data are ready sequences, (N, T + 1), or (N +
+    M, T + 1) unless those to fit on are given, or text."""
     if not isinstance(data, Tensor):
-        if fit_windows is not None: raise ValueError('fit_windows goes with sequences of tokens; text is split into both kinds here')
+        if fit_windows is not None:
+            raise ValueError('fit_windows goes with sequences of tokens; text is split into both kinds here')
         limit = model.config.context_length
         T = length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
         config = config or text_config(model.config.d_model, T)
@@ -694,26 +764,35 @@ def _prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfi
     config = config or ScoreConfig()
     if fit_windows is not None: return data, fit_windows, config
     N = config.n_sequences
-    if len(data) <= N: raise ValueError(f'windows holds {len(data)} sequences; n_sequences={N} are scored and the rest fitted on, '
+    if len(data) <= N:
+        raise ValueError(f'windows holds {len(data)} sequences; n_sequences={N} are scored and the rest '
+                         f'fitted on, '
                                         'so it must hold more, or fit_windows must be given')
     return *without_repetitions(data[:N], data[N:]), config
 
 # %% ../nbs/build/07_scores.ipynb #87666152
 def score_model(
-    model,                 # the model, anything that adapt takes, or a folder or a name on the Hub; left as it was
-    windows: Tensor | str | Path | Iterable[str],  # held-out sequences to score, (N, T + 1), or text: see text_tokens
-    fit_windows: Tensor | None = None,    # other held-out sequences, to fit the affine maps on, (M, T + 1); None: split off the first
+    model,  # the model, anything that adapt takes, or a folder or a name on the Hub; left as it was
+    # held-out sequences to score, (N, T + 1), or text: see text_tokens
+    windows: Tensor | str | Path | Iterable[str],
+    # other held-out sequences, to fit the affine maps on, (M, T + 1); None: split off the first
+    fit_windows: Tensor | None = None,
     config: ScoreConfig | None = None,    # how to score; None: the defaults, for text those of text_config
     progress: bool = True, # show a progress bar
-    memory: int | None = None,   # bound in bytes, beyond an fp32 model; None: config.batch_size sequences at once
-    resume: str | Path | None = None,  # folder for what has been measured, to go on from after a stop; None: keep nothing
+    # bound in bytes, beyond an fp32 model; None: config.batch_size sequences at once
+    memory: int | None = None,
+    # folder for what has been measured, to go on from after a stop; None: keep nothing
+    resume: str | Path | None = None,
     as_published: bool = False,  # also usefulness with the two traps of the official code
-    length: int | None = None,   # T of sequences that are cut from text; None: what the model has room for, up to DEFAULT_LENGTH
-    tokenizer: Tokenizer | str | Path | None = None,  # to cut text with, or where it is; None: the one beside the model
+    # T of sequences that are cut from text; None: what the model has room for, up to DEFAULT_LENGTH
+    length: int | None = None,
+    # to cut text with, or where it is; None: the one beside the model
+    tokenizer: Tokenizer | str | Path | None = None,
     pair_intervals: bool = False,  # also intervals of each pair of blocks
     pairs: int | None = None,    # pairs of blocks to swap; 0: all; None: see choose_pairs
-) -> dict:                 # 'scalars' and 'arrays' (by layer or pair), 'intervals' of arrays, 'settings': see SCORES_SCHEMA
-    "Layer effectiveness of a model: stream variance, Jacobian deviation, causal, permutation and usefulness scores."
+) -> dict:  # 'scalars' and 'arrays' (by layer or pair), 'intervals' of arrays, 'settings': see SCORES_SCHEMA
+    """Layer effectiveness of a model: stream variance, Jacobian deviation, causal, permutation and
+    usefulness scores."""
     check_finite(model)
     model, found = open_model(model)
     check_finite(model)
@@ -723,9 +802,11 @@ def score_model(
     _check_context(model, windows, fit_windows)
     swapped = choose_pairs(len(model.blocks), pairs, config.seed)
     plan = plan_memory(model, len(windows), windows.shape[1] - 1, config, memory, as_published)
-    key = _measurement_key(model, windows, fit_windows, config, plan, as_published, swapped) if resume is not None else {}
+    key = (_measurement_key(model, windows, fit_windows, config, plan, as_published, swapped)
+           if resume is not None else {})
     with untouched(model), nullcontext() if memory else kept_memory():   # what is kept may exceed the bound
-        measured = measure(scoring_model(model), windows, fit_windows, config, progress, plan, Parts(resume, key), as_published, swapped)
+        measured = measure(scoring_model(model), windows, fit_windows, config, progress, plan,
+                           Parts(resume, key), as_published, swapped)
     return summarise(*measured, config, windows, fit_windows, model.config.d_model, pair_intervals, swapped)
 
 # %% ../nbs/build/07_scores.ipynb #c5ed9690
@@ -736,11 +817,13 @@ def all_estimates(m: dict[str, Tensor], smooth: dict[str, Tensor], config: Score
     V = resamples(len(m['loss']), config.n_bootstrap, config.seed)
     found = {name: jackknife_estimate(x, -math.inf if name in SIGNED else 0.) for name, x in smooth.items()}
     shares = {name: estimate(x) for name, x in usefulness_scores(m, V, config.threshold).items()}
-    first = {name: found.pop(name) for name in ('loss', *PAIRS, 'causal_without_block_1', 'permutation_without_block_1')}
+    first = {name: found.pop(name) for name in ('loss', *PAIRS, 'causal_without_block_1',
+                                                'permutation_without_block_1')}
     return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
 def summarise(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig, windows: Tensor,
-              fit_windows: Tensor, D: int, pair_intervals: bool = False, swapped: Tensor | None = None) -> dict:
+              fit_windows: Tensor, D: int, pair_intervals: bool = False,
+              swapped: Tensor | None = None) -> dict:
     "From the three results of `measure` to scores with intervals, as `score_model` gives them."
     every, n = choose_pairs(len(m['size']), 0), min(config.n_jacobian, len(windows))
     if swapped is None: swapped = every
@@ -754,32 +837,38 @@ def summarise(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreC
         n_sequences=len(windows), n_fit=len(fit_windows), n_jacobian=n, T=windows.shape[1] - 1,
         pairs=swapped.sum().item(), jacobian_probes=n_probes(config, D), undetermined_fits=loose)
     estimates = all_estimates(m, scalars, config)
-    if (swapped != every).any():      # a second standard error, from the choice of pairs, widens the intervals
+    if (swapped != every).any():  # a second standard error, from the choice of pairs, widens the intervals
         errors = pair_errors(arrays['permutation'][..., 0], swapped).tolist()
         for name, error in zip(('permutation', 'permutation_without_block_1'), errors):
             value, low, high = estimates[name].values()
             estimates[name] = dict(value=value, low=max(0., value - math.hypot(value - low, 1.96 * error)),
                                    high=value + math.hypot(value - high, 1.96 * error), error=error)
-    return to_lists(dict(scalars=estimates, arrays={k: v[..., 0] for k, v in arrays.items()} | dict(fit_rank=ranks),
-                         intervals=_layer_intervals(arrays) | (pair_ends if pair_intervals else {}), settings=settings))
+    return to_lists(dict(scalars=estimates,
+                         arrays={k: v[..., 0] for k, v in arrays.items()} | dict(fit_rank=ranks),
+                         intervals=_layer_intervals(arrays) | (pair_ends if pair_intervals else {}),
+                         settings=settings))
 
 # %% ../nbs/build/07_scores.ipynb #e56732d5
 def check_sequences(model, least: int = 3, **sequences):
-    "Raise a ValueError, by name, unless these are sequences (N, at least `least`) of tokens that the model can read."
+    """Raise a ValueError, by name, unless these are sequences (N, at least `least`) of tokens that the
+    model can read."""
     for name, w in sequences.items():
         if not isinstance(w, Tensor): raise ValueError(f'{name}={repr(w)[:60]} must be a tensor of tokens')
         if w.dtype != torch.int64: raise ValueError(f'{name} has dtype={w.dtype}; allowed is torch.int64')
         if w.dim() != 2 or w.shape[1] < least or not len(w):
-            raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, tokens) with at least {least} tokens')
+            raise ValueError(f'{name} has shape {tuple(w.shape)}; it must be (sequences, tokens) with at '
+                             f'least {least} tokens')
         if w.max() >= model.config.vocab_size or w.min() < 0:
-            raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to {model.config.vocab_size - 1}')
+            raise ValueError(f'{name} holds tokens from {w.min()} to {w.max()}; the model knows 0 to '
+                             f'{model.config.vocab_size - 1}')
 
 def check_windows(model: Transformer, windows: Tensor, fit_windows: Tensor):
     "Raise a ValueError unless the sequences fit the model and there are enough for the affine fits."
     check_sequences(model, windows=windows, fit_windows=fit_windows)
     tokens, D = fit_windows[:, 1:].numel(), model.config.d_model
     if tokens <= D + 1:
-        raise ValueError(f'fit_windows holds {tokens} tokens; an affine map of width {D} needs more than {D + 1}')
+        raise ValueError(
+            f'fit_windows holds {tokens} tokens; an affine map of width {D} needs more than {D + 1}')
     if set(map(tuple, windows.tolist())) & set(map(tuple, fit_windows.tolist())):
         raise ValueError('windows and fit_windows share a sequence; fit and evaluate on different ones')
 
@@ -789,12 +878,15 @@ def check_held_out(have: int, T: int, config: ScoreConfig):
     N, M = config.n_sequences, config.n_fit
     if have >= N + M: return
     name, value = ('n_fit', M) if have > N else ('n_sequences', N)
-    raise ValueError(f'{name}={value} is too many: scoring takes n_sequences={N} and n_fit={M} sequences of T={T} tokens, '
-                     f'{(N + M) * T + 1:,} held-out tokens, and the text holds out {have} sequences. Give more text, '
+    raise ValueError(f'{name}={value} is too many: scoring takes n_sequences={N} and n_fit={M} sequences of '
+                     f'T={T} tokens, '
+                     f'{(N + M) * T + 1:,} held-out tokens, and the text holds out {have} sequences. Give '
+                     f'more text, '
                      'hold out more of it, or ask for fewer or shorter sequences')
 
 def _check_context(model: Transformer, windows: Tensor, fit_windows: Tensor):
-    "Raise a ValueError if sequences are longer than the model was made for: some models fail there, others give scores of nothing."
+    """Raise a ValueError if sequences are longer than the model was made for: some models fail there,
+    others give scores of nothing."""
     limit = model.config.context_length
     for name, w in dict(windows=windows, fit_windows=fit_windows).items():
         if limit and w.shape[1] - 1 > limit:
@@ -803,10 +895,12 @@ def _check_context(model: Transformer, windows: Tensor, fit_windows: Tensor):
 
 # %% ../nbs/build/07_scores.ipynb #174c8cac
 SCORES_SCHEMA = json.loads((files('sparsecod') / 'scores.schema.json').read_text(encoding='utf-8'))
-FORMAT = SCORES_SCHEMA['properties']['format']['const']    # of a file of scores; rises when a key changes its meaning
+# of a file of scores; rises when a key changes its meaning
+FORMAT = SCORES_SCHEMA['properties']['format']['const']
 
 # %% ../nbs/build/07_scores.ipynb #b59ba7df
-_TRUE_NAMES = dict(jacobian_published='jacobian_per_sequence', jacobian_published_error='jacobian_per_sequence_error',
+_TRUE_NAMES = dict(jacobian_published='jacobian_per_sequence',
+                   jacobian_published_error='jacobian_per_sequence_error',
                   jacobian_deviation_published='jacobian_per_sequence')
 
 def with_true_names(record: dict) -> dict:  # what was scored before version 2 renamed, all else as it is
@@ -819,10 +913,11 @@ def with_true_names(record: dict) -> dict:  # what was scored before version 2 r
 
 # %% ../nbs/build/07_scores.ipynb #bb9a6acb
 def scores_frame(scores: dict):
-    """A pandas DataFrame of all numbers: score, block (of a stream: l of h_l), other (later block of a pair or last of
-    a span), value, low, high, error."""
+    """A pandas DataFrame of all numbers: score, block (of a stream: l of h_l), other (later block of a pair
+    or last of a span), value, low, high, error."""
     from pandas import DataFrame
-    rows, nothing = [dict(score=name) | found for name, found in scores['scalars'].items()], dict(low={}, high={})
+    rows, nothing = ([dict(score=name) | found for name, found in scores['scalars'].items()],
+                     dict(low={}, high={}))
     def add(name, values, ends, first, **where):
         for k, value in enumerate(values):
             here = {end: ends[end][k] for end in ends if ends[end]}
@@ -833,9 +928,9 @@ def scores_frame(scores: dict):
         first = 0 if name.startswith('variance_') else 1
         add(name, values, (scores.get('intervals') or {}).get(name, nothing), first)
     table = DataFrame(rows, columns=['score', 'block', 'other', 'value', 'low', 'high', 'error'])
-    spans = table['score'].isin(['angular_distance', 'span_loss_increase'])                      # at [n - 1][l - 1]
+    spans = table['score'].isin(['angular_distance', 'span_loss_increase'])  # at [n - 1][l - 1]
     n, l = table.loc[spans, 'block'], table.loc[spans, 'other']
-    table.loc[spans, 'block'], table.loc[spans, 'other'] = l, l + n - 1                          # first and last block
+    table.loc[spans, 'block'], table.loc[spans, 'other'] = l, l + n - 1  # first and last block
     return table.astype({'block': 'Int64', 'other': 'Int64'}).dropna(subset='value').reset_index(drop=True)
 
 # %% ../nbs/build/07_scores.ipynb #4b64a330
@@ -844,13 +939,14 @@ def _random_signs(probes: int, D: int, seed: int = 0) -> Tensor:  # 1 or -1, (pr
     return torch.randint(2, (probes, D), generator=torch.Generator().manual_seed(seed)) * 2. - 1
 
 def _root_of_mean(squares: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean over T of the root of the mean over probes of squares (probes, T), corrected for bias; its standard error."
+    """Mean over T of the root of the mean over probes of squares (probes, T), corrected for bias; its
+    standard error."""
     value, without = _root_of_terms(squares)
     return value.mean(), _jackknife_error(without.mean(1))
 
 def jacobian_estimate(block: Callable, h: Tensor, probes: int = _PROBES, rows_at_once: int = 32,
                       seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Deviation of a block's Jacobian from the identity, averaged over tokens, and per token, each with its standard
-    error, from a few backward passes with random signs; h is the stream that it reads, (T, D)."""
+    """Deviation of a block's Jacobian from the identity, averaged over tokens, and per token, each with its
+    standard error, from a few backward passes with random signs; h is the stream that it reads, (T, D)."""
     rows, squares = _jacobian_rows(block, h, _random_signs(probes, h.shape[1], seed).to(h), rows_at_once)
     return _root_of_mean(rows.square().sum(-1, keepdim=True)), _root_of_mean(squares)

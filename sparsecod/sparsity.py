@@ -25,22 +25,24 @@ from .scores import attention_numbers, scoring_model, to_fp64, untouched, work_b
 
 # %% ../nbs/build/08_sparsity.ipynb #c2daf5d1
 def weight_sparsity(matrix: Tensor, thresholds: list[float], relative: bool = False) -> Tensor:
-    """Share of a matrix's entries whose magnitude lies under each threshold, fp64, (len(thresholds),); if relative, in
-    units of its root mean square."""
+    """Share of a matrix's entries whose magnitude lies under each threshold, fp64, (len(thresholds),); if
+    relative, in units of its root mean square."""
     size = matrix.detach().float().abs()                                               # same shape
     unit = size.square().mean().sqrt().item() if relative else 1.
-    if unit == 0: return torch.ones(len(thresholds), dtype=torch.float64)              # a matrix of zeros is sparse
+    if unit == 0: return torch.ones(len(thresholds), dtype=torch.float64)  # a matrix of zeros is sparse
     return torch.stack([to_fp64(size < threshold * unit).mean() for threshold in thresholds]).cpu()
 
 # %% ../nbs/build/08_sparsity.ipynb #62973fce
 def participation(matrix: Tensor) -> float:
-    "Participation ratio of n entries, the share that effectively carries the energy: 1/n to 1; 1/3 if they are Gaussian."
+    """Participation ratio of n entries, the share that effectively carries the energy: 1/n to 1; 1/3 if
+    they are Gaussian."""
     square = to_fp64(matrix.detach()).square().flatten()                               # (n,)
     return (square.sum() ** 2 / (len(square) * square.square().sum()).clamp(min=1e-300)).item()
 
 # %% ../nbs/build/08_sparsity.ipynb #fb2a738d
 def sublayer_matrices(model) -> list[dict[str, list[Tensor]]]:
-    "The weight matrices of 'attention' and 'feed_forward' of every block of a model, ours or any that adapt takes."
+    """The weight matrices of 'attention' and 'feed_forward' of every block of a model, ours or any that
+    adapt takes."""
     found = []
     for block in adapt(model).blocks:
         found.append(dict(attention=[], feed_forward=[]))
@@ -50,7 +52,8 @@ def sublayer_matrices(model) -> list[dict[str, list[Tensor]]]:
     return found
 
 def weight_density(matrices: list[Tensor], threshold: float = 0.1) -> float:
-    "Share of a sublayer's entries that are at or above a threshold, in units of each matrix's root mean square."
+    """Share of a sublayer's entries that are at or above a threshold, in units of each matrix's root mean
+    square."""
     small = sum(weight_sparsity(m, [threshold], relative=True).item() * m.numel() for m in matrices)
     return 1 - small / sum(m.numel() for m in matrices)
 
@@ -70,7 +73,8 @@ def normalised_entropy(p: Tensor) -> Tensor:  # (B, H, T)
 # %% ../nbs/build/08_sparsity.ipynb #b7004924
 @contextmanager
 def plain_attention(model):
-    "Within, a network of the transformers library writes out its attention; afterwards, it computes it as before."
+    """Within, a network of the transformers library writes out its attention; afterwards, it computes it as
+    before."""
     if not isinstance(model, AdaptedModel): yield
     else:
         network, used = model.network, model.network.config._attn_implementation
@@ -80,21 +84,26 @@ def plain_attention(model):
 
 # %% ../nbs/build/08_sparsity.ipynb #4ac47789
 def seen_maps(model: AdaptedModel, h: Tensor, l: int) -> tuple[Tensor, Tensor]:
-    "Run block l, 1..L, of a model with plain attention on one stream, (1, T, D); its maps, (1, H, T, T), and the next stream."
+    """Run block l, 1..L, of a model with plain attention on one stream, (1, T, D); its maps, (1, H, T, T),
+    and the next stream."""
     maps, T = [], h.shape[1]
-    model.arguments(h)                                             # these come from a run of their own, which must not be seen
+    model.arguments(h)  # these come from a run of their own, which must not be seen
     def look(part, args, out):
-        if isinstance(out, tuple): maps.extend(x for x in out if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2:] == (T, T))
+        if isinstance(out, tuple):
+            maps.extend(x for x in out if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2:] == (T, T))
     hooks = [part.register_forward_hook(look) for part in model.blocks[l - 1].modules()]
     try: h = model.run(h, start=l - 1, stop=l)
     finally:
         for hook in hooks: hook.remove()
-    if not maps: raise ValueError(f'block {l} of {model.config.architecture} hands out no attention maps of shape (1, heads, {T}, {T})')
+    if not maps:
+        raise ValueError(f'block {l} of {model.config.architecture} hands out no attention maps of shape (1, '
+                         f'heads, {T}, {T})')
     return maps[0], h
 
 # %% ../nbs/build/08_sparsity.ipynb #4b4e4dcb
 def attention_maps(model, sequence: Tensor) -> Iterator[Tensor]:
-    "The maps, (1, H, T, T), of each block of a Transformer, or an AdaptedModel with plain attention, on tokens (1, T)."
+    """The maps, (1, H, T, T), of each block of a Transformer, or an AdaptedModel with plain attention, on
+    tokens (1, T)."""
     h, L = model.embed(sequence), len(model.blocks)                                           # (1, T, D)
     if isinstance(model, AdaptedModel):
         for l in range(1, L + 1):
@@ -109,26 +118,32 @@ def attention_maps(model, sequence: Tensor) -> Iterator[Tensor]:
 
 # %% ../nbs/build/08_sparsity.ipynb #eb92b577
 def head_sparsity(p: Tensor, mass: float = 0.9) -> dict[str, Tensor]:  # (H,) each
-    "'keys', 'entropy' and 'first' of every head, from maps (B, H, T, T): means over sequences and positions 1 .. T-1."
-    rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0]) for one in p.split(1, 1)]  # (B, 1, T) each
-    return {name: torch.stack([to_fp64(row[name][..., 1:]).mean() for row in rows]).cpu() for name in rows[0]}                 # (H,) each
+    """'keys', 'entropy' and 'first' of every head, from maps (B, H, T, T): means over sequences and
+    positions 1 .. T-1."""
+    # (B, 1, T) each
+    rows = [dict(keys=keys_for_mass(one, mass), entropy=normalised_entropy(one), first=one[..., 0])
+            for one in p.split(1, 1)]
+    # (H,) each
+    return {name: torch.stack([to_fp64(row[name][..., 1:]).mean() for row in rows]).cpu() for name in rows[0]}
 
 @torch.no_grad()
 def attention_sparsity(model, tokens: Tensor, mass: float = 0.9) -> dict[str, Tensor]:  # (L, H) each
-    """Sparsity of every head's attention on tokens, (B, T): 'keys', 'entropy' and 'first'; maps of one sequence are
-    held at a time. The model is ours, or any that adapt takes."""
+    """Sparsity of every head's attention on tokens, (B, T): 'keys', 'entropy' and 'first'; maps of one
+    sequence are held at a time. The model is ours, or any that adapt takes."""
     model, total = adapt(model), None
     with plain_attention(model):
         for sequence in tokens.to(next(model.parameters()).device).split(1):
             rows = [head_sparsity(p, mass) for p in attention_maps(model, sequence)]
-            found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}  # (L, H) each
+            # (L, H) each
+            found = {name: torch.stack([row[name] for row in rows]) / len(tokens) for name in rows[0]}
             total = found if total is None else {name: total[name] + found[name] for name in found}
     return total
 
 # %% ../nbs/build/08_sparsity.ipynb #32f45284
 def expert_counts(model) -> tuple[int, int]:
     "How many experts a model has in a block, and how many a token uses; both 0 in a dense model."
-    if not isinstance(model, AdaptedModel): return model.config.n_experts, model.config.experts_per_token if model.config.n_experts else 0
+    if not isinstance(model, AdaptedModel):
+        return model.config.n_experts, model.config.experts_per_token if model.config.n_experts else 0
     c = model.network.config.get_text_config()
     E = getattr(c, 'num_local_experts', None) or getattr(c, 'num_experts', None) or 0
     return E, c.num_experts_per_tok if E else 0
@@ -139,8 +154,11 @@ def sequence_loads(model, sequence: Tensor) -> Tensor:  # (L, E)
     (E, k), loads = expert_counts(model), []
     if isinstance(model, AdaptedModel):
         out = model.decoder(input_ids=sequence, output_router_logits=True, use_cache=False)
-        if not getattr(out, 'router_logits', None): raise ValueError(f'{model.config.architecture} has {E} experts but hands out no router logits')
-        loads = [to_fp64(torch.bincount(x.topk(k).indices.flatten(), minlength=E)) / sequence.numel() for x in out.router_logits]  # x: (T, E)
+        if not getattr(out, 'router_logits', None):
+            raise ValueError(f'{model.config.architecture} has {E} experts but hands out no router logits')
+        # x: (T, E)
+        loads = [to_fp64(torch.bincount(x.topk(k).indices.flatten(), minlength=E)) / sequence.numel()
+                 for x in out.router_logits]
     else: model.run(model.embed(sequence), watch=lambda l, out: loads.append(expert_load(out.routing)))
     return torch.stack(loads).cpu()
 
@@ -169,32 +187,38 @@ def routed_share(model, block) -> float:
     (E, k), routed, always, router = expert_counts(model), 0, 0, False
     for name, p in block.named_parameters():
         if not E or p.dim() < 2 or re.search('attn|attention', name): continue
-        if p.dim() == 3 or re.search(r'experts\.\d+\.', name): routed += p.numel()    # all experts in one tensor, or a list of modules
+        # all experts in one tensor, or a list of modules
+        if p.dim() == 3 or re.search(r'experts\.\d+\.', name): routed += p.numel()
         elif p.shape[0] == E: router = True
-        else: always += p.numel()                                                     # an expert that all tokens use
-    if router and not routed: raise ValueError(f'a block of {type(block).__name__} has a router for {E} experts, but none were found; looked for '
-                                               'tensors with three axes and for modules named experts.0, experts.1, ...')
+        else: always += p.numel()  # an expert that all tokens use
+    if router and not routed:
+        raise ValueError(f'a block of {type(block).__name__} has a router for {E} experts, but none were '
+                         f'found; looked for '
+                                               'tensors with three axes and for modules named experts.0, '
+                                               'experts.1, ...')
     return (routed * k / E + always) / (routed + always) if routed else 1.
 
 # %% ../nbs/build/08_sparsity.ipynb #54405bbc
 def effective_density(model, tokens: Tensor, threshold: float = 0.1, mass: float = 0.9,
         attention: dict | None = None) -> dict[str, list[float]]:
-    """Share of active connections of 'attention' and 'feed_forward', block by block, L numbers each, on tokens (B, T).
-    Small weights are below a threshold in units of their matrix's root mean square; attention, from attention_sparsity with
-    this mass, is measured unless given."""
+    """Share of active connections of 'attention' and 'feed_forward', block by block, L numbers each, on
+    tokens (B, T). Small weights are below a threshold in units of their matrix's root mean square;
+    attention, from attention_sparsity with this mass, is measured unless given."""
     model = adapt(model)
     keys = (attention or attention_sparsity(model, tokens, mass))['keys'].mean(1).tolist()  # L numbers
     shared = (2 + 2 * kv_share(model)) / 4
-    weights = [{name: weight_density(ms, threshold) for name, ms in block.items()} for block in sublayer_matrices(model)]
+    weights = [{name: weight_density(ms, threshold) for name, ms in block.items()}
+               for block in sublayer_matrices(model)]
     return dict(attention=[w['attention'] * k * shared for w, k in zip(weights, keys)],
-                feed_forward=[w['feed_forward'] * routed_share(model, block) for w, block in zip(weights, model.blocks)])
+                feed_forward=[w['feed_forward'] * routed_share(model, block)
+                              for w, block in zip(weights, model.blocks)])
 
 # %% ../nbs/build/08_sparsity.ipynb #34085bbe
 ABSOLUTE, RELATIVE = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [.01, .03, .1, .3, 1.]
 
 def measure_sparsity(model, tokens: Tensor) -> dict:
-    """Weight, attention, sharing and routing sparsity of a model on tokens (B, T), with threshold sweeps: 'scalars' and
-    'arrays' of plain numbers."""
+    """Weight, attention, sharing and routing sparsity of a model on tokens (B, T), with threshold sweeps:
+    'scalars' and 'arrays' of plain numbers."""
     check_finite(model)
     with untouched(adapt(model)) as whole: return sparsity_of(scoring_model(whole), tokens)
 
@@ -205,23 +229,28 @@ def sparsity_of(model, tokens: Tensor) -> dict:
     density = effective_density(model, tokens, attention=attention)
     matrices = [m for block in sublayer_matrices(model) for ms in block.values() for m in ms]
     pooled = lambda measure: sum(measure(m) * m.numel() for m in matrices) / sum(m.numel() for m in matrices)
-    arrays = dict(thresholds_absolute=ABSOLUTE, weights_below_absolute=pooled(lambda m: weight_sparsity(m, ABSOLUTE)).tolist(),
-                  thresholds_relative=RELATIVE, weights_below_relative=pooled(lambda m: weight_sparsity(m, RELATIVE, True)).tolist(),
-                  keys_for_90_percent=attention['keys'].tolist(), attention_entropy=attention['entropy'].tolist(),
+    arrays = dict(thresholds_absolute=ABSOLUTE,
+                  weights_below_absolute=pooled(lambda m: weight_sparsity(m, ABSOLUTE)).tolist(),
+                  thresholds_relative=RELATIVE,
+                  weights_below_relative=pooled(lambda m: weight_sparsity(m, RELATIVE, True)).tolist(),
+                  keys_for_90_percent=attention['keys'].tolist(),
+                  attention_entropy=attention['entropy'].tolist(),
                   mass_on_first=attention['first'].tolist(),
                   density_attention=density['attention'], density_feed_forward=density['feed_forward'])
     if E: arrays['expert_load'] = expert_loads(model, tokens).tolist()
     mean = lambda name: float(torch.tensor(arrays[name]).mean())
-    scalars = dict(weights_below_0_01=arrays['weights_below_absolute'][3], weights_below_0_1_rms=arrays['weights_below_relative'][2],
+    scalars = dict(weights_below_0_01=arrays['weights_below_absolute'][3],
+                   weights_below_0_1_rms=arrays['weights_below_relative'][2],
                    participation=pooled(participation),
                    kv_density=kv_share(model), expert_density=k / E if E else 1.,
-                   **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy', 'mass_on_first',
+                   **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy',
+                                                    'mass_on_first',
                                                     'density_attention', 'density_feed_forward')})
     return dict(scalars=scalars, arrays=arrays)
 
 # %% ../nbs/build/08_sparsity.ipynb #c9edfcc4
 def sparsity_bytes(model, T: int) -> int:  # bytes
     "A bound on the memory that `measure_sparsity` takes beyond the model."
-    H, maps = model.config.n_heads or 1, 4 * attention_numbers(model, T)               # the second is part of `work_bytes`
+    H, maps = model.config.n_heads or 1, 4 * attention_numbers(model, T)  # the second is part of `work_bytes`
     largest = max(m.numel() for block in sublayer_matrices(model) for ms in block.values() for m in ms)
     return work_bytes(model, T) - maps + 20 * H * T * T + 64 * T * T + 24 * largest

@@ -53,13 +53,15 @@ from .cloze import measure_cloze
 from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .core import ModelConfig, Transformer, flops_per_token, param_counts, preset
 from .data import Corpus, DataConfig, prepare
-from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name, read_json, set_aside, stamp, write_text
+from .integrity import (Damaged, check_identity, check_stamp, checksum, draft_name, read_json,
+                                 set_aside, stamp, write_text)
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .ngrams import floors, is_trained
 from .intervals import estimate, resamples
 from .scores import ScoreConfig, check_held_out, score_model, with_true_names
 from .sparsity import measure_sparsity
-from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set, load_result, read_label
+from .train import (FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set,
+                             load_result, read_label)
 from .train import sequences_per_step, train, without_infinities
 
 # %% ../nbs/tools/05_studies.ipynb #0732ccc0
@@ -82,7 +84,8 @@ class RunConfig(Config):
     new_text: bool = False             # evaluate and score every seed on held-out text of its own
 
     RULES = {'seed': SEED, 'n_eval n_questions': POSITIVE,
-             'scale': ((lambda name: re.fullmatch(r'\w[\w.-]*', name)), 'must be a name of letters, digits, . - _'),
+             'scale': ((lambda name: re.fullmatch(r'\w[\w.-]*', name)),
+                       'must be a name of letters, digits, . - _'),
              'lengths': ((lambda lengths: all(T > 0 for T in lengths)), 'must be positive')}
 
     def __post_init__(self):
@@ -101,16 +104,21 @@ def _check_change(path: str, values: dict, new) -> tuple[dict, str]:
     part, _, name = path.rpartition('.')
     place = values.get(part) if part else values
     if not isinstance(place, dict) or name not in place or name in PARTS:
-        every = {n: n for n in values if n not in PARTS} | {f'{p}.{n}': n for p in PARTS for n in values[p]}   # path: name
+        # path: name
+        every = {n: n for n in values if n not in PARTS} | {f'{p}.{n}': n for p in PARTS for n in values[p]}
         like = lambda names: ' or '.join(p for p, n in every.items() if n in names)
         meant = (like([name]) or like([n for n in every.values() if len(name) > 2 and name in n])
                  or like(get_close_matches(name, every.values(), 2, .7)))
         known = ', '.join(p for p in every if not part or p.startswith(f'{part}.')) or ', '.join(every)
-        raise ValueError(f'there is no field {path}={new!r}; ' + (f'did you mean {meant}?' if meant else f'there are {known}'))
-    if path == 'train.seed': raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
+        raise ValueError(f'there is no field {path}={new!r}; '
+                         + (f'did you mean {meant}?' if meant else f'there are {known}'))
+    if path == 'train.seed':
+        raise ValueError(f'train.seed={new!r} cannot be set by itself; set seed, which it follows')
     old = place[name]
-    if isinstance(old, (int, float)) and (isinstance(new, (str, list)) or isinstance(old, bool) != isinstance(new, bool)):
-        raise ValueError(f"{path}={new!r} must be {'true or false' if isinstance(old, bool) else 'a number'}, like {old!r}")
+    if isinstance(old, (int, float)) and (isinstance(new, (str, list))
+                                          or isinstance(old, bool) != isinstance(new, bool)):
+        raise ValueError(f"{path}={new!r} must be "
+                         f"{'true or false' if isinstance(old, bool) else 'a number'}, like {old!r}")
     return place, name
 
 # %% ../nbs/tools/05_studies.ipynb #b949fb1f
@@ -121,7 +129,8 @@ def vary(config: RunConfig, changes: dict[str, object]) -> RunConfig:
     if m.n_kv_heads == m.n_heads: values['model']['n_kv_heads'] = None
     for path, new in changes.items():
         place, name = _check_change(path, values, new)
-        whole = type(place[name]) is int and isinstance(new, float) and new.is_integer()     # 3.0 for a number of layers
+        # 3.0 for a number of layers
+        whole = type(place[name]) is int and isinstance(new, float) and new.is_integer()
         place[name] = int(new) if whole else new
     try: return RunConfig.from_dict(values)
     except TypeError as error:
@@ -138,7 +147,8 @@ def _changed_fields(config: Config, without: tuple = ()) -> dict:
 def _hashed(config: RunConfig, model: dict, **more) -> str:
     "A name for what decides the outcome of a run, with these fields of the model."
     if config.new_text: more['new_text'] = True
-    value = dict(model=model, train=_changed_fields(config.train, ('seed', *FREE_FIELDS)), score=_changed_fields(config.score),
+    value = dict(model=model, train=_changed_fields(config.train, ('seed', *FREE_FIELDS)),
+                 score=_changed_fields(config.score),
                  n_eval=config.n_eval, **more)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -152,7 +162,8 @@ def run_name(config: RunConfig, fingerprint: str) -> str:
     m, t = config.model, config.train
     parts = [f'L{m.n_layers}', f'D{m.d_model}', f'T{m.context_length}']
     if m.n_kv_heads != m.n_heads: parts.append(f'K{m.n_kv_heads}')
-    if m.n_experts: parts.append(f"E{m.n_experts}k{m.experts_per_token}{'' if m.gates == 'published' else '_' + m.gates}")
+    if m.n_experts:
+        parts.append(f"E{m.n_experts}k{m.experts_per_token}{'' if m.gates == 'published' else '_' + m.gates}")
     if m.norm != 'pre_ln': parts.append(m.norm)
     if t.weight_decay != 0.1: parts.append(f'wd{t.weight_decay:g}')
     if t.decay_groups != 'matrices': parts.append(t.decay_groups)
@@ -170,27 +181,33 @@ SCALES['tiny'] = RunConfig(
 SCALES['laptop'] = RunConfig(
     scale='laptop', data=DataConfig(vocab_size=2048),
     model=ModelConfig(vocab_size=2048, d_model=64, n_heads=4, context_length=128),
-    train=TrainConfig(steps=400, tokens_per_step=4096, micro_batch_tokens=2048, lr=3e-3, weight_decay=0.1, checkpoint_every=40))
+    train=TrainConfig(steps=400, tokens_per_step=4096, micro_batch_tokens=2048, lr=3e-3, weight_decay=0.1,
+                      checkpoint_every=40))
 
-_PACKAGES = 'torch transformers sympy pandas scipy sklearn numpy matplotlib networkx'.split()   # whose sources `desk` reads
+# whose sources `desk` reads
+_PACKAGES = 'torch transformers sympy pandas scipy sklearn numpy matplotlib networkx'.split()
 
 SCALES['desk'] = RunConfig(
     scale='desk', data=DataConfig(f"site:{','.join(_PACKAGES)}", vocab_size=4096), new_text=True,
-    model=ModelConfig(vocab_size=4096, d_model=128, n_heads=4, context_length=128, init_std=.08),   # D sigma^2 as published
+    # D sigma^2 as published
+    model=ModelConfig(vocab_size=4096, d_model=128, n_heads=4, context_length=128, init_std=.08),
     train=TrainConfig(steps=1000, lr=5e-3, checkpoint_every=100, precision='bf16', compile='on'))
 
 SCALES['gpu'] = RunConfig(
     scale='gpu', data=DataConfig('site', vocab_size=16384, max_tokens=2 ** 26), new_text=True,
-    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=256, init_std=.04),                 # likewise
-    train=TrainConfig(steps=1832, tokens_per_step=2 ** 15, micro_batch_tokens=2 ** 15, lr=2e-3, checkpoint_every=250,
+    model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=256, init_std=.04),  # likewise
+    train=TrainConfig(steps=1832, tokens_per_step=2 ** 15, micro_batch_tokens=2 ** 15, lr=2e-3,
+                      checkpoint_every=250,
                       precision='bf16', compile='on'))
 
 # %% ../nbs/tools/05_studies.ipynb #9f5d9680
 SCALES['paper'] = RunConfig(
     scale='paper', data=DataConfig('fineweb-edu', tokenizer='EleutherAI/gpt-neox-20b'),
     model=preset('paper-L16'),
-    train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3, warmup_steps=1000,
-                      weight_decay=0.1, decay_groups='all', compile='on', log_every=100, checkpoint_every=500))
+    train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3,
+                      warmup_steps=1000,
+                      weight_decay=0.1, decay_groups='all', compile='on', log_every=100,
+                      checkpoint_every=500))
 
 def scale_config(scale: str | RunConfig) -> RunConfig:
     "The configuration that the runs of a study start from: a key of SCALES, or one of your own."
@@ -213,22 +230,27 @@ def n_cores() -> int:
 def _git(*arguments: str) -> str | None:
     "Ask git about the folder of the package."
     command = ['git', '-C', str(Path(sparsecod.__file__).parent), *arguments]
-    try: return subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8', check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8',
+                              check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
 def code_state() -> dict:
     "Commit of the code, and whether the package differs from it; both None outside git."
     if _git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, dirty=None)
     commit = _git('rev-parse', 'HEAD')
-    return dict(commit=commit, dirty=None if commit is None else bool(_git('status', '--porcelain', '--', '.')))
+    return dict(commit=commit, dirty=None if commit is None
+                else bool(_git('status', '--porcelain', '--', '.')))
 
 def versions() -> dict[str, str]:
     "Versions of the libraries that can change a result."
-    return {name: version(name) for name in ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors', 'scipy')}
+    return {name: version(name) for name in ('torch', 'numpy', 'accelerate', 'tokenizers', 'safetensors',
+                                             'scipy')}
 
 def provenance(corpus: Corpus, device: torch.device) -> dict:
     "Where and with what a result was made."
-    return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(), device=str(device),
+    return dict(hardware=hardware(device), cores=n_cores(), threads=torch.get_num_threads(),
+                device=str(device),
                 platform=platform.platform(), python=platform.python_version(), torch=torch.__version__,
                 sparsecod=sparsecod.__version__, versions=versions(), **code_state(),
                 date=datetime.now(UTC).isoformat(timespec='seconds'),
@@ -236,9 +258,10 @@ def provenance(corpus: Corpus, device: torch.device) -> dict:
 
 _SCHEMA = 1   # version of the format of records
 
+# name in a record: in the log
 _CURVE = dict(step='step', loss='loss', lr='lr', grad_norm='grad_norm', variance_mean='variance_mean',
               variance_median='variance_median', variance_without_first='variance_without_first',
-              attention_update='attention_variance', feed_forward_update='feed_forward_variance')  # name in a record: in the log
+              attention_update='attention_variance', feed_forward_update='feed_forward_variance')
 
 def shortened(value):
     "Round all numbers with a fraction."
@@ -248,8 +271,8 @@ def shortened(value):
 
 # %% ../nbs/tools/05_studies.ipynb #ff5d03e2
 def score_windows(corpus: Corpus, T: int, score: ScoreConfig) -> tuple[Tensor, Tensor]:
-    """Windows of the validation split to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions of a scored
-    one are left out. A larger number only continues a smaller one."""
+    """Windows of the validation split to score, (N, T + 1), and to fit on, (at most M, T + 1): repetitions
+    of a scored one are left out. A larger number only continues a smaller one."""
     check_held_out(corpus.n_windows('val', T), T, score)
     windows = corpus.sample_windows('val', score.n_sequences + score.n_fit, T, score.seed)
     to_score, to_fit = windows.split([score.n_sequences, score.n_fit])           # (N, T + 1), (M, T + 1)
@@ -257,14 +280,15 @@ def score_windows(corpus: Corpus, T: int, score: ScoreConfig) -> tuple[Tensor, T
     return to_score, to_fit[~repeated]
 
 def held_out(config: RunConfig, corpus: Corpus) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows of the validation split to evaluate, to score and to fit on, each (n, T + 1); the same ones for every
-    model with this context length (and, with `new_text`, this seed)."""
+    """Windows of the validation split to evaluate, to score and to fit on, each (n, T + 1); the same ones
+    for every model with this context length (and, with `new_text`, this seed)."""
     T, score = config.model.context_length, config.score.replace(seed=config.text_seed)
     n = max(score.n_sequences + score.n_fit, min(config.n_eval, corpus.n_windows('val', T)))
     return corpus.sample_windows('val', n, T, score.seed), *score_windows(corpus, T, score)
 
 def check_text(config: RunConfig, corpus: Corpus):
-    "Raise a ValueError unless there is text enough for the training, the scores and all further measurements."
+    """Raise a ValueError unless there is text enough for the training, the scores and all further
+    measurements."""
     T, D, s = config.model.context_length, config.model.d_model, config.score
     have, n = {split: len(corpus.tokens(split)) for split in ('train', 'val')}, s.n_sequences + s.n_fit
     scored = f'score.n_sequences={s.n_sequences} and score.n_fit={s.n_fit} at model.context_length={T}'
@@ -276,10 +300,12 @@ def check_text(config: RunConfig, corpus: Corpus):
         text = dict(train='training', val='held-out')[split]
         if have[split] < need:
             raise ValueError(f'{field} needs {need:,} tokens of {text} text and there are {have[split]:,}; '
-                             f'give more text, change data.val_share={config.data.val_share}, or ask for less')
+                             f'give more text, change data.val_share={config.data.val_share}, or ask for '
+                             f'less')
     fit = len(score_windows(corpus, T, s)[1]) * T
     if fit <= D + 1:
-        raise ValueError(f'score.n_fit={s.n_fit} gives {fit:,} tokens to fit affine maps on that are not scored; '
+        raise ValueError(f'score.n_fit={s.n_fit} gives {fit:,} tokens to fit affine maps on that are not '
+                         f'scored; '
                          f'model.d_model={D} needs at least {D + 2}')
     documents = corpus.stats.get('val_documents', 2)
     if 'cloze' in config.measures and documents < 2:
@@ -291,12 +317,13 @@ def training_bytes(config: RunConfig) -> int:  # bytes
     return 4 * param_counts(config.model)['total'] * (3 * (config.train.keep_checkpoints + 1) + 1)
 
 def check_folder(folder: str | Path, need: int = 0):
-    """Raise an error unless files can be written to a folder, which need not exist, and `need` bytes have room there;
-    leaves nothing behind."""
+    """Raise an error unless files can be written to a folder, which need not exist, and `need` bytes have
+    room there; leaves nothing behind."""
     folder = Path(folder).absolute()
     place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not os.path.isdir(place):
-        raise NotADirectoryError(errno.ENOTDIR, f'{place} is a file, so {folder} cannot be a folder; choose another one')
+        raise NotADirectoryError(errno.ENOTDIR,
+                                 f'{place} is a file, so {folder} cannot be a folder; choose another one')
     probe = draft_name(place / 'probe')
     try:
         probe.write_bytes(bytes(2 ** 12))
@@ -307,7 +334,8 @@ def check_folder(folder: str | Path, need: int = 0):
     finally:
         with suppress(OSError): probe.unlink()
     if free < need:
-        raise OSError(errno.ENOSPC, f'{folder} has {free / 2**30:.3g} GB free and {need / 2**30:.3g} GB are needed; '
+        raise OSError(errno.ENOSPC,
+                      f'{folder} has {free / 2**30:.3g} GB free and {need / 2**30:.3g} GB are needed; '
                                     'make room or choose another folder')
 
 def check_file(path: str | Path):
@@ -318,7 +346,8 @@ def check_file(path: str | Path):
 # %% ../nbs/tools/05_studies.ipynb #0350ac22
 def _lengths(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Loss and final variance at the run's `lengths`, on a quarter of the tokens of the final loss."
-    return measure_lengths(model, corpus, run.lengths, run.n_eval * run.model.context_length // 4, run.text_seed)
+    return measure_lengths(model, corpus, run.lengths, run.n_eval * run.model.context_length // 4,
+                           run.text_seed)
 
 def _cloze(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Accuracy in multiple-choice questions from held-out documents."
@@ -331,28 +360,33 @@ def _theory(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
 def _sample(model: Transformer, run: RunConfig, corpus: Corpus) -> dict | None:
     "Weights, attention and routing on 24 tokens of held-out text; for seed 0 only."
     if run.seed: return None
-    return sample_mechanisms(model, corpus.sample_windows('val', 1, 24, run.text_seed)[0, :-1], corpus.tokenizer.decode)
+    return sample_mechanisms(model, corpus.sample_windows('val', 1, 24, run.text_seed)[0, :-1],
+                             corpus.tokenizer.decode)
 
 def _floors(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
     "Losses of tables that have read what the run has read, on the text of its final loss."
     T = run.model.context_length
-    return floors(corpus, run.train.steps, sequences_per_step(run.train, T), T, run.seed, held_out(run, corpus)[0])
+    return floors(corpus, run.train.steps, sequences_per_step(run.train, T), T, run.seed,
+                  held_out(run, corpus)[0])
 
 def _null(model: Transformer, run: RunConfig, corpus: Corpus) -> dict:
-    "What the scores are before any training: those of the same architecture at the run's initial weights, on few sequences."
+    """What the scores are before any training: those of the same architecture at the run's initial weights,
+    on few sequences."""
     few = run.score.replace(n_sequences=min(8, run.score.n_sequences), n_jacobian=1, seed=run.text_seed)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         fresh = Transformer(run.model).to(next(model.parameters()).device)
     found = score_model(fresh, *score_windows(corpus, run.model.context_length, few), few, progress=False)
-    arrays = {name: found['arrays'][name] for name in ('variance_median', 'variance_mean', 'skip_loss_increase')}
+    arrays = {name: found['arrays'][name] for name in ('variance_median', 'variance_mean',
+                                                       'skip_loss_increase')}
     return dict(scalars={name: s['value'] for name, s in found['scalars'].items()}, arrays=arrays)
 
 ALWAYS = dict(floors=_floors)           # in every record, whatever it asks for
 MEASURES |= dict(null=_null, lengths=_lengths, cloze=_cloze, theory=_theory, sample=_sample)
 
 def _missing_measures(record: dict, config: RunConfig) -> list[str]:  # keys of MEASURES
-    "Measurements that a run asks for and its record lacks, or has of other lengths or another number of questions."
+    """Measurements that a run asks for and its record lacks, or has of other lengths or another number of
+    questions."""
     if record['status'] != 'finished': return []
     there = record['config']
     other = dict(lengths=not set(config.lengths) <= set(there.get('lengths') or ()),
@@ -363,7 +397,8 @@ def _add_measures(record: dict, model: Transformer, config: RunConfig, corpus: C
     "Make the measurements that a record lacks; the rest of it stays as it is."
     wanted, there = _missing_measures(record, config), record['config']
     if not wanted: return record
-    if 'lengths' in record: config = config.replace(lengths=sorted({*config.lengths, *(there.get('lengths') or ())}))
+    if 'lengths' in record:
+        config = config.replace(lengths=sorted({*config.lengths, *(there.get('lengths') or ())}))
     found = {name: (ALWAYS | MEASURES)[name](model, config, corpus) for name in wanted}
     measures = dict.fromkeys([*there.get('measures', []), *(name for name in wanted if name in MEASURES)])
     asked = dict(lengths=list(config.lengths), n_questions=config.n_questions, measures=list(measures))
@@ -371,7 +406,8 @@ def _add_measures(record: dict, model: Transformer, config: RunConfig, corpus: C
         measured=record.get('measured', {}) | dict.fromkeys(wanted, code_state()))
 
 def make_record(config: RunConfig, corpus: Corpus, result: TrainResult, progress: bool) -> dict:
-    "Evaluate and score a trained model and put together its record; of one that diverged it holds the curves."
+    """Evaluate and score a trained model and put together its record; of one that diverged it holds the
+    curves."""
     start, model, name = time.perf_counter(), result.model, run_name(config, corpus.fingerprint)
     final, device, measured = dict(val_loss=None, perplexity=None), next(model.parameters()).device, {}
     if result.status == 'finished':
@@ -382,9 +418,11 @@ def make_record(config: RunConfig, corpus: Corpus, result: TrainResult, progress
         final = dict(val_loss=loss, perplexity=float(np.exp(loss['value'])))
         scores = score_model(model, to_score, to_fit, config.score, progress, pairs=0)
         scores['arrays'] = shortened(scores['arrays'])
-        measured = dict(scores=scores, sparsity=shortened(measure_sparsity(model, to_score[:, :-1].to(device))))
+        measured = dict(scores=scores,
+                        sparsity=shortened(measure_sparsity(model, to_score[:, :-1].to(device))))
     curve = shortened({name: [r.get(key) for r in result.log] for name, key in _CURVE.items()})
-    record = dict(schema=_SCHEMA, name=name, id=name[-8:], scale=config.scale, config=config.to_dict() | dict(measures=[]),
+    record = dict(schema=_SCHEMA, name=name, id=name[-8:], scale=config.scale,
+                  config=config.to_dict() | dict(measures=[]),
                   seed=config.seed, status=result.status, step=result.step, tokens=result.tokens,
                   seconds=dict(train=round(result.seconds, 1), score=round(time.perf_counter() - start, 1)),
                   final=final | dict(unigram_loss=corpus.unigram_loss()), **measured, curve=curve,
@@ -410,7 +448,8 @@ _NEEDED = dict(name=str, id=str, scale=str, config=dict, seed=int, status=str, s
 def _odd_parts(record: dict) -> list[str]:
     "Parts of a record that are not what they should be."
     finished, final, curve = record['status'] == 'finished', record['final'], record['curve']
-    scores, sparsity, made = record.get('scores'), record.get('sparsity', dict(scalars={})), record['provenance']
+    scores, sparsity, made = (record.get('scores'), record.get('sparsity', dict(scalars={})),
+                              record['provenance'])
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     maybe = lambda x: x is None or number(x)
     is_dict, is_list = (lambda x: isinstance(x, dict)), (lambda x: isinstance(x, list))
@@ -439,7 +478,8 @@ def check_record(record, path: Path) -> dict:
     if odd := odd or _odd_parts(record): raise Damaged(f'its {", ".join(odd)} cannot be right')
     config, fingerprint = RunConfig.from_dict(record['config']), record['provenance']['corpus_fingerprint']
     name = run_name(config, fingerprint)
-    for key, value in dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint), name=name).items():
+    for key, value in dict(scale=config.scale, seed=config.seed, id=identity(config, fingerprint),
+                           name=name).items():
         if record[key] != value:
             raise Damaged(f'its {key}={record[key]!r} is not that of its configuration and corpus, {value!r}')
     if (path.parent.name, path.stem) != (config.scale, name):
@@ -447,7 +487,8 @@ def check_record(record, path: Path) -> dict:
     return record
 
 def read_record(path: Path) -> dict | None:
-    "Read a record; one that was cut off, edited, renamed or written by a later version is reported by name, and counts as none."
+    """Read a record; one that was cut off, edited, renamed or written by a later version is reported by
+    name, and counts as none."""
     try: return with_true_names(check_record(read_json(path), path.absolute()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = str(error).replace(f'{path} ', 'it ')
@@ -466,7 +507,8 @@ class Place(NamedTuple):
     record: Path       # where its record is or will be
     work: Path         # where its checkpoints and its model are
 
-def _locate(config: RunConfig, out: str | Path, work: str | Path | None = None, progress: bool = True) -> Place:
+def _locate(config: RunConfig, out: str | Path, work: str | Path | None = None,
+            progress: bool = True) -> Place:
     "Prepare the corpus of a run and find out where its files are; see `work_folder`."
     corpus = prepare(config.data, progress=progress)
     config = fit_vocabulary(config, corpus)
@@ -506,24 +548,28 @@ def label_folder(folder: str | Path, config: RunConfig, corpus: Corpus):
     write_text(folder / 'run.json', json.dumps(stamp(label), indent=1))
 
 def read_run(folder: str | Path, model: ModelConfig | None = None) -> RunConfig:
-    """The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or it is of another model
-    than the one given."""
+    """The configuration of a run from its label; `Damaged` if label or tokenizer were changed, or it is of
+    another model than the one given."""
     path = Path(folder) / 'run.json'
-    label = {name: value for name, value in run_label(path.parent).items() if name not in ('checksum', 'tokenizer')}
+    label = {name: value for name, value in run_label(path.parent).items()
+             if name not in ('checksum', 'tokenizer')}
     try: config = RunConfig.from_dict(label)
-    except (ValueError, TypeError) as error: raise Damaged(f'{path} is not that of a run ({error})') from error
+    except (ValueError, TypeError) as error:
+        raise Damaged(f'{path} is not that of a run ({error})') from error
     if model: check_identity(path, config.model.to_dict(), model.to_dict())
     return config
 
 def _training_note(place: Place) -> dict:
-    "When and at which commit the training of a run began, from `training.json`; written now unless it is there."
+    """When and at which commit the training of a run began, from `training.json`; written now unless it is
+    there."""
     path, about = place.work / 'training.json', dict(run=place.work.name)
     try:
         note = check_stamp(read_json(path), path)
         check_identity(path, note, about)
     except Damaged as error:
         if path.exists():
-            warnings.warn(f'{error}; kept as {set_aside(path).name}, and the training is dated now', stacklevel=3)
+            warnings.warn(f'{error}; kept as {set_aside(path).name}, and the training is dated now',
+                          stacklevel=3)
         state = code_state() | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
         note = about | {f'trained_{key}': value for key, value in state.items()}
         write_text(path, json.dumps(stamp(note)))
@@ -550,8 +596,10 @@ def _check_start(scale: str, out: str | Path, work: str | Path | None):  # work:
     "Raise an error under a launcher of several processes, or if records or work cannot be stored."
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1:
-        raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, without '
-                         'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a time; '
+        raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, '
+                         f'without '
+                         'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a '
+                         'time; '
                          'to train one model on several processes use sparsecod train')
     if any((Path(out) / scale).glob('*.json')): return      # which may be all
     for folder in (Path(out) / scale, work_folder(out, work)): check_folder(folder)
@@ -570,8 +618,9 @@ def _check_run(place: Place):
 
 def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = None, force: bool = False,
         progress: bool = True) -> dict:
-    """Prepare the corpus, train, evaluate, score, and store one record, `out/<scale>/<name>.json`; a finished run is read
-    back unless `force` is set. Checkpoints and the model go into `work`, see `work_folder`."""
+    """Prepare the corpus, train, evaluate, score, and store one record, `out/<scale>/<name>.json`; a
+    finished run is read back unless `force` is set. Checkpoints and the model go into `work`, see
+    `work_folder`."""
     _check_start(config.scale, out, work)
     place = _locate(config, out, work, progress)
     if force: forget(place)
@@ -584,10 +633,12 @@ def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = N
         if not found and place.record.exists(): set_aside(place.record)
         label_folder(place.work, place.config, place.corpus)
         began, config = _training_note(place), place.config
-        if (place.work / 'result.json').exists() and (label := read_label(place.work)):    # trained with other micro-batches, say
+        # trained with other micro-batches, say
+        if (place.work / 'result.json').exists() and (label := read_label(place.work)):
             config = config.replace(train=TrainConfig.from_dict(label['train']))
         result = train(config.model, config.train, place.corpus, place.work, progress=progress)
-        if result.status == 'interrupted': raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
+        if result.status == 'interrupted':
+            raise KeyboardInterrupt(f'{place.work.name} stopped at step {result.step}')
         record = make_record(config, place.corpus, result, progress)
         record['provenance'] |= began | dict(execution=result.execution)
         write_record(place.record, record)
@@ -598,7 +649,8 @@ def run(config: RunConfig, out: str | Path = 'runs', work: str | Path | None = N
 def seed_list(seeds: int | Iterable[int]) -> list[int]:
     "Seeds by number or by name."
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not chosen or min(chosen) < 0: raise ValueError(f'seeds={seeds!r} must be a positive whole number or a list of seeds')
+    if not chosen or min(chosen) < 0:
+        raise ValueError(f'seeds={seeds!r} must be a positive whole number or a list of seeds')
     return list(dict.fromkeys(chosen))
 
 @dataclass(frozen=True)
@@ -606,8 +658,10 @@ class Study:
     "A list of runs that differ in one thing, times seeds."
     name: str       # a key of STUDIES
     question: str   # what it asks
-    variants: Callable[[RunConfig], dict[str, dict]]  # from the study's configuration to label -> changes by path
-    setting: Callable[[RunConfig], dict] = lambda base: {}  # from the scale's configuration to changes that all variants share
+    # from the study's configuration to label -> changes by path
+    variants: Callable[[RunConfig], dict[str, dict]]
+    # from the scale's configuration to changes that all variants share
+    setting: Callable[[RunConfig], dict] = lambda base: {}
 
     def changes(self, base: RunConfig) -> dict[str, dict]:  # label -> all changes by path
         "What each variant changes in the scale's configuration."
@@ -623,14 +677,16 @@ class Study:
 STUDIES: dict[str, Study] = {}
 
 def add_study(name: str, question: str, setting: Callable[[RunConfig], dict] = lambda base: {}):
-    "Add a study to STUDIES; what is decorated gives its variants, label -> changes by path, for a configuration."
+    """Add a study to STUDIES; what is decorated gives its variants, label -> changes by path, for a
+    configuration."""
     def add(variants):
         STUDIES[name] = Study(name, question, variants, setting)
         return variants
     return add
 
 # %% ../nbs/tools/05_studies.ipynb #cace5546
-_DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32), paper=(12, 16, 24, 32))
+_DEPTHS = dict(tiny=(1, 2, 3), laptop=(2, 4, 8, 16), desk=(2, 4, 8, 16), gpu=(4, 8, 16, 32),
+               paper=(12, 16, 24, 32))
 
 # at scales desk and gpu, the scores of an untrained model of every depth too
 @add_study('depth', 'What do more layers do to the stream, and how much do they do for the model?',
@@ -642,40 +698,45 @@ def _depth_variants(base: RunConfig) -> dict[str, dict]:
 # %% ../nbs/tools/05_studies.ipynb #be4fdde1
 def _pilot_variants(base: RunConfig) -> dict[str, dict]:
     "Every depth at half, once and twice the learning rate."
-    return {f'{label}, η={rate:g}': changes | {'train.lr': rate} for label, changes in _depth_variants(base).items()
+    return {f'{label}, η={rate:g}': changes | {'train.lr': rate}
+            for label, changes in _depth_variants(base).items()
             for rate in (base.train.lr / 2, base.train.lr, 2 * base.train.lr)}
 
 # short runs, hardly scored: only their losses are of interest
 _PILOTS = Study('pilots', 'Which learning rate suits which depth?', _pilot_variants, lambda base: {
-    'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': max(1, 2 * base.train.steps // 5)})
+    'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1,
+    'train.steps': max(1, 2 * base.train.steps // 5)})
 
 # %% ../nbs/tools/05_studies.ipynb #b62548f4
 @add_study('training', 'Is what depth does a matter of the learning rate, or of too little training?')
 def _training_variants(base: RunConfig) -> dict[str, dict]:
-    """The shallowest model and one at most four times as deep: as in the depth study, at a third of the learning rate,
-    and trained longer."""
+    """The shallowest model and one at most four times as deep: as in the depth study, at a third of the
+    learning rate, and trained longer."""
     depths = _DEPTHS.get(base.scale, _DEPTHS['laptop'])
     shallow, deep = depths[0], max(L for L in depths if L <= 4 * depths[0])
     times = deep / shallow
     ways = {'': {}, ', η/3': {'train.lr': float(f'{base.train.lr / 3:.4g}')},
             f', {times:.3g}× tokens': {'train.steps': round(times * base.train.steps)}}
-    return {f'L={L}{way}': {'model.n_layers': L} | changes for way, changes in ways.items() for L in (shallow, deep)}
+    return {f'L={L}{way}': {'model.n_layers': L} | changes for way, changes in ways.items()
+            for L in (shallow, deep)}
 
 # %% ../nbs/tools/05_studies.ipynb #62e72e59
 def _main_variants(base: RunConfig) -> dict[str, dict]:
-    """The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the training study
-    that are trained longer."""
+    """The depth study where its runs are long enough; elsewhere the shallow and the deeper model of the
+    training study that are trained longer."""
     if base.scale not in ('tiny', 'laptop'): return _depth_variants(base)
     return {label: changes for label, changes in _training_variants(base).items() if label.endswith('tokens')}
 
 MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it is trained?', _main_variants)
 
 # %% ../nbs/tools/05_studies.ipynb #cf225a68
-PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)   # of the published weight-decay study
+# of the published weight-decay study
+PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)
 
 def equivalent_decay(train: TrainConfig, published: float) -> float:
     "Translate a published weight decay."
-    return float(f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
+    return float(
+        f'{published * decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0)):.4g}')
 
 LENGTHS = dict(desk=(64, 128, 512), gpu=(128, 256, 1024), paper=(256, 512, 1024, 2048, 4096, 8192))
 
@@ -684,21 +745,24 @@ def _study_lengths(base: RunConfig) -> tuple[int, ...]:
     T = base.model.context_length
     return LENGTHS.get(base.scale, (T // 4, T, 4 * T))
 
-_BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16}, laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
+_BUDGETS = dict(tiny={'model.n_layers': 2}, gpu={'model.n_layers': 16},
+                laptop={'train.steps': 250, 'train.tokens_per_step': 2048})
 
 def _source_setting(base: RunConfig) -> dict:  # changes by path
-    """What the studies of the sources of sparsity share: budget of tokens, further measurements, and the published
-    weight decay of 0.1."""
-    measures = tuple(name for name in MEASURES if base.scale != 'laptop' or name != 'null')   # which came after those runs
+    """What the studies of the sources of sparsity share: budget of tokens, further measurements, and the
+    published weight decay of 0.1."""
+    # which came after those runs
+    measures = tuple(name for name in MEASURES if base.scale != 'laptop' or name != 'null')
     budget = _BUDGETS.get(base.scale, {}) | {'measures': measures, 'lengths': _study_lengths(base)}
     return budget | {'train.weight_decay': equivalent_decay(vary(base, budget).train, 0.1)}
 
 # %% ../nbs/tools/05_studies.ipynb #bcb70c43
 @add_study('decay', 'What does weight decay change, and does it matter which weights decay?', _source_setting)
 def _decay_variants(base: RunConfig) -> dict[str, dict]:  # labels name the published lambda
-    """No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay and 0.1 on
-    three groups of parameters."""
-    on = lambda published, groups: {'train.weight_decay': equivalent_decay(base.train, published), 'train.decay_groups': groups}
+    """No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay
+    and 0.1 on three groups of parameters."""
+    on = lambda published, groups: {'train.weight_decay': equivalent_decay(base.train, published),
+                                    'train.decay_groups': groups}
     if base.scale in ('desk', 'gpu'):
         return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on(0.1, 'matrices'), 'λ=0.1, all': on(0.1, 'all'),
                 'λ=0.1, all but gains': on(0.1, 'all_but_gains')}
@@ -709,19 +773,23 @@ def _decay_variants(base: RunConfig) -> dict[str, dict]:  # labels name the publ
 def _length_changes(base: RunConfig, T: int) -> dict:  # changes by path
     "Train, evaluate and score at another length, on as many tokens."
     same = lambda n: max(1, n * base.model.context_length // T)
-    score = {f'score.{name}': same(getattr(base.score, name)) for name in ('n_sequences', 'n_fit', 'batch_size')}
+    score = {f'score.{name}': same(getattr(base.score, name))
+             for name in ('n_sequences', 'n_fit', 'batch_size')}
     return {'model.context_length': T, 'n_eval': same(base.n_eval)} | score
 
-@add_study('context', 'What does a longer context change, and is it the length or the schedule?', _source_setting)
+@add_study('context', 'What does a longer context change, and is it the length or the schedule?',
+           _source_setting)
 def _context_variants(base: RunConfig) -> dict[str, dict]:
-    "Tokens of a step fixed: own length, shortest, longest, others. Sequences fixed: others, shortest, longest."
+    """Tokens of a step fixed: own length, shortest, longest, others. Sequences fixed: others, shortest,
+    longest."""
     t, own = base.train, base.model.context_length
     shortest, *others, longest = (T for T in _study_lengths(base) if T != own)
     fixed = {f'T={own}': {}} | {f'T={T}': _length_changes(base, T) for T in (shortest, longest, *others)}
     published = {}
     for T in (*others, shortest, longest) if base.scale not in ('desk', 'gpu') else ():
         per_step = t.tokens_per_step // own * T
-        budget = {'train.tokens_per_step': per_step, 'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
+        budget = {'train.tokens_per_step': per_step,
+                  'train.steps': max(1, t.steps * t.tokens_per_step // per_step)}
         published[f'T={T}, sequences fixed'] = fixed[f'T={T}'] | budget
     return fixed | published
 
@@ -737,26 +805,32 @@ def _gqa_variants(base: RunConfig) -> dict[str, dict]:
     return variants
 
 # %% ../nbs/tools/05_studies.ipynb #b2a5137f
-@add_study('moe', 'What does a mixture of experts change, and is it the sparsity or the gates?', _source_setting)
+@add_study('moe', 'What does a mixture of experts change, and is it the sparsity or the gates?',
+           _source_setting)
 def _moe_variants(base: RunConfig) -> dict[str, dict]:
     "Dense, and 2 of 8 experts of equal active width with each kind of gates."
     experts = {'model.n_experts': 8, 'model.experts_per_token': 2}
-    return {'dense': {}, 'gates as published': experts, 'gates renormalised': experts | {'model.gates': 'renormalised'},
+    return {'dense': {}, 'gates as published': experts,
+            'gates renormalised': experts | {'model.gates': 'renormalised'},
             'gates scale-matched': experts | {'model.gates': 'scale_matched'}}
 
 # %% ../nbs/tools/05_studies.ipynb #b0a17212
 _REMEDIES = {'pre-LN': 'pre_ln', 'LayerNorm Scaling': 'layernorm_scaling', 'Peri-LN': 'peri_ln'}
 
-@add_study('remedies', 'Do norm placements that hold the variance down do what sparsity is said to do?', _source_setting)
+@add_study('remedies', 'Do norm placements that hold the variance down do what sparsity is said to do?',
+           _source_setting)
 def _remedy_variants(base: RunConfig) -> dict[str, dict]:
     "Three placements of norms, without and with sparsity."
-    sparse = {'train.weight_decay': equivalent_decay(base.train, .3), 'model.n_kv_heads': base.model.n_heads // 2}
-    plain = {label: {} if norm == base.model.norm else {'model.norm': norm} for label, norm in _REMEDIES.items()}
+    sparse = {'train.weight_decay': equivalent_decay(base.train, .3),
+              'model.n_kv_heads': base.model.n_heads // 2}
+    plain = {label: {} if norm == base.model.norm else {'model.norm': norm}
+             for label, norm in _REMEDIES.items()}
     return plain | {f'{label}, sparse': changes | sparse for label, changes in plain.items()}
 
 # as for the single sources, at the published depth of 32 where the scale allows it
 @add_study('ladder', 'Do the sources of sparsity add up?',
-           lambda base: _source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper') else {}))
+           lambda base: _source_setting(base) | ({'model.n_layers': 32} if base.scale in ('gpu', 'paper')
+                                                 else {}))
 def _ladder_variants(base: RunConfig) -> dict[str, dict]:  # labels in brackets are overshoots
     "Half the depth, the full depth, and then one source of sparsity after the other."
     L, H, T = base.model.n_layers, base.model.n_heads, base.model.context_length
@@ -816,7 +890,8 @@ class Job(NamedTuple):
 
     def orders(self, out: Path, work: Path, threads: int | None = None) -> dict:
         "What a worker has to know."
-        return dict(config=self.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()), threads=threads)
+        return dict(config=self.config.to_dict(), out=str(Path(out).absolute()), work=str(work.absolute()),
+                    threads=threads)
 
 def _start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.Popen:
     "Start a process for one run; its complaints go to `stderr.txt` in its work folder."
@@ -824,11 +899,15 @@ def _start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.
     package, threads = str(Path(sparsecod.__file__).absolute().parents[1]), orders['threads']
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')])))
     env |= dict(PYTHONIOENCODING='utf-8') | environment
-    if threads: env |= dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM='false')
-    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name == 'nt' else dict(start_new_session=True)
+    if threads:
+        env |= dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads),
+                    TOKENIZERS_PARALLELISM='false')
+    apart = (dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name == 'nt'
+             else dict(start_new_session=True))
     command = [sys.executable, '-c', 'from sparsecod.studies import worker; worker()']
     with open(folder / 'stderr.txt', 'w', encoding='utf-8') as errors:
-        process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL,
                                    stderr=errors, encoding='utf-8', **apart)
     with suppress(OSError):  # it died at once; its exit status will say so
         process.stdin.write(json.dumps(orders) + '\n')
@@ -843,7 +922,8 @@ def _progress_of(job: Job) -> tuple[int, str]:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2 ** 16))
             newest = json.loads(file.read().split(b'\n')[-2])  # the last whole line
     except (OSError, ValueError, IndexError): return 0, 'starting'
-    return newest['step'], '' if newest['loss'] is None else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s"
+    return (newest['step'], '' if newest['loss'] is None
+            else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s")
 
 def _complaint(job: Job, code: int) -> str:  # code: exit status of its process
     "Why a run failed: the last line of what it said, or the signal that ended it."
@@ -854,10 +934,13 @@ def _complaint(job: Job, code: int) -> str:  # code: exit status of its process
 
 # %% ../nbs/tools/05_studies.ipynb #3ee58abd
 class Progress:
-    "In a terminal a bar over the study, and below it what the runs are doing; elsewhere a plain line now and then."
+    """In a terminal a bar over the study, and below it what the runs are doing; elsewhere a plain line now
+    and then."""
     STUDY = '{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left'
-    def __init__(self, title: str, total: float, done: float, show: bool = True, every: float = 30.):   # every: seconds
-        self.show, self.total, self.every, self.start, self.next = show, total, every, time.perf_counter(), every
+    def __init__(self, title: str, total: float, done: float, show: bool = True,
+                 every: float = 30.):  # every: seconds
+        self.show, self.total, self.every, self.start, self.next = (show, total, every, time.perf_counter(),
+                                                                    every)
         options = dict(dynamic_ncols=True, disable=not (show and sys.stderr.isatty()))
         self.study = tqdm(total=total, initial=done, desc=title, bar_format=self.STUDY, **options)
         self.runs = tqdm(bar_format='{desc}', position=1, leave=False, **options)
@@ -881,7 +964,8 @@ class Progress:
 def _own_gpus() -> list[str]:
     "The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
     if is_set('ACCELERATE_USE_CPU') or not torch.cuda.is_available(): return []
-    return (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+    return (os.environ.get('CUDA_VISIBLE_DEVICES')
+            or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
 
 @dataclass
 class Supervisor:
@@ -894,7 +978,8 @@ class Supervisor:
     title: str           # of the progress bar
 
     def __post_init__(self):
-        self.active, self.failed, self.finished = {}, {}, []       # slot -> (job, process, start); name -> complaint; jobs
+        # slot -> (job, process, start); name -> complaint; jobs
+        self.active, self.failed, self.finished = {}, {}, []
         self.gpus, self.parting = _own_gpus(), 'stopping; every run at work saves a checkpoint'
 
     def start(self, job: Job, slot: int) -> subprocess.Popen:
@@ -945,7 +1030,8 @@ class Supervisor:
         runs, cost = [], done + sum(job.cost for job in self.finished)
         for job, _, _ in self.active.values():
             step, remark = _progress_of(job)
-            runs.append(f"{job.name.rsplit('-', 1)[0]} step {step}/{job.config.train.steps} {remark}".rstrip())
+            runs.append(
+                f"{job.name.rsplit('-', 1)[0]} step {step}/{job.config.train.steps} {remark}".rstrip())
             cost += 0.95 * job.cost * step / job.config.train.steps  # the rest is scoring
         n_done += len(self.finished)
         total = n_done + len(self.failed) + len(self.active) + len(self.waiting)
@@ -993,27 +1079,33 @@ class _Followed:
         "Exit status of the worker; None while the job waits or works."
         if not self.job.done(): return None
         try: return self.job.result()
-        except Exception as error: write_text(self.folder / 'stderr.txt', f'{error}')  # it never came to its end
+        # it never came to its end
+        except Exception as error: write_text(self.folder / 'stderr.txt', f'{error}')
         return 1
 
 def _hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | None) -> dict[str, _Followed]:
-    "Hand runs to a cluster; those that an earlier call has handed over and that wait or work there are only followed."
+    """Hand runs to a cluster; those that an earlier call has handed over and that wait or work there are
+    only followed."""
     try: import submitit
-    except ImportError: raise ImportError(f"on={on!r} needs submitit: pip install 'sparsecod[cluster]'") from None
+    except ImportError:
+        raise ImportError(f"on={on!r} needs submitit: pip install 'sparsecod[cluster]'") from None
     cluster, *settings = on.split()
     pairs = dict(text.partition('=')[::2] for text in settings)
     try:
         executor = submitit.AutoExecutor(work / 'jobs', cluster=cluster)
         limit = dict(slurm_array_parallelism=at_once) if at_once and cluster == 'slurm' else {}
         executor.update_parameters(name='sparsecod', **dict(timeout_min=1440) | limit
-                                   | {name: int(value) if value.isdigit() else value for name, value in pairs.items()})
-    except (ValueError, RuntimeError, NameError) as error: raise ValueError(f'on={on!r} cannot be used: {error}') from error
+                                   | {name: int(value) if value.isdigit() else value
+                                      for name, value in pairs.items()})
+    except (ValueError, RuntimeError, NameError) as error:
+        raise ValueError(f'on={on!r} cannot be used: {error}') from error
     found, note = {}, 'job.json'
     for job in jobs:
         try: earlier = check_stamp(read_json(job.place.work / note), job.place.work / note)
         except Damaged: continue
         there = executor._executor.job_class(work / 'jobs', earlier['job'])
-        if earlier['cluster'] == cluster and not there.done(force_check=True): found[job.name] = _Followed(there, job.place.work)
+        if earlier['cluster'] == cluster and not there.done(force_check=True):
+            found[job.name] = _Followed(there, job.place.work)
     new = [job for job in jobs if job.name not in found]
     folders = [str(job.place.work.absolute()) for job in new]
     handed = executor.map_array(ClusterRun(), [job.orders(out, work) for job in new], folders) if new else []
@@ -1024,10 +1116,11 @@ def _hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | N
     return found
 
 # %% ../nbs/tools/05_studies.ipynb #1219b0ad
-def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: str | Path, work: Path, force: bool,
+def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: str | Path, work: Path,
+         force: bool,
          progress: bool) -> tuple[list[Job], list[Job]]:
-    """All runs of a study in its order, and those that are still to be done, longest first; one that cannot be done is
-    an error. With `force`, what is there is deleted first."""
+    """All runs of a study in its order, and those that are still to be done, longest first; one that cannot
+    be done is an error. With `force`, what is there is deleted first."""
     every, waiting = [], []
     for label, config in study.runs(scale, seeds):
         place = _locate(config, out, work, progress)
@@ -1044,15 +1137,19 @@ def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: 
 class RunsFailed(RuntimeError):
     "Some runs of a study failed; the others are done."
     def __init__(self, failed: dict[str, str]):
-        super().__init__(f'{len(failed)} run(s) failed: ' + '; '.join(f'{name}: {why}' for name, why in failed.items()))
+        super().__init__(f'{len(failed)} run(s) failed: '
+                         + '; '.join(f'{name}: {why}' for name, why in failed.items()))
         self.failed = failed
 
-def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int | Iterable[int] = 1, out: str | Path = 'runs',
-              jobs: int | None = None, work: str | Path | None = None, force: bool = False, progress: bool = True,
+def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int | Iterable[int] = 1,
+              out: str | Path = 'runs',
+              jobs: int | None = None, work: str | Path | None = None, force: bool = False,
+              progress: bool = True,
               on: str | None = None) -> list[dict]:
-    """Run what is missing of a study (again what is there, with `force`), several runs at a time, and give all its records;
-    raises `RunsFailed` if some could not be done. `seeds` says how many, or which; jobs=None is one run a GPU, or a core
-    where there is none; `on` names a cluster, such as 'slurm', with options of submitit. Files are those of `run`."""
+    """Run what is missing of a study (again what is there, with `force`), several runs at a time, and give
+    all its records; raises `RunsFailed` if some could not be done. `seeds` says how many, or which;
+    jobs=None is one run a GPU, or a core where there is none; `on` names a cluster, such as 'slurm', with
+    options of submitit. Files are those of `run`."""
     study, base, work = study_named(study), scale_config(scale), work_folder(out, work)
     if jobs is not None and jobs < 1: raise ValueError(f'jobs={jobs} must be at least 1')
     _check_start(base.scale, out, work)
@@ -1068,8 +1165,10 @@ def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int 
             handed = _hand_over(waiting, Path(out), work, on, jobs)
             s.start = lambda job, slot: handed[job.name]
             s.parting = f'the jobs on {on.split()[0]} go on; the same command follows them'
-        s.supervise(Progress(s.title, total, total - missing, progress), total - missing, len(every) - len(waiting))
-        done = {job.place.work.name for job in every if job.place.record.exists()}    # by another process, perhaps
+        s.supervise(Progress(s.title, total, total - missing, progress), total - missing,
+                    len(every) - len(waiting))
+        # by another process, perhaps
+        done = {job.place.work.name for job in every if job.place.record.exists()}
         failed = {name: why for name, why in s.failed.items() if name not in done}
         if failed: raise RunsFailed(failed)
     return [read_record(job.place.record) for job in every]
@@ -1089,15 +1188,16 @@ def variant_keys(study: Study, base: RunConfig) -> dict[str, str]:  # label -> k
     "The keys of all variants."
     return {label: variant_key(vary(base, changes)) for label, changes in study.changes(base).items()}
 
-def by_variant(study: str | Study, records: list[dict], base: RunConfig | None = None) -> dict[str, list[dict]]:
-    """The records of a study by label, in order of the seed; only variants that have one. The records are of one scale,
-    runs of other studies may be among them; base=None: the scale that they name."""
+def by_variant(study: str | Study, records: list[dict],
+               base: RunConfig | None = None) -> dict[str, list[dict]]:
+    """The records of a study by label, in order of the seed; only variants that have one. The records are
+    of one scale, runs of other studies may be among them; base=None: the scale that they name."""
     if not records: return {}
     study, base = study_named(study), base or scale_config(records[0]['scale'])
     keys = [_key_in_record(json.dumps(r['config'])) for r in records]
     found = {}
     for label, wanted in variant_keys(study, base).items():
-        mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}       # each run once
+        mine = {(r['seed'], r['id']): r for r, key in zip(records, keys) if key == wanted}  # each run once
         if mine: found[label] = sorted(mine.values(), key=lambda r: r['seed'])
     return found
 
@@ -1108,7 +1208,8 @@ def one_corpus(records: list[dict]) -> list[dict]:
     newest = max(records, key=lambda r: r['provenance']['date'])['provenance']['corpus_fingerprint']
     kept = [r for r in records if r['provenance']['corpus_fingerprint'] == newest]
     if len(kept) < len(records):
-        warnings.warn(f'{len(records) - len(kept)} of {len(records)} records are on another corpus than {newest} and left out',
+        warnings.warn(f'{len(records) - len(kept)} of {len(records)} records are on another corpus than '
+                      f'{newest} and left out',
                       stacklevel=3)
     return kept
 
@@ -1119,8 +1220,8 @@ def read_records(folder: str | Path) -> tuple[list[dict], list[Path]]:
     return [r for r in records if r is not None], [path for path, r in zip(paths, records) if r is None]
 
 def load_results(folder: str | Path, scale: str, study: str | Study | None = None) -> list[dict]:
-    """Read the records of a scale, all on one corpus, or those of a study; a damaged file is reported by name and left
-    out."""
+    """Read the records of a scale, all on one corpus, or those of a study; a damaged file is reported by
+    name and left out."""
     records = one_corpus(read_records(Path(folder) / scale)[0])
     return records if study is None else [r for group in by_variant(study, records).values() for r in group]
 
@@ -1130,7 +1231,8 @@ SOURCES = ('decay', 'context', 'gqa', 'moe')
 @add_study('sources', 'Do sparsity, variance and the use of layers go together?', _source_setting)
 def _source_variants(base: RunConfig) -> dict[str, dict]:
     "All variants of the four sources, each once."
-    every = {f'{name}: {label}': changes for name in SOURCES for label, changes in STUDIES[name].variants(base).items()}
+    every = {f'{name}: {label}': changes for name in SOURCES
+             for label, changes in STUDIES[name].variants(base).items()}
     once = {variant_key(vary(base, changes)): label for label, changes in reversed(every.items())}
     return {label: changes for label, changes in every.items() if label in once.values()}
 
@@ -1145,14 +1247,16 @@ def _metric_place(record: dict, name: str):  # name: see read_metric
     if name == 'val_loss': return record['final'].get(name)
     if name in _CLOZE: return (record.get('cloze') or {}).get(_CLOZE[name])
     if name in (*_GROWTHS, 'first_variance'):
-        v = ((record.get('scores') or {}).get('arrays') or {}).get(_GROWTHS.get(name, 'variance_median'))        # (L + 1,)
+        # (L + 1,)
+        v = ((record.get('scores') or {}).get('arrays') or {}).get(_GROWTHS.get(name, 'variance_median'))
         return v and (v[1] if name == 'first_variance' else v[-1] / v[1] if v[1] else None)
     if '@' in name:   # measured at another length; 'common' is the middle one, the scale's own
         (name, length), found = name.split('@'), record.get('lengths') or {}
         if length == 'common' and found: length = sorted(found, key=int)[(len(found) - 1) // 2]
         return found.get(length, {}).get(name)
     sparsity = record.get('sparsity', {}).get('scalars', {})
-    if name == 'density': return (sparsity['density_attention'] + sparsity['density_feed_forward']) / 2 if sparsity else None
+    if name == 'density':
+        return (sparsity['density_attention'] + sparsity['density_feed_forward']) / 2 if sparsity else None
     return record.get('scores', {}).get('scalars', {}).get(name, sparsity.get(name))
 
 def read_metric(record: dict, name: str) -> dict | None:
@@ -1179,7 +1283,8 @@ def t_interval(values: Iterable[float]) -> tuple[float, float, float]:
     return x.mean(), *student_t.interval(.95, len(x) - 1, x.mean(), x.std(ddof=1) / len(x) ** .5)
 
 # %% ../nbs/tools/05_studies.ipynb #0ef244e9
-SIZES = ('final_variance', 'final_variance_median', 'final_variance_without_first', 'first_variance')   # in the units of the stream
+# in the units of the stream
+SIZES = ('final_variance', 'final_variance_median', 'final_variance_without_first', 'first_variance')
 LOGARITHMIC = (*SIZES, *_GROWTHS)
 
 def logarithmic(name: str) -> bool:
@@ -1198,11 +1303,15 @@ def over_seeds(found: list[dict], log: bool = False) -> dict:
 # %% ../nbs/tools/05_studies.ipynb #6751471c
 def summarise(study: str | Study, records: list[dict], metrics: Iterable[str] | None = None,
               base: RunConfig | None = None) -> dict[str, dict[str, dict]]:
-    """Every variant's metrics over its seeds, label -> metric -> value, low, high, n, over; what no run has is left out.
-    metrics=None: the loss and all scalar scores; base=None: the scale that the records name."""
+    """Every variant's metrics over its seeds, label -> metric -> value, low, high, n, over; what no run has
+    is left out. metrics=None: the loss and all scalar scores; base=None: the scale that the records
+    name."""
     table = {}
     for label, group in by_variant(study, records, base).items():
-        names = metrics or dict.fromkeys(['val_loss', *(k for r in group for k in r.get('scores', {}).get('scalars', {}))])
+        names = (metrics
+                 or dict.fromkeys(['val_loss',
+                                   *(k for r in group for k in r.get('scores', {}).get('scalars', {}))]))
         found = {name: [m for r in group if (m := read_metric(r, name))] for name in names}
-        table[label] = {name: over_seeds(values, logarithmic(name)) for name, values in found.items() if values}
+        table[label] = {name: over_seeds(values, logarithmic(name)) for name, values in found.items()
+                        if values}
     return table

@@ -27,7 +27,7 @@ from .scores import AffineFit, check_sequences, check_windows, sequence_loss, un
 
 # %% ../nbs/tools/14_surgery.ipynb #625793c6
 MODES = ('keep', 'skip', 'linear', 'no attention', 'no feed-forward')
-_PARTS = {'no attention': 'attention', 'no feed-forward': 'feed_forward'}   # mode -> the part that is left out
+_PARTS = {'no attention': 'attention', 'no feed-forward': 'feed_forward'}  # mode -> the part that is left out
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,7 +40,8 @@ class Plan:
     def place(self, l: int) -> int:
         "Where block l runs, from 0."
         order = [block for block, _ in self.places]
-        if type(l) is not int or l not in order: raise ValueError(f'l={l!r} must be the number of a block, 1 to {len(order)}')
+        if type(l) is not int or l not in order:
+            raise ValueError(f'l={l!r} must be the number of a block, 1 to {len(order)}')
         return order.index(l)
 
     def set(self, l: int, mode: str) -> 'Plan':
@@ -64,20 +65,24 @@ class Surgery:
     "A live model under operation, judged on held-out windows. It is only read."
     def __init__(self, model, windows: Tensor, fit_windows: Tensor | None = None, batch_size: int = 16,
                  memory: int = 2 ** 30):
-        """Of anything that adapt takes: the loss is measured on `windows` (N, T + 1), affine maps are fitted on others, (M, T + 1)
-        (None: no block can be linearised). `batch_size` sequences are in memory at once, and `memory` bytes of streams are kept."""
+        """Of anything that adapt takes: the loss is measured on `windows` (N, T + 1), affine maps are
+        fitted on others, (M, T + 1) (None: no block can be linearised). `batch_size` sequences are in
+        memory at once, and `memory` bytes of streams are kept."""
         self.model = adapt(model)
         if fit_windows is None: check_sequences(self.model, least=2, windows=windows)
         else: check_windows(self.model, windows, fit_windows)
         device, L = next(self.model.parameters()).device, len(self.model.blocks)
-        self.windows, self.fit_windows = windows.to(device), None if fit_windows is None else fit_windows.to(device)
+        self.windows, self.fit_windows = (windows.to(device),
+                                          None if fit_windows is None else fit_windows.to(device))
         self.plan, self.batch_size = Plan.untouched(L), batch_size
-        self.maps, self.before, self.parts = [], None, {}   # of blocks 1, 2, .. so far; the stream there; sublayers
-        self.known, self.kept = {}, {}                   # losses by plan; streams by place, a list of batches each
+        # of blocks 1, 2, .. so far; the stream there; sublayers
+        self.maps, self.before, self.parts = [], None, {}
+        self.known, self.kept = {}, {}  # losses by plan; streams by place, a list of batches each
         self.seen, self.ran = (), 0                      # the places of the streams; blocks run last
         numbers = (L + 1) * windows[:, 1:].numel() * self.model.config.d_model
         self.stride = max(1, -(-4 * numbers // memory))  # a stream is kept at every place that this divides
-        self.check: Callable[[], None] = lambda: None    # called before each block and each token; may raise, to abandon the work
+        # called before each block and each token; may raise, to abandon the work
+        self.check: Callable[[], None] = lambda: None
 
     def block(self, h: Tensor, l: int, mode: str) -> Tensor:
         "The stream (B, T, D) after block l, 1..L, in one of the MODES."
@@ -97,21 +102,26 @@ class Surgery:
 
     def fit(self, last: int):
         "Fit the affine maps of blocks 1 to last that are not fitted yet."
-        if self.fit_windows is None: raise ValueError('fit_windows is None; to linearise a block there must be windows to fit its affine map on')
+        if self.fit_windows is None:
+            raise ValueError(
+                'fit_windows is None; to linearise a block there must be windows to fit its affine map on')
         model = self.model
         with untouched(model):
-            if self.before is None: self.before = [model.embed(w[:, :-1]) for w in self.fit_windows.split(self.batch_size)]
+            if self.before is None:
+                self.before = [model.embed(w[:, :-1]) for w in self.fit_windows.split(self.batch_size)]
             for l in range(len(self.maps) + 1, last + 1):
                 fit, after = AffineFit(model.config.d_model), []
                 for h in self.before:                                 # (B, T, D)
                     self.check()
-                    model.run(h, start=l - 1, stop=l, watch=lambda _, out: (fit.add(h, out.update), after.append(out.stream)))
+                    model.run(h, start=l - 1, stop=l,
+                              watch=lambda _, out: (fit.add(h, out.update), after.append(out.stream)))
                 self.maps.append(fit.solve())
                 self.before = after
 
     def part(self, l: int, mode: str) -> nn.Module:
         "The attention or the feed-forward layer of a block."
-        if l not in self.parts: self.parts[l] = find_sublayers(self.model, l, self.model.embed(self.windows[:1, :-1]))
+        if l not in self.parts:
+            self.parts[l] = find_sublayers(self.model, l, self.model.embed(self.windows[:1, :-1]))
         return self.parts[l][_PARTS[mode]]
 
     def losses(self, plan: Plan | None = None) -> Tensor:   # plan; None: the untouched model
@@ -121,7 +131,8 @@ class Surgery:
         places, same = plan.places, 0
         while same < len(self.seen) and places[same] == self.seen[same]: same += 1
         start = max((place for place in self.kept if place <= same), default=0)
-        self.seen, batches, losses = places[:start], self.windows.split(self.batch_size), []   # true even if we are interrupted
+        # true even if we are interrupted
+        self.seen, batches, losses = places[:start], self.windows.split(self.batch_size), []
         with untouched(self.model):
             self.kept = {place: h for place, h in self.kept.items() if place <= start}
             if not self.kept: self.kept = {0: [self.model.embed(w[:, :-1]) for w in batches]}
@@ -139,7 +150,8 @@ class Surgery:
 
 # %% ../nbs/tools/14_surgery.ipynb #07e87744
 def change(after: Tensor, before: Tensor) -> dict:
-    "Mean difference of the losses (N,) of the same windows: value, and low and high ends of the 95 % interval."
+    """Mean difference of the losses (N,) of the same windows: value, and low and high ends of the 95 %
+    interval."""
     return mean_estimate(after - before)
 
 def skip_costs(surgery: Surgery, first: int = 1) -> Iterator[dict]:
@@ -148,7 +160,8 @@ def skip_costs(surgery: Surgery, first: int = 1) -> Iterator[dict]:
     def carry(h, start, stop):
         for l in range(start, stop): h = surgery.block(h, l, 'keep')
         return h
-    with untouched(model): streams = [carry(model.embed(w[:, :-1]), 1, first) for w in surgery.windows.split(surgery.batch_size)]
+    with untouched(model):
+        streams = [carry(model.embed(w[:, :-1]), 1, first) for w in surgery.windows.split(surgery.batch_size)]
     for l in range(first, L + 1):
         with untouched(model):
             targets = surgery.windows[:, 1:].split(surgery.batch_size)
@@ -179,7 +192,8 @@ def _cached_logits(surgery: Surgery, plan: Plan, tokens: list[int], device) -> I
     past, read = None, 0
     with running(surgery, plan) as network:
         while True:
-            out = network(input_ids=torch.tensor([tokens[read:]], device=device), past_key_values=past, use_cache=True)
+            out = network(input_ids=torch.tensor([tokens[read:]], device=device), past_key_values=past,
+                          use_cache=True)
             past = getattr(out, 'past_key_values', None)
             read = len(tokens) if past is not None else 0
             yield out.logits[:, -1].float()
@@ -193,14 +207,17 @@ def write(surgery: Surgery, plan: Plan, tokens: list[int], n_new: int = 40, temp
     def run(h):
         for l, mode in plan.places: h = surgery.block(h, l, mode)
         return h
-    c = model.config if model.config.context_length else model.config.replace(context_length=surgery.windows.shape[1] - 1)
+    c = (model.config if model.config.context_length
+         else model.config.replace(context_length=surgery.windows.shape[1] - 1))
     operated = SimpleNamespace(config=c, embed=model.embed, run=run, logits=model.logits)
     cached = _cached_logits(surgery, plan, tokens, device) if isinstance(model, AdaptedModel) else None
     try:
         with untouched(model):
             for _ in range(n_new):
                 surgery.check()
-                if cached is None: new = next_tokens(operated, torch.tensor([tokens], device=device), temperature=temperature, generator=draw)
+                if cached is None:
+                    new = next_tokens(operated, torch.tensor([tokens], device=device),
+                                      temperature=temperature, generator=draw)
                 else: new = draw_tokens(next(cached), temperature, generator=draw)
                 tokens.append(new.item())
                 yield tokens[-1]
@@ -234,9 +251,12 @@ class Table:
     def __init__(self, surgery: Surgery, tokenizer=None, tell: Callable[[], None] = lambda: None):
         "Without a tokenizer texts are numbers; `tell` is called whenever there is something new to show."
         self.surgery, self.tokenizer, self.tell = surgery, tokenizer, tell
-        self.plan, self.history, self.first = surgery.plan, [], None   # now; before; the block that is to be swapped
-        self.losses, self.seconds, self.costs = None, 0., []           # of the plan, (N,); to find them; of skipping a block
-        self.texts, self.error, self.job = {}, '', None                # by plan and prompt; what went wrong; what is under way
+        # now; before; the block that is to be swapped
+        self.plan, self.history, self.first = surgery.plan, [], None
+        # of the plan, (N,); to find them; of skipping a block
+        self.losses, self.seconds, self.costs = None, 0., []
+        # by plan and prompt; what went wrong; what is under way
+        self.texts, self.error, self.job = {}, '', None
         start = surgery.windows[0, :8].tolist()
         self.prompt = ' '.join(map(str, start)) if tokenizer is None else tokenizer.decode(start)
 
@@ -287,13 +307,15 @@ class Table:
         "Write a text token by token, and tell of it while it grows."
         key, told = (plan, self.prompt), time.monotonic()
         if key in self.texts: return
-        encode = (lambda text: list(map(int, text.split()))) if self.tokenizer is None else self.tokenizer.encode
+        encode = ((lambda text: list(map(int, text.split()))) if self.tokenizer is None
+                  else self.tokenizer.encode)
         ids = list(encode(self.prompt))
         if not ids: raise ValueError(f'prompt={self.prompt!r} must hold at least one token')
         try:
             for token in write(self.surgery, plan, ids):
                 ids.append(token)
-                self.texts[key] = ' '.join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+                self.texts[key] = ' '.join(map(str,
+                                               ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
                 if time.monotonic() - told > .2:
                     self.tell()
                     told = time.monotonic()
@@ -304,8 +326,11 @@ class Table:
 
 # %% ../nbs/tools/14_surgery.ipynb #77dea6e7
 def library_windows(model, tokenizer) -> tuple[Tensor, Tensor]:
-    "Windows (n, T + 1) from the sources of Python's standard library, at most 64 tokens long: to score in a second, and to fit on."
-    if tokenizer is None: raise ValueError('this model comes without a tokenizer; give windows of tokens, (N, T + 1), or a tokenizer to make some')
+    """Windows (n, T + 1) from the sources of Python's standard library, at most 64 tokens long: to score in
+    a second, and to fit on."""
+    if tokenizer is None:
+        raise ValueError('this model comes without a tokenizer; give windows of tokens, (N, T + 1), or a '
+                         'tokenizer to make some')
     T = min(64, model.config.context_length or 64)
     ids, most, M = [], 16, max(16, -(-4 * model.config.d_model // T))
     for path in sorted(Path(threading.__file__).parent.glob('*.py')):
@@ -313,11 +338,13 @@ def library_windows(model, tokenizer) -> tuple[Tensor, Tensor]:
         if len(ids) >= (most + M) * (T + 1): break
     windows = torch.tensor(ids[:(most + M) * (T + 1)]).view(-1, T + 1).to(next(model.parameters()).device)
     with untouched(model):
-        one = timed(lambda: model.token_losses(model.run(model.embed(windows[:2, :-1])), windows[:2, 1:]), windows.device) / 2
+        one = timed(lambda: model.token_losses(model.run(model.embed(windows[:2, :-1])), windows[:2, 1:]),
+                    windows.device) / 2
     n = max(4, min(most, int(1 / one)))
     return windows[:n, :1 + min(T, max(16, int(T / (n * one))))], windows[most:]
 
 def models_at_hand(folder: str | Path = 'runs') -> list[str]:
     "Folders below a folder that hold a model."
-    found = {p.parent.parent if p.parent.name == 'model' else p.parent for p in Path(folder).rglob('config.json') if any(p.parent.glob('*.safetensors'))}
+    found = {p.parent.parent if p.parent.name == 'model' else p.parent
+             for p in Path(folder).rglob('config.json') if any(p.parent.glob('*.safetensors'))}
     return sorted(map(str, found))

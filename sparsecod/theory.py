@@ -28,7 +28,8 @@ from .train import channel_variance
 
 # %% ../nbs/build/09_theory.ipynb #8e2b16a4
 def masked_std(init_std: float, p: float, rescale: float = 0.0) -> float:
-    "Standard deviation of a weight behind a random mask of density p, 0..1; surviving weights are divided by p ** rescale."
+    """Standard deviation of a weight behind a random mask of density p, 0..1; surviving weights are divided
+    by p ** rescale."""
     if not 0 <= p <= 1: raise ValueError(f'p={p} must lie between 0 and 1')
     return init_std * p ** (0.5 - rescale) if p > 0 else 0.0
 
@@ -38,12 +39,16 @@ CLOSED_FORMS = ('pre_ln', 'layernorm_scaling', 'peri_ln')  # placements of norms
 
 def update_variance(config: ModelConfig, l: int = 1, p: float = 1.0, rescale: float = 0.0,
         sublayers: str = 'block') -> tuple[float, float]:
-    """Variance a channel that the first and second update of block l, 1..L, add when random masks of density p lie on it.
-    Sublayers: 'block', attention on one position, then SwiGLU; or 'linear', one D x D matrix, whose second update is 0."""
-    if sublayers not in SUBLAYERS: raise ValueError(f'sublayers={sublayers!r} must be one of {", ".join(SUBLAYERS)}')
-    if config.n_experts: raise ValueError(f'n_experts={config.n_experts}: the closed form is for SwiGLU, so it must be 0')
+    """Variance a channel that the first and second update of block l, 1..L, add when random masks of
+    density p lie on it. Sublayers: 'block', attention on one position, then SwiGLU; or 'linear', one D x D
+    matrix, whose second update is 0."""
+    if sublayers not in SUBLAYERS:
+        raise ValueError(f'sublayers={sublayers!r} must be one of {", ".join(SUBLAYERS)}')
+    if config.n_experts:
+        raise ValueError(f'n_experts={config.n_experts}: the closed form is for SwiGLU, so it must be 0')
     if config.norm not in CLOSED_FORMS:
-        raise ValueError(f'norm={config.norm!r} has no closed form here; it must be one of {", ".join(CLOSED_FORMS)}')
+        raise ValueError(
+            f'norm={config.norm!r} has no closed form here; it must be one of {", ".join(CLOSED_FORMS)}')
     std = masked_std(config.init_std, p, rescale)
     if std == 0: return 0.0, 0.0
     if sublayers == 'block': return initial_update_variance(config.replace(init_std=std), l)
@@ -73,11 +78,13 @@ def gate_moments(s2: float) -> GateMoments:
 
 # %% ../nbs/build/09_theory.ipynb #7029ff75
 def by_layer(p, L: int) -> list[tuple[float, float]]:
-    """Densities of both sublayers of blocks 1..L, from p: a number, L numbers, or 'attention' and 'feed_forward' with
-    L numbers each, as from effective_density."""
+    """Densities of both sublayers of blocks 1..L, from p: a number, L numbers, or 'attention' and
+    'feed_forward' with L numbers each, as from effective_density."""
     if isinstance(p, (int, float)): p = [p] * L
-    pairs = list(zip(p['attention'], p['feed_forward'], strict=True)) if isinstance(p, dict) else [(x, x) for x in p]
-    if len(pairs) != L: raise ValueError(f'p has densities for {len(pairs)} blocks; it must have them for all {L}')
+    pairs = (list(zip(p['attention'], p['feed_forward'], strict=True)) if isinstance(p, dict)
+             else [(x, x) for x in p])
+    if len(pairs) != L:
+        raise ValueError(f'p has densities for {len(pairs)} blocks; it must have them for all {L}')
     return [(float(a), float(f)) for a, f in pairs]
 
 def magnitude_mask(weight: Tensor, p: float) -> Tensor:  # bool, same shape
@@ -89,8 +96,8 @@ def magnitude_mask(weight: Tensor, p: float) -> Tensor:  # bool, same shape
 # %% ../nbs/build/09_theory.ipynb #b07fb75f
 @torch.no_grad()
 def apply_masks(model: Stack, p, how: str = 'random', rescale: float = 0.0, seed: int = 0) -> Stack:
-    """Mask every matrix in the blocks of a model, in place: 'random', or 'magnitude', which keeps the largest entries.
-    For p, see by_layer; surviving weights are divided by p ** rescale."""
+    """Mask every matrix in the blocks of a model, in place: 'random', or 'magnitude', which keeps the
+    largest entries. For p, see by_layer; surviving weights are divided by p ** rescale."""
     if how not in ('random', 'magnitude'): raise ValueError(f'how={how!r} must be random or magnitude')
     generator = torch.Generator().manual_seed(seed)
     if how == 'random' and p == 1: return model                                    # nothing to remove
@@ -98,7 +105,7 @@ def apply_masks(model: Stack, p, how: str = 'random', rescale: float = 0.0, seed
                 for sublayer, density in zip((block.attention, block.feed_forward), pair)
                 for w in sublayer.parameters() if w.dim() > 1]
     for w, density in matrices:
-        random = torch.rand(w.shape, generator=generator) < density                # drawn on the CPU on every machine
+        random = torch.rand(w.shape, generator=generator) < density  # drawn on the CPU on every machine
         mask = random.to(w.device) if how == 'random' else magnitude_mask(w, density)
         w.mul_(mask / max(density, 1e-12) ** rescale)
     return model
@@ -111,7 +118,8 @@ def random_stack(config: ModelConfig, p=1.0, rescale: float = 0.0, sublayers: st
     For p, see by_layer; for rescale and sublayers, update_variance."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = apply_masks(Stack(config), p, rescale=rescale, seed=10 ** 6 + seed)  # other numbers than the weights
+        # other numbers than the weights
+        model = apply_masks(Stack(config), p, rescale=rescale, seed=10 ** 6 + seed)
     if sublayers == 'linear':
         for block in model.blocks:
             nn.init.eye_(block.attention.value.weight)      # needs as many key/value heads as query heads
@@ -121,8 +129,8 @@ def random_stack(config: ModelConfig, p=1.0, rescale: float = 0.0, sublayers: st
 # %% ../nbs/build/09_theory.ipynb #98e7725b
 @torch.no_grad()
 def simulate_stream(config: ModelConfig, p=1.0, n_models: int = 8, n_tokens: int = 64, **options) -> Tensor:
-    """Stream variance by layer of random masked models, (n_models, L + 1), mean over n_tokens different sequences of
-    one token each. For p, see by_layer; for options, random_stack."""
+    """Stream variance by layer of random masked models, (n_models, L + 1), mean over n_tokens different
+    sequences of one token each. For p, see by_layer; for options, random_stack."""
     tokens = torch.arange(n_tokens)[:, None]                               # (B, 1)
     rows = []
     for seed in range(n_models):
@@ -141,14 +149,15 @@ def mean_interval(samples: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]
 # %% ../nbs/build/09_theory.ipynb #8eb1c689
 def block_updates(config: ModelConfig, p=1.0, rescale: float = 0.0,
         sublayers: str = 'block') -> list[tuple[float, float]]:
-    "Variances of the first and the second update of blocks 1..L; arguments as in update_variance and by_layer."
+    """Variances of the first and the second update of blocks 1..L; arguments as in update_variance and
+    by_layer."""
     u = lambda l, density: update_variance(config, l, density, rescale, sublayers)
     return [(u(l, a)[0], u(l, f)[1]) for l, (a, f) in enumerate(by_layer(p, config.n_layers), 1)]
 
 def stream_variance(config: ModelConfig, p=1.0, v0: float | None = None, rescale: float = 0.0,
         sublayers: str = 'block') -> list[float]:  # L + 1 numbers
-    """Expected variance of the stream h_0 .. h_L, for sequences of one token, from that of the embedding, v0, by default
-    init_std squared. Other arguments as in block_updates."""
+    """Expected variance of the stream h_0 .. h_L, for sequences of one token, from that of the embedding,
+    v0, by default init_std squared. Other arguments as in block_updates."""
     v = [config.init_std ** 2 if v0 is None else v0]
     for a, f in block_updates(config, p, rescale, sublayers): v.append(v[-1] + a + f)
     return v
@@ -160,16 +169,17 @@ def relative_update(variance: Sequence[float]) -> list[float]:
 
 # %% ../nbs/build/09_theory.ipynb #176f7433
 def gate_gain(s2: float, tokens: int = 1) -> float:
-    """Squared Jacobian of SwiGLU relative to a linear sublayer whose update has the same variance; s2 is the variance of
-    pre-activations, and the Jacobian is averaged over so many unrelated tokens before taking its norm."""
+    """Squared Jacobian of SwiGLU relative to a linear sublayer whose update has the same variance; s2 is
+    the variance of pre-activations, and the Jacobian is averaged over so many unrelated tokens before
+    taking its norm."""
     m = gate_moments(s2)
     return (1 + s2 * m.slope_square / m.mean_square) / tokens + (1 - 1 / tokens) * m.mean ** 2 / m.mean_square
 
 # %% ../nbs/build/09_theory.ipynb #3e977665
 def jacobian_deviation(config: ModelConfig, p=1.0, v0: float | None = None, rescale: float = 0.0,
         sublayers: str = 'block', tokens: int = 1) -> list[float]:
-    """Expected ||J - I||_F / D of the Jacobians of blocks 1..L, for sequences of one token, averaged over so many tokens
-    before taking the norm. Other arguments as in stream_variance."""
+    """Expected ||J - I||_F / D of the Jacobians of blocks 1..L, for sequences of one token, averaged over
+    so many tokens before taking the norm. Other arguments as in stream_variance."""
     D, N, norms = config.d_model, tokens, NORMS[config.norm]
     v = stream_variance(config, p, v0, rescale, sublayers)
     kept = (D - 2 + 1 / N + (1 - 1 / N) / D) / D * ((D - 1) / D if norms.after else 1)   # by the projections
@@ -207,8 +217,8 @@ def weighted_variance(weights: Tensor, correlation: float = 0.0) -> Tensor:  # (
 
 # %% ../nbs/build/09_theory.ipynb #019217ee
 def attention_averaging(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # (B, T)
-    """Variance of the attention average relative to that of a single value, for random value matrices; mean over heads.
-    The input x is the normalised stream, (B, T, D); 1 at position 0."""
+    """Variance of the attention average relative to that of a single value, for random value matrices; mean
+    over heads. The input x is the normalised stream, (B, T, D); 1 at position 0."""
     weights = attention_weights(attention, x, rope)                                # (B, H, T, T)
     n = x / x.square().mean(-1, keepdim=True).sqrt()                               # (B, T, D)
     overlap = n @ n.transpose(1, 2) / x.shape[-1]                                  # (B, T, T)
@@ -217,13 +227,14 @@ def attention_averaging(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Ten
 # %% ../nbs/build/09_theory.ipynb #fddb7968
 @torch.no_grad()
 def variance_budget(model: Stack, tokens: Tensor) -> dict[str, Tensor]:  # each (L, B)
-    """What every block adds to the variance of the stream on tokens, (B, T): means over positions 1..T-1 of 'before',
-    'attention', 'feed_forward', 'covariance' and 'after'."""
+    """What every block adds to the variance of the stream on tokens, (B, T): means over positions 1..T-1 of
+    'before', 'attention', 'feed_forward', 'covariance' and 'after'."""
     mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()             # (B, T, D) -> (B,)
     rows, last = [], [model.embed(tokens)]
     def keep(l, out):
         a, f, before, after = (mean(x) for x in (out.attention, out.feed_forward, last[0], out.stream))
-        rows.append(dict(before=before, attention=a, feed_forward=f, covariance=after - before - a - f, after=after))
+        rows.append(dict(before=before, attention=a, feed_forward=f, covariance=after - before - a - f,
+                         after=after))
         last[0] = out.stream
     model.run(last[0], watch=keep)
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -232,14 +243,16 @@ def variance_budget(model: Stack, tokens: Tensor) -> dict[str, Tensor]:  # each 
 @torch.no_grad()
 def own_update_variance(block: Block, averaging: float = 1.0,
         p: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
-    """Variances of both updates if the block's matrices were random, with the mean squares that they have and masks of
-    densities p. For averaging, see attention_averaging."""
+    """Variances of both updates if the block's matrices were random, with the mean squares that they have
+    and masks of densities p. For averaging, see attention_averaging."""
     if not isinstance(block.feed_forward, SwiGLU):
-        raise TypeError(f'the feed-forward layer is {type(block.feed_forward).__name__}; the closed form is for SwiGLU')
+        raise TypeError(
+            f'the feed-forward layer is {type(block.feed_forward).__name__}; the closed form is for SwiGLU')
     square = lambda w: w.float().square().mean().item()
     outs = block.attention_out_norm, block.feed_forward_out_norm
     if isinstance(outs[0], RMSNorm): return square(outs[0].weight), square(outs[1].weight)
-    through = lambda linear, p: p * linear.in_features * square(linear.weight)      # variance out / mean square in
+    # variance out / mean square in
+    through = lambda linear, p: p * linear.in_features * square(linear.weight)
     a, f, (c_a, c_f) = block.attention, block.feed_forward, (
         norm.scale ** 2 * square(norm.weight) for norm in (block.attention_norm, block.feed_forward_norm))
     gate = gate_moments(c_f * through(f.gate, p[1])).mean_square
@@ -249,7 +262,8 @@ def own_update_variance(block: Block, averaging: float = 1.0,
 # %% ../nbs/build/09_theory.ipynb #7d344e11
 @torch.no_grad()
 def measure_averaging(model: Stack, tokens: Tensor) -> list[float]:
-    "`attention_averaging` of every block on tokens, (B, T), T > 1; means over sequences, heads and positions 1..T-1."
+    """`attention_averaging` of every block on tokens, (B, T), T > 1; means over sequences, heads and
+    positions 1..T-1."""
     c, inputs = model.config, [model.embed(tokens)]
     model.run(inputs[0], watch=lambda l, out: inputs.append(out.stream))
     rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
@@ -260,10 +274,12 @@ def measure_averaging(model: Stack, tokens: Tensor) -> list[float]:
 @torch.no_grad()
 def predict_variance(model: Stack, p=1.0, v0: float | None = None, averaging: Sequence[float] | None = None,
         masks: str = 'matrices') -> list[float]:
-    """Stream variance h_0 .. h_L that the theory predicts from the size of a model's weights; v0 of the embedding, by default
-    its mean over the vocabulary. For p, see by_layer; it lies on all of a block's 'matrices', or is one factor for each of
-    its 'sublayers'. Averaging is from measure_averaging; by default 1, as at the first position."""
-    if masks not in ('matrices', 'sublayers'): raise ValueError(f'masks={masks!r} must be matrices or sublayers')
+    """Stream variance h_0 .. h_L that the theory predicts from the size of a model's weights; v0 of the
+    embedding, by default its mean over the vocabulary. For p, see by_layer; it lies on all of a block's
+    'matrices', or is one factor for each of its 'sublayers'. Averaging is from measure_averaging; by
+    default 1, as at the first position."""
+    if masks not in ('matrices', 'sublayers'):
+        raise ValueError(f'masks={masks!r} must be matrices or sublayers')
     L = len(model.blocks)
     v = [channel_variance(model.embedding.weight).mean().item() if v0 is None else v0]
     for block, average, pair in zip(model.blocks, averaging or [1.0] * L, by_layer(p, L)):
@@ -278,8 +294,8 @@ def gaussian_dependence(p: float) -> float:
     return 1 + 2 * t * NormalDist().pdf(t) / p
 
 def mask_weight_dependence(weight: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far a mask and the weights under it are from independent: 'density' p; 'energy', the share of the squared weights
-    that is kept; and 'ratio', energy / density, which is 1 if they are."""
+    """How far a mask and the weights under it are from independent: 'density' p; 'energy', the share of the
+    squared weights that is kept; and 'ratio', energy / density, which is 1 if they are."""
     square, mask = weight.detach().cpu().double().square(), mask.cpu().bool()
     density, energy = mask.double().mean().item(), (square[mask].sum() / square.sum()).item()
     if density == 0: raise ValueError('the mask keeps nothing, so there is no ratio')
@@ -287,8 +303,8 @@ def mask_weight_dependence(weight: Tensor, mask: Tensor) -> dict[str, float]:
 
 # %% ../nbs/build/09_theory.ipynb #f5f3cf9b
 def coherence(weight: Tensor, x: Tensor) -> float:
-    """Power of a matrix's output, for inputs (..., in), relative to the sum of the powers of its terms: 1 for random weights,
-    at most the number of inputs."""
+    """Power of a matrix's output, for inputs (..., in), relative to the sum of the powers of its terms: 1
+    for random weights, at most the number of inputs."""
     return ((x @ weight.T).square().sum() / (x.square() @ weight.square().T).sum()).item()
 
 def masked_power(weight: Tensor, x: Tensor, p: float) -> float:
@@ -298,8 +314,9 @@ def masked_power(weight: Tensor, x: Tensor, p: float) -> float:
 # %% ../nbs/build/09_theory.ipynb #c86e76c9
 @torch.no_grad()
 def masked_updates(model: Stack, tokens: Tensor, p: float, how: str = 'magnitude', seed: int = 0) -> Tensor:
-    """Variance that masks, as in apply_masks, leave of attention and feed-forward updates, (2, L, B), relative to that
-    without them; each block reads the stream of the intact model on tokens, (B, T), T > 1."""
+    """Variance that masks, as in apply_masks, leave of attention and feed-forward updates, (2, L, B),
+    relative to that without them; each block reads the stream of the intact model on tokens, (B, T), T >
+    1."""
     c, masked = model.config, apply_masks(copy.deepcopy(model), p, how, seed=seed)
     rope = rope_angles(tokens.shape[1], c.d_model // c.n_heads, c.rope_theta, tokens.device)
     mean = lambda x: channel_variance(x)[:, 1:].mean(1).cpu().double()              # (B, T, D) -> (B,)

@@ -48,10 +48,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short, missing_compiler
+from .compilation import (CompiledLoss, Execution, choose_execution, compiler_errors_in_short,
+                                   missing_compiler)
 from .compilation import kept_memory, plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
-from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision, param_counts
+from .core import (LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision,
+                            param_counts)
 from .integrity import (Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum,
                         content_checksum, read_json, seal, set_aside, stamp, write_text)
 from .moe import expert_load
@@ -64,7 +66,8 @@ class TrainConfig(Config):
     "How a model is trained. Sizes are in tokens and in steps; one step is one update of the weights."
     steps: int                             # updates of the weights
     tokens_per_step: int = 4096            # targets a step, over all sequences and processes; a multiple of T
-    micro_batch_tokens: int | None = None  # targets a forward pass in one process; None: the whole step at once
+    # targets a forward pass in one process; None: the whole step at once
+    micro_batch_tokens: int | None = None
     lr: float = 3e-3                       # peak learning rate
     min_lr_ratio: float = 0.1              # last learning rate divided by the peak
     warmup_steps: int | None = None        # steps of linear warm-up; None: a twentieth of all steps
@@ -75,41 +78,49 @@ class TrainConfig(Config):
     clip: float = 1.0                      # largest norm of the gradient
     precision: str = 'auto'                # of matrix products: fp32, bf16, or auto, what is fastest
     compile: str = 'auto'                  # whether to compile the step: on, off, or auto, if that is fastest
-    seed: int = 0                          # of the initial weights, the order of the data, and any other randomness
+    seed: int = 0  # of the initial weights, the order of the data, and any other randomness
     log_every: int = 10                    # steps between records in the log
     checkpoint_every: int = 200            # steps between checkpoints
     keep_checkpoints: int = 2              # newest checkpoints that are kept
-    strategy: str = 'auto'                 # of several processes: ddp (each holds the model), fsdp (a share of it), or auto
-    activation_checkpointing: bool | None = None  # compute blocks again in the backward pass; None: if memory asks for it
+    strategy: str = 'auto'  # of several processes: ddp (each holds the model), fsdp (a share of it), or auto
+    # compute blocks again in the backward pass; None: if memory asks for it
+    activation_checkpointing: bool | None = None
 
     RULES = {'steps tokens_per_step micro_batch_tokens lr eps clip log_every': POSITIVE,
              'checkpoint_every keep_checkpoints': POSITIVE, 'warmup_steps weight_decay': NOT_NEGATIVE,
              'min_lr_ratio': ((lambda ratio: 0 <= ratio <= 1), 'must lie between 0 and 1'),
              'betas': ((lambda betas: all(0 <= b < 1 for b in betas)), 'must be two numbers in [0, 1)'),
-             'decay_groups': one_of(DECAY_GROUPS), 'precision': one_of(('auto', 'fp32', 'bf16')), 'seed': SEED,
+             'decay_groups': one_of(DECAY_GROUPS), 'precision': one_of(('auto', 'fp32', 'bf16')),
+             'seed': SEED,
              'compile': one_of(('auto', 'on', 'off')), 'strategy': one_of(('auto', 'ddp', 'fsdp'))}
 
     def __post_init__(self):
-        if isinstance(self.compile, bool): object.__setattr__(self, 'compile', 'on' if self.compile else 'off')  # older files
+        # older files
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, 'compile', 'on' if self.compile else 'off')
         check_fields(self)
-        require((self.warmup_steps or 0) <= self.steps, self, 'warmup_steps', f'must be at most steps={self.steps}')
+        require((self.warmup_steps or 0) <= self.steps, self, 'warmup_steps',
+                f'must be at most steps={self.steps}')
 
 # %% ../nbs/build/05_train.ipynb #9ab18ed8
 def sequences_per_step(config: TrainConfig, T: int, processes: int = 1) -> int:
     "Sequences that hold `tokens_per_step` targets; a step that does not divide evenly is an error."
     require(config.tokens_per_step % (T * processes) == 0, config, 'tokens_per_step',
-            f'must be a multiple of the context length {T}' + (f' x {processes} processes' if processes > 1 else ''))
+            f'must be a multiple of the context length {T}'
+            + (f' x {processes} processes' if processes > 1 else ''))
     require((config.micro_batch_tokens or T) % T == 0, config, 'micro_batch_tokens',
             f'must be a multiple of the context length {T}')
     return config.tokens_per_step // T
 
 # %% ../nbs/build/05_train.ipynb #ab7c85af
 def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str = 'matrices') -> list[dict]:
-    "AdamW's parameter groups with params, their names and weight_decay: first the parameters that decay, then the others."
+    """AdamW's parameter groups with params, their names and weight_decay: first the parameters that decay,
+    then the others."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
-        decays = decay_groups == 'all' or p.dim() > 1 and (decay_groups == 'all_but_gains' or id(p) not in tables)
+        decays = (decay_groups == 'all' or p.dim() > 1
+                  and (decay_groups == 'all_but_gains' or id(p) not in tables))
         group = groups[0 if decays else 1]
         group['params'].append(p)
         group['names'].append(name)
@@ -140,8 +151,8 @@ def decay_product(config: TrainConfig) -> float:
 # %% ../nbs/build/05_train.ipynb #58461784
 def accumulate_gradients(model: nn.Module, windows: Tensor, sequences: int, bf16: bool = False,
                          watch: Callable[[int, BlockOutput], None] | None = None) -> Tensor:
-    """Forward and backward over this process's windows (N, T + 1), `sequences` at a time; the gradients end up in the
-    parameters. Gives the mean loss, a scalar; `watch` sees every block in each forward pass."""
+    """Forward and backward over this process's windows (N, T + 1), `sequences` at a time; the gradients end
+    up in the parameters. Gives the mean loss, a scalar; `watch` sees every block in each forward pass."""
     loss, portions = torch.zeros((), device=windows.device), windows.split(sequences)
     for i, portion in enumerate(portions):                                  # (b, T + 1)
         share, last = len(portion) / len(windows), i == len(portions) - 1
@@ -163,10 +174,12 @@ def channel_variance(x: Tensor) -> Tensor:  # x: stream or update, (B, T, D); gi
 
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
-    "Called after each block with its output; keeps variances, one number a token, and what blocks add to the loss."
+    """Called after each block with its output; keeps variances, one number a token, and what blocks add to
+    the loss."""
     def __init__(self, config: ModelConfig, device='cpu'):
-        self.config, self.auxiliary = config, 0.0          # sum over all sequences of what blocks add to the loss
-        self.sequences = torch.zeros((), device=device)    # seen; a tensor, because a compiler takes numbers for constants
+        self.config, self.auxiliary = config, 0.0  # sum over all sequences of what blocks add to the loss
+        # seen; a tensor, because a compiler takes numbers for constants
+        self.sequences = torch.zeros((), device=device)
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
 
@@ -192,29 +205,37 @@ def is_set(name: str) -> bool:
 
 def find_world() -> PartialState:
     "This process's device, and its place among the processes that were launched together."
-    for name in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM'):  # its ways to divide
+    # its ways to divide
+    for name in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM'):
         if is_set(name):
-            raise ValueError(f'{name}={os.environ[name]} must not be set: accelerate launch only starts the processes; '
-                             "strategy='fsdp' of the training (--set train.strategy=fsdp) divides the model among them")
+            raise ValueError(f'{name}={os.environ[name]} must not be set: accelerate launch only starts the '
+                             f'processes; '
+                             "strategy='fsdp' of the training (--set train.strategy=fsdp) divides the model "
+                             "among them")
     launched = int(os.environ.get('WORLD_SIZE') or 1)
-    gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()  # processes cannot share Apple's
-    advice = 'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process'
+    # processes cannot share Apple's
+    gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
+    advice = (
+        'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process')
     if launched > 1 and not os.environ.get('MASTER_ADDR'):
-        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find each other; {advice}')
+        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find '
+                           f'each other; {advice}')
     try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
     except (ValueError, RuntimeError) as error:
         if launched == 1: raise
-        raise RuntimeError(f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error
+        raise RuntimeError(
+            f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error
     if launched != world.num_processes:
-        raise RuntimeError(f'WORLD_SIZE={launched}, but this process is one of {world.num_processes}; {advice}')
+        raise RuntimeError(
+            f'WORLD_SIZE={launched}, but this process is one of {world.num_processes}; {advice}')
     return world
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
 def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[float]]:
-    """Variances over the tokens of all processes: mean, median, and mean without position 0 for the L + 1 streams;
-    means for the L updates."""
+    """Variances over the tokens of all processes: mean, median, and mean without position 0 for the L + 1
+    streams; means for the L updates."""
     def gathered(per_layer):
-        x = torch.stack(per_layer, 1)                                                       # (B / processes, layers, T)
+        x = torch.stack(per_layer, 1)  # (B / processes, layers, T)
         return gather(x) if world.num_processes > 1 else x                                  # (B, layers, T)
     stream = gathered(watch.stream)                                                           # (B, L + 1, T)
     return dict(variance_mean=stream.mean((0, 2)).tolist(),
@@ -225,10 +246,12 @@ def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[f
 
 # %% ../nbs/build/05_train.ipynb #dc9a7e9f
 def summarize_experts(watch: StreamWatch, world: PartialState) -> dict:
-    "What blocks add to the loss, if anything, and if there are experts the load of each block's busiest (1: an even share)."
+    """What blocks add to the loss, if anything, and if there are experts the load of each block's busiest
+    (1: an even share)."""
     c, found = watch.config, {}
     def average(x): return reduce(x, 'mean') if world.num_processes > 1 else x
-    if isinstance(watch.auxiliary, Tensor): found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()
+    if isinstance(watch.auxiliary, Tensor):
+        found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()
     if watch.load:
         load = average(torch.stack(watch.load))                                 # (L, E)
         found['busiest_expert'] = (load.amax(1) * c.n_experts / c.experts_per_token).tolist()
@@ -263,7 +286,8 @@ class Run:
 
 # %% ../nbs/build/05_train.ipynb #5a7e0b01
 def saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = True) -> int:
-    "Bytes that an uncompiled forward pass keeps for the backward pass; fake=False: really do it, not count shapes only."
+    """Bytes that an uncompiled forward pass keeps for the backward pass; fake=False: really do it, not
+    count shapes only."""
     kept, tensors = {}, []
     with FakeTensorMode() if fake else torch.enable_grad():
         model = Transformer(config)
@@ -271,50 +295,60 @@ def saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = Tr
         def note(x):
             place = x.untyped_storage()
             if place._cdata not in weights: kept[place._cdata] = place.nbytes()
-            tensors.append(x)                                                            # keeps the place from being used again
+            tensors.append(x)  # keeps the place from being used again
             return x
         windows = torch.randint(config.vocab_size, (sequences, config.context_length + 1))
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        with (torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+              torch.autocast('cpu', torch.bfloat16, enabled=bf16)):
             model(windows[:, :-1], targets=windows[:, 1:])
     return sum(kept.values())
 
 def activation_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> int:
-    "Bytes on each card that a forward pass keeps, and the largest piece of logits with its gradients; as `memory_bytes`."
+    """Bytes on each card that a forward pass keeps, and the largest piece of logits with its gradients; as
+    `memory_bytes`."""
     m, t = config.model, config.train
     B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
-    count = bf16 or m.n_experts > 0                                                      # fake experts run in bf16 only
+    count = bf16 or m.n_experts > 0  # fake experts run in bf16 only
     one, two = (saved_bytes(m.replace(n_layers=L), B, count) for L in (1, 2))
     factor = 1 if count == bf16 else 2
-    kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again else factor * (two - one))
+    kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again
+                                              else factor * (two - one))
     return kept + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
 
 def memory_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> dict[str, int]:
-    """The most bytes that a training step needs on each card, compiled or not: 'single', 'ddp' and 'fsdp'. The config
-    has model and training, as a RunConfig; `again`: blocks are computed again in the backward pass."""
+    """The most bytes that a training step needs on each card, compiled or not: 'single', 'ddp' and 'fsdp'.
+    The config has model and training, as a RunConfig; `again`: blocks are computed again in the backward
+    pass."""
     P, m = param_counts(config.model), config.model
-    largest = max(P['blocks'] // m.n_layers, P['embedding'])                             # fetched as one piece
+    largest = max(P['blocks'] // m.n_layers, P['embedding'])  # fetched as one piece
     shared = activation_bytes(config, gpus, bf16, again)
-    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16, again), ddp=20 * P['total'] + shared,
+    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16, again),
+                ddp=20 * P['total'] + shared,
                 fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
 
 # %% ../nbs/build/05_train.ipynb #5d21a0b2
 def choose_strategy(model_config: ModelConfig, config: TrainConfig, world: PartialState) -> tuple[str, bool]:
-    "How processes share a model, 'single', 'ddp' or 'fsdp', and whether blocks are computed again: the first that fits."
+    """How processes share a model, 'single', 'ddp' or 'fsdp', and whether blocks are computed again: the
+    first that fits."""
     n, again = world.num_processes, config.activation_checkpointing
     ways = ('single',) if n == 1 else ('ddp', 'fsdp') if config.strategy == 'auto' else (config.strategy,)
-    choices = [(way, keep_less) for keep_less in ((False, True) if again is None else (again,)) for way in ways]
+    choices = [(way, keep_less) for keep_less in ((False, True) if again is None else (again,))
+               for way in ways]
     if world.device.type != 'cuda': return choices[0]
     room = 0.9 * torch.cuda.mem_get_info(world.device)[1]
     bf16 = plain_execution(config.precision, world.device).bf16
     for way, keep_less in choices[:-1]:
-        if memory_bytes(SimpleNamespace(model=model_config, train=config), n, bf16, keep_less)[way] <= room: return way, keep_less
+        if memory_bytes(SimpleNamespace(model=model_config, train=config), n, bf16, keep_less)[way] <= room:
+            return way, keep_less
     return choices[-1]
 
 def _divide(model: Transformer, world: PartialState):
     "Give each process its share of every block, and of the rest; each block is fetched as one piece (FSDP2)."
     if not hasattr(dcp, 'HuggingFaceStorageWriter'):
-        raise ImportError("strategy='fsdp' needs a newer PyTorch, whose processes can save their shares: pip install -U torch")
-    warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # of views that blocks return, which we leave as they are
+        raise ImportError("strategy='fsdp' needs a newer PyTorch, whose processes can save their shares: pip "
+                          "install -U torch")
+    # of views that blocks return, which we leave as they are
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
     mesh = init_device_mesh(world.device.type, (world.num_processes,))
     for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, 'embed')  # the training step calls it by itself
@@ -324,7 +358,8 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 # %% ../nbs/build/05_train.ipynb #a831e192
-def start_run(model_config: ModelConfig, config: TrainConfig, corpus, folder: Path, world: PartialState) -> Run:
+def start_run(model_config: ModelConfig, config: TrainConfig, corpus, folder: Path,
+              world: PartialState) -> Run:
     "A seeded model on its device, with its optimiser."
     torch.manual_seed(config.seed)
     model = placed = Transformer(model_config)
@@ -332,7 +367,8 @@ def start_run(model_config: ModelConfig, config: TrainConfig, corpus, folder: Pa
     if way == 'fsdp': _divide(model, world)
     else: model.to(world.device)
     if way == 'ddp':
-        placed = DistributedDataParallel(model, device_ids=None if world.device.type == 'cpu' else [world.device])
+        placed = DistributedDataParallel(model,
+                                         device_ids=None if world.device.type == 'cpu' else [world.device])
     return Run(model, placed, make_optimizer(model, config), world, config, corpus, folder)
 
 # %% ../nbs/build/05_train.ipynb #5589aa58
@@ -340,8 +376,10 @@ def decide_execution(run: Run, say: Callable[[str], None] = lambda text: None, t
     "Decide how the steps of a run are computed, unless its checkpoint has said so."
     config, device, alone = run.config, run.world.device, run.world.num_processes == 1
     if run.execution == _UNDECIDED and alone and trial:
-        model, n = run.model.config, min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step)
-        random, shape = torch.Generator().manual_seed(0), (n // model.context_length, model.context_length + 1)
+        model, n = (run.model.config,
+                    min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step))
+        random, shape = (torch.Generator().manual_seed(0),
+                         (n // model.context_length, model.context_length + 1))
         windows = torch.randint(model.vocab_size, shape, generator=random).to(device)      # (b, T + 1)
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
         run.execution = choose_execution(run.model, windows, passes, config.precision, config.compile,
@@ -350,7 +388,8 @@ def decide_execution(run: Run, say: Callable[[str], None] = lambda text: None, t
         run.execution = plain_execution(config.precision, device)
     if not (run.execution.compiled and alone): return
     if missing := missing_compiler() if device.type == 'cpu' else None:
-        raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks {missing}; '
+        raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks '
+                         f'{missing}; '
                          'install it, or start the run anew with resume=False')
     use_compiler_cache()
     run.loss = CompiledLoss(run.model)
@@ -373,14 +412,15 @@ class Measured(NamedTuple):
 
 def training_step(run: Run, watch: StreamWatch | None = None,
                   stop: Callable[[], bool] = lambda: False) -> tuple[Measured, bool]:
-    """One update of the weights, or none if loss or gradient are not finite: what was measured, and whether any process
-    was asked to stop. `run.step` is left to the caller."""
+    """One update of the weights, or none if loss or gradient are not finite: what was measured, and whether
+    any process was asked to stop. `run.step` is left to the caller."""
     config, lr = run.config, learning_rate(run.step, run.config)
     for group in run.optimizer.param_groups: group['lr'] = lr
     windows = step_windows(run)                                                             # (n, T + 1)
     sequences = min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
     execution = run.execution
-    if execution.compiled and watch is None: watch = StreamWatch(run.model.config, windows.device)  # one graph for all steps
+    # one graph for all steps
+    if execution.compiled and watch is None: watch = StreamWatch(run.model.config, windows.device)
     with torch.no_grad():
         if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
     with compiler_errors_in_short():
@@ -393,20 +433,25 @@ def training_step(run: Run, watch: StreamWatch | None = None,
     return Measured(loss, lr, grad_norm), stopping > 0
 
 # %% ../nbs/build/05_train.ipynb #2aee5afc
-FREE_FIELDS = ('micro_batch_tokens', 'compile', 'checkpoint_every', 'keep_checkpoints', 'strategy', 'activation_checkpointing')
+FREE_FIELDS = ('micro_batch_tokens', 'compile', 'checkpoint_every', 'keep_checkpoints', 'strategy',
+               'activation_checkpointing')
 
 def _make_label(model_config: ModelConfig, config: TrainConfig, fingerprint: str) -> dict:
     "What a run is, as JSON."
-    return json.loads(json.dumps(dict(model=model_config.to_dict(), train=config.to_dict(), corpus=fingerprint)))
+    return json.loads(json.dumps(dict(model=model_config.to_dict(), train=config.to_dict(),
+                                      corpus=fingerprint)))
 
 def _read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
     "The configurations in a label, perhaps of an earlier version; a ValueError if there are none."
     try: return ModelConfig.from_dict(label['model']), TrainConfig.from_dict(label['train'])
-    except (KeyError, TypeError, AttributeError) as error: raise ValueError(f'{type(error).__name__}: {error}') from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{type(error).__name__}: {error}') from None
 
 def _run_id(label: dict) -> str:
-    "A short name for what a run computes. Fields at their default do not count, so a new field changes no name."
-    def plain(f, value): return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
+    """A short name for what a run computes. Fields at their default do not count, so a new field changes no
+    name."""
+    def plain(f, value):
+        return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
     parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
               if f.name not in FREE_FIELDS and getattr(c, f.name) != f.default}
              for c in _read_configs(label)]
@@ -417,7 +462,8 @@ def _other_run(found: dict, wanted: dict) -> str:
     try: there, here = _read_configs(found), _read_configs(wanted)
     except ValueError as error: return f'its configuration cannot be read ({error})'
     pairs = {'corpus fingerprint': (found.get('corpus'), wanted['corpus'])}
-    for a, b in zip(there, here): pairs |= {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(b)}
+    for a, b in zip(there, here):
+        pairs |= {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(b)}
     return next((f'{name}={a!r} there, {name}={b!r} here' for name, (a, b) in pairs.items()
                  if name not in FREE_FIELDS and a != b), '')
 
@@ -440,7 +486,8 @@ def _open_tracker(run: Run, name: str | None):
     if name and run.world.is_main_process:
         options = dict(logging_dir=run.folder) if name == 'tensorboard' else dict(
             id=run.id, name=run.folder.name, resume='allow', dir=str(run.folder))
-        run.tracker = LOGGER_TYPE_TO_CLASS[name]('tensorboard' if name == 'tensorboard' else 'sparsecod', **options)
+        run.tracker = LOGGER_TYPE_TO_CLASS[name]('tensorboard' if name == 'tensorboard' else 'sparsecod',
+                                                 **options)
         if hasattr(run.tracker, 'start'): run.tracker.start()  # accelerate 1.11 or newer
     try: yield
     finally:
@@ -464,17 +511,21 @@ def write_record(run: Run, measured: Measured, watch: StreamWatch | None) -> dic
     step, seconds = run.mark
     speed = (run.step - step) * run.config.tokens_per_step / max(run.seconds - seconds, 1e-9)
     run.mark = run.step, run.seconds
-    record = dict(step=run.step, tokens=run.step * run.config.tokens_per_step, **measured._asdict(), tokens_per_s=speed)
+    record = dict(step=run.step, tokens=run.step * run.config.tokens_per_step, **measured._asdict(),
+                  tokens_per_s=speed)
     if watch is not None:
         record |= summarize_watch(watch, run.world) | summarize_experts(watch, run.world)
         record['loss'] -= record.get('auxiliary', 0.0)  # the log states the cross-entropy
     record = without_infinities(record)
     if run.world.is_main_process:
         path = run.folder / 'log.jsonl'
-        with _say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file: file.write(_log_line(record, run.id))
+        with _say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file:
+            file.write(_log_line(record, run.id))
         if run.tracker:
-            numbers = {f'{key}/{l}': x for key, values in record.items() if isinstance(values, list) for l, x in enumerate(values)}
-            run.tracker.log({key: x for key, x in (record | numbers).items() if isinstance(x, (int, float))}, step=run.step)
+            numbers = {f'{key}/{l}': x for key, values in record.items() if isinstance(values, list)
+                       for l, x in enumerate(values)}
+            run.tracker.log({key: x for key, x in (record | numbers).items() if isinstance(x, (int, float))},
+                            step=run.step)
     return record
 
 # %% ../nbs/build/05_train.ipynb #b5aacb4f
@@ -522,11 +573,13 @@ def _load_optimizer_tensors(optimizer: torch.optim.AdamW, tensors: dict[str, Ten
 
 # %% ../nbs/build/05_train.ipynb #096d16ce
 FORMAT = 2  # of checkpoints and final models; what has another number is passed over
-_CHECKPOINT_FILES, _SHARES = ('model.safetensors', 'optimizer.safetensors', 'state.json'), 'shard-*.safetensors'
+_CHECKPOINT_FILES, _SHARES = (('model.safetensors', 'optimizer.safetensors', 'state.json'),
+                              'shard-*.safetensors')
 
 def checkpoints(folder: Path) -> list[Path]:  # folders checkpoints/step-00000200 and so on
     "The checkpoints of a run, oldest first."
-    found = [path for path in (folder / 'checkpoints').glob('step-*') if re.fullmatch(r'step-\d{8,}', path.name)]
+    found = [path for path in (folder / 'checkpoints').glob('step-*')
+             if re.fullmatch(r'step-\d{8,}', path.name)]
     return sorted(found, key=_step_of)
 
 def _step_of(checkpoint: Path) -> int:
@@ -543,13 +596,17 @@ def _save_shares(run: Run, folder: Path | None):  # folder: of the checkpoint; k
 def _load_shares(run: Run, folder: Path):
     "Read what this process needs from a checkpoint that was saved whole or in shares."
     if not hasattr(dcp, 'HuggingFaceStorageReader'):
-        raise ImportError(f'{folder} was saved by several processes; reading it needs PyTorch 2.9 or newer: pip install -U torch')
+        raise ImportError(f'{folder} was saved by several processes; reading it needs PyTorch 2.9 or newer: '
+                          f'pip install -U torch')
     state = {}
     for name, p in run.model.named_parameters():
-        state |= {f'exp_avg:{name}': torch.zeros_like(p), f'exp_avg_sq:{name}': torch.zeros_like(p), f'step:{name}': torch.zeros(())}
+        state |= {f'exp_avg:{name}': torch.zeros_like(p), f'exp_avg_sq:{name}': torch.zeros_like(p),
+                  f'step:{name}': torch.zeros(())}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'torch.distributed is')  # not used: one process reads the shares of several
-        dcp.load(dict(run.model.named_parameters()) | state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        # not used: one process reads the shares of several
+        warnings.filterwarnings('ignore', 'torch.distributed is')
+        dcp.load(dict(run.model.named_parameters()) | state,
+                 storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     _load_optimizer_tensors(run.optimizer, state)
 
 # %% ../nbs/build/05_train.ipynb #d0f80616
@@ -565,7 +622,9 @@ def _save_checkpoint(run: Run):
             save_model(run.model, str(draft / 'model.safetensors'))
             save_file(_optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
         if not main: return
-        write_text(draft / 'state.json', json.dumps(dict(step=run.step, seconds=run.seconds, mark=run.mark, execution=run.execution)))
+        write_text(draft / 'state.json',
+                   json.dumps(dict(step=run.step, seconds=run.seconds, mark=run.mark,
+                                   execution=run.execution)))
         seal(draft, dict(format=FORMAT, step=run.step, **run.label))
     older = [path for path in checkpoints(run.folder) if _step_of(path) < run.step]
     for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
@@ -579,10 +638,13 @@ def _check_folder(folder: Path, step: int, label: dict, names: tuple):
 def _check_checkpoint(checkpoint: Path, label: dict):
     "Raise `Damaged` if anything in a checkpoint is not as this run has saved it."
     step, path = _step_of(checkpoint), checkpoint / 'state.json'
-    _check_folder(checkpoint, step, label, ('state.json',) if any(checkpoint.glob(_SHARES)) else _CHECKPOINT_FILES)
+    _check_folder(checkpoint, step, label,
+                  ('state.json',) if any(checkpoint.glob(_SHARES)) else _CHECKPOINT_FILES)
     state = read_json(path)
-    if not isinstance(state, dict) or not {'step', 'seconds', 'mark'} <= set(state): raise Damaged(f'{path} holds no state of a run')
-    if state['step'] != step: raise Damaged(f'{path} is of another step: step={state["step"]!r} there, step={step} expected')
+    if not isinstance(state, dict) or not {'step', 'seconds', 'mark'} <= set(state):
+        raise Damaged(f'{path} holds no state of a run')
+    if state['step'] != step:
+        raise Damaged(f'{path} is of another step: step={state["step"]!r} there, step={step} expected')
 
 # %% ../nbs/build/05_train.ipynb #d8862ff6
 def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, list[int]]:
@@ -591,7 +653,8 @@ def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None,
     for path in reversed(checkpoints(run.folder)):
         try: _check_checkpoint(path, run.label)
         except Damaged as error:
-            warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one before it', stacklevel=2)
+            warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one '
+                          f'before it', stacklevel=2)
             continue
         missing = [s for s in range(1, _step_of(path) + 1) if logs_at(s, run.config) and s not in records]
         if best is None or len(missing) < len(lost): best, lost = path, missing
@@ -607,7 +670,8 @@ def _pick_up(run: Run) -> Path | None:  # the checkpoint to continue from; None:
     start = 0 if best is None else _step_of(best)
     if problems or lost:
         said = [*problems] + [f'the records of steps {_shortened(lost)} are lost'] * bool(lost)
-        warnings.warn(f'{log} is damaged: {_shortened(said)}; the run goes on after step {start}, and resume=False would '
+        warnings.warn(f'{log} is damaged: {_shortened(said)}; the run goes on after step {start}, and '
+                      f'resume=False would '
                       'begin it anew', stacklevel=2)
         if log.exists(): set_aside(log)
     for path in checkpoints(run.folder):
@@ -640,7 +704,8 @@ def read_label(folder: Path) -> dict | None:  # folder: perhaps of a run
         label = read_json(path)
         _read_configs(label)
         if 'corpus' not in label: raise ValueError('it names no corpus')
-    except ValueError as error: raise ValueError(f'{path} is not that of a training ({error}); choose another folder') from None
+    except ValueError as error:
+        raise ValueError(f'{path} is not that of a training ({error}); choose another folder') from None
     return check_stamp(label, path)
 
 # %% ../nbs/build/05_train.ipynb #1648d4a8
@@ -652,7 +717,8 @@ def _run_files(folder: Path) -> list[Path]:
             raise ValueError(f'{path} is a symbolic link, which no training makes; nothing was changed: '
                              'put what it leads to in its place, or choose another folder')
     if found and read_label(folder) is None:
-        raise ValueError(f'{folder} holds {", ".join(path.name for path in found)}, but no config.json of a training; '
+        raise ValueError(f'{folder} holds {", ".join(path.name for path in found)}, but no config.json of a '
+                         f'training; '
                          'nothing was erased: choose another folder')
     return found
 
@@ -668,22 +734,28 @@ def _drafts(folder: Path) -> list[Path]:
     return found + [path for path in (folder / 'checkpoints').glob('step-*')
                     if re.fullmatch(r'step-\d+(\.\d+)?\.draft', path.name)]
 
-def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool, world: PartialState):
-    "Make the folder of a run ready: erased unless to be resumed, and checked against the configuration and the corpus."
+def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool,
+                 world: PartialState):
+    """Make the folder of a run ready: erased unless to be resumed, and checked against the configuration
+    and the corpus."""
     mine = _run_files(folder)                         # raises if somebody else's files stand in the way
     if not resume:
         world.wait_for_everyone()
-        for path in sorted(mine, key=lambda path: path.name == 'config.json') if world.is_main_process else (): _remove(path)
+        for path in sorted(mine,
+                           key=lambda path: path.name == 'config.json') if world.is_main_process else ():
+            _remove(path)
         world.wait_for_everyone()
     found = read_label(folder)
     if found and (other := _other_run(found, _make_label(model_config, config, corpus.fingerprint))):
-        raise ValueError(f'{folder} holds another run: {other}; choose another folder, or resume=False to erase it and start afresh')
+        raise ValueError(f'{folder} holds another run: {other}; choose another folder, or resume=False to '
+                         f'erase it and start afresh')
     world.wait_for_everyone()
     if world.is_main_process:
         for path in _drafts(folder): _remove(path)
         for path in _run_files(folder):
             if path.is_dir() != (path.name in ('checkpoints', 'model')):
-                warnings.warn(f'{path} is {"a folder" if path.is_dir() else "a file"}, which no training makes of it; '
+                warnings.warn(f'{path} is {"a folder" if path.is_dir() else "a file"}, which no training '
+                              f'makes of it; '
                               f'it is now {set_aside(path).name}', stacklevel=2)
     world.wait_for_everyone()
 
@@ -701,7 +773,8 @@ def _lock_folder(folder: Path, world: PartialState):
 
 # %% ../nbs/build/05_train.ipynb #daafae3a
 class _StopSignal:
-    "Between enter and exit, turns SIGINT and SIGTERM into the flag `asked`; a SIGINT a second later interrupts at once."
+    """Between enter and exit, turns SIGINT and SIGTERM into the flag `asked`; a SIGINT a second later
+    interrupts at once."""
     def __enter__(self):
         self.asked, self.before, self.since = False, {}, math.inf
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -710,7 +783,8 @@ class _StopSignal:
 
     def ask(self, number, frame):
         "Raise the flag."
-        if number == signal.SIGINT and time.monotonic() > self.since + 1: raise KeyboardInterrupt  # a launcher repeats a signal at once
+        # a launcher repeats a signal at once
+        if number == signal.SIGINT and time.monotonic() > self.since + 1: raise KeyboardInterrupt
         self.asked, self.since = True, min(self.since, time.monotonic())
 
     def __exit__(self, *error):
@@ -723,7 +797,8 @@ def _say_lost(run: Run):
     except RuntimeError as error:
         if run.world.num_processes == 1 or not (isinstance(error, DistError) or 'gloo' in str(error)): raise
         said = ' '.join(str(error).split())[:160]
-        raise RuntimeError(f'another process of this run has ended or cannot be reached ({said}); with the same command '
+        raise RuntimeError(f'another process of this run has ended or cannot be reached ({said}); with the '
+                           f'same command '
                            'the run continues from its last checkpoint') from None
 
 # %% ../nbs/build/05_train.ipynb #022cafc1
@@ -739,7 +814,8 @@ def _run_steps(run: Run, stop: _StopSignal, bar: tqdm) -> str:
         if watch or diverged:
             record = write_record(run, measured, watch)
             loss = math.nan if record['loss'] is None else record['loss']
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s", refresh=False)
         bar.update()
         if diverged: return 'diverged'
         if run.step == run.config.steps: return 'finished'
@@ -760,14 +836,17 @@ class TrainResult:
     folder: Path        # where all of this is stored
     execution: dict | None = None  # how the steps were computed; None: by an earlier version
 
-    def __post_init__(self): self.model.trained_in = self.folder  # so that a model card can say how it was trained
+    def __post_init__(self):
+        self.model.trained_in = self.folder  # so that a model card can say how it was trained
 
 # %% ../nbs/build/05_train.ipynb #e46e6e67
 @contextmanager
 def usual_torch():
-    "PyTorch as it starts: gradients on, fp32, the CPU unless said otherwise. The caller's settings come back."
+    """PyTorch as it starts: gradients on, fp32, the CPU unless said otherwise. The caller's settings come
+    back."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    with torch.inference_mode(False), torch.enable_grad(), nullcontext() if device.type == 'cpu' else torch.device('cpu'):
+    with (torch.inference_mode(False), torch.enable_grad(),
+          nullcontext() if device.type == 'cpu' else torch.device('cpu')):
         torch.set_default_dtype(torch.float32)
         try: yield
         finally: torch.set_default_dtype(dtype)
@@ -784,13 +863,16 @@ _ENDINGS, _MODEL_FILES = ('finished', 'diverged'), ('config.json', 'model.safete
 
 def _finish(run: Run, status: str) -> TrainResult:
     "Save the final model and the result of a run that has ended for good."
-    result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step, seconds=run.seconds,
+    result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step,
+                  seconds=run.seconds,
                   execution=run.execution._asdict())
     model = run.model if status == 'interrupted' else _whole_model(run)
     if status != 'interrupted' and run.world.is_main_process:
         logged = {record['step'] for record in read_log(run.folder)}
         lost = [s for s in range(1, run.step + 1) if logs_at(s, run.config) and s not in logged]
-        if lost: warnings.warn(f"{run.folder / 'log.jsonl'} lacks the records of steps {_shortened(lost)}", stacklevel=2)
+        if lost:
+            warnings.warn(f"{run.folder / 'log.jsonl'} lacks the records of steps {_shortened(lost)}",
+                          stacklevel=2)
         with _say_where(run.folder / 'model'), atomic_folder(run.folder / 'model') as draft:
             model.save_pretrained(draft)
             seal(draft, dict(format=FORMAT, step=run.step, **run.label), _MODEL_FILES)
@@ -806,10 +888,13 @@ def read_result(folder: Path) -> dict:  # status, step, tokens, seconds
     if label is None: raise Damaged(f'{folder} holds a result, but its config.json is missing')
     result, log = check_stamp(read_json(path), path), folder / 'log.jsonl'
     check_identity(path, result, dict(run=_run_id(label)))
-    if result['status'] not in _ENDINGS: raise Damaged(f'{path}: status={result["status"]!r} must be one of {", ".join(_ENDINGS)}')
-    if not min(result['tokens'], result['seconds']) >= 0: raise Damaged(f'{path}: tokens and seconds must be 0 or more')
+    if result['status'] not in _ENDINGS:
+        raise Damaged(f'{path}: status={result["status"]!r} must be one of {", ".join(_ENDINGS)}')
+    if not min(result['tokens'], result['seconds']) >= 0:
+        raise Damaged(f'{path}: tokens and seconds must be 0 or more')
     _check_folder(folder / 'model', result['step'], label, _MODEL_FILES)
-    if not log.is_file() or checksum(log) != result['log']: raise Damaged(f'{log} is not as it was when the run ended')
+    if not log.is_file() or checksum(log) != result['log']:
+        raise Damaged(f'{log} is not as it was when the run ended')
     return {name: result.get(name) for name in ('status', 'step', 'tokens', 'seconds', 'execution')}
 
 @usual_torch()
@@ -821,7 +906,8 @@ def load_result(folder: str | Path, device='cpu') -> TrainResult | None:
     model = Transformer(_read_configs(read_label(folder))[0])
     try: load_model(model, str(weights))
     except FileNotFoundError: raise Damaged(f'{weights} is missing') from None
-    except (SafetensorError, RuntimeError) as error: raise Damaged(f'{weights} is damaged ({error})') from error
+    except (SafetensorError, RuntimeError) as error:
+        raise Damaged(f'{weights} is damaged ({error})') from error
     return TrainResult(model.to(device), read_log(folder), folder=folder, **result)
 
 # %% ../nbs/build/05_train.ipynb #f8592a78
@@ -831,21 +917,24 @@ def _ended_result(folder: Path, world: PartialState) -> TrainResult | None:
     except Damaged as error: problem = error
     world.wait_for_everyone()
     if world.is_main_process:
-        warnings.warn(f'{problem}; the end of this run is computed again from its last checkpoint, if it has one', stacklevel=3)
+        warnings.warn(f'{problem}; the end of this run is computed again from its last checkpoint, if it has '
+                      f'one', stacklevel=3)
         for path in (folder / 'result.json', folder / 'model'):
             if path.exists(): set_aside(path)
     world.wait_for_everyone()
 
 # %% ../nbs/build/05_train.ipynb #60361c99
 @usual_torch()
-def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: str | Path, resume: bool = True,
+def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: str | Path,
+          resume: bool = True,
           progress: bool = True, tracker: str | None = None) -> TrainResult:
-    """Train a model on a Corpus, from the beginning or from where an earlier call stopped; resume=False erases what that
-    has left. Log, checkpoints and the final model go into the folder; a tracker, tensorboard or wandb, shows the log as
-    well."""
+    """Train a model on a Corpus, from the beginning or from where an earlier call stopped; resume=False
+    erases what that has left. Log, checkpoints and the final model go into the folder; a tracker,
+    tensorboard or wandb, shows the log as well."""
     require(model_config.vocab_size >= corpus.vocab_size, model_config, 'vocab_size',
             f"must be at least the corpus's {corpus.vocab_size}")
-    if tracker not in (None, *_TRACKERS): raise ValueError(f'tracker={tracker!r} must be one of {", ".join(_TRACKERS)}')
+    if tracker not in (None, *_TRACKERS):
+        raise ValueError(f'tracker={tracker!r} must be one of {", ".join(_TRACKERS)}')
     if tracker and not find_spec(tracker):
         raise ImportError(f'tracker={tracker!r} needs a package that is not installed: pip install {tracker}')
     world, folder = find_world(), Path(folder)
@@ -858,7 +947,8 @@ def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: 
         if ended := _ended_result(folder, world): return ended
         run = start_run(model_config, train_config, corpus, folder, world)
         _restore(run)
-        with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None, dynamic_ncols=True,
+        with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None,
+                   dynamic_ncols=True,
                    disable=not (progress and world.is_main_process)) as bar,
               _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker),
               kept_memory() if device == 'cpu' else nullcontext()):
@@ -869,8 +959,8 @@ def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: 
 # %% ../nbs/build/05_train.ipynb #a9000fed
 @torch.no_grad()
 def evaluate(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 14) -> Tensor:
-    """Mean cross-entropy of each of the windows (N, T + 1) in nats, on the CPU, (N,): weights in fp32, a batch of so
-    many targets at a time."""
+    """Mean cross-entropy of each of the windows (N, T + 1) in nats, on the CPU, (N,): weights in fp32, a
+    batch of so many targets at a time."""
     p, losses = next(model.parameters()), []
     if p.dtype != torch.float32:
         raise ValueError(f'the weights are {p.dtype}, but evaluation is in fp32: call model.float() first')

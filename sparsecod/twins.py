@@ -15,10 +15,12 @@ from torch import nn
 from .configuration import require
 from .core import ModelConfig, Transformer
 from .layers import RMSNorm
-from .train import TrainConfig, accumulate_gradients, learning_rate, make_optimizer, sequences_per_step, usual_torch
+from .train import (TrainConfig, accumulate_gradients, learning_rate, make_optimizer,
+                             sequences_per_step, usual_torch)
 
 # %% ../nbs/beyond/04_twins.ipynb #d4cf4034
-WRITERS = ('embedding.weight', 'attention.output.weight', 'feed_forward.down.weight', 'feed_forward.down', 'shared.down.weight')
+WRITERS = ('embedding.weight', 'attention.output.weight', 'feed_forward.down.weight', 'feed_forward.down',
+           'shared.down.weight')
 
 def writers(model: Transformer) -> list[nn.Parameter]:
     "The embedding and the matrices that write to the stream."
@@ -26,13 +28,15 @@ def writers(model: Transformer) -> list[nn.Parameter]:
 
 def check_twin(config: ModelConfig):
     "Raise a ValueError unless a model stays the same when its stream is rescaled."
-    require(not config.tie_embeddings, config, 'tie_embeddings', 'must be false: a head that is the embedding would grow with it')
+    require(not config.tie_embeddings, config, 'tie_embeddings',
+            'must be false: a head that is the embedding would grow with it')
     require(config.norm in ('pre_ln', 'layernorm_scaling'), config, 'norm',
             'must be pre_ln or layernorm_scaling: a norm behind each sublayer undoes the factor')
 
 @torch.no_grad()
 def rescale(model: Transformer, c: float) -> Transformer:
-    "Make the stream of a model c times as large, in place; what the model computes stays the same, see `check_twin`."
+    """Make the stream of a model c times as large, in place; what the model computes stays the same, see
+    `check_twin`."""
     check_twin(model.config)
     for p in writers(model): p.mul_(c)
     for norm in model.modules():
@@ -82,13 +86,16 @@ def train_scaled(
         mine = [p for p in group['params'] if id(p) in special]
         group['params'] = [p for p in group['params'] if id(p) not in special]
         changes = dict(weight_decay=group['weight_decay'] * factors.decay, eps=config.eps * factors.eps)
-        if mine: optimizer.add_param_group({k: v for k, v in group.items() if k not in ('names',)} | changes | dict(params=mine, factor=factors.lr))
+        if mine:
+            optimizer.add_param_group({k: v for k, v in group.items() if k not in ('names',)} | changes
+                                      | dict(params=mine, factor=factors.lr))
     N, T = sequences_per_step(config, model_config.context_length), model_config.context_length
     at_once = (config.micro_batch_tokens or config.tokens_per_step) // T
     with usual_torch():
         for step in range(config.steps):
             loss = accumulate_gradients(model, corpus.batch(step, N, T, config.seed).to(device), at_once)
-            sizes = torch.stack([p.grad.norm() * (factors.clip if id(p) in special else 1) for p in model.parameters()])
+            sizes = torch.stack([p.grad.norm() * (factors.clip if id(p) in special else 1)
+                                 for p in model.parameters()])
             clip = min(1.0, config.clip / (float(sizes.norm()) + 1e-6))
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(step, config) * group.get('factor', 1.0)

@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .adapters import open_model
-from .bench import BENCH, FIELDS, STORIES, Run, Training, compare, conclusion, export_run, field_value, read_config
+from .bench import (BENCH, FIELDS, STORIES, Run, Training, compare, conclusion, export_run,
+                             field_value, read_config)
 from .bench import run_cost, run_kind, spell, stop_when_interrupted, variants
 from .core import flops_per_token
 from .data import Corpus
@@ -43,12 +44,14 @@ def _fault(error) -> str:
 def _texts(named: dict[str, str]) -> str:
     "Texts side by side under their names, as HTML."
     return '<div class="charts">' + ''.join(
-        f'<figure><figcaption>{html.escape(name)}</figcaption><pre class="sample" style="white-space:pre-wrap">{html.escape(text)}</pre></figure>'
+        f'<figure><figcaption>{html.escape(name)}</figcaption><pre class="sample" '
+        f'style="white-space:pre-wrap">{html.escape(text)}</pre></figure>'
         for name, text in named.items()) + '</div>'
 
 _DRAWING = threading.Lock()    # Matplotlib has one style for all threads
 
-def _picture(title: str, draw: Callable, **axes) -> str:   # draw, on Matplotlib's axes; what else to set on them
+def _picture(title: str, draw: Callable,
+             **axes) -> str:  # draw, on Matplotlib's axes; what else to set on them
     "A chart with its title, as HTML."
     drawn = io.BytesIO()
     with _DRAWING, rc_context(STYLE | {'svg.fonttype': 'none'}):       # letters as text, not as outlines
@@ -72,7 +75,8 @@ def _curves(runs: list[Run]) -> str:   # runs with records in their logs
             step, train, held_out = zip(*((r['step'], r['loss'], r['val_loss']) for r in run.log))
             ax.plot(step, train, color=_colour(run), alpha=.3, lw=.8)
             ax.plot(step, held_out, color=_colour(run), label=run.name, marker='o' if len(step) == 1 else '')
-        draw_floors(ax, {text: [end(r.floors[name] for r in runs) for end in (min, max)] for name, text in FLOORS.items()})
+        draw_floors(ax, {text: [end(r.floors[name] for r in runs) for end in (min, max)]
+                         for name, text in FLOORS.items()})
         ax.legend(fontsize=7)
     def variance(ax):
         for run in runs:
@@ -81,12 +85,15 @@ def _curves(runs: list[Run]) -> str:   # runs with records in their logs
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(fontsize=7)
     return ('<div class="charts">' + _picture('Held-out loss in nats (thin: training)', loss, xlabel='step')
-            + _picture('Variance of the stream: median, dashed mean', variance, xlabel='layer', yscale='log') + '</div>'
+            + _picture('Variance of the stream: median, dashed mean', variance, xlabel='layer',
+                       yscale='log') + '</div>'
             + _texts({f'{run.name} writes': run.text for run in runs if run.text}))
 
-_BARS = {'skip_loss_increase': 'Cost of leaving a block out (nats)', 'linear_loss_increase': 'Cost of an affine map in its place (nats)',
+_BARS = {'skip_loss_increase': 'Cost of leaving a block out (nats)',
+         'linear_loss_increase': 'Cost of an affine map in its place (nats)',
         'jacobian_per_token': 'Deviation of its Jacobian from the identity'}
-_DENSITIES = {'weights': lambda s: 1 - s['weights_below_0_1_rms'], 'keys for 90 %\nof attention': lambda s: s['keys_for_90_percent'],
+_DENSITIES = {'weights': lambda s: 1 - s['weights_below_0_1_rms'],
+              'keys for 90 %\nof attention': lambda s: s['keys_for_90_percent'],
              'K/V heads': lambda s: s['kv_density'], 'experts': lambda s: s['expert_density']}
 
 def _findings(run: Run, others: list[Run]) -> str:   # the others share the scales of their bars
@@ -95,7 +102,8 @@ def _findings(run: Run, others: list[Run]) -> str:   # the others share the scal
     blocks = range(1, run.config.model.n_layers + 1)
     def bars(name):
         values, ends = scores['arrays'][name], scores['intervals'].get(name)
-        found = [(r.record['scores']['arrays'][name], r.record['scores']['intervals'].get(name)) for r in others]
+        found = [(r.record['scores']['arrays'][name], r.record['scores']['intervals'].get(name))
+                 for r in others]
         top, least = max(max(v) for v, _ in found), min(min(i['low'] if i else v) for v, i in found)
         def draw(ax):
             ax.bar(blocks, values, color=_colour(run))
@@ -109,7 +117,8 @@ def _findings(run: Run, others: list[Run]) -> str:   # the others share the scal
             ax.grid(False)
             L, n = np.shape(values)
             for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(integer=True))
-            ax.figure.colorbar(ax.imshow(np.array(values, float), cmap='Blues', vmin=0, vmax=top, aspect='auto', extent=(.5, n + .5, L + .5, .5)))
+            ax.figure.colorbar(ax.imshow(np.array(values, float), cmap='Blues', vmin=0, vmax=top,
+                                         aspect='auto', extent=(.5, n + .5, L + .5, .5)))
         return _picture(title, draw, xlabel=xlabel, ylabel='block')
     def density(ax):
         shares = {name: share(sparsity['scalars']) for name, share in _DENSITIES.items()}
@@ -117,17 +126,22 @@ def _findings(run: Run, others: list[Run]) -> str:   # the others share the scal
         ax.invert_yaxis()
     pictures = [bars(name) for name in _BARS]
     if len(blocks) > 1:
-        maps = [np.array(r.record['scores']['arrays']['causal'], float) for r in others if r.config.model.n_layers > 1]
-        pictures.append(heat('Causal map: change of a later update', scores['arrays']['causal'], 'later block', max(map(np.nanmax, maps))))
+        maps = [np.array(r.record['scores']['arrays']['causal'], float) for r in others
+                if r.config.model.n_layers > 1]
+        pictures.append(heat('Causal map: change of a later update', scores['arrays']['causal'],
+                             'later block', max(map(np.nanmax, maps))))
     pictures.append(_picture('Measured density of each source', density, xlim=(0, 1)))
-    if 'expert_load' in sparsity['arrays']: pictures.append(heat('Load of the experts', sparsity['arrays']['expert_load'], 'expert'))
-    return f'<p class="says" style="border-color:{_colour(run)}">{html.escape(conclusion(run))}</p><div class="charts">{"".join(pictures)}</div>'
+    if 'expert_load' in sparsity['arrays']:
+        pictures.append(heat('Load of the experts', sparsity['arrays']['expert_load'], 'expert'))
+    return (f'<p class="says" style="border-color:{_colour(run)}">{html.escape(conclusion(run))}</p><div '
+            f'class="charts">{"".join(pictures)}</div>')
 
 # %% ../nbs/tools/12_widgets.ipynb #d97670d4
 def _controls():
     "The library `ipywidgets`, or an error that says how to get it."
     try: import ipywidgets
-    except ImportError as error: raise ImportError("ipywidgets is needed for widgets: pip install 'sparsecod[widgets]'") from error
+    except ImportError as error:
+        raise ImportError("ipywidgets is needed for widgets: pip install 'sparsecod[widgets]'") from error
     return ipywidgets
 
 def _button(text: str, does: Callable[[], None], tip: str, width: str = 'auto'):
@@ -150,20 +164,26 @@ class _Panel:
 
 def _snapshot(control) -> str:   # a panel, or a control of ipywidgets
     "A still picture of a panel, as HTML: its fields and buttons without function, its views as they are."
-    if isinstance(control, _Panel): return f'<div class="scw" role="group" aria-label="snapshot of a widget">{_snapshot(control.view)}</div>'
+    if isinstance(control, _Panel):
+        return (f'<div class="scw" role="group" aria-label="snapshot of a '
+                f'widget">{_snapshot(control.view)}</div>')
     kind, text = type(control).__name__, html.escape(getattr(control, 'description', ''))
     look = 'display:inline-block;border:1px solid #8a939b;border-radius:.3rem;padding:.1rem .5rem'
     if kind == 'VBox': return f'<div>{"".join(map(_snapshot, control.children))}</div>'
     if kind == 'Box':
-        return f'<div style="display:flex;flex-wrap:wrap;gap:.3rem .8rem;margin:.3rem 0">{"".join(map(_snapshot, control.children))}</div>'
+        return (f'<div style="display:flex;flex-wrap:wrap;gap:.3rem .8rem;margin:.3rem '
+                f'0">{"".join(map(_snapshot, control.children))}</div>')
     if kind == 'HTML': return control.value
     if kind == 'Button':
-        paint = f';background:{control.style.button_color};color:{control.style.text_color}' if control.style.button_color else ''
+        paint = (f';background:{control.style.button_color};color:{control.style.text_color}'
+                 if control.style.button_color else '')
         return f'<span style="{look};font-weight:600{paint}">{text}</span>'
     if kind == 'ToggleButtons':
         chosen = lambda o: ';background:#8a939b55;font-weight:700' if o == control.value else ''
-        return f'<span>{text} ' + ' '.join(f'<span style="{look}{chosen(o)}">{html.escape(o)}</span>' for o in control.options) + '</span>'
-    return f'<div>{text} <span style="{look}">{html.escape(str(control.value or getattr(control, "placeholder", "")))}</span></div>'
+        return f'<span>{text} ' + ' '.join(f'<span style="{look}{chosen(o)}">{html.escape(o)}</span>'
+                                           for o in control.options) + '</span>'
+    shown = html.escape(str(control.value or getattr(control, 'placeholder', '')))
+    return f'<div>{text} <span style="{look}">{shown}</span></div>'
 
 # %% ../nbs/tools/12_widgets.ipynb #3f6a9aad
 _ASK = 600   # seconds from which a start must be confirmed
@@ -193,41 +213,54 @@ class _TrainPanel(_Panel):
         self.runs, self.speeds, self.training, self.surgery = [], {}, None, None
         self.drawing, self.shown, self.next_curves, self.agreed = threading.Lock(), 0, 0., None
         self.cost, self.says, self.curves, self.table, self.findings, self.note = (w.HTML() for _ in range(6))
-        self.story = w.Dropdown(options=list(STORIES), description='story', layout=dict(width='28em', max_width='100%'))
+        self.story = w.Dropdown(options=list(STORIES), description='story',
+                                layout=dict(width='28em', max_width='100%'))
         self.fields, groups = {}, {}
         for path, f in FIELDS.items():
-            look = dict(description=f.text, style=dict(description_width='8.5em'), layout=dict(width='16.5em'))
+            look = dict(description=f.text, style=dict(description_width='8.5em'),
+                        layout=dict(width='16.5em'))
             value = field_value(self.base, path)
             if f.choices: made = w.Dropdown(options=f.choices, value=value, **look)
-            else: made = w.Text(value=f'{value:g}' if isinstance(value, float) else str(value), continuous_update=False, **look)
+            else:
+                made = w.Text(value=f'{value:g}' if isinstance(value, float) else str(value),
+                              continuous_update=False, **look)
             self.fields[path] = made
             groups.setdefault(f.group, [w.HTML(f'<b>{f.group}</b>')]).append(made)
-        for control in (self.story, *self.fields.values()): control.observe(lambda change: self.price(), 'value')
-        fields = w.Box([w.VBox(group) for group in groups.values()], layout=dict(flex_flow='row wrap', align_items='flex-start'))
+        for control in (self.story, *self.fields.values()):
+            control.observe(lambda change: self.price(), 'value')
+        fields = w.Box([w.VBox(group) for group in groups.values()],
+                       layout=dict(flex_flow='row wrap', align_items='flex-start'))
         ask = lambda action: lambda: self.training and action(self.training)
         self.pauses = _button('pause', ask(Training.pause), 'wait after the step under way, or go on')
         buttons = _row(_button('start', self.start, 'train what the fields describe'), self.pauses,
                       _button('stop', ask(Training.stop), 'end after the step under way, and keep the model'))
-        self.chosen, self.table_of_operation = w.Dropdown(description='run', layout=dict(width='16em')), w.VBox()
+        self.chosen, self.table_of_operation = (w.Dropdown(description='run', layout=dict(width='16em')),
+                                                w.VBox())
         on_run = lambda text, does, tip: _button(text, lambda: self.with_chosen(does), tip)
-        runs = _row(self.chosen, on_run('operate on this one', self.operate, 'skip and swap its blocks'), on_run('drop', self.drop, 'forget this run'),
-                   on_run('export', lambda run: f'written: {export_run(run, out)}', f'write its record and its model into {out}'))
-        self.show(self.story, fields, self.cost, buttons, self.says, self.curves, self.table, runs, self.note, self.findings, self.table_of_operation)
+        runs = _row(self.chosen, on_run('operate on this one', self.operate, 'skip and swap its blocks'),
+                    on_run('drop', self.drop, 'forget this run'),
+                   on_run('export', lambda run: f'written: {export_run(run, out)}',
+                          f'write its record and its model into {out}'))
+        self.show(self.story, fields, self.cost, buttons, self.says, self.curves, self.table, runs, self.note,
+                  self.findings, self.table_of_operation)
         self.price()
 
     def price(self) -> float | None:
         "Show what the runs would take, or why there can be none; returns the seconds."
         self.agreed = None
-        for path, control in self.fields.items(): control.disabled = any(path in changes for changes in STORIES[self.story.value])
+        for path, control in self.fields.items():
+            control.disabled = any(path in changes for changes in STORIES[self.story.value])
         try:
-            config = read_config(self.base, {path: control.value for path, control in self.fields.items() if not control.disabled})
+            config = read_config(self.base, {path: control.value for path, control in self.fields.items()
+                                             if not control.disabled})
             self.wanted = variants(config, self.story.value)
             costs = [run_cost(v.config, self.speeds) for v in self.wanted]
         except (ValueError, RuntimeError, MemoryError) as error:
             self.cost.value = _fault(error)
             return None
         lines = ''.join(f'<li>{html.escape(v.label)}: {cost}</li>' for v, cost in zip(self.wanted, costs))
-        self.cost.value = _framed(f'<p class="note">What start will train, and what that takes:</p><ul class="note" style="margin:0">{lines}</ul>')
+        self.cost.value = _framed(f'<p class="note">What start will train, and what that takes:</p><ul '
+                                  f'class="note" style="margin:0">{lines}</ul>')
         return sum(cost.seconds for cost in costs)
 
     def start(self):
@@ -236,9 +269,11 @@ class _TrainPanel(_Panel):
         if seconds is None: return
         if seconds > _ASK and agreed != self.wanted:
             self.agreed = self.wanted
-            self.cost.value += _framed(f'<p class="says" role="alert">This takes {spell(seconds)}. Press start again to begin all the same.</p>')
+            self.cost.value += _framed(f'<p class="says" role="alert">This takes {spell(seconds)}. Press '
+                                       f'start again to begin all the same.</p>')
             return
-        self.training = Training(self.wanted, self.corpus or (self.runs[-1].corpus if self.runs else None), self.draw, self.runs)
+        self.training = Training(self.wanted, self.corpus or (self.runs[-1].corpus if self.runs else None),
+                                 self.draw, self.runs)
         self.training.start()
         stop_when_interrupted()
 
@@ -262,16 +297,20 @@ class _TrainPanel(_Panel):
         runs = [run for run in self.runs if run.status != 'running']
         self.shown, scored = len(runs), [run for run in runs if run.record]
         for run in scored:
-            self.speeds[run_kind(run.config)] = run.step * run.config.train.tokens_per_step * flops_per_token(run.config.model) / run.seconds
+            self.speeds[run_kind(run.config)] = run.step * run.config.train.tokens_per_step * flops_per_token(
+                run.config.model) / run.seconds
         self.chosen.options = [run.name for run in runs]
         if runs: self.chosen.value = runs[-1].name
-        self.table.value = _framed(f'<div class="wide">{compare(runs).to_html(border=0)}</div>') if runs else ''
+        self.table.value = (_framed(f'<div class="wide">{compare(runs).to_html(border=0)}</div>') if runs
+                            else '')
         self.findings.value = _framed(''.join(_findings(run, scored) for run in scored)) if scored else ''
 
     def with_chosen(self, does: Callable[[Run], str]):
         "Do something with the chosen run, and say what was done."
         run = next((r for r in self.runs if r.name == self.chosen.value), None)
-        try: self.note.value = _framed(f'<p class="note">{html.escape(does(run))}</p>') if run else _fault('there is no run yet')
+        try:
+            self.note.value = (_framed(f'<p class="note">{html.escape(does(run))}</p>') if run
+                               else _fault('there is no run yet'))
         except (ValueError, OSError) as error: self.note.value = _fault(error)
 
     def drop(self, run: Run) -> str:
@@ -287,8 +326,8 @@ class _TrainPanel(_Panel):
 
 def train_widget(scale: str | RunConfig | None = None, out: str | Path = 'runs',
                  corpus: Corpus | None = None) -> _TrainPanel:
-    """Train and compare models by clicks. The fields start at `scale`, a run of your own or a key of SCALES (None: BENCH);
-    exported runs go to `out`; models are trained on `corpus` (None: as the scale says)."""
+    """Train and compare models by clicks. The fields start at `scale`, a run of your own or a key of SCALES
+    (None: BENCH); exported runs go to `out`; models are trained on `corpus` (None: as the scale says)."""
     return _TrainPanel(scale, out, corpus)
 
 # %% ../nbs/tools/12_widgets.ipynb #bbce754e
@@ -299,15 +338,20 @@ class _SurgeryPanel(_Panel):
     def __init__(self, source, tokenizer=None, windows=None, fit_windows=None, runs=()):  # see surgery_widget
         w, self.table = _controls(), None
         self.says, self.texts, self.blocks = w.HTML(), w.HTML(), _row()
-        self.tool = w.ToggleButtons(options=(*MODES[1:], 'swap'), value='skip', style=dict(button_width='auto'))
-        self.prompt = w.Text(description='prompt', continuous_update=False, layout=dict(width='30em', max_width='100%'))
+        self.tool = w.ToggleButtons(options=(*MODES[1:], 'swap'), value='skip',
+                                    style=dict(button_width='auto'))
+        self.prompt = w.Text(description='prompt', continuous_update=False,
+                             layout=dict(width='30em', max_width='100%'))
         self.load(source, tokenizer, windows, fit_windows)
         self.tool.observe(lambda change: setattr(self.table, 'first', None), 'value')
         self.prompt.observe(lambda change: self.ask(), 'value')
-        at_hand = {run.name: run for run in runs if run.status != 'running'} | {name: name for name in models_at_hand()}
-        self.source = w.Combobox(options=list(at_hand), placeholder='a run, a folder, a GGUF file, a name on the Hub',
+        at_hand = ({run.name: run for run in runs if run.status != 'running'}
+                   | {name: name for name in models_at_hand()})
+        self.source = w.Combobox(options=list(at_hand),
+                                 placeholder='a run, a folder, a GGUF file, a name on the Hub',
                                  ensure_option=False, layout=dict(width='22em', max_width='100%'))
-        self.show(_row(self.source, _button('open', lambda: self.reopen(at_hand), 'operate on another model')),
+        self.show(_row(self.source,
+                       _button('open', lambda: self.reopen(at_hand), 'operate on another model')),
                   _row(self.tool, _button('undo', lambda: self.table.undo(), 'take back the last operation'),
                       _button('reset', lambda: self.table.reset(), 'put every block back')),
                   self.blocks, self.says, self.prompt, self.texts)
@@ -320,15 +364,19 @@ class _SurgeryPanel(_Panel):
         table = Table(Surgery(model, windows, fit_windows), tokenizer, self.paint)
         if self.table: self.table.job.abandoned = True
         self.table = table
-        self.strip = [_button(str(l), lambda l=l: self.click(l), f'block {l}', '3.6em') for l, _ in table.plan.places]
+        self.strip = [_button(str(l), lambda l=l: self.click(l), f'block {l}', '3.6em')
+                      for l, _ in table.plan.places]
         self.prompt.value, self.prompt.disabled = table.prompt, tokenizer is None
         table.go()
 
     def reopen(self, at_hand: dict):
         "Open what the list or the person says."
         asked = at_hand.get(self.source.value, self.source.value)
-        try: self.load(asked.model, asked.corpus.tokenizer, *held_out(asked)) if isinstance(asked, Run) else self.load(asked)
-        except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error: self.says.value = _fault(error)
+        try:
+            self.load(asked.model, asked.corpus.tokenizer,
+                      *held_out(asked)) if isinstance(asked, Run) else self.load(asked)
+        except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+            self.says.value = _fault(error)
 
     def click(self, l: int): self.table.click(l, self.tool.value)
     def wait(self): self.table.wait()
@@ -346,7 +394,8 @@ class _SurgeryPanel(_Panel):
             face, cost = self.strip[l - 1], t.costs[l - 1] if l <= len(t.costs) else None
             shade = .85 * math.sqrt(max(cost['value'], 0) / top) if cost else 0.
             r, g, b = (round(255 * x) for x in colormaps['Blues'](shade)[:3])
-            face.style.button_color, face.style.text_color = f'#{r:02x}{g:02x}{b:02x}', 'white' if shade > .5 else '#222222'
+            face.style.button_color, face.style.text_color = (f'#{r:02x}{g:02x}{b:02x}',
+                                                              'white' if shade > .5 else '#222222')
             face.description = f'{l}{" ⇄" if l == t.first else _MARKS[mode]}'
             face.tooltip = f'block {l}' + (f': to skip it costs {span(*cost.values())} nats' if cost else '')
         self.blocks.children = [self.strip[l - 1] for l, _ in t.plan.places]
@@ -360,14 +409,16 @@ class _SurgeryPanel(_Panel):
         s, losses = self.table.surgery, self.table.losses
         own, T = s.losses(s.plan), s.windows.shape[1] - 1
         c = change(losses, own)
-        sure = f', change <b class="change">{c["value"]:+.4f}</b> ({c["low"]:+.4f} to {c["high"]:+.4f})' if losses is not own else ''
-        return (f'<p class="says" role="status">Loss <b class="loss">{losses.mean():.4f}</b> nats, untouched <b class="own">{own.mean():.4f}</b>{sure}; '
+        sure = (f', change <b class="change">{c["value"]:+.4f}</b> ({c["low"]:+.4f} to {c["high"]:+.4f})'
+                if losses is not own else '')
+        return (f'<p class="says" role="status">Loss <b class="loss">{losses.mean():.4f}</b> nats, untouched '
+                f'<b class="own">{own.mean():.4f}</b>{sure}; '
                 f'{len(losses)} windows of {T} tokens, in {self.table.seconds:.1f} s.</p>')
 
 def surgery_widget(model, tokenizer=None, windows: Tensor | None = None,
                    fit_windows: Tensor | None = None) -> _SurgeryPanel:
-    """Operate by clicks on the blocks of a model: a live one that adapt takes, a folder, a GGUF file, or a name on the Hub. The
-    tokenizer has encode and decode (None: the one beside the model, else text is shown as numbers). Losses are of held-out
-    windows, (N, T + 1) (None: from Python's standard library), affine maps of other windows, (M, T + 1) (None: with windows,
-    no block is linearised)."""
+    """Operate by clicks on the blocks of a model: a live one that adapt takes, a folder, a GGUF file, or a
+    name on the Hub. The tokenizer has encode and decode (None: the one beside the model, else text is shown
+    as numbers). Losses are of held-out windows, (N, T + 1) (None: from Python's standard library), affine
+    maps of other windows, (M, T + 1) (None: with windows, no block is linearised)."""
     return _SurgeryPanel(model, tokenizer, windows, fit_windows)

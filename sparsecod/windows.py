@@ -28,14 +28,16 @@ def names_source(data) -> bool:
     if isinstance(data, Path): return True
     if not isinstance(data, str) or len(data) > 1000 or '\n' in data: return False
     path = os.path.expanduser(data)
-    return data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path) or bool(matching_files(path))
+    return (data in ('stdlib', 'site', *ALIASES) or data.startswith('hf:') or os.path.exists(path)
+            or bool(matching_files(path)))
 
 def text_tokens(data: str | Path | Iterable[str], tokenizer: Tokenizer, text_field: str = 'text',
         stats: Counter | None = None) -> tuple[Tensor, int]:
     "One strip of tokens, (n,), of all documents of a text, and the bytes of text they were made of."
     config = expand_alias(DataConfig(str(data) if names_source(data) else 'texts', text_field=text_field))
     texts = [data] if isinstance(data, str) else data
-    items = open_source(config).items if names_source(data) else row_items((({text_field: text}, 0) for text in texts), text_field, 2 ** 20, 'data')
+    items = (open_source(config).items if names_source(data)
+             else row_items((({text_field: text}, 0) for text in texts), text_field, 2 ** 20, 'data'))
     strip, n, size = [], 0, 0
     documents = unique_documents(items, config, Counter() if stats is None else stats)
     for document, ids in encode_documents(documents, tokenizer):
@@ -47,23 +49,28 @@ def text_tokens(data: str | Path | Iterable[str], tokenizer: Tokenizer, text_fie
 # %% ../nbs/tools/16_windows.ipynb #1801fd9b
 def text_windows(data: str | Path | Iterable[str], tokenizer: Tokenizer, T: int, N: int, M: int,
         seed: int = 0, text_field: str = 'text') -> tuple[Tensor, Tensor]:
-    """Cut text into sequences to score, (N, T + 1), and others to fit affine maps on, (at most M, T + 1): repetitions
-    of a scored one are left out."""
+    """Cut text into sequences to score, (N, T + 1), and others to fit affine maps on, (at most M, T + 1):
+    repetitions of a scored one are left out."""
     stats = Counter()
     strip, size = text_tokens(data, tokenizer, text_field, stats)
     unread = {reason: n for reason, n in stats.items() if reason not in ('duplicates', 'empty')}
     left_out = ', '.join(f'{n:,} {reason}' for reason, n in unread.items())
-    if left_out: warnings.warn(f'data={str(data)!r}: documents that cannot be read are left out: {left_out}', stacklevel=3)
+    if left_out:
+        warnings.warn(f'data={str(data)!r}: documents that cannot be read are left out: {left_out}',
+                      stacklevel=3)
     have, need = (len(strip) - 1) // T, (N + M) * T + 1
     if have < N + M:
-        more = f'about {need * size / len(strip) / 1000:,.0f} kB of such text' if size else 'and there is no text'
+        more = (f'about {need * size / len(strip) / 1000:,.0f} kB of such text' if size
+                else 'and there is no text')
         short = isinstance(data, str) and len(data) < 100 and not names_source(data)
         taken = f' (data={data!r} is no file or folder here, so it was taken as the text)' * short
         if left_out: taken += f' (left out: {left_out})'
-        raise ValueError(f'the text has {len(strip):,} tokens{taken}; to score {N} sequences of {T} tokens and to fit affine maps '
-                         f'on {M} others takes {need:,} tokens, {more}. Give more text, or ask for fewer or shorter sequences')
+        raise ValueError(f'the text has {len(strip):,} tokens{taken}; to score {N} sequences of {T} tokens '
+                         f'and to fit affine maps '
+                         f'on {M} others takes {need:,} tokens, {more}. Give more text, or ask for fewer or '
+                         f'shorter sequences')
     chosen = torch.randperm(have, generator=torch.Generator().manual_seed(seed))[:N + M]      # (N + M,)
-    windows = strip[chosen[:, None] * T + torch.arange(T + 1)]                                         # (N + M, T + 1)
+    windows = strip[chosen[:, None] * T + torch.arange(T + 1)]  # (N + M, T + 1)
     return without_repetitions(windows[:N], windows[N:])
 
 # %% ../nbs/tools/16_windows.ipynb #88563087
@@ -81,5 +88,6 @@ def tokenizer_of(model, found: Tokenizer | None, given: Tokenizer | str | Path |
     origin = getattr(getattr(model, 'network', None), 'name_or_path', '')
     tokenizer = given or found or (find_tokenizer(find_folder(origin)) if origin else None)
     if tokenizer is None:
-        raise ValueError('no tokenizer.json lies beside this model, so text cannot be cut into its tokens; name one with tokenizer=')
+        raise ValueError('no tokenizer.json lies beside this model, so text cannot be cut into its tokens; '
+                         'name one with tokenizer=')
     return tokenizer

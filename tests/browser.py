@@ -1,4 +1,5 @@
-"Open a page in headless Chromium as a reader would: from disk or from this machine, with no network, at some width and theme."
+"""Open a page in headless Chromium as a reader would: from disk or from this machine, with no network, at
+some width and theme."""
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run']
-INSTALL = "no Chromium for the browser tests: apt-get install chromium fonts-dejavu-core, and pip install playwright (without its own browsers)"
+ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
+             '--disable-sync', '--no-first-run']
+INSTALL = ("no Chromium for the browser tests: apt-get install chromium fonts-dejavu-core, and pip install "
+           "playwright (without its own browsers)")
 
 
 def chromium() -> str:
@@ -41,11 +44,13 @@ def visit(
     warnings: bool = True, # whether a warning in the console is an error
 ):                         # Playwright's page; page.errors and page.outside list what went wrong
     "A page in a browser. All requests but those for the page's own files are noted and refused."
-    context = browser.new_context(viewport=dict(width=width, height=height), color_scheme=theme, reduced_motion='reduce')
+    context = browser.new_context(viewport=dict(width=width, height=height), color_scheme=theme,
+                                  reduced_motion='reduce')
     try:
         page = context.new_page()
         page.errors, page.outside = [], []
-        page.on('console', lambda m: page.errors.append(m.text) if m.type in ('error', 'warning')[:1 + warnings] else None)
+        page.on('console', lambda m: page.errors.append(m.text)
+                if m.type in ('error', 'warning')[:1 + warnings] else None)
         page.on('pageerror', lambda error: page.errors.append(str(error)))
         page.on('websocket', lambda socket: page.outside.append(socket.url))
         def decide(route):

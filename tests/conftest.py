@@ -16,4 +16,5 @@ def root() -> Path:
 
 
 def pytest_addoption(parser):
-    parser.addoption('--site', type=Path, metavar='FOLDER', help='tests/test_site.py looks at these rendered pages instead of a preview')
+    parser.addoption('--site', type=Path, metavar='FOLDER',
+                     help='tests/test_site.py looks at these rendered pages instead of a preview')

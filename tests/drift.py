@@ -1,4 +1,5 @@
-"""Fail when notebooks and package have drifted apart, or a notebook is not clean. `make test` runs this first.
+"""Fail when notebooks and package have drifted apart, or a notebook is not clean. `make test` runs this
+first.
 
 Export and clean run in a temporary copy, so the working tree stays as it is.
 """
@@ -22,7 +23,8 @@ def _read(
     "Contents of the files that match, caches and checkpoints left out."
     found = (p for p in folder.rglob(pattern) if p.is_file())
     names = {p.relative_to(base).as_posix(): p for p in found}
-    return {n: p.read_bytes() for n, p in names.items() if '.ipynb_checkpoints' not in n and '__pycache__' not in n}
+    return {n: p.read_bytes() for n, p in names.items() if '.ipynb_checkpoints' not in n
+            and '__pycache__' not in n}
 
 
 def _copy_sources(root: Path, copy: Path, package: str):
@@ -48,7 +50,8 @@ def find_drift(
         copy.mkdir()
         _copy_sources(root, copy, package)
         for command in ('nbdev_export', 'nbdev_clean'):
-            done = subprocess.run([TOOLS / command], cwd=copy, env=env, capture_output=True, text=True, encoding='utf-8')
+            done = subprocess.run([TOOLS / command], cwd=copy, env=env, capture_output=True, text=True,
+                                  encoding='utf-8')
             if done.returncode: return [f'{command} failed:\n{done.stdout}{done.stderr}']
         have, want = (_read(base / package, '*.py', base) for base in (root, copy))
         before, after = (_read(base / 'nbs', '*.ipynb', base) for base in (root, copy))
@@ -56,12 +59,15 @@ def find_drift(
     wrong = [f'{n} differs from its notebook: run `make export`, or move the edit into the notebook.'
              for n in sorted(have.keys() & want.keys()) if have[n] != want[n]]
     wrong += [f'{n} is missing: run `make export`.' for n in sorted(want.keys() - have.keys())]
-    wrong += [f'{n} comes from no notebook: delete it, or write it in a notebook.' for n in sorted(have.keys() - want.keys())]
-    wrong += [f'{n} is not clean: run `make clean-notebooks`.' for n in sorted(before) if before[n] != after[n]]
+    wrong += [f'{n} comes from no notebook: delete it, or write it in a notebook.'
+              for n in sorted(have.keys() - want.keys())]
+    wrong += [f'{n} is not clean: run `make clean-notebooks`.' for n in sorted(before)
+              if before[n] != after[n]]
     if project[0] != project[1]: wrong.append('pyproject.toml differs from settings.ini: run `make export`.')
     return wrong
 
 
 if __name__ == '__main__':
     drift = find_drift()
-    sys.exit('\n'.join(drift) if drift else print('Notebooks and package agree, and the notebooks are clean.'))
+    sys.exit('\n'.join(drift) if drift
+             else print('Notebooks and package agree, and the notebooks are clean.'))

@@ -1,11 +1,11 @@
-"""What happens to a notebook on its way to the site, besides nbdev's own processing; settings.ini names these processors.
+"""What happens to a notebook on its way to the site, besides nbdev's own processing; settings.ini names
+these processors.
 
-nbdev links any name in backticks to whatever symbol of any module is called so, by an absolute address. `OwnLinks` takes
-its place: a name is linked if it means that symbol on this page, and the link stays on the site. `html_for_quarto` turns
-HTML outputs into raw blocks, as Quarto would load scripts from other hosts for them. `ShownOnce` leaves out the
-documentation of symbols whose source is shown; `Signatures` shows what a class is called with where nbdev shows
-(*args, **kwargs).
-"""
+nbdev links any name in backticks to whatever symbol of any module is called so, by an absolute address.
+`OwnLinks` takes its place: a name is linked if it means that symbol on this page, and the link stays on the
+site. `html_for_quarto` turns HTML outputs into raw blocks, as Quarto would load scripts from other hosts
+for them. `ShownOnce` leaves out the documentation of symbols whose source is shown; `Signatures` shows what
+a class is called with where nbdev shows (*args, **kwargs). """
 import ast
 import importlib
 import inspect
@@ -18,7 +18,8 @@ from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.process import Processor
 
-NAME = re.compile(r'\[(?:[^\[\]]|\[[^\[\]]*\])*\]\([^)]*\)|`([A-Za-z_][\w.]*)(\(\))?`')  # a link, left alone, or a name in backticks
+# a link, left alone, or a name in backticks
+NAME = re.compile(r'\[(?:[^\[\]]|\[[^\[\]]*\])*\]\([^)]*\)|`([A-Za-z_][\w.]*)(\(\))?`')
 FENCE = re.compile(r' {0,3}(`{3,}|~{3,})')
 SHOWN = re.compile(r'^show_doc\((\w+)', re.M)  # the cells in which nbdev documents a symbol
 HEADING = re.compile(r'^#+ (\w+)$', re.M)  # of one word: links to a symbol of that name lead there
@@ -71,9 +72,12 @@ class OwnLinks(Processor):
         super().__init__(nb)
         config = get_config()
         package, here = config.lib_path.name, Path(nb.path_).resolve().relative_to(config.nbs_path.resolve())
-        symbols = importlib.import_module(f'{package}._modidx').d['syms'] if (config.lib_path / '_modidx.py').exists() else {}
-        self.names, self.unclear, self.folder = names_of(nb.cells, package), attributes(config.lib_path), here.parent.as_posix()
-        self.pages = {name: page for known in symbols.values() for name, (page, _) in known.items()}   # sparsecod.core.Transformer -> its page and anchor
+        symbols = (importlib.import_module(f'{package}._modidx').d['syms']
+                   if (config.lib_path / '_modidx.py').exists() else {})
+        self.names, self.unclear, self.folder = (names_of(nb.cells, package), attributes(config.lib_path),
+                                                 here.parent.as_posix())
+        # sparsecod.core.Transformer -> its page and anchor
+        self.pages = {name: page for known in symbols.values() for name, (page, _) in known.items()}
 
     def link(self, found) -> str:
         "A name in backticks, with or without a link."
@@ -90,7 +94,9 @@ class OwnLinks(Processor):
         lines, fence = text.split('\n'), ''
         for i, line in enumerate(lines):
             mark = FENCE.match(line)
-            if fence: fence = '' if mark and mark[1].startswith(fence) and not line.strip(mark[1][0] + ' ') else fence
+            if fence:
+                fence = ('' if mark and mark[1].startswith(fence)
+                         and not line.strip(mark[1][0] + ' ') else fence)
             elif mark: fence = mark[1]
             elif not line.startswith('    '): lines[i] = NAME.sub(self.link, line)
         return '\n'.join(lines)
@@ -98,7 +104,8 @@ class OwnLinks(Processor):
     def cell(self, cell):
         if cell.cell_type == 'markdown': cell.source = self.linked(joined(cell.source))
         for output in cell.get('outputs', []):
-            if 'text/markdown' in output.get('data', {}): output['data']['text/markdown'] = self.linked(joined(output['data']['text/markdown']))
+            if 'text/markdown' in output.get('data', {}):
+                output['data']['text/markdown'] = self.linked(joined(output['data']['text/markdown']))
 
 
 def html_for_quarto(cell):
@@ -113,7 +120,8 @@ def html_for_quarto(cell):
 def shown_names(cell) -> list:
     "What a cell defines for others, if the page shows its source."
     if cell.cell_type != 'code' or 'exports' not in (getattr(cell, 'directives_', None) or ()): return []
-    named = [node.name for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    named = [node.name for node in ast.parse(cell.source).body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     return [name for name in named if not name.startswith('_')]
 
 
@@ -121,7 +129,8 @@ class ShownOnce(Processor):
     "Of a symbol whose source is shown, all that stays of its documentation is the place that links lead to."
     def begin(self):
         known, cells = {name for cell in self.nb.cells for name in shown_names(cell)}, []
-        taken = {title.lower() for cell in self.nb.cells for title in HEADING.findall(cell.source) if cell.cell_type == 'markdown'}
+        taken = {title.lower() for cell in self.nb.cells for title in HEADING.findall(cell.source)
+                 if cell.cell_type == 'markdown'}
         for cell in self.nb.cells:
             places = {name.lower(): None for name in shown_names(cell) if name.lower() not in taken}
             taken |= places.keys()
@@ -139,7 +148,9 @@ class Signatures(Processor):
 
     def signature(self, found) -> str:
         "The signature of a class, or what stood there."
-        try: given = inspect.signature(getattr(importlib.import_module(self.names[found[1]]), found[1])).parameters.values()
+        try:
+            given = inspect.signature(getattr(importlib.import_module(self.names[found[1]]),
+                                              found[1])).parameters.values()
         except (KeyError, AttributeError, TypeError, ValueError): return found[0]
         return f'def {found[1]}(' + ''.join(f'\n    {p},' for p in given) + ('\n' if given else '') + ')'
 
@@ -147,4 +158,5 @@ class Signatures(Processor):
         if not cell.source.endswith(')') or not SHOWN.search(cell.source): return
         for output in cell.outputs:
             text = BARE.sub(self.signature, joined(output['data']['text/markdown']))
-            output['data']['text/markdown'] = re.sub(r'<?__main__\.(\w+)(?: object at 0x[0-9a-f]+>)?', lambda m: m[1] + '()' * m[0].startswith('<'), text)
+            output['data']['text/markdown'] = re.sub(r'<?__main__\.(\w+)(?: object at 0x[0-9a-f]+>)?',
+                                                     lambda m: m[1] + '()' * m[0].startswith('<'), text)

@@ -10,7 +10,8 @@ MARKS = '<!-- findings: written by `make readme` from results/ -->', '<!-- end o
 
 def counts(rows: list[dict]) -> str:
     "How many rows were confirmed, contradicted, left open, and untrained."
-    return ' / '.join(str(sum(r['verdict'] == v for r in rows)) for v in ('confirmed', 'contradicted', 'open', 'untrained'))
+    return ' / '.join(str(sum(r['verdict'] == v for r in rows))
+                      for v in ('confirmed', 'contradicted', 'open', 'untrained'))
 
 
 def findings() -> str:
@@ -18,16 +19,25 @@ def findings() -> str:
     from sparsecod.claims import headlines, short_markdown, standing_ledger
     from sparsecod.studies import STUDIES, by_variant, load_results
     folder = ROOT / 'results'
-    records, rows = {scale: load_results(folder, scale) for scale in ('laptop', 'desk')}, standing_ledger(folder)
-    lines = [short_markdown(headlines(rows)), '', 'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the size of a variance (from runs of scale desk where three seeds of them are there, else laptop):', '',
+    records, rows = ({scale: load_results(folder, scale) for scale in ('laptop', 'desk')},
+                     standing_ledger(folder))
+    lines = [short_markdown(headlines(rows)), '',
+             'All of them by study, as confirmed / contradicted / open / untrained, without the rows on the '
+             'size of a variance (from runs of scale desk where three seeds of them are there, else laptop):',
+             '',
              "| study | its question | runs | the paper's claims | our controls |", '|---|---|---|---|---|']
     for name, study in STUDIES.items():
         mine = [r for r in rows if r['study'] == name]
-        runs = sum(len(group) for scale in {r['scale'] for r in mine} for group in by_variant(name, records[scale]).values())
+        runs = sum(len(group) for scale in {r['scale'] for r in mine}
+                   for group in by_variant(name, records[scale]).values())
         if not runs: continue
-        lines.append(f"| {name} | {study.question} | {runs} | {counts([r for r in mine if not r['control']])} | {counts([r for r in mine if r['control']])} |")
+        lines.append(f"| {name} | {study.question} | {runs} | "
+                     f"{counts([r for r in mine if not r['control']])} | "
+                     f"{counts([r for r in mine if r['control']])} |")
     sums = [r for r in rows if r['study'] is None]
-    lines.append(f"| - | Do the published page's own numbers add up? (arithmetic) | - | {counts([r for r in sums if not r['control']])} | {counts([r for r in sums if r['control']])} |")
+    lines.append(f"| - | Do the published page's own numbers add up? (arithmetic) | - | "
+                 f"{counts([r for r in sums if not r['control']])} | "
+                 f"{counts([r for r in sums if r['control']])} |")
     return '\n'.join(lines)
 
 

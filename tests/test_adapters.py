@@ -1,4 +1,5 @@
-"Families of the transformers library, block by block, against their own forward pass and against models edited by hand."
+"""Families of the transformers library, block by block, against their own forward pass and against models
+edited by hand."""
 import copy
 import functools
 import itertools
@@ -29,27 +30,35 @@ from sparsecod.scores import ScoreConfig, score_model
 L, D, V, T, WINDOW = 4, 32, 61, 12, 5
 ALTERNATE = ['sliding_attention', 'full_attention'] * 2
 FAMILIES = dict(
-    Llama={}, Mistral=dict(sliding_window=WINDOW), Qwen2=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    Llama={}, Mistral=dict(sliding_window=WINDOW),
+    Qwen2=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     Qwen3=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
-    Gemma2=dict(sliding_window=WINDOW, layer_types=ALTERNATE, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
-    Gemma3Text=dict(sliding_window=WINDOW, layer_types=ALTERNATE), Phi3=dict(sliding_window=WINDOW), Olmo2={}, GPT2={}, GPTNeoX={},
-    Mixtral=dict(num_local_experts=4, sliding_window=WINDOW), Olmoe=dict(num_experts=4, num_experts_per_tok=2),
+    Gemma2=dict(sliding_window=WINDOW, layer_types=ALTERNATE, final_logit_softcapping=3.0,
+                attn_logit_softcapping=2.0),
+    Gemma3Text=dict(sliding_window=WINDOW, layer_types=ALTERNATE), Phi3=dict(sliding_window=WINDOW), Olmo2={},
+    GPT2={}, GPTNeoX={},
+    Mixtral=dict(num_local_experts=4, sliding_window=WINDOW),
+    Olmoe=dict(num_experts=4, num_experts_per_tok=2),
     Qwen3Moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24))
 WINDOWED = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Gemma3Text', 'Phi3', 'Mixtral')
 MORE = dict(
-    Cohere=dict(logit_scale=0.3), Granite=dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5), Phi={},
-    OPT=dict(ffn_dim=40), Bloom={}, XGLM=dict(ffn_dim=40), BioGpt={}, Mpt={}, Falcon={}, FalconRW=dict(alibi=True),
+    Cohere=dict(logit_scale=0.3),
+    Granite=dict(logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5), Phi={},
+    OPT=dict(ffn_dim=40), Bloom={}, XGLM=dict(ffn_dim=40), BioGpt={}, Mpt={}, Falcon={},
+    FalconRW=dict(alibi=True),
     Llama4Text=dict(attention_chunk_size=WINDOW, intermediate_size_mlp=40, num_local_experts=4),
-    OPTProjected=dict(ffn_dim=40, word_embed_proj_dim=16), OPTPost=dict(ffn_dim=40, word_embed_proj_dim=16, do_layer_norm_before=False))
-CLASS_OF = dict(OPTProjected='OPT', OPTPost='OPT', FalconRW='Falcon')                   # where a family has more than one kind
-TUPLES = 'Bloom', 'Mpt', 'Falcon', 'FalconRW'                                           # their blocks return tuples
+    OPTProjected=dict(ffn_dim=40, word_embed_proj_dim=16),
+    OPTPost=dict(ffn_dim=40, word_embed_proj_dim=16, do_layer_norm_before=False))
+CLASS_OF = dict(OPTProjected='OPT', OPTPost='OPT', FalconRW='Falcon')  # where a family has more than one kind
+TUPLES = 'Bloom', 'Mpt', 'Falcon', 'FalconRW'  # their blocks return tuples
 NO_GROUPS = 'GPT2', 'GPTNeoX', 'OPT', 'Phi', 'Bloom', 'XGLM', 'BioGpt', 'Mpt', 'Falcon'
 TOKENS = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
 
 
 def tiny(family, **changes):
     "A random network with weights large enough that every part of it shows in the logits."
-    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=40, num_hidden_layers=L, num_attention_heads=4, max_position_embeddings=32,
+    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=40, num_hidden_layers=L,
+                 num_attention_heads=4, max_position_embeddings=32,
                  initializer_range=0.2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     kind = CLASS_OF.get(family, family)
     if kind not in NO_GROUPS: sizes |= dict(num_key_value_heads=2, head_dim=8)
@@ -58,10 +67,12 @@ def tiny(family, **changes):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def is_close(ours, theirs): return torch.allclose(ours, theirs, atol=2e-6 * theirs.abs().max().item(), rtol=1e-5)
+def is_close(ours, theirs):
+    return torch.allclose(ours, theirs, atol=2e-6 * theirs.abs().max().item(), rtol=1e-5)
 
 
-SOME = 'GPT2', 'Gemma2', 'Mixtral', 'Phi3'           # learned positions; two kinds of attention; experts; a window and one matrix for three
+# learned positions; two kinds of attention; experts; a window and one matrix for three
+SOME = 'GPT2', 'Gemma2', 'Mixtral', 'Phi3'
 made = functools.cache(tiny)                           # for tests that leave it alone
 
 
@@ -90,7 +101,8 @@ def test_blockwise_logits_are_the_networks_own(family):
         if attention == 'eager': network.set_attn_implementation('eager')
         model = adapt(network)
         assert isinstance(model, AdaptedModel) and model.network is network
-        for tokens in (TOKENS, TOKENS[:1], TOKENS[:, :2], TOKENS[:, 3:11]):             # other batches and lengths, one after the other
+        # other batches and lengths, one after the other
+        for tokens in (TOKENS, TOKENS[:1], TOKENS[:, :2], TOKENS[:, 3:11]):
             assert is_close(all_logits(model, tokens), own_logits(network, tokens))
 
 
@@ -98,7 +110,7 @@ def test_blockwise_logits_are_the_networks_own(family):
 def test_further_families_need_no_code_of_their_own(family):
     network = made(family)
     model = adapt(network)
-    for tokens in (TOKENS, TOKENS[:1], TOKENS[:2, 3:11], TOKENS):                       # the number of sequences changes too
+    for tokens in (TOKENS, TOKENS[:1], TOKENS[:2, 3:11], TOKENS):  # the number of sequences changes too
         assert is_close(all_logits(model, tokens), own_logits(network, tokens))
 
 
@@ -107,7 +119,8 @@ def test_the_window_matters_at_this_length(family):
     "Otherwise the tests of this file could not tell a sliding window from a full one."
     far = TOKENS.clone()
     far[:, 0] = (far[:, 0] + 1) % V
-    network = tiny(family, **{'num_hidden_layers': 1} | ({'layer_types': ALTERNATE[:1]} if family.startswith('Gemma') else {})
+    network = tiny(family, **{'num_hidden_layers': 1}
+                   | ({'layer_types': ALTERNATE[:1]} if family.startswith('Gemma') else {})
                    | ({'max_window_layers': 0} if family.startswith('Qwen') else {}))
     changed = (own_logits(network) - own_logits(network, far)).abs().amax((0, 2))       # (T,)
     assert (changed[:WINDOW] > 1e-2).all() and (changed[WINDOW:] < 1e-5).all()
@@ -129,7 +142,8 @@ def test_streams_and_updates_are_those_of_the_network(network):
     assert [l for l, _ in seen] == list(range(1, L + 1)) and len(model.blocks) == L
     assert is_close(model.embed(TOKENS), theirs[0])
     again = []
-    with torch.no_grad(): model.run(seen[1][1].stream, start=2, stop=3, watch=lambda l, out: again.append((l, out)))
+    with torch.no_grad():
+        model.run(seen[1][1].stream, start=2, stop=3, watch=lambda l, out: again.append((l, out)))
     assert [l for l, _ in again] == [3] and is_close(again[0][1].stream, seen[2][1].stream)
     for (l, out), before, after in zip(seen, theirs, theirs[1:-1]):
         assert is_close(out.stream, after) and is_close(out.update, after - before)
@@ -139,12 +153,14 @@ def test_streams_and_updates_are_those_of_the_network(network):
 def test_token_losses_are_the_cross_entropy_of_the_logits(network, monkeypatch):
     "In slices: the head never sees more tokens than fit."
     model, rows = adapt(network), []
-    expected = functional.cross_entropy(own_logits(network)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction='none')
+    expected = functional.cross_entropy(own_logits(network)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(),
+                                        reduction='none')
     with torch.no_grad():
         h = model.run(model.embed(TOKENS[:, :-1]))
         whole = model.token_losses(h, TOKENS[:, 1:])
         monkeypatch.setattr(adapters, 'LOGITS_AT_ONCE', 7 * V)
-        with network.get_output_embeddings().register_forward_hook(lambda head, args, out: rows.append(out.numel() // V)):
+        with network.get_output_embeddings().register_forward_hook(
+            lambda head, args, out: rows.append(out.numel() // V)):
             sliced = model.token_losses(h, TOKENS[:, 1:])
     assert whole.shape == (3, T - 1) and is_close(whole.flatten(), expected) and is_close(sliced, whole)
     assert sum(rows) == 3 * (T - 1) and max(rows) == 7
@@ -167,7 +183,8 @@ def test_a_start_that_is_no_stream_is_refused():
 def test_hooks_of_the_user_act_once():
     network = tiny('GPT2')
     plain = own_logits(network)
-    for block in network.transformer.h: block.register_forward_pre_hook(lambda block, args: (args[0] + 1 + args[0].abs(), *args[1:]))
+    for block in network.transformer.h:
+        block.register_forward_pre_hook(lambda block, args: (args[0] + 1 + args[0].abs(), *args[1:]))
     model = adapt(network)
     assert is_close(all_logits(model), own_logits(network)) and not is_close(own_logits(network), plain)
 
@@ -216,12 +233,13 @@ def test_skip_swap_and_replacement_equal_edited_networks(family):
     A, b = torch.randn(D, D, generator=torch.Generator().manual_seed(1)) / 8, torch.linspace(-1, 1, D)
     affine = lambda h: h + h @ A + b
     for l in (1, 3):
-        all_logits(model, TOKENS.flip(1))                                               # another batch leaves nothing behind
+        all_logits(model, TOKENS.flip(1))  # another batch leaves nothing behind
         before = model.run(h, stop=l - 1)
         for by_hand in (lambda h: h, affine):
             instead = Instead((lambda h: (by_hand(h),)) if family in TUPLES else by_hand)
             with in_place(network, l, instead): expected = own_logits(network)
-            assert is_close(model.logits(model.run(by_hand(before), start=l)), expected) and not is_close(plain, expected)
+            assert (is_close(model.logits(model.run(by_hand(before), start=l)), expected)
+                    and not is_close(plain, expected))
     for i, j in ((1, 2), (1, 4)):
         with swapped(network, i, j): expected = own_logits(network)
         x = model.run(model.run(h, stop=i - 1), start=j - 1, stop=j)
@@ -250,7 +268,8 @@ def full_forward(network, windows):
 @pytest.fixture(params=SOME, scope='module')
 def scored(request):
     "A network, and the arrays of its scores."
-    return made(request.param), score_model(made(request.param), SCORED, FITTED, SETTINGS, progress=False)['arrays']
+    return made(request.param), score_model(made(request.param), SCORED, FITTED, SETTINGS,
+                                            progress=False)['arrays']
 
 
 def test_causal_scores_equal_edited_networks(scored):
@@ -262,7 +281,9 @@ def test_causal_scores_equal_edited_networks(scored):
         assert found['skip_loss_increase'][s - 1] == pytest.approx(loss_without - loss, abs=2e-5)
         assert found['causal'][s - 1][:s] == [None] * s
         for l, ((x, y), (x2, y2)) in enumerate(zip(base, without), 1):
-            if l > s: assert found['causal'][s - 1][l - 1] == pytest.approx((size((y2 - x2) - (y - x)) / size(y - x)).item(), rel=1e-4)
+            if l > s:
+                assert found['causal'][s - 1][l - 1] == pytest.approx(
+                    (size((y2 - x2) - (y - x)) / size(y - x)).item(), rel=1e-4)
 
 
 def test_permutation_scores_equal_edited_networks(scored):
@@ -270,17 +291,21 @@ def test_permutation_scores_equal_edited_networks(scored):
     loss, _ = full_forward(network, SCORED)
     for i, j in itertools.combinations(range(1, L + 1), 2):
         with swapped(network, i, j): other, _ = full_forward(network, SCORED)
-        assert found['permutation'][i - 1][j - 1] == found['permutation'][j - 1][i - 1] == pytest.approx(abs(other - loss) / loss, rel=1e-3, abs=1e-5)
+        assert found['permutation'][i - 1][j - 1] == found['permutation'][j - 1][i - 1] == pytest.approx(
+            abs(other - loss) / loss, rel=1e-3, abs=1e-5)
 
 
 def test_usefulness_equals_edited_networks(scored):
-    "Least squares on the stored states of all blocks, then a full forward pass with each map in the place of its block."
+    """Least squares on the stored states of all blocks, then a full forward pass with each map in the place
+    of its block."""
     network, found = scored
     (loss, _), (_, states) = full_forward(network, SCORED), full_forward(network, FITTED)
     for l, (x, y) in enumerate(states, 1):
-        x, y = x.flatten(0, 1).double(), y.flatten(0, 1).double()                                       # (n, D)
-        solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y - x).solution.float()   # (D + 1, D)
-        with in_place(network, l, Instead(lambda h: h + h @ solved[:-1] + solved[-1])): replaced, _ = full_forward(network, SCORED)
+        x, y = x.flatten(0, 1).double(), y.flatten(0, 1).double()  # (n, D)
+        # (D + 1, D)
+        solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y - x).solution.float()
+        with in_place(network, l, Instead(lambda h: h + h @ solved[:-1] + solved[-1])):
+            replaced, _ = full_forward(network, SCORED)
         assert found['usefulness_ratio'][l - 1] == pytest.approx(replaced / loss, rel=2e-4)
 
 
@@ -291,10 +316,12 @@ def test_blocks_with_known_answers(family):
     A, b = torch.randn(D, D, generator=draw) / D ** .5, torch.randn(D, generator=draw)
     with in_place(network, 2, Instead(lambda h: h)), in_place(network, 3, Instead(lambda h: h + h @ A + b)):
         found = score_model(network, SCORED, FITTED, SETTINGS, progress=False)['arrays']
-    assert found['causal'][1][2:] == [0, 0] and found['causal'][0][1] == 0 and abs(found['skip_loss_increase'][1]) < 1e-9
+    assert (found['causal'][1][2:] == [0, 0] and found['causal'][0][1] == 0
+            and abs(found['skip_loss_increase'][1]) < 1e-9)
     assert found['causal'][0][2] > 1e-3 and found['causal'][2][3] > 1e-3
     away = [abs(ratio - 1) for ratio in found['usefulness_ratio']]
-    assert away[1] < 1e-6 and away[2] < 2e-5 and min(away[0], away[3]) > 1e-4 and found['jacobian_per_token'][1] == 0
+    assert (away[1] < 1e-6 and away[2] < 2e-5 and min(away[0], away[3]) > 1e-4
+            and found['jacobian_per_token'][1] == 0)
 
 
 # --- gradients ---
@@ -303,7 +330,8 @@ def test_gradients_through_a_block_equal_autograd_through_the_network(one_of_som
     network = one_of_some
     blocks, _ = lists_by_layer(network)
     kept, weights = {}, torch.randn(3, T, D, generator=torch.Generator().manual_seed(2))
-    with blocks[1].register_forward_hook(lambda block, args, out: kept.update(x=args[0], y=out)): network(TOKENS)
+    with blocks[1].register_forward_hook(lambda block, args, out: kept.update(x=args[0], y=out)):
+        network(TOKENS)
     expected, = torch.autograd.grad(kept['y'], kept['x'], weights)
     model = adapt(network)
     with torch.no_grad():
@@ -335,9 +363,12 @@ def test_what_was_noted_in_inference_mode_or_in_a_transform_serves_later():
 def everything(network):
     "All that could be changed by looking: a copy."
     hooks = [name for name in vars(nn.Module()) if 'hooks' in name]
-    parts = {name: (id(part), part.training, set(vars(part)), [list(getattr(part, kind)) for kind in hooks]) for name, part in network.named_modules()}
-    weights = {name: (id(p), p.requires_grad, None if p.grad is None else p.grad.clone(), p.detach().clone()) for name, p in network.named_parameters()}
-    return dict(config=network.config.to_dict(), use_cache=network.config.use_cache, attention=network.config._attn_implementation, parts=parts,
+    parts = {name: (id(part), part.training, set(vars(part)), [list(getattr(part, kind)) for kind in hooks])
+             for name, part in network.named_modules()}
+    weights = {name: (id(p), p.requires_grad, None if p.grad is None else p.grad.clone(), p.detach().clone())
+               for name, p in network.named_parameters()}
+    return dict(config=network.config.to_dict(), use_cache=network.config.use_cache,
+                attention=network.config._attn_implementation, parts=parts,
                 weights=weights, buffers={name: b.clone() for name, b in network.named_buffers()})
 
 
@@ -375,17 +406,20 @@ def test_the_network_is_left_as_it_was(one_of_some):
     assert same(everything(network), before) and torch.equal(torch.get_rng_state(), random)
     use(model)
     assert same(everything(network), before)
-    for error, where in ((Interrupted, 'watch'), (Interrupted, 'embed'), (Interrupted, 'check'), (ValueError, 'block')):
+    for error, where in ((Interrupted, 'watch'), (Interrupted, 'embed'), (Interrupted, 'check'),
+                         (ValueError, 'block')):
         model = adapt(network)
         model.noted = None, None
         with pytest.raises(error), pytest.MonkeyPatch.context() as patch:
             if where == 'watch': model.run(model.embed(TOKENS), watch=fail)
             if where == 'embed': patch.setattr(network.get_input_embeddings(), 'forward', fail)
             if where == 'check': patch.setattr(blocks[1], 'forward', fail)
-            if where == 'block': patch.setattr(blocks[1], 'forward', lambda h, *args, **kwargs: h[:, :1, :1] @ h)
+            if where == 'block':
+                patch.setattr(blocks[1], 'forward', lambda h, *args, **kwargs: h[:, :1, :1] @ h)
             model.embed(TOKENS) if where == 'embed' else adapt(network)
         assert same(everything(network), before), where
-        with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:         # while the arguments are noted
+        # while the arguments are noted
+        with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks[2], 'forward', fail)
             model.run(torch.zeros(1, T, D))
         assert same(everything(network), before), where
@@ -396,14 +430,16 @@ def test_no_cache_of_keys_and_values(network):
     assert network.config.use_cache
     model = adapt(network)
     for args, kwargs in model.arguments(model.embed(TOKENS)):
-        assert not any(isinstance(x, transformers.Cache) for x in (*args, *kwargs.values())) and not kwargs.get('use_cache')
+        assert (not any(isinstance(x, transformers.Cache) for x in (*args, *kwargs.values()))
+                and not kwargs.get('use_cache'))
 
 
 def test_mode_parameters_and_place_are_the_networks():
     network = tiny('Llama').to(torch.bfloat16)
     model = adapt(network)
     assert model.train() is model and network.training and model.training and not model.eval().training
-    assert list(map(id, model.parameters())) == list(map(id, network.parameters())) and list(model.modules()) == list(network.modules())
+    assert (list(map(id, model.parameters())) == list(map(id, network.parameters()))
+            and list(model.modules()) == list(network.modules()))
     exact = copy.deepcopy(model).float()
     assert is_close(all_logits(exact), own_logits(copy.deepcopy(network).float()))
     assert next(network.parameters()).dtype == torch.bfloat16 and model.to('cpu') is model
@@ -446,16 +482,23 @@ def hidden_block():
 
 
 REFUSED = dict(
-    encoder_decoder=(lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+    encoder_decoder=(lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
                      'T5ForConditionalGeneration.*encoder-decoder; looked for a decoder alone'),
     no_head=(lambda: tiny('Llama').model, 'LlamaModel.*not a causal language model; looked for a head'),
-    classifier=(lambda: transformers.LlamaForSequenceClassification(tiny('Llama').config), 'LlamaForSequenceClassification.*not a causal language model'),
-    no_attention=(lambda: tiny('Mamba', state_size=4), 'MambaForCausalLM.*layout is unknown; looked in MambaModel for .*.layers and .norm'),
+    classifier=(lambda: transformers.LlamaForSequenceClassification(tiny('Llama').config),
+                'LlamaForSequenceClassification.*not a causal language model'),
+    no_attention=(lambda: tiny('Mamba', state_size=4),
+                  'MambaForCausalLM.*layout is unknown; looked in MambaModel for .*.layers and .norm'),
     secret_logits=(lambda: Doubled(tiny('Llama').config), "Doubled .*do not give the network's own logits"),
-    slightly_other_logits=(lambda: Slightly(tiny('Llama').config).double(), "do not give the network's own logits"),
-    no_number=(lambda: spoilt(float('nan')), 'not finite'), infinite=(lambda: spoilt(float('inf')), 'not finite'),
+    slightly_other_logits=(lambda: Slightly(tiny('Llama').config).double(),
+                           "do not give the network's own logits"),
+    no_number=(lambda: spoilt(float('nan')), 'not finite'),
+    infinite=(lambda: spoilt(float('inf')), 'not finite'),
     hidden_block=(hidden_block, 'each of its 4 blocks once and in order, but made 3 calls'),
-    plain_module=(lambda: nn.Linear(2, 2), 'Linear cannot be adapted: it must be a model of the transformers library, or offer embed, run'),
+    plain_module=(lambda: nn.Linear(2, 2),
+                  'Linear cannot be adapted: it must be a model of the transformers library, or offer embed, '
+                  'run'),
     nothing=(lambda: None, 'NoneType cannot be adapted'))
 
 
@@ -487,29 +530,34 @@ class Watched(nn.Module):
         source = dict(from_block_1=1, from_block_2=2, from_the_block_before=self.l, backwards=L)[self.kind]
         left = box.get('left', out)
         if self.l == source: box['left'] = out
-        return (out + left) / 2 if self.l > source or self.kind in ('backwards', 'from_the_block_before') else out
+        return ((out + left) / 2 if self.l > source or self.kind in ('backwards', 'from_the_block_before')
+                else out)
 
 
 def sharing(kind, names=('self_attn.v_proj',)):
     "A Llama whose blocks share what the named parts give."
     network, boxes = tiny('Llama'), {name: {} for name in names}
     for l, block in enumerate(network.model.layers, 1):
-        for name, box in boxes.items(): block.set_submodule(name, Watched(block.get_submodule(name), kind, box, l))
+        for name, box in boxes.items():
+            block.set_submodule(name, Watched(block.get_submodule(name), kind, box, l))
     return network
 
 
 KEYS_AND_VALUES = 'self_attn.k_proj', 'self_attn.v_proj'
 SHARING = dict(
     value_residual=lambda: sharing('from_block_1'), value_residual_of_block_2=lambda: sharing('from_block_2'),
-    shared_keys_and_values=lambda: sharing('from_block_2', KEYS_AND_VALUES), a_chain=lambda: sharing('from_the_block_before'),
-    mlp_output=lambda: sharing('from_block_1', ['mlp']), last_input=lambda: sharing('last_input', ['mlp.down_proj']),
+    shared_keys_and_values=lambda: sharing('from_block_2', KEYS_AND_VALUES),
+    a_chain=lambda: sharing('from_the_block_before'),
+    mlp_output=lambda: sharing('from_block_1', ['mlp']),
+    last_input=lambda: sharing('last_input', ['mlp.down_proj']),
     backwards=lambda: sharing('backwards', ['mlp.up_proj']), counts=lambda: sharing('counts', ['mlp']))
 
 
 @pytest.mark.parametrize('case', SHARING)
 def test_blocks_that_share_state_are_refused(case):
     with pytest.raises(ValueError, match='block'): adapt(SHARING[case]())
-    with pytest.raises(ValueError, match='block'): score_model(SHARING[case](), SCORED, FITTED, SETTINGS, progress=False)
+    with pytest.raises(ValueError, match='block'):
+        score_model(SHARING[case](), SCORED, FITTED, SETTINGS, progress=False)
 
 
 def test_what_they_share_is_the_reason():
@@ -530,7 +578,8 @@ def test_a_block_that_changes_its_stream_in_place_is_refused():
 
 @pytest.mark.parametrize('family', ['Gemma3nText', 'Gemma4Text'])
 def test_families_whose_blocks_read_the_tokens_again_are_refused_in_words(family):
-    further = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=V, num_kv_shared_layers=2, layer_types=ALTERNATE)
+    further = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=V, num_kv_shared_layers=2,
+                   layer_types=ALTERNATE)
     further |= dict(laurel_rank=4) if family == 'Gemma3nText' else dict(global_head_dim=8)
     with pytest.raises(ValueError, match='per_layer_input'): adapt(tiny(family, **further))
 
@@ -548,13 +597,15 @@ def test_the_check_costs_a_few_passes_over_eight_tokens():
 def parallel(network):
     "DistributedDataParallel in a group of one process."
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0,
+                                             world_size=1)
     return nn.parallel.DistributedDataParallel(network)
 
 
 def compiled(network, *parts):
     "The named parts compiled, each for itself."
-    for name in parts: network.set_submodule(name, torch.compile(network.get_submodule(name), backend='eager'))
+    for name in parts:
+        network.set_submodule(name, torch.compile(network.get_submodule(name), backend='eager'))
     return network
 
 
@@ -567,10 +618,12 @@ def prepared(network):
 
 
 WRAPPED = dict(
-    compiled=lambda network: torch.compile(network, backend='eager'), data_parallel=nn.DataParallel, distributed=parallel,
+    compiled=lambda network: torch.compile(network, backend='eager'), data_parallel=nn.DataParallel,
+    distributed=parallel,
     both=lambda network: nn.DataParallel(torch.compile(network, backend='eager')),
     twice=lambda network: torch.compile(nn.DataParallel(network), backend='eager'),
-    blocks=lambda network: compiled(network, 'model.layers.0', 'model.layers.2'), decoder=lambda network: compiled(network, 'model'),
+    blocks=lambda network: compiled(network, 'model.layers.0', 'model.layers.2'),
+    decoder=lambda network: compiled(network, 'model'),
     prepared=prepared)
 
 
@@ -579,7 +632,9 @@ def test_what_computes_the_same_is_looked_into(case):
     expected = own_logits(tiny('Llama'))
     model = adapt(WRAPPED[case](tiny('Llama')))
     assert is_close(all_logits(model), expected)
-    with torch.no_grad(): assert is_close(model.run(model.run(model.embed(TOKENS), stop=2), start=2), model.run(model.embed(TOKENS)))
+    with torch.no_grad():
+        assert is_close(model.run(model.run(model.embed(TOKENS), stop=2), start=2),
+                        model.run(model.embed(TOKENS)))
 
 
 @pytest.mark.parametrize('case', ['compiled', 'data_parallel', 'both', 'twice'])
@@ -654,17 +709,22 @@ def offloaded(): return pytest.importorskip('accelerate').cpu_offload(tiny('Llam
 def partly_on_disk():
     places = {'model.embed_tokens': 'cpu', 'model.norm': 'cpu', 'model.rotary_emb': 'cpu', 'lm_head': 'cpu',
               **{f'model.layers.{l}': 'cpu' if l < 2 else 'disk' for l in range(L)}}
-    return pytest.importorskip('accelerate').dispatch_model(tiny('Llama'), places, main_device='cpu', offload_dir=tempfile.mkdtemp())
+    return pytest.importorskip('accelerate').dispatch_model(tiny('Llama'), places, main_device='cpu',
+                                                            offload_dir=tempfile.mkdtemp())
 
 
 HAND_IN = dict(
-    adapters=(lambda: Adapters(tiny('Llama')), 'merge_and_unload'), holder=(lambda: Holder(tiny('Llama')), r'\.inner, a Llama'),
+    adapters=(lambda: Adapters(tiny('Llama')), 'merge_and_unload'),
+    holder=(lambda: Holder(tiny('Llama')), r'\.inner, a Llama'),
     holder_of_ours=(lambda: Holder(Transformer(ModelConfig(n_layers=1))), r'\.inner, a Transformer'),
     compiled_holder=(lambda: torch.compile(Holder(tiny('GPT2')), backend='eager'), r'\.inner, a GPT2'),
-    pipeline=(lambda: Pipeline(tiny('Llama')), r'\.inner, a Llama'), meta=(on_meta, 'meta'), offloaded=(offloaded, 'offload'),
-    disk=(partly_on_disk, 'offload'), dynamic=(dynamic, 'quantised'), packed=(packed, r'layers\.2\.self_attn\.q_proj\.qweight.*int32'),
+    pipeline=(lambda: Pipeline(tiny('Llama')), r'\.inner, a Llama'), meta=(on_meta, 'meta'),
+    offloaded=(offloaded, 'offload'),
+    disk=(partly_on_disk, 'offload'), dynamic=(dynamic, 'quantised'),
+    packed=(packed, r'layers\.2\.self_attn\.q_proj\.qweight.*int32'),
     int8=(lambda: with_weight(lambda w: w.to(torch.int8)), r'layers\.1\.mlp\.up_proj.*int8'),
-    uint8=(lambda: with_weight(lambda w: w.to(torch.uint8).flatten()[:, None]), r'layers\.1\.mlp\.up_proj.*uint8'),
+    uint8=(lambda: with_weight(lambda w: w.to(torch.uint8).flatten()[:, None]),
+           r'layers\.1\.mlp\.up_proj.*uint8'),
     fp8=(lambda: with_weight(lambda w: w.to(torch.float8_e4m3fn)), r'layers\.1\.mlp\.up_proj.*float8'),
     subclass=(lambda: with_weight(lambda w: w.as_subclass(Subclass)), r'layers\.1\.mlp\.up_proj.*Subclass'))
 
@@ -731,10 +791,14 @@ def test_our_own_models_open_from_their_folder_and_from_their_training(tmp_path,
 def test_a_folder_with_a_pickle_alone_is_refused(saved):
     _, folder = saved
     (folder / 'model.safetensors').unlink()
-    with pytest.raises(ValueError, match=r'llama holds no weights in safetensors files; looked for \*.safetensors$'): open_model(folder)
+    with pytest.raises(ValueError,
+                       match=r'llama holds no weights in safetensors files; looked for \*.safetensors$'):
+        open_model(folder)
     (folder / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap(folder / 'sprung')))
-    with pytest.raises(ValueError, match='llama holds no weights.*found pytorch_model.bin. A pickle can run any program'): open_model(folder)
-    save_file({'other': torch.zeros(1)}, folder / 'other.safetensors')                  # no weights of this network
+    with pytest.raises(ValueError,
+                       match='llama holds no weights.*found pytorch_model.bin. A pickle can run any program'):
+        open_model(folder)
+    save_file({'other': torch.zeros(1)}, folder / 'other.safetensors')  # no weights of this network
     with pytest.raises(ValueError, match='llama cannot be opened'): open_model(folder)
     assert not (folder / 'sprung').exists()
 
@@ -744,13 +808,17 @@ def test_missing_weights_are_not_made_up(saved):
     weights = load_file(folder / 'model.safetensors')
     del weights['model.layers.1.mlp.up_proj.weight']
     save_file(weights, folder / 'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='llama lacks 1 weights of LlamaForCausalLM, the first of them model.layers.1.mlp.up_proj.weight'): open_model(folder)
+    with pytest.raises(ValueError,
+                       match='llama lacks 1 weights of LlamaForCausalLM, the first of them '
+                             'model.layers.1.mlp.up_proj.weight'):
+        open_model(folder)
     Transformer(ModelConfig(n_layers=1)).save_pretrained(folder)
     save_file({'head.weight': torch.zeros(2048, 64)}, folder / 'model.safetensors')
     with pytest.raises(ValueError, match='llama holds no readable model'): open_model(folder)
 
 
-EXTRA = dict(bias='model.layers.1.self_attn.q_proj.bias', block=f'model.layers.{L}.mlp.up_proj.weight', head='value_head.weight')
+EXTRA = dict(bias='model.layers.1.self_attn.q_proj.bias', block=f'model.layers.{L}.mlp.up_proj.weight',
+             head='value_head.weight')
 
 
 @pytest.mark.parametrize('case', EXTRA)
@@ -758,7 +826,8 @@ def test_weights_without_a_place_are_named(saved, case):
     "A bias that the configuration denies, a block beyond the last one, a second head."
     _, folder = saved
     weights = load_file(folder / 'model.safetensors')
-    save_file(weights | {EXTRA[case]: torch.ones(D)}, folder / 'model.safetensors', metadata=dict(format='pt'))
+    save_file(weights | {EXTRA[case]: torch.ones(D)}, folder / 'model.safetensors',
+              metadata=dict(format='pt'))
     with pytest.raises(ValueError, match=re.escape(EXTRA[case])): open_model(folder)
     model, _ = open_model(transformers.AutoModelForCausalLM.from_pretrained(folder))    # the way out
     assert len(model.blocks) == L
@@ -772,12 +841,16 @@ def test_weights_of_another_size_are_named(saved):
 
 
 def test_places_without_a_model_are_named(tmp_path):
-    with pytest.raises(ValueError, match=f'{tmp_path} holds no model; looked for config.json'): open_model(tmp_path)
-    with pytest.raises(ValueError, match='no/such-model is no folder here, and it cannot be fetched'): open_model('no/such-model')
-    with pytest.raises(ValueError, match='no such folder/at all is no folder here'): open_model('./no such folder/at all')
+    with pytest.raises(ValueError, match=f'{tmp_path} holds no model; looked for config.json'):
+        open_model(tmp_path)
+    with pytest.raises(ValueError, match='no/such-model is no folder here, and it cannot be fetched'):
+        open_model('no/such-model')
+    with pytest.raises(ValueError, match='no such folder/at all is no folder here'):
+        open_model('./no such folder/at all')
 
 
-@pytest.mark.parametrize('content', [b'[]', b'3', b'null', b'"model_type"', b'\xff\xfe', b'{"model_type": ', b'[' * 200_000])
+@pytest.mark.parametrize('content', [b'[]', b'3', b'null', b'"model_type"', b'\xff\xfe', b'{"model_type": ',
+                                     b'[' * 200_000])
 def test_a_configuration_that_is_no_json_object_is_named(saved, tmp_path, content):
     shutil.copytree(saved[1], tmp_path / 'run' / 'model')
     for place, opened in ((saved[1], saved[1]), (tmp_path / 'run' / 'model', tmp_path / 'run')):
@@ -789,12 +862,17 @@ def test_a_configuration_that_is_no_json_object_is_named(saved, tmp_path, conten
 def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):
     REFUSED['encoder_decoder'][0]().save_pretrained(tmp_path)
     (tmp_path / 'model.safetensors').unlink()            # the configuration alone decides
-    with pytest.raises(ValueError, match=f'{tmp_path} cannot be adapted: it is an encoder-decoder; looked for a decoder alone$'): open_model(tmp_path)
+    with pytest.raises(ValueError,
+                       match=f'{tmp_path} cannot be adapted: it is an encoder-decoder; looked for a decoder '
+                             f'alone$'):
+        open_model(tmp_path)
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    transformers.ViTModel(transformers.ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*ViTConfig') as error: open_model(tmp_path)
+    transformers.ViTModel(transformers.ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                                 num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='cannot be opened as a causal language model.*ViTConfig') as error:
+        open_model(tmp_path)
     assert '\n' not in str(error.value)
 
 
@@ -804,14 +882,19 @@ def test_programs_in_a_checkpoint_run_only_when_trusted(saved, tmp_path, trust, 
     monkeypatch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path / 'modules'))
     monkeypatch.syspath_prepend(str(tmp_path / 'modules'))
     (folder / 'strange.py').write_text(
-        f"open({str(folder / 'sprung')!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class StrangeConfig(LlamaConfig): model_type = 'strange'\nclass Strange(LlamaForCausalLM): config_class = StrangeConfig\n", encoding='utf-8')
+        f"open({str(folder / 'sprung')!r}, 'w').close()\nfrom transformers import LlamaConfig, "
+        f"LlamaForCausalLM\n"
+        "class StrangeConfig(LlamaConfig): model_type = 'strange'\nclass Strange(LlamaForCausalLM): "
+        "config_class = StrangeConfig\n", encoding='utf-8')
     settings = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    settings |= dict(model_type='strange', auto_map=dict(AutoConfig='strange.StrangeConfig', AutoModelForCausalLM='strange.Strange'))
+    settings |= dict(model_type='strange', auto_map=dict(AutoConfig='strange.StrangeConfig',
+                                                         AutoModelForCausalLM='strange.Strange'))
     (folder / 'config.json').write_text(json.dumps(settings), encoding='utf-8')
     if trust: assert type(open_model(folder, trust_remote_code=True)[0].network).__name__ == 'Strange'
     else:
-        with pytest.raises(ValueError, match='programs of its own, which run only with trust_remote_code=True'): open_model(folder)
+        with pytest.raises(ValueError,
+                           match='programs of its own, which run only with trust_remote_code=True'):
+            open_model(folder)
     assert (folder / 'sprung').exists() == trust
 
 
@@ -823,14 +906,18 @@ def test_from_the_hub_only_descriptions_and_safetensors_are_fetched(saved, trust
         asked.update(patterns, name=name)
         return str(folder)
     monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
-    assert torch.equal(all_logits(open_model('someone/llama', trust_remote_code=trust)[0]), all_logits(adapt(network)))
-    assert (asked['name'], asked['revision']) == ('someone/llama', None) and asked['allow_patterns'] == ['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust
+    assert torch.equal(all_logits(open_model('someone/llama', trust_remote_code=trust)[0]),
+                       all_logits(adapt(network)))
+    assert ((asked['name'], asked['revision']) == ('someone/llama', None)
+            and asked['allow_patterns'] == ['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust)
     open_model('someone/llama@v2', trust_remote_code=trust)
     assert (asked['name'], asked['revision']) == ('someone/llama', 'v2')
 
 
 def test_transformers_is_imported_only_when_needed(saved, monkeypatch):
-    program = "import sys, sparsecod.adapters as a; assert 'transformers' not in sys.modules; from sparsecod.core import *; a.adapt(Transformer(ModelConfig(n_layers=1))); assert 'transformers' not in sys.modules"
+    program = ("import sys, sparsecod.adapters as a; assert 'transformers' not in sys.modules; from "
+               "sparsecod.core import *; a.adapt(Transformer(ModelConfig(n_layers=1))); assert "
+               "'transformers' not in sys.modules")
     subprocess.run([sys.executable, '-c', program], check=True)
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(ImportError, match=r"pip install 'sparsecod\[hf\]'"): open_model(saved[1])
@@ -845,14 +932,17 @@ def test_the_model_of_another_training_is_named(tmp_path, change):
     from sparsecod.integrity import Damaged
     from sparsecod.train import TrainConfig, train
     corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(200)])
-    config, plan = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=8, n_heads=1, context_length=8), TrainConfig(steps=2, tokens_per_step=16)
-    for name, p in dict(a=plan, b=plan.replace(**change)).items(): train(config, p, corpus, tmp_path / name, progress=False)
+    config, plan = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=8, n_heads=1,
+                               context_length=8), TrainConfig(steps=2, tokens_per_step=16)
+    for name, p in dict(a=plan, b=plan.replace(**change)).items():
+        train(config, p, corpus, tmp_path / name, progress=False)
     assert adapters.find_folder(tmp_path / 'a') == tmp_path / 'a' / 'model'
     (tmp_path / 'a' / 'model').rename(tmp_path / 'kept')
     (tmp_path / 'b' / 'model').rename(tmp_path / 'a' / 'model')
     with pytest.raises(Damaged, match=next(iter(change))): adapters.find_folder(tmp_path / 'a')
 
 
-@pytest.mark.parametrize('source', ['/no/such/folder', './nothing', '../nothing', 'a/b/c', 'no such model', '~/nothing'])
+@pytest.mark.parametrize('source', ['/no/such/folder', './nothing', '../nothing', 'a/b/c', 'no such model',
+                                    '~/nothing'])
 def test_what_can_be_no_name_on_the_hub_is_not_looked_for_there(source):
     with pytest.raises(ValueError, match='OWNER/NAME'): adapters.find_folder(source)

@@ -15,8 +15,10 @@ from sparsecod.layers import AttentionInBlocks
 from sparsecod.train import StreamWatch, TrainConfig, accumulate_gradients, train
 
 SMALL = dict(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12)
-KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=1), mixture=dict(n_experts=4), shared_expert=dict(n_experts=3, d_shared_expert=8),
-             peri_ln=dict(norm='peri_ln'), scaled=dict(norm='layernorm_scaling'), tied=dict(tie_embeddings=True))
+KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=1), mixture=dict(n_experts=4),
+             shared_expert=dict(n_experts=3, d_shared_expert=8),
+             peri_ln=dict(norm='peri_ln'), scaled=dict(norm='layernorm_scaling'),
+             tied=dict(tie_embeddings=True))
 
 
 @pytest.fixture
@@ -44,10 +46,12 @@ def test_compiled_loss_is_that_of_the_model(kind, traced):
     for watch in (plain, fast): watch.see_embedding(model.embed(x))
     wanted, found = model(x, targets=y, watch=plain), CompiledLoss(model)(x, targets=y, watch=fast)
     torch.testing.assert_close(found, wanted)
-    for a, b in zip(gradients(model, found), gradients(model, wanted)): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for a, b in zip(gradients(model, found), gradients(model, wanted)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     assert len(fast.stream) == 3 and fast.sequences == 3
     for name in ('stream', 'attention', 'feed_forward', 'load'):
-        for a, b in zip(getattr(fast, name), getattr(plain, name), strict=True): torch.testing.assert_close(a, b)
+        for a, b in zip(getattr(fast, name), getattr(plain, name), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize('kind', ['dense', 'mixture'])
@@ -59,7 +63,8 @@ def test_nothing_is_left_out_of_the_graph(kind):
         graphs.append(graph)
         return graph.forward
     loss = CompiledLoss(model)
-    loss.stream = torch.compile(loss.last_stream, backend=count, fullgraph=True)  # an error if the graph breaks
+    # an error if the graph breaks
+    loss.stream = torch.compile(loss.last_stream, backend=count, fullgraph=True)
     loss.losses_of = chunk_losses
     for seed in range(3):  # other routing, same graph
         windows = torch.randint(97, (3, 13), generator=torch.Generator().manual_seed(seed))
@@ -72,19 +77,22 @@ def test_nothing_is_left_out_of_the_graph(kind):
 def test_loss_in_pieces(N, bf16, monkeypatch):
     monkeypatch.setattr(compilation, 'LOGITS_IN_CACHE', 64 * 50)
     torch.manual_seed(N)
-    h, weight, targets = torch.randn(N, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (N,))
+    h, weight, targets = (torch.randn(N, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True),
+                          torch.randint(50, (N,)))
     wanted = functional.cross_entropy(h @ weight.t(), targets)
     found = LinearCrossEntropy.apply(h, weight, targets, bf16, chunk_losses)
     tolerance = dict(atol=3e-2, rtol=3e-2) if bf16 else dict(atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found, wanted, **tolerance)
-    for a, b in zip(torch.autograd.grad(found, (h, weight)), torch.autograd.grad(wanted, (h, weight))): torch.testing.assert_close(a, b, **tolerance)
+    for a, b in zip(torch.autograd.grad(found, (h, weight)), torch.autograd.grad(wanted, (h, weight))):
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 @pytest.mark.parametrize('T', [1, 2, 63, 129, 256, 515])
 def test_attention_in_blocks_is_attention(T):
     torch.manual_seed(T)
     heads = [torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3)]
-    wanted, found = functional.scaled_dot_product_attention(*heads, is_causal=True), AttentionInBlocks.apply(*heads)
+    wanted, found = (functional.scaled_dot_product_attention(*heads, is_causal=True),
+                     AttentionInBlocks.apply(*heads))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     slope = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(found, heads, slope), torch.autograd.grad(wanted, heads, slope)):
@@ -96,9 +104,11 @@ def test_optimised_bf16_training_has_the_loss_of_plain_fp32(tmp_path, monkeypatc
     if compilation.missing_compiler(): pytest.fail(f'this machine lacks {compilation.missing_compiler()}')
     corpus = Corpus.from_texts([f'{i} is followed by {i + 1}, and {i + 1} by {i + 2}.' for i in range(300)])
     config = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=32, n_heads=2, context_length=32)
-    plan = TrainConfig(steps=300, tokens_per_step=512, log_every=25, checkpoint_every=120, precision='bf16', compile='on')
+    plan = TrainConfig(steps=300, tokens_per_step=512, log_every=25, checkpoint_every=120, precision='bf16',
+                       compile='on')
     first, again = (train(config, plan, corpus, tmp_path / name, progress=False) for name in 'ab')
-    plain = train(config, plan.replace(precision='fp32', compile='off'), corpus, tmp_path / 'c', progress=False)
+    plain = train(config, plan.replace(precision='fp32', compile='off'), corpus, tmp_path / 'c',
+                  progress=False)
     assert first.execution['compiled'] and first.execution['precision'] == 'bf16'
     assert [r['loss'] for r in first.log] == [r['loss'] for r in again.log]
     for name in ('result.json', 'model/model.safetensors'): (tmp_path / 'b' / name).unlink()
@@ -139,7 +149,8 @@ def test_the_fastest_is_taken_and_remembered(trial, monkeypatch):
 
 
 @pytest.mark.parametrize('precision, compile, expected', [
-    ('fp32', 'auto', ('fp32', True)), ('auto', 'off', ('fp32', False)), ('bf16', 'off', ('bf16', False)), ('fp32', 'on', ('fp32', True))])
+    ('fp32', 'auto', ('fp32', True)), ('auto', 'off', ('fp32', False)), ('bf16', 'off', ('bf16', False)),
+    ('fp32', 'on', ('fp32', True))])
 def test_what_is_set_is_kept(trial, monkeypatch, precision, compile, expected):
     times(monkeypatch, SECONDS)
     assert choose_execution(*trial, 1000, precision, compile)[:2] == expected
@@ -150,7 +161,8 @@ def test_short_runs_are_not_compiled(trial, monkeypatch):
     assert choose_execution(*trial, 100, 'auto', 'auto')[:2] == ('fp32', False)
     assert not any(compiled for compiled, _ in asked)
     assert choose_execution(*trial, 1000, 'auto', 'auto')[:2] == ('bf16', True)
-    assert choose_execution(*trial, 100, 'auto', 'auto')[:2] == ('fp32', False), 'a short run follows the trial of a long one'
+    assert choose_execution(*trial, 100, 'auto',
+                            'auto')[:2] == ('fp32', False), 'a short run follows the trial of a long one'
 
 
 def test_without_a_compiler(trial, monkeypatch):
@@ -183,7 +195,8 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, traced):
     monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
     monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
     corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(300)])
-    config, plan = ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)), TrainConfig(steps=8, tokens_per_step=48, checkpoint_every=3)
+    config, plan = (ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)),
+                    TrainConfig(steps=8, tokens_per_step=48, checkpoint_every=3))
     times(monkeypatch, SECONDS)
     train(config, plan, corpus, tmp_path / 'run', progress=False)
     for name in ('result.json', 'model/model.safetensors'): (tmp_path / 'run' / name).unlink()
@@ -207,7 +220,8 @@ def test_micro_batches_share_graphs():
         watch = StreamWatch(config)
         accumulate_gradients(loss, windows, 2, watch=watch)   # 12 micro-batches
         assert watch.sequences == 24
-    assert len(graphs) <= 3  # the first micro-batch of a step is measured, the others only add their auxiliary losses
+    # the first micro-batch of a step is measured, the others only add their auxiliary losses
+    assert len(graphs) <= 3
 
 
 def test_a_trial_of_another_model_is_not_taken(trial, monkeypatch, tmp_path):
@@ -220,7 +234,8 @@ def test_a_trial_of_another_model_is_not_taken(trial, monkeypatch, tmp_path):
     assert choose_execution(*trial, 1000, 'fp32', 'auto').precision == 'fp32'
 
 
-@pytest.mark.parametrize('before, ours', [(None, True), ('', True), ('/tmp/torchinductor_someone', True), ('/data/someone/kernels', False)])
+@pytest.mark.parametrize('before, ours', [(None, True), ('', True), ('/tmp/torchinductor_someone', True),
+                                          ('/data/someone/kernels', False)])
 def test_what_is_compiled_is_kept_in_the_cache_of_the_project(before, ours, tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', before or '')
@@ -236,7 +251,8 @@ def test_a_compiled_run_needs_its_compiler_to_go_on(tmp_path, monkeypatch, trace
     train(config, plan, corpus, tmp_path, progress=False)
     for name in ('result.json', 'model/model.safetensors'): (tmp_path / name).unlink()
     monkeypatch.setattr('sparsecod.train.missing_compiler', lambda: 'a C++ compiler')
-    with pytest.raises(ValueError, match='C\\+\\+ compiler'): train(config, plan, corpus, tmp_path, progress=False)
+    with pytest.raises(ValueError, match='C\\+\\+ compiler'):
+        train(config, plan, corpus, tmp_path, progress=False)
     assert list((tmp_path / 'checkpoints').iterdir())
 
 
@@ -250,8 +266,10 @@ def test_every_model_of_a_process_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda f, **options: real(f, backend=count, **options))
     for L in range(1, 7):
         config, before = ModelConfig(**SMALL | dict(n_layers=L)), len(graphs)
-        loss, windows, watch = CompiledLoss(Transformer(config)), torch.randint(97, (2, 13)), StreamWatch(config)
-        for _ in range(2): loss(windows[:, :-1], targets=windows[:, 1:], watch=watch)  # a first micro-batch, and another
+        loss, windows, watch = (CompiledLoss(Transformer(config)), torch.randint(97, (2, 13)),
+                                StreamWatch(config))
+        # a first micro-batch, and another
+        for _ in range(2): loss(windows[:, :-1], targets=windows[:, 1:], watch=watch)
         assert len(graphs) - before >= 2
 
 
@@ -274,13 +292,15 @@ def test_a_compiler_that_fails_is_named(precision, monkeypatch):
     monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
     model, windows = Transformer(ModelConfig(**SMALL)), torch.randint(97, (2, 13))
     with pytest.raises(ValueError, match='compile=.*no compiler for this card'):
-        compilation._run_trial(model, windows, compilation._allowed_ways(precision, 'on', None), compilation.cache_folder() / 'none', lambda: None, print, None)
+        compilation._run_trial(model, windows, compilation._allowed_ways(precision, 'on', None),
+                               compilation.cache_folder() / 'none', lambda: None, print, None)
 
 
 def test_the_speed_that_a_trial_found_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
     monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
-    config, model, cpu = TrainConfig(steps=1, tokens_per_step=24, compile='off'), ModelConfig(**SMALL), torch.device('cpu')
+    config, model, cpu = (TrainConfig(steps=1, tokens_per_step=24, compile='off'), ModelConfig(**SMALL),
+                          torch.device('cpu'))
     assert compilation.kept_speed(model, config, cpu) is None
     choose_execution(Transformer(model), torch.randint(97, (2, 13)), 10, 'auto', 'off')
     assert compilation.kept_speed(model, config, cpu) > 0
@@ -291,10 +311,12 @@ def test_a_compiler_that_fails_is_named_in_short_with_its_cache(monkeypatch, tmp
     "As where what was compiled before is damaged: PyTorch's own message may have thousands of lines."
     from torch._dynamo.exc import BackendCompilerFailed
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
-    def fail(): raise BackendCompilerFailed(lambda: None, RuntimeError('error: nothing is declared\n' * 9999), None)
+    def fail():
+        raise BackendCompilerFailed(lambda: None, RuntimeError('error: nothing is declared\n' * 9999), None)
     with pytest.raises(RuntimeError) as found, compilation.compiler_errors_in_short(): fail()
-    assert len(str(found.value)) < 900 and str(tmp_path / 'cache') in str(found.value) and 'compile=' in str(found.value)
-    for other in (ValueError('ours'), KeyboardInterrupt()):                       # all else goes through as it is
+    assert (len(str(found.value)) < 900 and str(tmp_path / 'cache') in str(found.value)
+            and 'compile=' in str(found.value))
+    for other in (ValueError('ours'), KeyboardInterrupt()):  # all else goes through as it is
         with pytest.raises(type(other)) as found, compilation.compiler_errors_in_short(): raise other
         assert found.value is other
 
@@ -307,7 +329,8 @@ def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
         return 1.
     monkeypatch.setattr(compilation, 'step_seconds', seconds)
     found = [choose_execution(*trial, 1000, 'fp32', 'auto') for _ in range(2)]
-    assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss) for loss in asked) == 2, found
+    assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss)
+                                                      for loss in asked) == 2, found
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
@@ -316,13 +339,14 @@ def test_kept_memory_is_not_asked_for_again_and_given_back_at_the_end():
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(5):
-            parts = [torch.ones(2 ** 22) for _ in range(12)]   # 16 MiB each: together more than glibc keeps by itself
+            # 16 MiB each: together more than glibc keeps by itself
+            parts = [torch.ones(2 ** 22) for _ in range(12)]
             del parts
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     def resident(): return int(Path('/proc/self/statm').read_text(encoding='utf-8').split()[1])
     usual = faults()
     with compilation.kept_memory():
-        faults()                                                # the first time, memory must come from the system
+        faults()  # the first time, memory must come from the system
         kept, held = faults(), resident()
     assert kept < usual / 4, (kept, usual)
     assert resident() < held - 2 ** 14                          # pages of 4 KiB: 64 MiB or more went back

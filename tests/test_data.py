@@ -1,4 +1,5 @@
-"Tests of sparsecod.data beyond the examples of its chapter: files of every kind, damage, and processes that meet."
+"""Tests of sparsecod.data beyond the examples of its chapter: files of every kind, damage, and processes
+that meet."""
 import json
 import os
 import random
@@ -32,7 +33,8 @@ def write_folder(folder, texts, suffix=".txt"):
 
 
 def make(source, cache, **fields):
-    return prepare(DataConfig(str(source), **{"vocab_size": 300, "val_share": 0.2, **fields}), cache, progress=False)
+    return prepare(DataConfig(str(source), **{"vocab_size": 300, "val_share": 0.2, **fields}), cache,
+                   progress=False)
 
 
 def stored_texts(corpus, split):
@@ -69,7 +71,8 @@ def as_glob(path, texts):
 
 
 def as_jsonl(path, texts):
-    (path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)), encoding="utf-8")
+    (path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n"
+                                             for i, text in enumerate(texts)), encoding="utf-8")
     return path / "rows.jsonl"
 
 
@@ -77,7 +80,8 @@ def as_parquet(path, texts):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path / "rows.parquet", row_group_size=7)
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path / "rows.parquet",
+                   row_group_size=7)
     return path / "rows.parquet"
 
 
@@ -94,18 +98,21 @@ def as_hugging_face(path, texts):
     return f"hf:{path / 'dataset'}"
 
 
-@pytest.mark.parametrize("write", [as_folder, as_glob, as_jsonl, as_parquet, as_folder_of_rows, as_hugging_face])
+@pytest.mark.parametrize("write",
+                         [as_folder, as_glob, as_jsonl, as_parquet, as_folder_of_rows, as_hugging_face])
 def test_every_source_gives_all_documents_once(write, tmp_path, cache, texts):
     corpus = make(write(tmp_path, texts), cache)
     assert all_texts(corpus) == sorted(texts)
     assert not set(stored_texts(corpus, "train")) & set(stored_texts(corpus, "val"))
     assert corpus.stats["train_documents"] + corpus.stats["val_documents"] == len(texts)
     assert corpus.stats["train_tokens"] == len(corpus.train) and corpus.stats["val_tokens"] == len(corpus.val)
-    assert corpus.stats["train_bytes"] + corpus.stats["val_bytes"] == sum(len(text.encode()) for text in texts)
+    assert (corpus.stats["train_bytes"]
+            + corpus.stats["val_bytes"] == sum(len(text.encode()) for text in texts))
 
 
 def test_sides_do_not_depend_on_the_source(tmp_path, cache, texts):
-    sides = [{split: sorted(stored_texts(make(write(tmp_path, texts), cache), split)) for split in ("train", "val")}
+    sides = [{split: sorted(stored_texts(make(write(tmp_path, texts), cache), split))
+              for split in ("train", "val")}
              for write in (as_folder, as_jsonl)]
     assert sides[0] == sides[1]
     more = make(write_folder(tmp_path / "more", texts + make_texts(20, seed=1)), cache)
@@ -129,13 +136,15 @@ def test_files_are_read_in_blocks_without_changing_the_pieces(tmp_path):
     for limit in (4, 5, 64, 333, len(raw), 10**6):
         items = list(data._text_items(tmp_path / "a.txt", limit, "a.txt"))
         assert [item.text.encode() for item in items] == list(data.cut(raw, limit))
-        assert {item.problem for item in items} <= {"", "empty"} and sum(item.consumed for item in items) == len(raw)
+        assert ({item.problem for item in items} <= {"", "empty"}
+                and sum(item.consumed for item in items) == len(raw))
     assert list(data.cut(b"\x80" * 100, 10))  # no character starts here: still ends
 
 
 def test_stdlib_is_that_of_the_base_interpreter():
     paths = [path for _, path in data._list_files("stdlib")]
-    assert Path(os.__file__) in paths and not any(part in data._PACKAGE_FOLDERS for path in paths for part in path.parts)
+    assert (Path(os.__file__) in paths
+            and not any(part in data._PACKAGE_FOLDERS for path in paths for part in path.parts))
     assert all(path.suffix == ".py" for path in paths)
     assert {*paths, Path(torch.__file__)} <= {path for _, path in data._list_files("site")}
 
@@ -154,7 +163,8 @@ def test_stdlib_inside_a_virtual_environment(tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = next(p for p in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if p.exists())
-    found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"], capture_output=True, text=True, check=True, encoding="utf-8")
+    found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"],
+                           capture_output=True, text=True, check=True, encoding="utf-8")
     assert [Path(found.stdout.strip())] == data.python_folders("stdlib")
 
 
@@ -178,7 +188,8 @@ def test_fineweb_edu_is_one_word(monkeypatch, cache, texts):
         return ({"text": text} for text in texts)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = prepare(DataConfig("fineweb-edu", vocab_size=300, val_share=0.2, max_tokens=2000), cache, progress=False)
+    corpus = prepare(DataConfig("fineweb-edu", vocab_size=300, val_share=0.2, max_tokens=2000), cache,
+                     progress=False)
     assert asked["args"] == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert asked["split"] == "train" and asked["streaming"] is True
     assert 1500 < len(corpus.train) + len(corpus.val) <= 2000
@@ -188,7 +199,8 @@ def test_fineweb_edu_is_one_word(monkeypatch, cache, texts):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    again = prepare(DataConfig("fineweb-edu", vocab_size=300, val_share=0.2, max_tokens=2000), cache, progress=False)
+    again = prepare(DataConfig("fineweb-edu", vocab_size=300, val_share=0.2, max_tokens=2000), cache,
+                    progress=False)
     assert again.fingerprint == corpus.fingerprint  # found without a network
     with pytest.raises(ValueError, match="source='hf:a/b', subset=None, split='train' must be.*no network"):
         make("hf:a/b", cache)
@@ -216,7 +228,8 @@ def test_revision_goes_to_datasets(monkeypatch):
     import datasets
 
     asked = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.update(args=args, **options) or [])
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda *args, **options: asked.update(args=args, **options) or [])
     list(data._hf_rows("hf:owner/name@v1", "subset", "test"))
     assert asked == {"args": ("owner/name", "subset"), "split": "test", "streaming": True, "revision": "v1"}
 
@@ -231,12 +244,15 @@ def test_unusable_documents_are_counted(tmp_path, cache, texts):
     (folder / "blank.md").write_text(" \n\n", encoding="utf-8")
     (folder / "picture.txt").write_bytes(b"\x89PNG\x00\x01\x02")
     (folder / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    (folder / "rows.jsonl").write_text('{"text": "a row of its own"}\n[1, 2]\n{"text": 5}\n{broken\n\n{"text": "\\ud800"}\n', encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        '{"text": "a row of its own"}\n[1, 2]\n{"text": 5}\n{broken\n\n{"text": "\\ud800"}\n',
+        encoding="utf-8")
     (folder / "ignored.bin").write_bytes(b"not of a text suffix")
     (folder / ".hidden.txt").write_text("hidden", encoding="utf-8")
     corpus = make(folder, cache)
     counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data.PROBLEMS)}
-    assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3, "unreadable": 0}
+    assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3,
+                       "unreadable": 0}
     assert all_texts(corpus) == sorted([*texts, "a row of its own"])
     assert "1 duplicates, 2 empty" in repr(corpus)
 
@@ -255,7 +271,9 @@ def test_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_missing_source_names_what_is_allowed(tmp_path, cache):
-    with pytest.raises(ValueError, match="missing.*is not a file, a folder or a pattern.*'stdlib', 'site'.*'fineweb-edu'.*hf:"):
+    with pytest.raises(ValueError,
+                       match="missing.*is not a file, a folder or a pattern.*'stdlib', "
+                             "'site'.*'fineweb-edu'.*hf:"):
         make(tmp_path / "missing", cache)
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="is a folder without any file that ends in .txt .md"):
@@ -265,20 +283,26 @@ def test_missing_source_names_what_is_allowed(tmp_path, cache):
 @pytest.mark.parametrize("content", [b"", b"\x00\x01", "ä".encode("latin-1"), b"one line\n"])
 def test_too_little_text(tmp_path, cache, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"source='.*a.txt': usable documents: [01], left out: .*; none fell on the .* side"):
+    with pytest.raises(ValueError,
+                       match=r"source='.*a.txt': usable documents: [01], left out: .*; none fell on the .* "
+                             r"side"):
         make(tmp_path / "a.txt", cache)
     assert not (cache / "corpora").exists() and not list((cache / "building").iterdir())
 
 
 def test_wrong_text_field_lists_the_fields(tmp_path, cache, texts):
     for source in (as_jsonl(tmp_path, texts), as_parquet(tmp_path, texts), as_hugging_face(tmp_path, texts)):
-        with pytest.raises(ValueError, match="text_field='content' is no field of .*; its fields are (text, id|id, text)"):
+        with pytest.raises(ValueError,
+                           match="text_field='content' is no field of .*; its fields are (text, id|id, "
+                                 "text)"):
             make(source, cache, text_field="content")
 
 
 def test_windows_that_do_not_exist():
     corpus = Corpus.from_texts(make_texts())
-    with pytest.raises(ValueError, match=r"T=1000000 needs windows of 1000001 tokens, but the val split has \d+; allowed is T up to \d+"):
+    with pytest.raises(ValueError,
+                       match=r"T=1000000 needs windows of 1000001 tokens, but the val split has \d+; allowed "
+                             r"is T up to \d+"):
         corpus.n_windows("val", 10**6)
     with pytest.raises(ValueError, match="split='test' must be 'train' or 'val'"):
         corpus.n_windows("test", 8)
@@ -308,8 +332,10 @@ def test_bpe_is_the_same_in_another_process(texts):
         "print(content_id(train_bpe(texts, 400).backend.to_str()).hex())")
     here = data.content_id(train_bpe(texts, 400).backend.to_str()).hex()
     for threads in ("1",):
-        there = subprocess.run([sys.executable, "-c", code], input=json.dumps(texts), capture_output=True, text=True, check=True,
-                               env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}, encoding="utf-8")
+        there = subprocess.run([sys.executable, "-c", code], input=json.dumps(texts), capture_output=True,
+                               text=True, check=True,
+                               env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads},
+                               encoding="utf-8")
         assert there.stdout.strip() == here
 
 
@@ -334,7 +360,8 @@ def test_pretrained_tokenizer_from_a_folder(tmp_path, cache, texts):
     assert by_file.fingerprint == corpus.fingerprint != make(source, cache).fingerprint
 
 
-@pytest.mark.parametrize("settings", [{"eos_token": "[STOP]"}, {"eos_token": {"content": "[STOP]", "special": True}}])
+@pytest.mark.parametrize("settings",
+                         [{"eos_token": "[STOP]"}, {"eos_token": {"content": "[STOP]", "special": True}}])
 def test_declared_end_of_document(tmp_path, texts, settings):
     folder = save_pretrained(tmp_path / "pretrained", texts, "[STOP]", settings)
     assert load_tokenizer(str(folder)).eos_token == "[STOP]"
@@ -350,7 +377,8 @@ def test_a_changed_declaration_of_the_end_of_document_makes_another_corpus(tmp_p
             found.append(make(source, cache, tokenizer=str(name)))
         (folder / "tokenizer_config.json").unlink()
         found.append(make(source, cache, tokenizer=str(name)))
-        assert [corpus.tokenizer.eos_token for corpus in found] == ["<|endoftext|>", "!", "A", "<|endoftext|>"]
+        assert [corpus.tokenizer.eos_token for corpus in found] == ["<|endoftext|>", "!", "A",
+                                                                    "<|endoftext|>"]
         assert [corpus.fingerprint == found[0].fingerprint for corpus in found] == [True, False, False, True]
 
 
@@ -377,7 +405,8 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
             raise OSError("no network")
 
     monkeypatch.setattr(tokenizers, "Tokenizer", Unreachable)
-    with pytest.raises(ValueError, match="tokenizer='owner/name' must be .*a name that can be fetched.*no network"):
+    with pytest.raises(ValueError,
+                       match="tokenizer='owner/name' must be .*a name that can be fetched.*no network"):
         load_tokenizer("owner/name")
 
 
@@ -387,7 +416,8 @@ def test_special_tokens_padding_and_truncation_of_a_pretrained_tokenizer_are_off
     backend = tokenizers.Tokenizer.from_str(train_bpe(texts, 300).backend.to_str())
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A",
+                                                                      special_tokens=[("<|endoftext|>", 0)])
     tokenizer = Tokenizer(backend)
     assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
     assert tokenizer.encode_batch(texts[:2]) == [tokenizer.encode(text) for text in texts[:2]]
@@ -421,7 +451,8 @@ def test_batches_are_permutations_of_the_windows_and_need_no_history():
     n = corpus.n_windows("train", T)
     steps = -(-3 * n // B)
     number = {tuple(window): i for i, window in enumerate(corpus.windows("train", range(n), T).tolist())}
-    drawn = [number[tuple(window)] for step in range(steps) for window in corpus.batch(step, B, T, seed=4).tolist()]
+    drawn = [number[tuple(window)] for step in range(steps)
+             for window in corpus.batch(step, B, T, seed=4).tolist()]
     epochs = [drawn[k * n:(k + 1) * n] for k in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(n))
@@ -464,7 +495,8 @@ def test_unigram_loss_against_a_direct_count():
     train, val = corpus.train.tolist(), corpus.val.tolist()
     p = [(train.count(v) + 1) / (len(train) + corpus.vocab_size) for v in range(corpus.vocab_size)]
     assert corpus.unigram_loss() == pytest.approx(-sum(np.log(p[v]) for v in val) / len(val))
-    assert data.count_tokens(corpus.train, corpus.vocab_size, block=13).tolist() == [train.count(v) for v in range(corpus.vocab_size)]
+    assert data.count_tokens(corpus.train, corpus.vocab_size,
+                             block=13).tolist() == [train.count(v) for v in range(corpus.vocab_size)]
 
 
 # ---- the cache
@@ -486,7 +518,8 @@ def test_fingerprint_follows_content_tokenizer_and_split(tmp_path, cache, texts)
     base = make(source, cache)
     assert make(source, tmp_path / "other cache").fingerprint == base.fingerprint
     assert make(write_folder(tmp_path / "copy", texts), cache).fingerprint == base.fingerprint
-    others = [make(source, cache, **fields).fingerprint for fields in (dict(vocab_size=299), dict(val_share=0.4), dict(seed=1), dict(max_documents=50))]
+    others = [make(source, cache, **fields).fingerprint
+              for fields in (dict(vocab_size=299), dict(val_share=0.4), dict(seed=1), dict(max_documents=50))]
     assert len({base.fingerprint, *others}) == 5
     (source / "0.txt").write_text("a new text\n", encoding="utf-8")
     assert make(source, cache).fingerprint != base.fingerprint
@@ -516,11 +549,13 @@ DAMAGE = {
     "meta.json is missing": lambda f: (f / "meta.json").unlink(),
     "meta.json is torn": lambda f: (f / "meta.json").write_text('{"fingerprint": ', encoding="utf-8"),
     "meta.json is empty": lambda f: (f / "meta.json").write_text("{}", encoding="utf-8"),
-    "meta.json of another corpus": lambda f: (f / "meta.json").write_bytes((other_corpus(f) / "meta.json").read_bytes()),
+    "meta.json of another corpus": lambda f: (f / "meta.json").write_bytes(
+        (other_corpus(f) / "meta.json").read_bytes()),
     "train.bin is short": lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-2]),
     "train.bin has another bit": lambda f: replace_byte(f / "train.bin"),
     "train.bin is zeros": lambda f: (f / "train.bin").write_bytes(bytes((f / "train.bin").stat().st_size)),
-    "val.bin has ids beyond V": lambda f: (f / "val.bin").write_bytes(b"\xff" * (f / "val.bin").stat().st_size),
+    "val.bin has ids beyond V": lambda f: (f / "val.bin").write_bytes(
+        b"\xff" * (f / "val.bin").stat().st_size),
     "val.bin is missing": lambda f: (f / "val.bin").unlink(),
     "tokenizer.json is empty": lambda f: (f / "tokenizer.json").write_text("", encoding="utf-8"),
     "tokenizer.json has another token": lambda f: replace_byte(f / "tokenizer.json", -100),
@@ -568,7 +603,8 @@ def test_a_corpus_under_the_name_of_another_is_not_taken(tmp_path, cache, texts)
     lambda note, other: note.write_text("{", encoding="utf-8"),
     lambda note, other: note.write_bytes(other.read_bytes()),
     lambda note, other: note.write_text(json.dumps({"fingerprint": "../../elsewhere"}), encoding="utf-8"),
-    lambda note, other: note.write_text(note.read_text(encoding="utf-8").replace('"val_documents"', '"val_document"'), encoding="utf-8")])
+    lambda note, other: note.write_text(
+        note.read_text(encoding="utf-8").replace('"val_documents"', '"val_document"'), encoding="utf-8")])
 def test_a_damaged_note_of_a_request_is_not_believed(harm, tmp_path, cache, texts):
     source = write_folder(tmp_path / "texts", texts)
     base = make(source, cache)
@@ -584,10 +620,13 @@ def test_a_damaged_note_of_a_request_is_not_believed(harm, tmp_path, cache, text
 def test_every_file_is_on_the_disk_before_a_corpus_appears(tmp_path, cache, texts, monkeypatch):
     flushed, flush, move = [], data.flush, data.os.replace
     monkeypatch.setattr(data, "flush", lambda path: (flushed.append(Path(path).name), flush(path)))
-    monkeypatch.setattr(data.os, "replace", lambda a, b: (flushed.append("moved" if Path(b).parent.name == "corpora" else ""), move(a, b)))
+    monkeypatch.setattr(data.os, "replace",
+                        lambda a, b: (flushed.append("moved" if Path(b).parent.name == "corpora" else ""),
+                                      move(a, b)))
     corpus = make(write_folder(tmp_path / "texts", texts), cache)
     before = set(flushed[:flushed.index("moved")])
-    assert {path.name for path in corpus.folder.iterdir()} <= before and "corpora" in flushed[flushed.index("moved"):]
+    assert ({path.name for path in corpus.folder.iterdir()} <= before
+            and "corpora" in flushed[flushed.index("moved"):])
 
 
 # ---- what is left out is told
@@ -596,14 +635,19 @@ def test_every_file_is_on_the_disk_before_a_corpus_appears(tmp_path, cache, text
 def test_statistics_are_those_of_the_own_source(tmp_path, cache, texts):
     rows = [json.dumps({"text": text}) for text in texts]
     made = {}
-    for name, extra in {"clean": [], "broken": ["{", "null"], "twice": rows[:7], "empty": ['{"text": " "}']}.items():
+    for name, extra in {"clean": [], "broken": ["{", "null"], "twice": rows[:7],
+                        "empty": ['{"text": " "}']}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + extra), encoding="utf-8")
         for _ in range(2):  # built, then found
             made[name] = make(tmp_path / f"{name}.jsonl", cache)
-            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS) if made[name].stats[reason]}
-            assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7}, "empty": {"empty": 1}}[name]
-    assert len({corpus.fingerprint for corpus in made.values()}) == 1 and len(list((cache / "corpora").iterdir())) == 1
-    assert made["broken"].left_out == {"malformed": f"{tmp_path / 'broken.jsonl'}, row 61"} and not made["clean"].left_out
+            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS)
+                      if made[name].stats[reason]}
+            assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7},
+                              "empty": {"empty": 1}}[name]
+    assert (len({corpus.fingerprint for corpus in made.values()}) == 1
+            and len(list((cache / "corpora").iterdir())) == 1)
+    assert (made["broken"].left_out == {"malformed": f"{tmp_path / 'broken.jsonl'}, row 61"}
+            and not made["clean"].left_out)
 
 
 def damaged_parquet(path, texts):
@@ -625,7 +669,8 @@ ODD = {  # file beside good ones: its content, from a scratch folder; the proble
     "empty.parquet": (lambda scratch: b"", "unreadable"),
     "pointer.parquet": (lambda scratch: b"version https://example.org/spec\nsize 12345\n", "unreadable"),
     "torn.parquet": (lambda scratch: damaged_parquet(scratch, make_texts(seed=9))[:-50], "unreadable"),
-    "page.parquet": (lambda scratch: (raw := damaged_parquet(scratch, make_texts(seed=9)))[:4] + bytes(300) + raw[304:], "unreadable"),
+    "page.parquet": (lambda scratch: (raw := damaged_parquet(scratch, make_texts(seed=9)))[:4] + bytes(300)
+                     + raw[304:], "unreadable"),
 }
 
 
@@ -674,7 +719,8 @@ def test_stdlib_does_not_warn_of_its_own_oddities():
 def test_a_file_name_need_not_be_utf8(name, tmp_path, cache, texts):
     source = write_folder(tmp_path / "texts", texts)
     text = make_texts(1, seed=3)[0]
-    (source / os.fsdecode(name)).write_text(text if name.endswith(b"txt") else json.dumps({"text": text}), encoding="utf-8")
+    (source / os.fsdecode(name)).write_text(text if name.endswith(b"txt") else json.dumps({"text": text}),
+                                            encoding="utf-8")
     for pattern in (source, source / "*"):
         assert all_texts(make(pattern, cache)) == sorted([*texts, text])
     (source / os.fsdecode(b"bad-" + name[:-4] + b".txt")).write_bytes(b"\xff")
@@ -688,13 +734,15 @@ def test_a_file_name_need_not_be_utf8(name, tmp_path, cache, texts):
 @pytest.fixture
 def tree(tmp_path):
     root = tmp_path / "tree"
-    for name in ("a.txt", "sub/b.txt", "sub/deep/c.txt", "sub/deep/d.md", ".hidden/e.txt", "[x]/f.txt", "other/g.txt"):
+    for name in ("a.txt", "sub/b.txt", "sub/deep/c.txt", "sub/deep/d.md", ".hidden/e.txt", "[x]/f.txt",
+                 "other/g.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name, encoding="utf-8")
     return root
 
 
-@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "**", "sub/**/*", "**/deep/**/*.txt", "s*/**/c.*", "**/*/*.txt", "*.txt", "none/**/*"])
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "**", "sub/**/*", "**/deep/**/*.txt", "s*/**/c.*",
+                                     "**/*/*.txt", "*.txt", "none/**/*"])
 def test_patterns_mean_what_they_mean_in_a_shell(pattern, tree, monkeypatch):
     expected = {Path(p) for p in data.glob.glob(str(tree / pattern), recursive=True) if os.path.isfile(p)}
     assert data.matching_files(str(tree / pattern)) == expected
@@ -702,8 +750,10 @@ def test_patterns_mean_what_they_mean_in_a_shell(pattern, tree, monkeypatch):
     assert {tree / path for path in data.matching_files(pattern)} == expected
 
 
-@pytest.mark.parametrize("links", [{"l1": ".", "l2": "."}, {"sub/up": "..", "sub/deep/top": "../.."}, {"x": "y", "y": "x"},
-                                   {"sub/a": "../other", "other/b": "../sub"}, {f"l{i}": "." for i in range(9)}])
+@pytest.mark.parametrize("links", [{"l1": ".", "l2": "."}, {"sub/up": "..", "sub/deep/top": "../.."},
+                                   {"x": "y", "y": "x"},
+                                   {"sub/a": "../other", "other/b": "../sub"},
+                                   {f"l{i}": "." for i in range(9)}])
 def test_patterns_end_where_links_lead_in_circles(links, tree, cache):
     expected = {path.resolve() for path in data.matching_files(str(tree / "**/*.txt"))}
     for name, target in links.items():
@@ -716,7 +766,8 @@ def test_patterns_end_where_links_lead_in_circles(links, tree, cache):
 def test_patterns_follow_links_to_text_elsewhere(tree, tmp_path, texts):
     elsewhere = write_folder(tmp_path / "elsewhere", texts[:3])
     (tree / "sub" / "link").symlink_to(elsewhere)
-    assert {tree / "sub" / "link" / f"{i}.txt" for i in range(3)} <= data.matching_files(str(tree / "**/*.txt"))
+    assert {tree / "sub" / "link" / f"{i}.txt"
+            for i in range(3)} <= data.matching_files(str(tree / "**/*.txt"))
 
 
 # ---- long words
@@ -728,27 +779,34 @@ def test_long_words_are_cut_and_nothing_else(alphabet):
     pieces = list(data._cut_long_words([f"before {long} after", "short"]))
     assert "".join(pieces) == f"before {long} after" + "short" and pieces[-1] == "short"
     from tokenizers.pre_tokenizers import ByteLevel
-    longest = max(len(word) for piece in pieces for word, _ in ByteLevel(add_prefix_space=False, trim_offsets=False).pre_tokenize_str(piece))
+    longest = max(len(word) for piece in pieces
+                  for word, _ in ByteLevel(add_prefix_space=False,
+                                           trim_offsets=False).pre_tokenize_str(piece))
     assert longest <= 3 * data._LONGEST_WORD + 1  # in bytes, with the blank before
 
 
 def test_normal_text_is_not_cut(texts):
-    code = ["x = {" + "'key': [1, 2.5, None], " * 500 + "}", "-" * 79 + "\n" + " " * 400, "a1b2" * 2000, "lang" * 200]
+    code = ["x = {" + "'key': [1, 2.5, None], " * 500 + "}", "-" * 79 + "\n" + " " * 400, "a1b2" * 2000,
+            "lang" * 200]
     assert list(data._cut_long_words([*texts, *code, ""])) == [*texts, *code, ""]
 
 
 def test_a_word_of_half_a_megabyte_is_no_obstacle():
     word = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=500_000))
-    code = "import sys; from sparsecod.data import train_bpe; print(train_bpe([sys.stdin.read()], 1000).vocab_size)"
-    found = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; " + code], input=word, capture_output=True,
+    code = ("import sys; from sparsecod.data import train_bpe; print(train_bpe([sys.stdin.read()], "
+            "1000).vocab_size)")
+    found = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; " + code],
+                           input=word, capture_output=True,
                            text=True, timeout=100, encoding="utf-8", check=True)
     assert found.stdout.strip() == "1000"
 
 
 def start(code, source, cache, **options):
     head = f"import sys; sys.path[:0] = {sys.path!r}\nimport time, sparsecod.data as data\n"
-    tail = f"\nconfig = data.DataConfig({str(source)!r}, vocab_size=300, val_share=0.2)\nprint(data.prepare(config, {str(cache)!r}, progress=False).fingerprint)"
-    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE, text=True, encoding="utf-8", **options)
+    tail = (f"\nconfig = data.DataConfig({str(source)!r}, vocab_size=300, "
+            f"val_share=0.2)\nprint(data.prepare(config, {str(cache)!r}, progress=False).fingerprint)")
+    return subprocess.Popen([sys.executable, "-u", "-c", head + code + tail], stdout=subprocess.PIPE,
+                            text=True, encoding="utf-8", **options)
 
 
 def test_two_processes_build_once(tmp_path, cache, texts):
@@ -833,7 +891,8 @@ def test_a_full_disk_leaves_nothing_and_names_the_way_out(limit, tmp_path, cache
         with pytest.raises(OSError, match="SPARSECOD_CACHE") as error: make(source, cache)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(cache) in str(error.value)
-    assert not [path for folder in ("building", "corpora", "requests") for path in (cache / folder).rglob("*")]
+    assert not [path for folder in ("building", "corpora", "requests")
+                for path in (cache / folder).rglob("*")]
     assert all_texts(make(source, cache)) == sorted(texts)
 
 
@@ -872,7 +931,8 @@ def test_a_stream_is_closed_when_enough_is_read(monkeypatch, cache, texts):
             closed.append(True)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: endless())
-    monkeypatch.setattr(data, "_publish", lambda *args, publish=data._publish: (closed.append("published"), publish(*args)))
+    monkeypatch.setattr(data, "_publish",
+                        lambda *args, publish=data._publish: (closed.append("published"), publish(*args)))
     make("hf:endless", cache, max_documents=100)
     assert closed == [True, "published"]
 
@@ -891,8 +951,10 @@ def test_a_stream_that_breaks_is_named(monkeypatch, cache, texts):
 
 
 def test_importing_is_light():
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import sparsecod.data; print([m for m in ('tokenizers', 'datasets', 'pyarrow', 'pandas') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    code = (f"import sys; sys.path[:0] = {sys.path!r}; import sparsecod.data; print([m for m in "
+            f"('tokenizers', 'datasets', 'pyarrow', 'pandas') if m in sys.modules])")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           encoding="utf-8")
     assert found.stdout.strip() == "[]"
 
 

@@ -1,4 +1,5 @@
-"The commands for a GPU: they go on where they stopped, trust only what is theirs, and start models as published."
+"""The commands for a GPU: they go on where they stopped, trust only what is theirs, and start models as
+published."""
 import json
 import sys
 import time
@@ -16,7 +17,8 @@ from sparsecod.studies import _DEPTHS, SCALES
 @pytest.fixture
 def a(tmp_path):
     for name in ('out', 'work'): (tmp_path / name).mkdir()
-    return Namespace(scale='tiny', device='cpu', out=tmp_path / 'out', work=tmp_path / 'work', end=time.monotonic() + 100)
+    return Namespace(scale='tiny', device='cpu', out=tmp_path / 'out', work=tmp_path / 'work',
+                     end=time.monotonic() + 100)
 
 
 def test_parts_are_made_once_and_failures_again(a):
@@ -27,8 +29,9 @@ def test_parts_are_made_once_and_failures_again(a):
     assert results.part('one', good)['value'] == 1 and results.part('two', broken) is None
     assert results.end() == 1 and 'a kernel is missing' in results.parts['two']['error']
     again = common.Results(a, 'x')
-    assert again.part('one', good)['value'] == 1 and again.part('two', good)['value'] == 2 and again.end() == 0
-    (a.out / 'x.json').unlink()                             # what came back may be gone: the copy under work counts
+    assert (again.part('one', good)['value'] == 1 and again.part('two', good)['value'] == 2
+            and again.end() == 0)
+    (a.out / 'x.json').unlink()  # what came back may be gone: the copy under work counts
     assert set(common.Results(a, 'x').parts) == {'one', 'two'}
 
 
@@ -53,7 +56,8 @@ def test_each_depth_gets_its_best_rate(a):
     results = common.Results(a, 'rates')
     with pytest.raises(SystemExit, match='L=1.*not complete'): common.best_rates(a)
     for L, losses in {1: (3., 2., None), 2: (1., 2., 3.)}.items():        # None: it diverged
-        for i, loss in enumerate(losses, 1): results.part(f'{L} {i}', lambda: dict(L=L, lr=i / 10, val_loss=loss))
+        for i, loss in enumerate(losses, 1):
+            results.part(f'{L} {i}', lambda: dict(L=L, lr=i / 10, val_loss=loss))
     rates = common.best_rates(a)
     assert rates == {1: .2, 2: .1}
     runs = common.depth_study('tiny', rates).runs(common.base_config('tiny'), 1)

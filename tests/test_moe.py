@@ -5,7 +5,8 @@ from torch.nn import functional
 
 from sparsecod import moe
 from sparsecod.core import ModelConfig, Transformer, block_loss
-from sparsecod.moe import (GATES, MixtureOfExperts, balance_loss, expert_ends, experts_compiled, experts_grouped, experts_loop, route,
+from sparsecod.moe import (GATES, MixtureOfExperts, balance_loss, expert_ends, experts_compiled,
+                           experts_grouped, experts_loop, route,
                            router_z_loss)
 
 
@@ -41,7 +42,8 @@ def test_layer_equals_the_equation():
         for t in range(5):
             p = (layer.router.weight @ x[b, t]).softmax(0)
             top = p.argsort(descending=True)[:2]
-            swiglu = lambda e: (functional.silu(x[b, t] @ layer.gate[e]) * (x[b, t] @ layer.up[e])) @ layer.down[e]
+            swiglu = lambda e: (functional.silu(x[b, t] @ layer.gate[e]) * (
+                x[b, t] @ layer.up[e])) @ layer.down[e]
             want = (layer.shared(x[b, t]) + 2 * sum(p[e] * swiglu(e) for e in top)) / 3
             assert torch.allclose(got[b, t], want, atol=1e-5)
             assert set(routing.experts[5 * b + t].tolist()) == set(top.tolist())
@@ -62,7 +64,8 @@ def test_widths_that_are_not_aligned_still_work():
 @pytest.mark.parametrize('d_expert', [32, 21])
 def test_autocast_runs_and_stays_close(d_expert):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=61, n_layers=2, d_model=16, n_heads=2, n_experts=4, d_expert=d_expert, init_std=.2))
+    model = Transformer(ModelConfig(vocab_size=61, n_layers=2, d_model=16, n_heads=2, n_experts=4,
+                                    d_expert=d_expert, init_std=.2))
     tokens = torch.randint(61, (2, 9))
     exact = model(tokens[:, :-1], tokens[:, 1:])
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -76,7 +79,8 @@ def test_trap_7_every_block_has_the_same_auxiliary_weight():
     "Blocks with equal routers add equal auxiliary losses, each w/L."
     torch.manual_seed(0)
     L = 3
-    model = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, n_experts=4, init_std=.3))
+    model = Transformer(ModelConfig(vocab_size=61, n_layers=L, d_model=16, n_heads=2, n_experts=4,
+                                    init_std=.3))
     tokens = torch.randint(61, (4, 9))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     seen = []
@@ -102,31 +106,39 @@ def test_rows_of_each_expert_end_where_the_counts_say(experts, E):
 
 def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
     "On a GPU a compiled step multiplies with grouped_mm; here the same graph runs on a CPU."
-    monkeypatch.setattr(moe, 'products_of', lambda x, gate: lambda rows, ends, ws: functional.grouped_mm(rows, ws, offs=ends))
+    monkeypatch.setattr(moe, 'products_of',
+                        lambda x, gate: lambda rows, ends, ws: functional.grouped_mm(rows, ws, offs=ends))
     torch.manual_seed(0)
     x, routing = torch.randn(33, 16, dtype=torch.bfloat16), route(torch.randn(33, 4), 2)
     ws = [w.requires_grad_() for w in weights(4, 16, 8)]
     slopes = []
-    for run in (experts_loop, torch.compile(experts_compiled, backend='aot_eager', fullgraph=True, dynamic=False)):
+    for run in (experts_loop,
+                torch.compile(experts_compiled, backend='aot_eager', fullgraph=True, dynamic=False)):
         out = run(x, routing, *ws)
         slopes.append([out, *torch.autograd.grad(out.float().pow(2).sum(), ws)])
     for found, wanted in zip(*reversed(slopes)): torch.testing.assert_close(found, wanted, atol=.02, rtol=.05)
 
 
-@pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True), (torch.bfloat16, 12, False)])
+@pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True),
+                                            (torch.bfloat16, 12, False)])
 def test_a_gpu_gets_grouped_products_in_bf16_only(dtype, D, fits):
-    assert moe.fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'), torch.empty(4, D, 8, device='meta')) is fits
+    assert moe.fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'),
+                            torch.empty(4, D, 8, device='meta')) is fits
 
 
-@pytest.mark.parametrize('counts', [(0, 1, 63, 64, 65, 200, 0, 7), (3, 0, 2), (0, 0, 130), (128, 64), (1,), (64, 0), (5, 70, 60)])
+@pytest.mark.parametrize('counts', [(0, 1, 63, 64, 65, 200, 0, 7), (3, 0, 2), (0, 0, 130), (128, 64), (1,),
+                                    (64, 0), (5, 70, 60)])
 def test_products_of_all_experts_are_those_of_each(counts):
-    "Whatever the numbers of rows, which are filled up with those of the next expert: values, and derivatives by rows and matrices."
+    """Whatever the numbers of rows, which are filled up with those of the next expert: values, and
+    derivatives by rows and matrices."""
     torch.manual_seed(0)
-    rows, weights = torch.randn(sum(counts), 8, requires_grad=True), torch.randn(len(counts), 8, 6, requires_grad=True)
+    rows, weights = (torch.randn(sum(counts), 8, requires_grad=True),
+                     torch.randn(len(counts), 8, 6, requires_grad=True))
     ends = torch.tensor(counts).cumsum(0).int()
     wanted = torch.cat([part @ weight for part, weight in zip(rows.split(counts), weights)])
     found = moe.expert_products(rows, ends, weights)
     torch.testing.assert_close(found, wanted)
     slope = torch.randn_like(wanted)
-    for a, b in zip(torch.autograd.grad(found, (rows, weights), slope), torch.autograd.grad(wanted, (rows, weights), slope)):
+    for a, b in zip(torch.autograd.grad(found, (rows, weights), slope),
+                    torch.autograd.grad(wanted, (rows, weights), slope)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -64,10 +64,12 @@ def test_floors_depend_on_what_was_read_and_on_nothing_else():
     w = corpus.sample_windows('val', 6, 16)
     a, b = (floors(corpus, 10, 4, 16, seed, w) for seed in (0, 1))
     assert a == floors(corpus, 10, 4, 16, 0, w) and a != b
-    assert is_trained(a['pairs'] - 0.11, a) and not is_trained(a['pairs'] - 0.09, a) and not is_trained(float('nan'), a)
+    assert (is_trained(a['pairs'] - 0.11, a) and not is_trained(a['pairs'] - 0.09, a)
+            and not is_trained(float('nan'), a))
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match='V'): KneserNey([np.array([[1, 7, 2]])], 5)
     with pytest.raises(ValueError, match='windows'): KneserNey([], 5)
-    with pytest.raises(ValueError, match='order'): KneserNey([np.array([[1, 2]])], 5).losses(np.array([[1, 2]]), 4)
+    with pytest.raises(ValueError, match='order'):
+        KneserNey([np.array([[1, 2]])], 5).losses(np.array([[1, 2]]), 4)

@@ -38,21 +38,27 @@ CORE = '#| default_exp core\n#| export\nclass Transformer: pass'
 
 @pytest.mark.parametrize('path, code, text, link', [
     ('build/03_core.ipynb', CORE, 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
-    ('build/07_scores.ipynb', 'from sparsecod.core import Transformer', 'a `Transformer`', 'a [`Transformer`](core.html#transformer)'),
-    ('index.ipynb', 'from sparsecod.data import Corpus', '`Corpus.from_texts()`', '[`Corpus.from_texts()`](build/data.html#corpus.from_texts)'),
-    ('reproduce/01_depth.ipynb', 'from sparsecod.studies import (RunConfig,\n    run_study)', '`run_study()`', '[`run_study()`](../tools/studies.html#run_study)'),
+    ('build/07_scores.ipynb', 'from sparsecod.core import Transformer', 'a `Transformer`',
+     'a [`Transformer`](core.html#transformer)'),
+    ('index.ipynb', 'from sparsecod.data import Corpus', '`Corpus.from_texts()`',
+     '[`Corpus.from_texts()`](build/data.html#corpus.from_texts)'),
+    ('reproduce/01_depth.ipynb', 'from sparsecod.studies import (RunConfig,\n    run_study)', '`run_study()`',
+     '[`run_study()`](../tools/studies.html#run_study)'),
 ])
 def test_a_name_that_the_page_uses_is_linked(root, path, code, text, link):
     assert linked(root, path, code, text) == link
 
 
 @pytest.mark.parametrize('path, code, text', [
-    ('build/03_core.ipynb', CORE, 'the method `run`, the blocks `layers`, a `ratio`'),            # names of other modules
-    ('build/06_adapters.ipynb', 'import torch', '`embed` and `open_model`'),                        # nothing is imported
+    # names of other modules
+    ('build/03_core.ipynb', CORE, 'the method `run`, the blocks `layers`, a `ratio`'),
+    ('build/06_adapters.ipynb', 'import torch', '`embed` and `open_model`'),  # nothing is imported
     ('build/05_train.ipynb', 'from sparsecod.studies import run_study', '`finished`, `Transformer`'),
-    ('tools/05_studies.ipynb', 'from sparsecod.train import train', 'the field `train` of a run'),  # RunConfig has such a field
-    ('build/03_core.ipynb', 'class Transformer: pass', '`Transformer`'),                            # one of its own, not exported
-    ('build/03_core.ipynb', CORE, 'see [`Transformer`](03_core.ipynb) and [the `Transformer` of ours](03_core.ipynb)'),
+    # RunConfig has such a field
+    ('tools/05_studies.ipynb', 'from sparsecod.train import train', 'the field `train` of a run'),
+    ('build/03_core.ipynb', 'class Transformer: pass', '`Transformer`'),  # one of its own, not exported
+    ('build/03_core.ipynb', CORE,
+     'see [`Transformer`](03_core.ipynb) and [the `Transformer` of ours](03_core.ipynb)'),
     ('build/03_core.ipynb', CORE, '```python\n`Transformer`\n```\n\n    `Transformer`'),
     ('build/03_core.ipynb', CORE, '````{=html}\n```\nx = `Transformer`\n````'),
 ])
@@ -62,34 +68,45 @@ def test_any_other_name_is_left_alone(root, path, code, text):
 
 def test_links_in_outputs_spare_raw_blocks(root):
     text = 'A `Transformer`.\n\n```{=html}\n<script>x = `Transformer`</script>\n```\n'
-    after = processed(root, 'build/03_core.ipynb', [mk_cell(CORE), shown('1', {'text/markdown': text})], processors.OwnLinks)[-1].outputs[0]['data']['text/markdown']
+    after = processed(root, 'build/03_core.ipynb', [mk_cell(CORE), shown('1', {'text/markdown': text})],
+                      processors.OwnLinks)[-1].outputs[0]['data']['text/markdown']
     assert after == text.replace('`Transformer`.', '[`Transformer`](core.html#transformer).')
 
 
-@pytest.mark.parametrize('text', ['<b>x</b>', '<script>const a = `x`, b = ````` `y` `````</script>', '<p>\n\n    four\n</p>', ['<p>\n', '```\n', '</p>']])
+@pytest.mark.parametrize('text', ['<b>x</b>', '<script>const a = `x`, b = ````` `y` `````</script>',
+                                  '<p>\n\n    four\n</p>', ['<p>\n', '```\n', '</p>']])
 def test_html_comes_through_pandoc_as_it_is(root, text):
     more = {'text/plain': 'x', 'application/vnd.jupyter.widget-view+json': dict(model_id='a')}
-    data = processed(root, 'build/03_core.ipynb', [shown('1', {'text/html': text, **more})], processors.html_for_quarto)[0].outputs[0]['data']
+    data = processed(root, 'build/03_core.ipynb', [shown('1', {'text/html': text, **more})],
+                     processors.html_for_quarto)[0].outputs[0]['data']
     assert list(data) == ['text/markdown']
-    assert docs_check.pandoc(f'Before.\n\n{data["text/markdown"]}\n\nAfter.', 'markdown')[0] == f'<p>Before.</p>\n{"".join(text)}\n<p>After.</p>\n'
+    assert docs_check.pandoc(f'Before.\n\n{data["text/markdown"]}\n\nAfter.',
+                             'markdown')[0] == f'<p>Before.</p>\n{"".join(text)}\n<p>After.</p>\n'
 
 
 def test_what_shows_its_source_is_not_documented_besides(root):
-    code = '#| exports\nA = 1\ndef one(): pass\nclass Two:\n    def three(self): pass\ndef two(): pass\ndef five(): pass', '#| export\ndef four(): pass'
-    cells = [mk_cell('## Five', 'markdown'), mk_cell(code[0]), shown('show_doc(Two)', {}), shown('show_doc(one)', {}), mk_cell(code[1]), shown('show_doc(four)', {}), mk_cell('one()')]
+    code = ('#| exports\nA = 1\ndef one(): pass\nclass Two:\n    def three(self): pass\ndef two(): pass\ndef '
+            'five(): pass', '#| export\ndef four(): pass')
+    cells = [mk_cell('## Five', 'markdown'), mk_cell(code[0]), shown('show_doc(Two)', {}),
+             shown('show_doc(one)', {}), mk_cell(code[1]), shown('show_doc(four)', {}), mk_cell('one()')]
     after = [cell.source for cell in processed(root, 'build/01_layers.ipynb', cells, processors.ShownOnce)]
-    assert after == ['## Five', '[]{#one}[]{#two}', code[0].split('\n', 1)[1], code[1].split('\n', 1)[1], 'show_doc(four)', 'one()']
+    assert after == ['## Five', '[]{#one}[]{#two}', code[0].split('\n', 1)[1], code[1].split('\n', 1)[1],
+                     'show_doc(four)', 'one()']
 
 
 def documented(root: Path, module: str, name: str, text: str) -> str:
     "What becomes of the documentation that nbdev writes of a symbol."
     code = mk_cell(f'#| default_exp {module}\n#| export\nclass {name}: pass')
-    return processed(root, f'build/{module}.ipynb', [code, shown(f'show_doc({name})', {'text/markdown': text})], processors.Signatures)[-1].outputs[0]['data']['text/markdown']
+    return processed(root, f'build/{module}.ipynb',
+                     [code, shown(f'show_doc({name})', {'text/markdown': text})],
+                     processors.Signatures)[-1].outputs[0]['data']['text/markdown']
 
 
 BARE = '```python\ndef {}(\n    *args, **kwargs\n):\n```'
 
-@pytest.mark.parametrize('module, name, arguments', [('bench', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']), ('widgets', '_Panel', []), ('cloze', 'Gap', [])])
+@pytest.mark.parametrize('module, name, arguments',
+                         [('bench', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']),
+                          ('widgets', '_Panel', []), ('cloze', 'Gap', [])])
 def test_a_signature_names_its_arguments(root, module, name, arguments):
     text = documented(root, module, name, BARE.format(name))
     assert 'kwargs' not in text and f'def {name}(' in text and all(f'\n    {a},' in text for a in arguments)
@@ -97,5 +114,8 @@ def test_a_signature_names_its_arguments(root, module, name, arguments):
 
 
 def test_a_signature_shows_no_address(root):
-    text = '```python\ndef Panel(\n    parts:Parts=<__main__.Parts object at 0x7f7516d033d0>,\n)->__main__.Layout | None:\n```'
-    assert documented(root, 'widgets', 'Panel', text) == text.replace('<__main__.Parts object at 0x7f7516d033d0>', 'Parts()').replace('__main__.Layout', 'Layout')
+    text = ('```python\ndef Panel(\n    parts:Parts=<__main__.Parts object at '
+            '0x7f7516d033d0>,\n)->__main__.Layout | None:\n```')
+    assert documented(root, 'widgets', 'Panel',
+                      text) == text.replace('<__main__.Parts object at 0x7f7516d033d0>',
+                                            'Parts()').replace('__main__.Layout', 'Layout')

@@ -1,4 +1,5 @@
-"The ground the project stands on: chapters' form, imports, packaging, links, and the tools that test all of it."
+"""The ground the project stands on: chapters' form, imports, packaging, links, and the tools that test all
+of it."""
 import ast
 import importlib
 import json
@@ -19,7 +20,8 @@ from drift import find_drift
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(sys.executable).parent  # the commands of the running environment
 NBS = ROOT / 'nbs'
-NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb')
+                   if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
 CHAPTERS = [p for p in NOTEBOOKS if p.parent != NBS]
 PROGRESS = re.compile(r'\r|\x1b\[|\d+%\||\bit/s\b|\bs/it\b')  # what tqdm and pip leave in a stored output
 LINK = re.compile(r'\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:src|href)="([^"]+)"')
@@ -69,7 +71,8 @@ def headings(source: str) -> list:
 
 def run(*command, **options):
     "Run a command at the root of the checkout and capture what it says."
-    return subprocess.run(list(map(str, command)), **{'cwd': ROOT, 'capture_output': True, 'text': True, **options})
+    return subprocess.run(list(map(str, command)),
+                          **{'cwd': ROOT, 'capture_output': True, 'text': True, **options})
 
 
 def best_time(
@@ -96,8 +99,10 @@ every_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=name)
 def test_one_title_and_a_description(path):
     first = cells(path)[0]
     titles = [(i, t) for i, _, source, _ in cells(path, 'markdown') for t in headings(source)]
-    assert first[1] == 'markdown' and len(titles) == 1, f'{name(path)}: want one "# Title" in the first cell, found {titles}'
-    assert re.match(r'# .+\n+> .+', first[2]), f'{name(path)}: the first cell is "# Title", then "> one sentence"'
+    assert first[1] == 'markdown' and len(
+        titles) == 1, f'{name(path)}: want one "# Title" in the first cell, found {titles}'
+    assert re.match(r'# .+\n+> .+',
+                    first[2]), f'{name(path)}: the first cell is "# Title", then "> one sentence"'
 
 
 @every_chapter
@@ -122,7 +127,8 @@ def test_prose_between_code(path):
 @every_notebook
 def test_every_cell_is_tested(path):
     for i, kind, source, _ in cells(path):
-        off = [d for d in directives(source) if re.match(r'eval:\s*false', d)] if kind == 'code' else re.findall(r'^skip_exec.*', source, re.M)
+        off = ([d for d in directives(source) if re.match(r'eval:\s*false', d)] if kind == 'code'
+               else re.findall(r'^skip_exec.*', source, re.M))
         assert not off, f'{name(path)}: cell {i} says {off}, so nothing ever runs it; use a test flag'
 
 
@@ -170,7 +176,8 @@ def own_imports(
     code: str,  # Python code; shell and magic lines are skipped
 ) -> set:       # names of this package's modules that it imports, at any depth of nesting
     "Which modules of the package does this code import?"
-    tree = ast.parse('\n'.join(line for line in code.splitlines() if not line.lstrip().startswith(('%', '!'))))
+    tree = ast.parse('\n'.join(line for line in code.splitlines()
+                               if not line.lstrip().startswith(('%', '!'))))
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -189,13 +196,15 @@ def test_imports_point_one_way():
         sources = [source for _, _, source, _ in cells(path, 'code')]
         sources.append((ROOT / 'sparsecod' / f'{module}.py').read_text(encoding='utf-8'))
         imports[module] = {m for source in sources for m in own_imports(source)} - {module}
-    order = list(TopologicalSorter(imports).static_order())  # a CycleError names the modules that go round in a circle
+    # a CycleError names the modules that go round in a circle
+    order = list(TopologicalSorter(imports).static_order())
     assert set(exported_modules()) <= set(order)
 
 
 def test_package_needs_no_developer_tools():
     tools = [re.split(r'[<>=!~\[]', r)[0] for r in settings()['dev_requirements'].split()] + ['IPython']
-    modules = [p.stem for p in sorted((ROOT / 'sparsecod').glob('*.py')) if p.stem not in ('__init__', '__main__')]
+    modules = [p.stem for p in sorted((ROOT / 'sparsecod').glob('*.py'))
+               if p.stem not in ('__init__', '__main__')]
     code = f'''
 import importlib, sys
 for tool in {tools}: sys.modules[tool] = None  # importing it now fails
@@ -208,7 +217,8 @@ for module in {modules}: importlib.import_module('sparsecod.' + module)
 def test_modules_run_no_tests():
     "An assertion in an exported cell would run on every import."
     for path in sorted((ROOT / 'sparsecod').glob('*.py')):
-        lines = [node.lineno for node in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(node, ast.Assert)]
+        lines = [node.lineno for node in ast.parse(path.read_text(encoding='utf-8')).body
+                 if isinstance(node, ast.Assert)]
         assert not lines, f'{name(path)}: lines {lines} assert at module level; take them out of the exported cell'
 
 
@@ -240,7 +250,8 @@ def project_files() -> list:
     "What git tracks or would track, as paths."
     listed = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard')
     assert listed.returncode == 0, listed.stderr
-    return [p for p in (ROOT / n for n in listed.stdout.split('\0') if n) if p.is_file() and not p.is_symlink()]
+    return [p for p in (ROOT / n for n in listed.stdout.split('\0') if n) if p.is_file()
+            and not p.is_symlink()]
 
 
 def test_every_figure_is_stored():
@@ -248,12 +259,14 @@ def test_every_figure_is_stored():
     for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
         for i, cell in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells']):
             if cell['cell_type'] != 'code' or '#| fig-alt' not in ''.join(cell['source']): continue
-            if not any('image/' in kind for output in cell['outputs'] for kind in output.get('data', {})): missing.append((name(path), i))
+            if not any('image/' in kind for output in cell['outputs'] for kind in output.get('data', {})):
+                missing.append((name(path), i))
     assert not missing
 
 
 def test_no_machine_paths():
-    home = re.compile('|'.join([r'(?<![\w.~/])/(?:home|Users)/[a-z]\w+/', r'(?<![\w.~])/[r]oot/', r'[A-Z]:\\+Users\\']))
+    home = re.compile('|'.join([r'(?<![\w.~/])/(?:home|Users)/[a-z]\w+/', r'(?<![\w.~])/[r]oot/',
+                                r'[A-Z]:\\+Users\\']))
     own = [str(p) for p in (ROOT, Path.home()) if len(p.parts) > 2]
     found = []
     for path in project_files():
@@ -269,21 +282,25 @@ def test_readme_links():
 
 
 def test_readme_example_runs(tmp_path):
-    example = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.M | re.S)
+    example = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'),
+                         flags=re.M | re.S)
     assert example, 'README.md shows the library in use'
     done = run(sys.executable, '-c', example[0], cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
 def test_one_quarto_file():
-    assert [name(p) for p in project_files() if p.name == '_quarto.yml'] == ['_quarto.yml'], 'nbs/_quarto.yml is a copy that make docs makes; git ignores it'
+    assert [name(p) for p in project_files()
+            if p.name
+            == '_quarto.yml'] == ['_quarto.yml'], 'nbs/_quarto.yml is a copy that make docs makes; git ignores it'
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['output-dir'] == settings()['doc_path']
     assert site['format']['html']['html-math-method'] == 'mathml'  # MathJax would come from another host
     assert site['format']['html']['html-table-processing'] == 'none'  # scripts in raw HTML stay whole
     for theme in site['format']['html']['theme'].values():
         sheet = [NBS / t for t in theme if t.endswith('.scss')]
-        assert sheet and '$web-font-path: false;' in sheet[0].read_text(encoding='utf-8'), f'{theme} would load web fonts'
+        assert sheet and '$web-font-path: false;' in sheet[0].read_text(
+            encoding='utf-8'), f'{theme} would load web fonts'
 
 
 def listed(contents: list) -> list:
@@ -294,17 +311,22 @@ def listed(contents: list) -> list:
 def test_sidebar_lists_every_page():
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
     pages = listed(site['website']['sidebar']['contents'])
-    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'reference', 'tools'].index(p.split('/')[0]), p))
-    assert set(pages) == {p.relative_to(NBS).as_posix() for p in NOTEBOOKS}, 'sidebar in _quarto.yml and files in nbs/ disagree'
+    assert pages == sorted(pages, key=lambda p: (['index.ipynb', 'build', 'reproduce', 'beyond', 'reference',
+                                                  'tools'].index(p.split('/')[0]), p))
+    assert set(pages) == {p.relative_to(NBS).as_posix()
+                          for p in NOTEBOOKS}, 'sidebar in _quarto.yml and files in nbs/ disagree'
 
 
 def test_versions_are_pinned_and_agree():
-    pins = [line.split('#')[0].strip() for line in (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()]
-    assert all(re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', pin) for pin in pins if pin), 'one plain pin a line, no local tags'
+    pins = [line.split('#')[0].strip()
+            for line in (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()]
+    assert all(re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', pin) for pin in pins
+               if pin), 'one plain pin a line, no local tags'
     names = {pin.split('==')[0].lower().replace('_', '-') for pin in pins if pin}
     wanted = f"{settings()['requirements']} {settings()['dev_requirements']}".split()
     assert {re.split(r'[<>=!~\[]', w)[0].lower().replace('_', '-') for w in wanted} <= names
-    assert yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))['version'] == settings()['version']
+    assert yaml.safe_load(
+        (ROOT / 'CITATION.cff').read_text(encoding='utf-8'))['version'] == settings()['version']
 
 
 def test_workflows_pin_what_they_use():
@@ -335,24 +357,29 @@ def small_project(tmp_path) -> Path:
     shutil.copy(ROOT / 'settings.ini', root)
     code = dict(cell_type='code', execution_count=None, metadata={}, outputs=[])
     nb = dict(metadata={}, nbformat=4, nbformat_minor=5, cells=[
-        dict(code, id='a', source=['#| default_exp one']), dict(code, id='b', source=['#| export\n', 'answer = 42'])])
+        dict(code, id='a', source=['#| default_exp one']),
+        dict(code, id='b', source=['#| export\n', 'answer = 42'])])
     (root / 'nbs' / '01_one.ipynb').write_text(json.dumps(nb), encoding='utf-8')
     nb['cells'][0]['source'] = ['#| default_exp two']
     (root / 'nbs' / '02_two.ipynb').write_text(json.dumps(nb), encoding='utf-8')
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    for command in ('nbdev_export', 'nbdev_clean'): assert run(TOOLS / command, cwd=root, env=env).returncode == 0
+    for command in ('nbdev_export', 'nbdev_clean'):
+        assert run(TOOLS / command, cwd=root, env=env).returncode == 0
     return root
 
 
 def test_stale_outputs_are_found(tmp_path):
     "A tagged cell's stored output must equal a fresh one; other cells only have to run."
     def cell(name, stored, **metadata):
-        output = dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/plain': [stored]})
-        return dict(cell_type='code', id=name, execution_count=None, source=['2 + 2'], outputs=[output], metadata=metadata)
+        output = dict(output_type='execute_result', execution_count=None, metadata={},
+                      data={'text/plain': [stored]})
+        return dict(cell_type='code', id=name, execution_count=None, source=['2 + 2'], outputs=[output],
+                    metadata=metadata)
     tagged = dict(tags=['nbval-check-output'])
     cells = [cell('true', '4', **tagged), cell('stale', '5', **tagged), cell('unchecked', '5')]
     notebook = tmp_path / 'stored.ipynb'
-    notebook.write_text(json.dumps(dict(metadata={}, nbformat=4, nbformat_minor=5, cells=cells)), encoding='utf-8')
+    notebook.write_text(json.dumps(dict(metadata={}, nbformat=4, nbformat_minor=5, cells=cells)),
+                        encoding='utf-8')
     done = run(sys.executable, ROOT / 'tests' / 'stored_outputs.py', notebook, cwd=tmp_path)
     assert done.returncode and '1 failed, 2 passed' in done.stdout and 'Cell 1' in done.stdout, done.stdout + done.stderr
 
@@ -366,7 +393,8 @@ def test_drift_is_found(small_project):
     notebook.write_text(json.dumps(nb), encoding='utf-8')
     (small_project / 'sparsecod' / 'two.py').unlink()
     drift = '\n'.join(find_drift(small_project))
-    for sentence in ('sparsecod/one.py differs', 'sparsecod/left_over.py comes from no notebook', 'sparsecod/two.py is missing', 'nbs/01_one.ipynb is not clean'):
+    for sentence in ('sparsecod/one.py differs', 'sparsecod/left_over.py comes from no notebook',
+                     'sparsecod/two.py is missing', 'nbs/01_one.ipynb is not clean'):
         assert sentence in drift
     assert '02_two.ipynb' not in drift and len(drift.splitlines()) == 4
 

@@ -1,4 +1,5 @@
-"GGUF files against the network that was written into them, and the measurement of a real model against the scores."
+"""GGUF files against the network that was written into them, and the measurement of a real model against
+the scores."""
 import importlib.util
 import json
 import sys
@@ -19,15 +20,18 @@ from sparsecod.scores import token_variances, trace
 
 L, D, F, H, K, V = 2, 64, 96, 4, 2, 300
 TOKENS = torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(0))
-PARTS = {'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output', 'mlp.gate_proj': 'ffn_gate',
-         'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm'}
+PARTS = {'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
+         'self_attn.o_proj': 'attn_output', 'mlp.gate_proj': 'ffn_gate',
+         'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm',
+         'post_attention_layernorm': 'ffn_norm'}
 
 
 def llama():
     "A network with weights large enough that every part of it shows in the logits."
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=64,
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
+        num_key_value_heads=K, max_position_embeddings=64,
         initializer_range=.2, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)).eval()
 
 
@@ -39,24 +43,31 @@ def interleaved(w, heads):
 def write_gguf(path, network, kind=Kind.F32, without=()):
     "A network and a tokenizer as a GGUF file, its matrices stored as `kind`."
     file = gguf.GGUFWriter(path, 'llama')
-    for name, value in dict(context_length=64, embedding_length=D, block_count=L, feed_forward_length=F, head_count=H, head_count_kv=K, vocab_size=V,
-                            layer_norm_rms_eps=1e-5, rope_freq_base=1e4, rope_dimension_count=D // H).items(): getattr(file, f'add_{name}')(value)
+    for name, value in dict(context_length=64, embedding_length=D, block_count=L, feed_forward_length=F,
+                            head_count=H, head_count_kv=K, vocab_size=V,
+                            layer_norm_rms_eps=1e-5, rope_freq_base=1e4, rope_dimension_count=D // H).items():
+        getattr(file, f'add_{name}')(value)
     backend = json.loads(train_bpe(['to be or not to be'] * 9, V).backend.to_str())
     vocabulary = sorted(backend['model']['vocab'], key=backend['model']['vocab'].get)
     tokens = vocabulary + [f'<unused {i}>' for i in range(len(vocabulary), V)]
     file.add_tokenizer_model('gpt2')
     file.add_token_list(tokens)
-    file.add_token_types([gguf.TokenType.CONTROL if t == '<|endoftext|>' else gguf.TokenType.NORMAL for t in tokens])
+    file.add_token_types([gguf.TokenType.CONTROL if t == '<|endoftext|>' else gguf.TokenType.NORMAL
+                          for t in tokens])
     file.add_token_merges([' '.join(m) if isinstance(m, list) else m for m in backend['model']['merges']])
     file.add_eos_token_id(tokens.index('<|endoftext|>'))
     names = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output'}
-    names |= {f'model.layers.{l}.{part}': f'blk.{l}.{short}' for l in range(L) for part, short in PARTS.items()}
+    names |= {f'model.layers.{l}.{part}': f'blk.{l}.{short}' for l in range(L)
+              for part, short in PARTS.items()}
     for name, w in network.state_dict().items():
         if name in without: continue
         if 'q_proj' in name or 'k_proj' in name: w = interleaved(w, H if 'q_proj' in name else K)
         stored = kind if w.dim() == 2 else Kind.F32
-        file.add_tensor(names[name.removesuffix('.weight')] + '.weight', gguf.quants.quantize(w.numpy(), stored), raw_dtype=stored)
-    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close): write()
+        file.add_tensor(names[name.removesuffix('.weight')] + '.weight',
+                        gguf.quants.quantize(w.numpy(), stored), raw_dtype=stored)
+    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file,
+                  file.close):
+        write()
     return path
 
 
@@ -70,10 +81,12 @@ def test_a_gguf_file_opens_as_the_network_in_it(tmp_path, kind):
     model, tokenizer = open_model(write_gguf(tmp_path / 'a.b.gguf', network, kind))
     theirs, ours = logits(adapt(network)), logits(model)
     error = (ours - theirs).norm() / theirs.norm()
-    bits = {Kind.F32: (0, 1e-5), Kind.F16: (1e-5, 2e-3), Kind.Q8_0: (2e-3, .05), Kind.Q4_1: (.02, .5)}[kind]  # the fewer bits, the farther away
+    # the fewer bits, the farther away
+    bits = {Kind.F32: (0, 1e-5), Kind.F16: (1e-5, 2e-3), Kind.Q8_0: (2e-3, .05), Kind.Q4_1: (.02, .5)}[kind]
     assert bits[0] <= error < bits[1]
     assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
-    assert tokenizer.decode(tokenizer.encode('to be or')) == 'to be or' and tokenizer.eos_token == '<|endoftext|>'
+    assert (tokenizer.decode(tokenizer.encode('to be or')) == 'to be or'
+            and tokenizer.eos_token == '<|endoftext|>')
     assert load_tokenizer(str(tmp_path / 'a.b.gguf')).encode('not to be') == tokenizer.encode('not to be')
     said = model.config.quantised
     assert (said is None) == (kind in (Kind.F32, Kind.F16)) and (said is None or said.startswith(kind.name))
@@ -87,9 +100,11 @@ def test_the_command_says_that_weights_were_quantised(tmp_path, capsys):
     text.write_text('\n'.join(f'{i} or not {i * i} to be' for i in range(800)), encoding='utf-8')
     for kind in (Kind.Q8_0, Kind.F32):
         source = write_gguf(tmp_path / f'{kind.name}.gguf', llama(), kind)
-        assert main(['score', str(source), '--data', str(text), '--length', '16', '--sequences', '2', '--fit', '8', '--quiet']) == 0
+        assert main(['score', str(source), '--data', str(text), '--length', '16', '--sequences', '2', '--fit',
+                     '8', '--quiet']) == 0
         folder, printed = tmp_path / kind.name, capsys.readouterr().out
-        found, page = json.loads((folder / 'scores.json').read_text(encoding='utf-8')), (folder / 'scores.html').read_text(encoding='utf-8')
+        found, page = (json.loads((folder / 'scores.json').read_text(encoding='utf-8')),
+                       (folder / 'scores.html').read_text(encoding='utf-8'))
         said = [kind.name in found.get('quantised', ''), 'rounded' in printed, 'rounded model' in page]
         assert said == [kind is Kind.Q8_0] * 3
 
@@ -104,7 +119,8 @@ def test_without_the_package_an_error_says_what_to_install(tmp_path, monkeypatch
 def test_a_damaged_file_is_named(tmp_path, damage):
     source = write_gguf(tmp_path / 'model.gguf', llama())
     data = source.read_bytes()
-    source.write_bytes(dict(cut=data[:len(data) // 2], header=data[:100], other=b'{}' * 50, empty=b'')[damage])
+    source.write_bytes(dict(cut=data[:len(data) // 2], header=data[:100], other=b'{}' * 50,
+                            empty=b'')[damage])
     with pytest.raises(ValueError, match='model.gguf'): open_model(source)
 
 
@@ -138,8 +154,10 @@ def test_the_sweep_agrees_with_the_scores(real_model):
     for T in (128, 1024):
         windows = torch.cat([row[i * T:(i + 1) * T + 1][None] for row in long for i in range(1024 // T)])
         v = token_variances(trace(model, windows))                                     # (L + 1, B, T)
-        values = {name: torch.tensor(found[str(T)][name])[:, 0].double() for name in ('mean', 'median', 'first', 'rest')}
-        for name, right in dict(mean=v.mean((1, 2)), median=v.flatten(1).median(1).values, first=v[..., 0].mean(1), rest=v[..., 1:].mean((1, 2))).items():
+        values = {name: torch.tensor(found[str(T)][name])[:, 0].double()
+                  for name in ('mean', 'median', 'first', 'rest')}
+        for name, right in dict(mean=v.mean((1, 2)), median=v.flatten(1).median(1).values,
+                                first=v[..., 0].mean(1), rest=v[..., 1:].mean((1, 2))).items():
             assert torch.allclose(values[name], right, rtol=1e-4)
 
 

@@ -16,7 +16,9 @@ TINY = SCALES['tiny']
 RESULTS = Path(__file__).resolve().parents[1] / 'results' / 'laptop'
 
 
-@pytest.mark.parametrize('changes, bf16', [({}, False), ({}, True), (dict(n_kv_heads=1, norm='peri_ln'), True), (dict(n_experts=4), True)])
+@pytest.mark.parametrize('changes, bf16',
+                         [({}, False), ({}, True), (dict(n_kv_heads=1, norm='peri_ln'), True),
+                          (dict(n_experts=4), True)])
 def test_saved_bytes_are_those_of_a_real_pass(changes, bf16):
     config = ModelConfig(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12, **changes)
     assert saved_bytes(config, 3, bf16) == saved_bytes(config, 3, bf16, fake=False) > 0
@@ -24,7 +26,8 @@ def test_saved_bytes_are_those_of_a_real_pass(changes, bf16):
 
 def test_memory_follows_the_sizes():
     deep, wide = vary(TINY, {'model.n_layers': 12}), vary(TINY, {'train.tokens_per_step': 2048})
-    assert activation_bytes(wide) > 3 * activation_bytes(TINY) and activation_bytes(wide, gpus=4) == activation_bytes(TINY)
+    assert (activation_bytes(wide) > 3 * activation_bytes(TINY)
+            and activation_bytes(wide, gpus=4) == activation_bytes(TINY))
     big = SCALES['paper']
     one, eight = memory_bytes(big, 1), memory_bytes(big, 8)
     total = sum(p.numel() for p in Transformer(TINY.model).parameters())
@@ -49,16 +52,19 @@ def test_hours_of_recorded_studies():
         runs = [r for rs in by_variant(STUDIES[name], records).values() for r in rs]
         configs = {r['name']: type(TINY).from_dict(r['config']) for r in runs}
         first = recorded_speeds([r for r in runs if r['seed'] == 0])
-        told = sum(training_flops(c) / first[shape(c)].training + scoring_flops(c) / first[shape(c)].scoring for c in configs.values())
+        told = sum(training_flops(c) / first[shape(c)].training + scoring_flops(c) / first[shape(c)].scoring
+                   for c in configs.values())
         true = sum(r['seconds']['train'] + r['seconds']['score'] for r in runs)
         assert .75 < told / true < 1.25, name
 
 
 def test_a_table_of_a_study(tmp_path, capsys):
     files = tmp_path / 'needs.json', tmp_path / 'needs.csv'
-    code = main(f'plan depth --scale tiny --seeds 2 --tokens-per-second 1000 --out {tmp_path} --json {files[0]} --csv {files[1]}'.split())
+    code = main(f'plan depth --scale tiny --seeds 2 --tokens-per-second 1000 --out {tmp_path} --json '
+                f'{files[0]} --csv {files[1]}'.split())
     said, rows = capsys.readouterr().out, json.loads(files[0].read_text(encoding='utf-8'))
-    assert code == 0 and '6 runs' in said and [r['variant'] for r in rows] == list(STUDIES['depth'].changes(TINY))
+    assert (code == 0 and '6 runs' in said
+            and [r['variant'] for r in rows] == list(STUDIES['depth'].changes(TINY)))
     pd.testing.assert_frame_equal(pd.read_csv(files[1]), pd.DataFrame(rows), check_dtype=False)
     for row, (_, config) in zip(rows, STUDIES['depth'].runs('tiny')):
         assert row['runs'] == 2 and row['tokens'] == 40 * 512
@@ -81,13 +87,16 @@ def test_what_is_too_large_gets_advice(capsys):
 
 
 @pytest.mark.parametrize('options, names', [
-    ('--gpus 4', '--gpus: '), ('--card H1000', "card='H1000'"), ('--card H100 --utilisation 1.5', '--utilisation: '), ('--card H100 --gpus 0', 'gpus=0'),
-    ('--tokens-per-second -3', 'tokens_per_second=-3'), ('--tokens-per-second 5 --card H100', 'tokens_per_second=5'), ('--json .', '--json')])
+    ('--gpus 4', '--gpus: '), ('--card H1000', "card='H1000'"),
+    ('--card H100 --utilisation 1.5', '--utilisation: '), ('--card H100 --gpus 0', 'gpus=0'),
+    ('--tokens-per-second -3', 'tokens_per_second=-3'),
+    ('--tokens-per-second 5 --card H100', 'tokens_per_second=5'), ('--json .', '--json')])
 def test_mistakes_are_named(options, names, capsys):
     assert main(f'plan depth --scale tiny {options}'.split()) == 2
     assert names in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('line, names', [('plan nothing', "study='nothing'"), ('plan depth --scale huge', "scale='huge'")])
+@pytest.mark.parametrize('line, names',
+                         [('plan nothing', "study='nothing'"), ('plan depth --scale huge', "scale='huge'")])
 def test_unknown_names_are_named(line, names, capsys):
     assert main(line.split()) == 2 and names in capsys.readouterr().err

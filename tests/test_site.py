@@ -1,4 +1,5 @@
-"""The pages as a reader sees them: opened in headless Chromium with no network, in both themes, on a phone and on a desk.
+"""The pages as a reader sees them: opened in headless Chromium with no network, in both themes, on a phone
+and on a desk.
 
     pytest tests/test_site.py                 a preview made without Quarto, opened from disk
     pytest tests/test_site.py --site _docs    the pages that Quarto rendered, from a server on this machine
@@ -23,7 +24,8 @@ from sparsecod import explorers
 
 SITE = docs_check.read_site(docs_check.ROOT)
 PAGES = docs_check.sidebar_pages(SITE.quarto['website']['sidebar']['contents'])
-LIVELY = [p for p in PAGES if '<section class=\\"sce\\"' in (SITE.nbs / p).read_text(encoding='utf-8')]   # pages with explorers
+# pages with explorers
+LIVELY = [p for p in PAGES if '<section class=\\"sce\\"' in (SITE.nbs / p).read_text(encoding='utf-8')]
 THOROUGH = list(dict.fromkeys(['index.ipynb', 'reproduce/01_depth.ipynb', *LIVELY]))
 SIZES = [(width, theme) for width in (360, 1100) for theme in ('light', 'dark')]
 DRAWN = "e => [...e.querySelectorAll('svg.marks, .says')].map(x => x.outerHTML).join()"
@@ -63,7 +65,8 @@ def address(site: str, page: str) -> str:
 def opened(site, browser):
     "Opens a page of the site."
     def at(page: str, width: int, theme: str):
-        return visit(browser, address(site, page), width, theme, within=site, warnings=site.startswith('file:'))
+        return visit(browser, address(site, page), width, theme, within=site,
+                     warnings=site.startswith('file:'))
     return at
 
 
@@ -79,7 +82,8 @@ def keep(page, name: str, of=None):
 
 def wear(page, theme: str):
     "Quarto's pages begin in the light theme whatever the system wants, and have a switch."
-    if page.evaluate("t => document.body.matches('.quarto-light, .quarto-dark') && !document.body.classList.contains('quarto-' + t)", theme):
+    if page.evaluate("t => document.body.matches('.quarto-light, .quarto-dark') && "
+                     "!document.body.classList.contains('quarto-' + t)", theme):
         page.evaluate('window.quartoToggleColorScheme()')
 
 
@@ -103,12 +107,14 @@ def looks_right(page, theme: str):
     assert wide == [], 'the page scrolls sideways'
     empty = page.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src.slice(0, 80))")
     assert empty == [], 'a picture is not shown'
-    flat = page.evaluate("[...document.querySelectorAll('main math')].filter(m => !m.getBoundingClientRect().width).map(m => m.textContent)")
+    flat = page.evaluate("[...document.querySelectorAll('main math')].filter(m => "
+                         "!m.getBoundingClientRect().width).map(m => m.textContent)")
     assert flat == [], 'a formula is not shown'
     assert page.evaluate(PALE) == [], 'a text does not stand out from its ground'
     shades = page.evaluate("['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k])")
     text, ground = (sum(map(int, re.findall(r'\d+', shade)[:3])) for shade in shades)
-    assert (text > ground) == (theme == 'dark') and abs(text - ground) > 300, 'text does not stand out from the ground'
+    assert (text > ground) == (theme == 'dark') and abs(
+        text - ground) > 300, 'text does not stand out from the ground'
 
 
 def moves(explorer):
@@ -191,7 +197,8 @@ def test_what_is_stored_arrives_whole(site, name):
     "No step from the notebook to the page drops or changes a script, a style, a frame or a drawing."
     notebook = json.loads((SITE.nbs / name).read_text(encoding='utf-8'))
     outputs = [out['data'] for cell in notebook['cells'] for out in cell.get('outputs', []) if 'data' in out]
-    stored = Lively(''.join(''.join(text) for data in outputs for kind, text in data.items() if kind in ('text/html', 'text/markdown')))
+    stored = Lively(''.join(''.join(text) for data in outputs for kind, text in data.items()
+                            if kind in ('text/html', 'text/markdown')))
     with urlopen(address(site, name)) as reply: page = Lively(reply.read().decode('utf-8'))
     assert not [text[:80] for text in stored.texts if text not in page.texts]
     assert [f for f in page.frames if f] == stored.frames and page.drawings >= stored.drawings
@@ -199,11 +206,18 @@ def test_what_is_stored_arrives_whole(site, name):
     assert not [to for to in page.links if to.startswith(own)], 'a copy of the site leads to the original'
 
 
-@pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'), ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'), ('<p style="color: #999">Pale.</p>', 'text'), ('<p>A <code style="color: #fff; background: #f8f9fa">name</code>.</p>', 'text'),
-                                        ('<p style="color: #000; background: rgb(0 0 0 / .8)">Dark.</p>', 'text'), ('<p>All is <b style="color: #555">well</b>.</p>', None)])
+@pytest.mark.parametrize('body, said', [('<p style="width: 900px">Wide.</p>', 'sideways'),
+                                        ('<img src="data:image/png;base64,AAAA" alt="">', 'picture'),
+                                        ('<p style="color: #999">Pale.</p>', 'text'),
+                                        ('<p>A <code style="color: #fff; background: '
+                                         '#f8f9fa">name</code>.</p>', 'text'),
+                                        ('<p style="color: #000; background: rgb(0 0 0 / .8)">Dark.</p>',
+                                         'text'), ('<p>All is <b style="color: #555">well</b>.</p>', None)])
 def test_what_looks_wrong_is_noticed(browser, tmp_path, body, said):
     path = tmp_path / 'page.html'
-    path.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head><body style="color: #000; background: #fff"><main>{body}</main></body></html>', encoding='utf-8')
+    path.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" '
+                    f'href="data:,"></head><body style="color: #000; background: '
+                    f'#fff"><main>{body}</main></body></html>', encoding='utf-8')
     with visit(browser, path.as_uri(), 360) as page:
         if said is None: return looks_right(page, 'light')
         with pytest.raises(AssertionError, match=said): looks_right(page, 'light')

@@ -14,26 +14,30 @@ from sparsecod.adapters import adapt
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.layers import attention_weights, rope_angles
 from sparsecod.scores import scoring_model, untouched
-from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass, measure_sparsity,
+from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass,
+                                measure_sparsity,
                                 participation, routed_share, sparsity_bytes, sparsity_of, weight_sparsity)
 
 
 def model(**changes):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**dict(dict(vocab_size=61, n_layers=3, d_model=16, n_heads=4, context_length=12), **changes))).eval()
+    return Transformer(ModelConfig(**dict(dict(vocab_size=61, n_layers=3, d_model=16, n_heads=4,
+                                               context_length=12), **changes))).eval()
 
 
 TOKENS = torch.randint(61, (5, 12), generator=torch.Generator().manual_seed(0))
 
 
 def test_weight_sparsity_counts_strictly_below():
-    assert weight_sparsity(torch.tensor([0., -1., 2., -3.]), [.5, 1., 2.5, 10.]).tolist() == [.25, .25, .75, 1.]
+    assert weight_sparsity(torch.tensor([0., -1., 2., -3.]),
+                           [.5, 1., 2.5, 10.]).tolist() == [.25, .25, .75, 1.]
 
 
 @pytest.mark.parametrize('factor', [1e-3, 7.])
 def test_relative_measures_ignore_scale(factor):
     W = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(weight_sparsity(W, [.1, 1.], relative=True), weight_sparsity(factor * W, [.1, 1.], relative=True))
+    assert torch.equal(weight_sparsity(W, [.1, 1.], relative=True),
+                       weight_sparsity(factor * W, [.1, 1.], relative=True))
     assert math.isclose(participation(W), participation(factor * W), rel_tol=1e-5)
 
 
@@ -88,13 +92,17 @@ def test_summary_is_plain_and_complete(changes):
     assert sweep == sorted(sweep)
 
 
-@pytest.mark.parametrize('changes', [dict(), dict(n_kv_heads=2), dict(norm='layernorm_scaling'), dict(n_experts=4, experts_per_token=2, gates='renormalised'),
-                                     dict(n_experts=4, experts_per_token=1, d_shared_expert=8, gates='published')], ids=str)
+@pytest.mark.parametrize('changes', [dict(), dict(n_kv_heads=2), dict(norm='layernorm_scaling'),
+                                     dict(n_experts=4, experts_per_token=2, gates='renormalised'),
+                                     dict(n_experts=4, experts_per_token=1, d_shared_expert=8,
+                                          gates='published')], ids=str)
 def test_a_stock_translation_is_as_sparse_as_ours(changes):
-    "An independent reference: the transformers class with the same function returns its own maps and router logits."
+    """An independent reference: the transformers class with the same function returns its own maps and
+    router logits."""
     from sparsecod.exchange import to_hf
     torch.manual_seed(0)
-    ours = Transformer(ModelConfig(vocab_size=64, n_layers=3, d_model=32, n_heads=4, context_length=16, **changes)).eval()
+    ours = Transformer(ModelConfig(vocab_size=64, n_layers=3, d_model=32, n_heads=4, context_length=16,
+                                   **changes)).eval()
     with torch.no_grad():
         for name, p in ours.named_parameters():
             if p.dim() == 1: p.uniform_(.5, 2)
@@ -103,20 +111,29 @@ def test_a_stock_translation_is_as_sparse_as_ours(changes):
     network = to_hf(ours)
     before = {name: p.clone() for name, p in network.state_dict().items()}
     a, b = measure_sparsity(ours, tokens), measure_sparsity(network, tokens)
-    same = ['keys_for_90_percent', 'attention_entropy', 'mass_on_first', *(['expert_load'] if changes.get('n_experts') else [])]
-    for name in same: assert torch.allclose(torch.tensor(a['arrays'][name]), torch.tensor(b['arrays'][name]), atol=1e-4), name
-    for name in ('kv_density', 'keys_for_90_percent', 'density_attention') + (() if changes.get('d_shared_expert') else ('expert_density', 'density_feed_forward')):
+    same = ['keys_for_90_percent', 'attention_entropy', 'mass_on_first',
+            *(['expert_load'] if changes.get('n_experts') else [])]
+    for name in same:
+        assert torch.allclose(torch.tensor(a['arrays'][name]), torch.tensor(b['arrays'][name]),
+                              atol=1e-4), name
+    for name in ('kv_density', 'keys_for_90_percent',
+                 'density_attention') + (() if changes.get('d_shared_expert')
+                                         else ('expert_density', 'density_feed_forward')):
         assert a['scalars'][name] == pytest.approx(b['scalars'][name], abs=2e-3), name
-    assert all(torch.equal(before[name], p) for name, p in network.state_dict().items()) and network.config._attn_implementation != 'eager'
+    assert (all(torch.equal(before[name], p) for name, p in network.state_dict().items())
+            and network.config._attn_implementation != 'eager')
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_family_can_be_measured(family):
     network = tiny(family)
     found, mode = measure_sparsity(network, STOCK_TOKENS), network.config._attn_implementation
-    assert all(0 <= v <= 1 for v in found['scalars'].values()) and len(found['arrays']['density_attention']) == len(found['arrays']['density_feed_forward']) == 4
+    assert (all(0 <= v <= 1 for v in found['scalars'].values())
+            and len(found['arrays']['density_attention']) == len(
+                found['arrays']['density_feed_forward']) == 4)
     assert network.config._attn_implementation == mode and network.training is False
-    if 'expert_load' in found['arrays']: assert torch.tensor(found['arrays']['expert_load']).sum(1).allclose(torch.full((4,), 2.))
+    if 'expert_load' in found['arrays']:
+        assert torch.tensor(found['arrays']['expert_load']).sum(1).allclose(torch.full((4,), 2.))
     assert ('expert_load' in found['arrays']) == (family in ('Mixtral', 'Olmoe', 'Qwen3Moe'))
 
 
@@ -153,8 +170,10 @@ def test_loads_are_counts_of_the_routers_choices(family):
     "Against the router logits of one full forward pass over all sequences, and one sequence at a time."
     network, lengths = tiny(family), []
     with torch.no_grad(): logits = network(STOCK_TOKENS, output_router_logits=True).router_logits
-    want = torch.stack([torch.zeros(len(x), 4).scatter(1, x.topk(2).indices, 1).double().mean(0) for x in logits])
-    with network.get_decoder().register_forward_pre_hook(lambda part, args, kwargs: lengths.append(kwargs['input_ids'].shape[0]) if 'input_ids' in kwargs else None, with_kwargs=True):
+    want = torch.stack([torch.zeros(len(x), 4).scatter(1, x.topk(2).indices, 1).double().mean(0)
+                        for x in logits])
+    with network.get_decoder().register_forward_pre_hook(lambda part, args, kwargs: lengths.append(
+        kwargs['input_ids'].shape[0]) if 'input_ids' in kwargs else None, with_kwargs=True):
         assert torch.allclose(expert_loads(adapt_without_check(network), STOCK_TOKENS), want, atol=1e-6)
     assert lengths == [1] * len(STOCK_TOKENS)
 
@@ -175,18 +194,24 @@ class ListedExperts(nn.Module):
     def __init__(self, D, F, E, names=('experts',)):
         super().__init__()
         self.gate = nn.Linear(D, E, bias=False)
-        for name in names: setattr(self, name, nn.ModuleList(nn.ModuleDict(dict(up=nn.Linear(D, F, bias=False), down=nn.Linear(F, D, bias=False))) for _ in range(E)))
+        for name in names:
+            setattr(self, name,
+                    nn.ModuleList(nn.ModuleDict(dict(up=nn.Linear(D, F, bias=False),
+                                                     down=nn.Linear(F, D, bias=False))) for _ in range(E)))
 
 
 def test_experts_in_a_list_are_counted():
     stacked = tiny('Mixtral')
     listed = copy.deepcopy(stacked)
     for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4)
-    assert routed_share(adapt_without_check(stacked), stacked.model.layers[0]) == routed_share(adapt_without_check(listed), listed.model.layers[0]) == .5
+    assert routed_share(adapt_without_check(stacked),
+                        stacked.model.layers[0]) == routed_share(adapt_without_check(listed),
+                                                                 listed.model.layers[0]) == .5
     for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4, ['specialists'])
-    with pytest.raises(ValueError, match='has a router for 4 experts, but none were found'): routed_share(adapt_without_check(listed), listed.model.layers[0])
+    with pytest.raises(ValueError, match='has a router for 4 experts, but none were found'):
+        routed_share(adapt_without_check(listed), listed.model.layers[0])
     dense = copy.deepcopy(stacked)
-    dense.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 40))              # some mixtures begin with a dense block
+    dense.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 40))  # some mixtures begin with a dense block
     assert routed_share(adapt_without_check(dense), dense.model.layers[0]) == 1
 
 
@@ -195,7 +220,8 @@ def test_attention_that_cannot_be_seen_is_refused(monkeypatch):
     for layer in network.model.layers:
         forward = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, forward=forward, **kwargs: (forward(*args, **kwargs)[0], None)
-    with pytest.raises(ValueError, match='block 1 of LlamaForCausalLM hands out no attention maps'): measure_sparsity(network, STOCK_TOKENS)
+    with pytest.raises(ValueError, match='block 1 of LlamaForCausalLM hands out no attention maps'):
+        measure_sparsity(network, STOCK_TOKENS)
     assert network.config._attn_implementation == 'sdpa'
 
 

@@ -9,8 +9,10 @@ from sparsecod.core import NORMS, ModelConfig, Transformer, initial_update_varia
 from sparsecod.layers import Attention, rope_angles
 from sparsecod.theory import (
     CLOSED_FORMS, SUBLAYERS, apply_masks, attention_averaging, by_layer, coherence, gate_gain, gate_moments,
-    gaussian_dependence, jacobian_deviation, magnitude_mask, mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval,
-    measure_averaging, own_update_variance, predict_variance, random_stack, relative_update, simulate_jacobian,
+    gaussian_dependence, jacobian_deviation, magnitude_mask, mask_weight_dependence, masked_power, masked_std,
+    masked_updates, mean_interval,
+    measure_averaging, own_update_variance, predict_variance, random_stack, relative_update,
+    simulate_jacobian,
     simulate_stream, stream_variance, update_variance, variance_budget, weighted_variance)
 
 CONFIG = ModelConfig(vocab_size=64, n_layers=6, d_model=64, init_std=0.11)
@@ -77,7 +79,8 @@ def test_the_gate_is_bounded(s2):
 def test_growth_with_depth():
     deep = dict(n_layers=300)
     u = update_variance(CONFIG, p=0.4, sublayers='linear')[0]
-    v = {norm: stream_variance(config(norm, **deep), p=0.4, v0=0.5, sublayers='linear') for norm in CLOSED_FORMS}
+    v = {norm: stream_variance(config(norm, **deep), p=0.4, v0=0.5, sublayers='linear')
+         for norm in CLOSED_FORMS}
     for l in (1, 2, 10, 300):
         assert v['pre_ln'][l] == pytest.approx(0.5 + l * u)
         assert v['layernorm_scaling'][l] == pytest.approx(0.5 + harmonic(l) * u)
@@ -96,7 +99,8 @@ def test_swiglu_is_bounded_under_layernorm_scaling(p):
 
 def test_equal_density_cancels():
     deep = config(n_layers=400)
-    for f, limit in ((jacobian_deviation, 0.01), (lambda *a, **k: relative_update(stream_variance(*a, **k)), 0.01)):
+    for f, limit in ((jacobian_deviation, 0.01),
+                     (lambda *a, **k: relative_update(stream_variance(*a, **k)), 0.01)):
         dense, sparse = f(deep, 1.0, sublayers='linear'), f(deep, 0.2, sublayers='linear')
         assert all(s < d for s, d in zip(sparse, dense))
         assert sparse[-1] == pytest.approx(dense[-1], rel=limit)
@@ -104,7 +108,8 @@ def test_equal_density_cancels():
     relative = relative_update(stream_variance(deep, 0.2, sublayers='linear'))
     assert relative == pytest.approx([(l - 1 + v0 / u) ** -0.5 for l in range(1, 401)])
     D = deep.d_model
-    assert jacobian_deviation(deep, 0.2, sublayers='linear') == pytest.approx([r * (D - 1) ** 0.5 / D for r in relative])
+    assert jacobian_deviation(deep, 0.2,
+                              sublayers='linear') == pytest.approx([r * (D - 1) ** 0.5 / D for r in relative])
 
 
 def test_rescaled_masks_change_the_conclusion():
@@ -119,7 +124,8 @@ def test_forms_of_the_density():
     assert by_layer(0.5, 2) == [(0.5, 0.5)] * 2 and by_layer([0.1, 1], 2) == [(0.1, 0.1), (1.0, 1.0)]
     pairs = dict(attention=[0.5] * 6, feed_forward=[0.25] * 6)
     v = stream_variance(CONFIG, pairs)
-    assert v[1] - v[0] == pytest.approx(update_variance(CONFIG, p=0.5)[0] + update_variance(CONFIG, p=0.25)[1])
+    assert v[1] - v[0] == pytest.approx(update_variance(CONFIG,
+                                                        p=0.5)[0] + update_variance(CONFIG, p=0.25)[1])
     assert stream_variance(CONFIG, [0.5] * 6) == stream_variance(CONFIG, 0.5)
     rising, falling = ([x / 6 for x in order] for order in (range(1, 7), range(6, 0, -1)))
     last = [relative_update(stream_variance(CONFIG, p))[-1] for p in (rising, 1.0, falling)]
@@ -142,9 +148,11 @@ def test_errors_name_what_is_wrong(call, words):
 # ---------------------------------------------------------------- simulation
 
 @pytest.mark.parametrize('norm', CLOSED_FORMS)
-@pytest.mark.parametrize('p, sublayers, slack', [(1.0, 'linear', 0), (0.2, 'linear', 0), (1.0, 'block', 0), (0.3, 'block', 0.02)])
+@pytest.mark.parametrize('p, sublayers, slack',
+                         [(1.0, 'linear', 0), (0.2, 'linear', 0), (1.0, 'block', 0), (0.3, 'block', 0.02)])
 def test_stream_agrees_with_real_blocks(norm, p, sublayers, slack):
-    mean, half = mean_interval(simulate_stream(config(norm), p, n_models=16, sublayers=sublayers), level=0.9999)
+    mean, half = mean_interval(simulate_stream(config(norm), p, n_models=16, sublayers=sublayers),
+                               level=0.9999)
     expected = torch.tensor(stream_variance(config(norm), p, sublayers=sublayers))
     assert (half < 0.12 * expected).all()                               # the interval must say something
     assert ((mean - expected).abs() < half + slack * expected).all()
@@ -189,7 +197,7 @@ def test_attention_update_of_a_sequence(K, sharpness):
             expected = (64 * 0.11 ** 2) ** 2 * x.square().mean(-1) * attention_averaging(layer, x, rope)
             ratios.append((layer(x, rope).square().mean(-1) / expected).mean())
     mean, half = mean_interval(torch.stack(ratios), level=0.999)
-    assert abs(mean - 1) < half + 0.02 and half < 0.2                   # norms of the tokens differ by some per cent
+    assert abs(mean - 1) < half + 0.02 and half < 0.2  # norms of the tokens differ by some per cent
 
 
 def test_weighted_sums():
@@ -226,7 +234,8 @@ def test_dependence_of_mask_and_weights():
     torch.manual_seed(0)
     W = torch.randn(600, 600)
     for p in (0.8, 0.5, 0.2):
-        assert mask_weight_dependence(W, magnitude_mask(W, p))['ratio'] == pytest.approx(gaussian_dependence(p), rel=0.01)
+        assert mask_weight_dependence(W, magnitude_mask(W, p))['ratio'] == pytest.approx(
+            gaussian_dependence(p), rel=0.01)
         assert mask_weight_dependence(W, torch.rand_like(W) < p)['ratio'] == pytest.approx(1, rel=0.03)
     exact = mask_weight_dependence(torch.tensor([3., 1., 1., 1.]), torch.tensor([1, 0, 0, 0]))
     assert exact == dict(density=0.25, energy=pytest.approx(0.75), ratio=pytest.approx(3.0))
@@ -236,7 +245,8 @@ def test_dependence_of_mask_and_weights():
 def test_power_behind_a_random_mask():
     torch.manual_seed(0)
     W, x = torch.randn(48, 48) + 0.5, torch.randn(20, 48) + 0.5
-    powers = torch.stack([(x @ (W * (torch.rand_like(W) < 0.3)).T).square().sum() for _ in range(1000)]) / (x @ W.T).square().sum()
+    powers = torch.stack([(x @ (W * (torch.rand_like(W) < 0.3)).T).square().sum()
+                          for _ in range(1000)]) / (x @ W.T).square().sum()
     mean, half = mean_interval(powers, level=0.9999)
     assert abs(masked_power(W, x, 0.3) - mean) < half < 0.02
     assert coherence(torch.ones(3, 48), torch.ones(2, 48)) == pytest.approx(48)   # all terms agree
@@ -254,7 +264,8 @@ def test_prediction_from_weights_is_the_closed_form_for_random_models(norm):
     doubled = copy.deepcopy(model)
     for block in doubled.blocks: block.attention.output.weight.data *= 2
     factor = 1 if NORMS[norm].after else 4
-    assert own_update_variance(doubled.blocks[0])[0] == pytest.approx(factor * own_update_variance(model.blocks[0])[0])
+    assert own_update_variance(doubled.blocks[0])[0] == pytest.approx(
+        factor * own_update_variance(model.blocks[0])[0])
 
 
 def test_gains_are_part_of_the_prediction():
@@ -277,7 +288,8 @@ def test_budget_adds_up_and_the_random_model_is_predicted(norm):
     assert torch.allclose(b['before'][1:], b['after'][:-1])
     h = model.run(model.embed(tokens), stop=3)
     assert torch.allclose(b['after'][2].float(), h.var(-1)[:, 1:].mean(1), rtol=1e-4)
-    own = torch.tensor([own_update_variance(x, a) for x, a in zip(model.blocks, measure_averaging(model, tokens))])
+    own = torch.tensor([own_update_variance(x, a)
+                        for x, a in zip(model.blocks, measure_averaging(model, tokens))])
     measured = torch.stack([b['attention'].mean(1), b['feed_forward'].mean(1)], 1).float()
     assert (measured / own - 1).abs().max() < 0.2
 
@@ -287,7 +299,8 @@ def test_masked_updates():
     model, tokens = Transformer(config(vocab_size=512)), torch.randint(512, (8, 24))
     before = copy.deepcopy(model.state_dict())
     assert torch.allclose(masked_updates(model, tokens, 1.0), torch.ones(2, 6, 8, dtype=torch.float64))
-    random, by_size = (masked_updates(model, tokens, 0.5, how).mean((1, 2)) for how in ('random', 'magnitude'))
+    random, by_size = (masked_updates(model, tokens, 0.5, how).mean((1, 2))
+                       for how in ('random', 'magnitude'))
     dense = update_variance(CONFIG)
     for i in (0, 1):
         theory = update_variance(CONFIG, p=0.5)[i] / dense[i]

@@ -1,4 +1,5 @@
-"Tests of training: decay groups, schedule, accumulation, exact resumption, damage, divergence, several processes."
+"""Tests of training: decay groups, schedule, accumulation, exact resumption, damage, divergence, several
+processes."""
 import json
 import math
 import os
@@ -25,8 +26,10 @@ from sparsecod.adapters import open_model
 from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, block_loss
 from sparsecod.integrity import Damaged, check_seal, seal, stamp
-from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints, choose_strategy,
-                             decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder, _make_label, make_optimizer,
+from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints,
+                             choose_strategy,
+                             decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder,
+                             _make_label, make_optimizer,
                              parameter_groups, read_log, _run_id, sequences_per_step, summarize_watch, train)
 
 V = 64
@@ -36,7 +39,8 @@ CONFIG = TrainConfig(steps=30, tokens_per_step=128, lr=1e-2, log_every=3, checkp
 
 
 class ToyCorpus:
-    "Endless text from a Markov chain in which each token has four successors; can run a function at one step."
+    """Endless text from a Markov chain in which each token has four successors; can run a function at one
+    step."""
     vocab_size, fingerprint = V, 'toy'
 
     def __init__(self, at=None, then=None):
@@ -69,14 +73,17 @@ def same_run(a, b):
 
 
 def script(folder, code, processes=0, **options):
-    "Run this file's functions in a Python process of its own (or in several, as accelerate would launch them)."
+    """Run this file's functions in a Python process of its own (or in several, as accelerate would launch
+    them)."""
     path = folder / 'script.py'
     path.write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
                     f'import os, signal, torch; torch.set_num_threads({torch.get_num_threads()})\n'
                     f'from test_train import *\n{code}\n', encoding='utf-8')
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    launch = (['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes
+              else [])
     root = str(Path(__file__).parents[1])
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+                            OMP_NUM_THREADS='1')
     return subprocess.Popen([sys.executable, *launch, str(path)], env=env, **options)
 
 
@@ -106,10 +113,13 @@ def interrupted(folder, at=12, **options):
 # ---------------------------------------------------------------- configuration
 
 @pytest.mark.parametrize('changes', [
-    dict(steps=0), dict(steps=1.5), dict(tokens_per_step=-1), dict(micro_batch_tokens=0), dict(lr=0.0), dict(lr=math.nan),
-    dict(min_lr_ratio=2.0), dict(warmup_steps=31), dict(weight_decay=-0.1), dict(decay_groups='biases'), dict(betas=(0.9, 1.0)),
+    dict(steps=0), dict(steps=1.5), dict(tokens_per_step=-1), dict(micro_batch_tokens=0), dict(lr=0.0),
+    dict(lr=math.nan),
+    dict(min_lr_ratio=2.0), dict(warmup_steps=31), dict(weight_decay=-0.1), dict(decay_groups='biases'),
+    dict(betas=(0.9, 1.0)),
     dict(betas=3), dict(betas=None), dict(betas=('a', 0.9)), dict(betas=(0.9,)),
-    dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(strategy='zero'), dict(activation_checkpointing=1), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
+    dict(eps=0.0), dict(clip=0.0), dict(precision='fp8'), dict(strategy='zero'),
+    dict(activation_checkpointing=1), dict(seed=-1), dict(log_every=0), dict(checkpoint_every=0),
     dict(keep_checkpoints=0)])
 def test_config_names_what_is_wrong(changes):
     with pytest.raises(ValueError) as error: CONFIG.replace(**changes)
@@ -120,14 +130,16 @@ def test_config_names_what_is_wrong(changes):
 def test_config_round_trip():
     config = CONFIG.replace(betas=(0.8, 0.9), micro_batch_tokens=64, warmup_steps=3)
     assert TrainConfig.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match='learning_rate'): TrainConfig.from_dict(dict(steps=1, learning_rate=1.0))
+    with pytest.raises(ValueError, match='learning_rate'):
+        TrainConfig.from_dict(dict(steps=1, learning_rate=1.0))
 
 
 def test_steps_must_divide():
     assert sequences_per_step(CONFIG, 16) == 8 == sequences_per_step(CONFIG, 16, processes=4)
     for T, processes in ((24, 1), (16, 3)):
         with pytest.raises(ValueError, match='tokens_per_step=128'): sequences_per_step(CONFIG, T, processes)
-    with pytest.raises(ValueError, match='micro_batch_tokens=40'): sequences_per_step(CONFIG.replace(micro_batch_tokens=40), 16)
+    with pytest.raises(ValueError, match='micro_batch_tokens=40'):
+        sequences_per_step(CONFIG.replace(micro_batch_tokens=40), 16)
 
 
 def test_vocabulary_must_fit(tmp_path):
@@ -141,7 +153,8 @@ BLOCK_MATRICES = ['attention.query', 'attention.key', 'attention.value', 'attent
 
 def test_decay_groups_match_a_list_by_hand():
     decaying, fixed = parameter_groups(Transformer(MODEL), 0.1)
-    assert set(decaying['names']) == {f'blocks.{i}.{m}.weight' for i in (0, 1) for m in BLOCK_MATRICES} | {'head.weight'}
+    assert (set(decaying['names']) == {f'blocks.{i}.{m}.weight' for i in (0, 1) for m in BLOCK_MATRICES}
+            | {'head.weight'})
     assert set(fixed['names']) == {'embedding.weight', 'final_norm.weight'} | {
         f'blocks.{i}.{part}_norm.weight' for i in (0, 1) for part in ('attention', 'feed_forward')}
     assert (decaying['weight_decay'], fixed['weight_decay']) == (0.1, 0.0)
@@ -160,7 +173,8 @@ def test_every_parameter_is_in_one_group(changes):
 
 def test_a_tied_head_is_an_embedding():
     decaying, fixed = parameter_groups(Transformer(MODEL.replace(tie_embeddings=True)), 0.1)
-    assert 'embedding.weight' in fixed['names'] and not any('head' in n for n in decaying['names'] + fixed['names'])
+    assert ('embedding.weight' in fixed['names']
+            and not any('head' in n for n in decaying['names'] + fixed['names']))
 
 
 def test_schedule_has_known_values():
@@ -168,8 +182,8 @@ def test_schedule_has_known_values():
     rates = [learning_rate(s, config) for s in range(110)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)  # a straight line
     assert rates[9] == max(rates) == pytest.approx(2.0)                       # the peak ends the warm-up
-    assert rates[59] == pytest.approx(1.1)                                    # half way: mean of peak and floor
-    assert rates[34] == pytest.approx(0.2 + 1.8 * (1 + math.sqrt(.5)) / 2)    # a quarter: cosine of 45 degrees
+    assert rates[59] == pytest.approx(1.1)  # half way: mean of peak and floor
+    assert rates[34] == pytest.approx(0.2 + 1.8 * (1 + math.sqrt(.5)) / 2)  # a quarter: cosine of 45 degrees
     assert rates[109] == min(rates[10:]) == pytest.approx(0.2)                # the floor at the last step
     flat = TrainConfig(steps=5, lr=1.0, warmup_steps=0, min_lr_ratio=1.0)
     assert {learning_rate(s, flat) for s in range(5)} == {1.0}
@@ -190,13 +204,15 @@ def test_parameters_without_gradient_shrink_by_the_decay_product(decay_groups):
     factor = math.exp(-decay_product(config))
     assert factor < 0.97
     for name, p in model.named_parameters():
-        decays = decay_groups == 'all' or 'norm' not in name and (decay_groups == 'all_but_gains' or 'embedding' not in name)
+        decays = (decay_groups == 'all' or 'norm' not in name
+                  and (decay_groups == 'all_but_gains' or 'embedding' not in name))
         assert torch.allclose(p, before[name] * (factor if decays else 1), rtol=1e-3), name
 
 
 # ---------------------------------------------------------------- gradients and the watch
 
-@pytest.mark.parametrize('config', [MODEL, MIXTURE, MIXTURE.replace(balance_weight=1.0, router_z_weight=1.0)], ids=['dense', 'mixture', 'heavy auxiliary losses'])
+@pytest.mark.parametrize('config', [MODEL, MIXTURE, MIXTURE.replace(balance_weight=1.0, router_z_weight=1.0)],
+                         ids=['dense', 'mixture', 'heavy auxiliary losses'])
 @pytest.mark.parametrize('sequences', [4, 3, 1])
 def test_accumulation_does_not_change_the_gradient(sequences, config):
     torch.manual_seed(0)
@@ -209,7 +225,8 @@ def test_accumulation_does_not_change_the_gradient(sequences, config):
     logits = model(windows[:, :-1], watch=lambda l, out: outs.append(out))
     by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     by_hand += sum(block_loss(config, out, 8) for out in outs)
-    assert torch.allclose(loss, by_hand) and torch.allclose(summed, by_hand)  # divided by the number of targets
+    # divided by the number of targets
+    assert torch.allclose(loss, by_hand) and torch.allclose(summed, by_hand)
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
@@ -236,9 +253,11 @@ def test_a_term_of_any_blocks_is_trained_on_and_logged_apart(compile, monkeypatc
     first = quiet(tmp_path, config=CONFIG.replace(steps=3, log_every=1, compile=compile)).log[0]
     torch.manual_seed(CONFIG.seed)
     model, windows = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, CONFIG.seed)
-    assert first['loss'] == pytest.approx(evaluate(model, windows).mean().item(), abs=1e-4) and first['auxiliary'] > 0
+    assert (first['loss'] == pytest.approx(evaluate(model, windows).mean().item(), abs=1e-4)
+            and first['auxiliary'] > 0)
     total = model(windows[:, :-1], targets=windows[:, 1:]).item()
-    assert first['loss'] + first['auxiliary'] == pytest.approx(total, abs=1e-4) and 'busiest_expert' not in first
+    assert (first['loss'] + first['auxiliary'] == pytest.approx(total, abs=1e-4)
+            and 'busiest_expert' not in first)
 
 
 @pytest.mark.parametrize('changes', [{}, dict(micro_batch_tokens=48)])
@@ -252,7 +271,8 @@ def test_a_mixture_of_experts_logs_its_cross_entropy_apart(changes, tmp_path):
         total = model(windows[:, :-1], targets=windows[:, 1:]).item()
         assert result.log[0]['loss'] + result.log[0]['auxiliary'] == pytest.approx(total, abs=1e-4)
     assert result.log[0]['auxiliary'] > 0.9                      # a balanced block costs balance_weight / L
-    assert all(len(r['busiest_expert']) == 2 and 1 <= min(r['busiest_expert']) <= max(r['busiest_expert']) <= 2 for r in result.log)
+    assert all(len(r['busiest_expert']) == 2
+               and 1 <= min(r['busiest_expert']) <= max(r['busiest_expert']) <= 2 for r in result.log)
     assert result.log[-1]['loss'] < result.log[0]['loss']
 
 
@@ -281,7 +301,8 @@ def test_the_log_is_complete(whole):
     assert abs(whole.log[0]['loss'] - math.log(V)) < 0.05
     assert all(r['lr'] == learning_rate(r['step'] - 1, CONFIG) and r['tokens_per_s'] > 0 for r in whole.log)
     assert (whole.status, whole.step, whole.tokens) == ('finished', 30, 30 * 128) and whole.seconds > 0
-    stored = [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    stored = [json.loads(line)
+              for line in (whole.folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
     assert all({**line, **record} == line for line, record in zip(stored, whole.log, strict=True))
 
 
@@ -303,7 +324,8 @@ def test_micro_batches_and_bf16_train_alike(whole, tmp_path):
 
 def test_compiled_training_computes_the_same(whole, tmp_path, monkeypatch):
     real, compiled = torch.compile, []
-    def traced(function, **options):  # traced as usual, but without the minutes and the C++ compiler that optimisation may take
+    def traced(function,
+               **options):  # traced as usual, but without the minutes and the C++ compiler that optimisation may take
         compiled.append(function.__name__)
         return real(function, backend='eager', **options)
     monkeypatch.setattr(torch, 'compile', traced)
@@ -363,11 +385,14 @@ def test_a_second_signal_stops_at_once(whole, tmp_path):
 
 @pytest.fixture(scope='module')
 def ended_by_others(tmp_path_factory):
-    "Folders of runs in processes of their own that got a signal: killed before any checkpoint, killed later, asked to stop."
+    """Folders of runs in processes of their own that got a signal: killed before any checkpoint, killed
+    later, asked to stop."""
     folder = tmp_path_factory.mktemp('ended')
-    code = (f'for name, at, end in ("early", 2, signal.SIGKILL), ("late", 13, signal.SIGKILL), ("asked", 8, signal.SIGTERM):\n'
+    code = (f'for name, at, end in ("early", 2, signal.SIGKILL), ("late", 13, signal.SIGKILL), ("asked", 8, '
+            f'signal.SIGTERM):\n'
             f'    if not (child := os.fork()):\n'
-            f'        result = quiet({str(folder)!r} + "/" + name, ToyCorpus(at, lambda: os.kill(os.getpid(), end)))\n'
+            f'        result = quiet({str(folder)!r} + "/" + name, ToyCorpus(at, lambda: '
+            f'os.kill(os.getpid(), end)))\n'
             f'        os._exit(7 * (result.status == "interrupted"))\n'
             f'    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))')
     out = script(folder, code, stdout=subprocess.PIPE, text=True).communicate(timeout=120)[0]
@@ -401,11 +426,13 @@ def flip(path):
 
 
 @pytest.mark.parametrize('harm', [truncate, remove, flip])
-@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.safetensors', 'state.json', 'manifest.json'])
+@pytest.mark.parametrize('name',
+                         ['model.safetensors', 'optimizer.safetensors', 'state.json', 'manifest.json'])
 def test_a_damaged_checkpoint_is_named_and_passed_over(harm, name, whole, stopped):
     older, newest = checkpoints(stopped)
     harm(newest / name)
-    with pytest.warns(UserWarning, match=f'checkpoint {newest.name} is damaged .*{name}'): result = quiet(stopped)
+    with pytest.warns(UserWarning, match=f'checkpoint {newest.name} is damaged .*{name}'):
+        result = quiet(stopped)
     assert same_run(result, whole)
 
 
@@ -417,7 +444,8 @@ def test_with_all_checkpoints_damaged_a_run_starts_again(whole, stopped):
 
 @pytest.mark.parametrize('keep', [1, 2])
 def test_damaged_checkpoints_do_not_crowd_out_new_ones(keep, whole, tmp_path):
-    def interrupted(at): return quiet(tmp_path, ToyCorpus(at, lambda: signal.raise_signal(signal.SIGTERM)), config=config)
+    def interrupted(at):
+        return quiet(tmp_path, ToyCorpus(at, lambda: signal.raise_signal(signal.SIGTERM)), config=config)
     config = CONFIG.replace(keep_checkpoints=keep)
     interrupted(22)
     names = [c.name for c in checkpoints(tmp_path)]
@@ -425,8 +453,9 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(keep, whole, tmp_path):
     for checkpoint in checkpoints(tmp_path): truncate(checkpoint / 'model.safetensors')
     with pytest.warns(UserWarning, match='damaged'): assert interrupted(2).step == 3  # from the beginning
     assert [c.name for c in checkpoints(tmp_path)] == ['step-00000003']
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*.damaged')) == [f'{name}.damaged' for name in names]
-    assert interrupted(6).step == 7                                                   # from step 3, without a warning
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*.damaged')) == [f'{name}.damaged'
+                                                                                    for name in names]
+    assert interrupted(6).step == 7  # from step 3, without a warning
     assert [c.name for c in checkpoints(tmp_path)][-1] == 'step-00000007'
     assert same_run(quiet(tmp_path, config=config), whole)
 
@@ -489,7 +518,8 @@ def test_afresh_erases_the_old_run_and_nothing_else(tmp_path):
 
 def contents(folder):
     "Every file below a folder, with its bytes; the lock is left out."
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file() and p.name != 'run.lock'}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()
+            and p.name != 'run.lock'}
 
 
 def test_afresh_erases_no_folder_that_no_training_made(tmp_path):
@@ -497,7 +527,8 @@ def test_afresh_erases_no_folder_that_no_training_made(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('mine', encoding='utf-8')
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + '.*choose another'): quiet(tmp_path, resume=False)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + '.*choose another'):
+        quiet(tmp_path, resume=False)
     (tmp_path / 'config.json').write_text('{"model_type": "llama"}', encoding='utf-8')
     with pytest.raises(ValueError, match='choose another folder'): quiet(tmp_path, resume=False)
     (tmp_path / 'config.json').unlink()
@@ -505,7 +536,8 @@ def test_afresh_erases_no_folder_that_no_training_made(tmp_path):
     assert quiet(tmp_path / 'new', resume=False).status == 'finished'  # nothing there to erase
 
 
-@pytest.mark.parametrize('text', ['', '{"model": ', '[1]', '{}', '{"model_type": "llama"}', '{"model": "a", "train": {}, "corpus": "b"}',
+@pytest.mark.parametrize('text', ['', '{"model": ', '[1]', '{}', '{"model_type": "llama"}',
+                                  '{"model": "a", "train": {}, "corpus": "b"}',
                                   '{"model": {}, "train": {}, "corpus": "b"}', b'\xff\xfe'])
 def test_a_config_of_something_else_is_refused(text, tmp_path):
     (tmp_path / 'config.json').write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -516,17 +548,21 @@ def test_a_config_of_something_else_is_refused(text, tmp_path):
 
 
 def test_only_drafts_of_the_training_are_removed(whole, stopped):
-    own = ['config.json.draft', 'log.jsonl.77.draft', 'result.json.draft', 'model.4321.draft/x', 'checkpoints/step-00000015.9.draft/x']
-    foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft', 'checkpoints.draft', 'model.mine.draft']
+    own = ['config.json.draft', 'log.jsonl.77.draft', 'result.json.draft', 'model.4321.draft/x',
+           'checkpoints/step-00000015.9.draft/x']
+    foreign = ['novel.draft', 'chapters/one.draft', 'letters.draft/x', 'checkpoints/thoughts.draft',
+               'checkpoints.draft', 'model.mine.draft']
     for name in own + foreign:
         (stopped / name).parent.mkdir(exist_ok=True)
         (stopped / name).write_text('text', encoding='utf-8')
     assert same_run(quiet(stopped), whole)
-    assert not any((stopped / name).exists() for name in own) and all((stopped / name).exists() for name in foreign)
+    assert (not any((stopped / name).exists() for name in own)
+            and all((stopped / name).exists() for name in foreign))
 
 
 def test_how_a_run_is_carried_out_may_change(whole, stopped):
-    result = quiet(stopped, config=CONFIG.replace(micro_batch_tokens=32, checkpoint_every=7, keep_checkpoints=1))
+    result = quiet(stopped, config=CONFIG.replace(micro_batch_tokens=32, checkpoint_every=7,
+                                                  keep_checkpoints=1))
     assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], rel=1e-3)
 
 
@@ -537,7 +573,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
 # ---------------------------------------------------------------- divergence
 
 def test_divergence_is_a_result(tmp_path, capfd):
-    config = CONFIG.replace(lr=30.0, warmup_steps=0, steps=200)  # lr x weight_decay = 3: weights double at every step
+    # lr x weight_decay = 3: weights double at every step
+    config = CONFIG.replace(lr=30.0, warmup_steps=0, steps=200)
     result = train(MODEL, config, ToyCorpus(), tmp_path)         # with a bar
     assert result.status == 'diverged' and 1 < result.step < 200
     assert result.log[-1]['step'] == result.step
@@ -574,18 +611,24 @@ def test_the_bar_shows_what_matters(tmp_path, capfd):
 
 @pytest.fixture(scope='module')
 def by_two(tmp_path_factory):
-    "What two processes print that find each other without a GPU and train some runs, and the folder of those."
+    """What two processes print that find each other without a GPU and train some runs, and the folder of
+    those."""
     folder = tmp_path_factory.mktemp('two')
     (folder / 'texts').mkdir()
-    for i in range(60): (folder / 'texts' / f'{i}.txt').write_text(' '.join(f'word{i * k % 97}' for k in range(1, 400)), encoding='utf-8')
-    command = ('train typed --scale tiny --steps 2 --data texts --quiet --set data.vocab_size=300 --set data.val_share=0.4 '
+    for i in range(60):
+        (folder / 'texts' / f'{i}.txt').write_text(' '.join(f'word{i * k % 97}' for k in range(1, 400)),
+                                                   encoding='utf-8')
+    command = ('train typed --scale tiny --steps 2 --data texts --quiet --set data.vocab_size=300 --set '
+               'data.val_share=0.4 '
                '--set score.n_sequences=4 --set score.n_fit=4 --set n_eval=4')
     code = (f'os.environ.pop("ACCELERATE_USE_CPU")\n'
             f'os.environ["CUDA_VISIBLE_DEVICES"] = ""\n'
             f'os.chdir({str(folder)!r})\n'
             f'config = CONFIG.replace(micro_batch_tokens=32)\n'
-            f'result, _ = (quiet(name, model=model, config=config) for name, model in (("dense", MODEL), ("mixture", MIXTURE)))\n'
-            f'stop = (lambda: signal.raise_signal(signal.SIGTERM)) if os.environ["RANK"] == "1" else (lambda: None)\n'
+            f'result, _ = (quiet(name, model=model, config=config) for name, model in (("dense", MODEL), '
+            f'("mixture", MIXTURE)))\n'
+            f'stop = (lambda: signal.raise_signal(signal.SIGTERM)) if os.environ["RANK"] == "1" else '
+            f'(lambda: None)\n'
             f'stopped = quiet("stopped", ToyCorpus(12, stop))\n'
             f'again = quiet("stopped")\n'
             f'assert main({command!r}.split()) == 0\n'
@@ -597,8 +640,10 @@ def by_two(tmp_path_factory):
 
 def test_two_processes_stop_together_and_one_talks(by_two):
     lines, folder = by_two
-    assert [line for line in lines if line.startswith('2 ')] == [f'2 finished interrupted finished {main}' for main in (False, True)]
-    assert sum('finished at step 2 of 2' in line for line in lines) == sum('held-out loss' in line for line in lines) == 1
+    assert [line for line in lines if line.startswith('2 ')] == [f'2 finished interrupted finished {main}'
+                                                                 for main in (False, True)]
+    assert sum('finished at step 2 of 2' in line
+               for line in lines) == sum('held-out loss' in line for line in lines) == 1
     assert load_result(folder / 'typed').step == 2 and open_model(folder / 'typed')[1].vocab_size == 300
     assert not list(folder.rglob('*.draft'))
 
@@ -613,10 +658,12 @@ def test_two_processes_compute_what_one_does(name, model, by_two, whole, tmp_pat
 
 # ---------------------------------------------------------------- a model divided among processes
 
-MODELS = dict(dense=MODEL.replace(tie_embeddings=True), mixture=MIXTURE.replace(n_experts=3, d_shared_expert=8))
+MODELS = dict(dense=MODEL.replace(tie_embeddings=True),
+              mixture=MIXTURE.replace(n_experts=3, d_shared_expert=8))
 SHORT = CONFIG.replace(steps=15, micro_batch_tokens=32, log_every=1, checkpoint_every=4)
 HALF = CONFIG.replace(steps=12, log_every=1, checkpoint_every=4)
-WAYS = dict(ddp=dict(strategy='ddp'), fsdp=dict(strategy='fsdp'), again=dict(strategy='fsdp', activation_checkpointing=True))
+WAYS = dict(ddp=dict(strategy='ddp'), fsdp=dict(strategy='fsdp'),
+            again=dict(strategy='fsdp', activation_checkpointing=True))
 
 
 @pytest.fixture(scope='module')
@@ -651,7 +698,8 @@ def test_every_strategy_computes_the_same(way, name, divided, by_one):
     assert len(both.log) == 15 and both.model.config == one.model.config
     for key in ('loss', 'grad_norm', *(['auxiliary'] if name == 'mixture' else [])):
         for a, b in zip(both.log, one.log): assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a['step'])
-    for a, b in zip(both.log, read_log(divided / f'ddp {name}')): assert a['variance_mean'] == pytest.approx(b['variance_mean'], abs=1e-5)
+    for a, b in zip(both.log, read_log(divided / f'ddp {name}')):
+        assert a['variance_mean'] == pytest.approx(b['variance_mean'], abs=1e-5)
     for p, q in zip(both.model.parameters(), one.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
 
 
@@ -669,7 +717,8 @@ def test_runs_go_on_with_another_number_of_processes(divided, tmp_path):
     for folder in (divided / 'from one', divided / 'two and two'): assert (folder / 'result.json').exists()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        results = [load_result(divided / 'from one'), load_result(divided / 'two and two'), quiet(go_on, config=HALF)]
+        results = [load_result(divided / 'from one'), load_result(divided / 'two and two'),
+                   quiet(go_on, config=HALF)]
     for result in results:
         assert [r['step'] for r in result.log] == list(range(1, 13))
         assert [r['loss'] for r in result.log] == pytest.approx([r['loss'] for r in whole.log], abs=1e-5)
@@ -688,7 +737,8 @@ def test_a_damaged_share_is_named_and_the_checkpoint_before_it_used(harm, divide
 
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
 def test_a_lost_process_ends_all_and_the_same_command_goes_on(strategy, tmp_path):
-    code = (f'kill = lambda: os.environ["RANK"] == "1" and not os.path.exists("again") and os.kill(os.getpid(), signal.SIGKILL)\n'
+    code = (f'kill = lambda: os.environ["RANK"] == "1" and not os.path.exists("again") and '
+            f'os.kill(os.getpid(), signal.SIGKILL)\n'
             f'os.chdir({str(tmp_path)!r})\n'
             f'quiet("run", ToyCorpus(9, kill), config=HALF.replace(strategy={strategy!r}))\n')
     lost = script(tmp_path, code, processes=2, stderr=subprocess.PIPE, text=True)
@@ -702,21 +752,27 @@ def test_a_lost_process_ends_all_and_the_same_command_goes_on(strategy, tmp_path
 
 def test_blocks_computed_again_change_no_digit(whole, tmp_path):
     assert same_run(quiet(tmp_path / 'dense', config=CONFIG.replace(activation_checkpointing=True)), whole)
-    plain, again = (quiet(tmp_path / str(again), model=MIXTURE, config=SHORT.replace(activation_checkpointing=again)) for again in (False, True))
+    plain, again = (quiet(tmp_path / str(again), model=MIXTURE,
+                          config=SHORT.replace(activation_checkpointing=again)) for again in (False, True))
     assert same_run(plain, again)
 
 
 def test_a_gpu_gets_the_first_way_that_fits(monkeypatch):
     room = {}
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (0, room['bytes']))
-    monkeypatch.setattr('sparsecod.train.memory_bytes', lambda config, n, bf16, again: {way: n // (2 if again else 1) for way, n in needs.items()})
+    monkeypatch.setattr('sparsecod.train.memory_bytes',
+                        lambda config, n, bf16, again: {way: n // (2 if again else 1)
+                                                        for way, n in needs.items()})
     needs = dict(single=100, ddp=80, fsdp=50)
     def chosen(n, gigabytes, **changes):
         room['bytes'] = gigabytes / .9 + 1e-6
-        return choose_strategy(MODEL, CONFIG.replace(**changes), SimpleNamespace(num_processes=n, device=torch.device('cuda')))
+        return choose_strategy(MODEL, CONFIG.replace(**changes),
+                               SimpleNamespace(num_processes=n, device=torch.device('cuda')))
     assert chosen(1, 100) == ('single', False) and chosen(1, 60) == ('single', True)
-    assert [chosen(8, n) for n in (80, 79, 49, 39, 1)] == [('ddp', False), ('fsdp', False), ('ddp', True), ('fsdp', True), ('fsdp', True)]
-    assert chosen(8, 80, strategy='fsdp') == ('fsdp', False) and chosen(8, 1, strategy='ddp', activation_checkpointing=False) == ('ddp', False)
+    assert [chosen(8, n) for n in (80, 79, 49, 39, 1)] == [('ddp', False), ('fsdp', False), ('ddp', True),
+                                                           ('fsdp', True), ('fsdp', True)]
+    assert (chosen(8, 80, strategy='fsdp') == ('fsdp', False)
+            and chosen(8, 1, strategy='ddp', activation_checkpointing=False) == ('ddp', False))
 
 
 def test_a_tracker_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
@@ -729,10 +785,12 @@ def test_a_tracker_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, 'wandb', Fake)
     result = quiet(tmp_path, tracker='wandb')
     assert seen[-1] == 'finished' and [step for step, _ in seen[1:-1]] == [r['step'] for r in result.log]
-    assert seen[1][1]['loss'] == result.log[0]['loss'] and seen[1][1]['variance_mean/2'] == result.log[0]['variance_mean'][2]
+    assert (seen[1][1]['loss'] == result.log[0]['loss']
+            and seen[1][1]['variance_mean/2'] == result.log[0]['variance_mean'][2])
 
 
-@pytest.mark.parametrize('name, error', [('wandb', ImportError), ('tensorboard', ImportError), ('paper', ValueError)])
+@pytest.mark.parametrize('name, error',
+                         [('wandb', ImportError), ('tensorboard', ImportError), ('paper', ValueError)])
 def test_a_tracker_that_is_not_there_is_refused_first(name, error, tmp_path, monkeypatch):
     monkeypatch.setattr('sparsecod.train.find_spec', lambda name: None)
     with pytest.raises(error, match=name): quiet(tmp_path / 'run', tracker=name)
@@ -800,7 +858,8 @@ def as_folder(path):
     lambda c: (c / 'manifest.json').write_text('{"files": {}}', encoding='utf-8'),
     lambda c: as_folder(c / 'state.json'), lambda c: as_folder(c / 'manifest.json'),
     lambda c: (shutil.rmtree(c), c.write_text('a file', encoding='utf-8')),
-    lambda c: reseal(c, step=999), lambda c: reseal(c, format=99), lambda c: reseal(c, train=[]), lambda c: reseal(c, corpus='b'),
+    lambda c: reseal(c, step=999), lambda c: reseal(c, format=99), lambda c: reseal(c, train=[]),
+    lambda c: reseal(c, corpus='b'),
     lambda c: shutil.copytree(c, c.with_name('step-00000025'))])
 def test_a_checkpoint_that_no_run_has_written_is_passed_over(harm, whole, stopped):
     harm(checkpoints(stopped)[-1])
@@ -814,14 +873,16 @@ def test_zeroed_and_exchanged_final_models_are_noticed_by_all_who_read_them(tmp_
     weights = tmp_path / 'run' / 'model' / 'model.safetensors'
     sound = weights.read_bytes()
     def other_model(): shutil.copy(tmp_path / 'other' / 'model' / 'model.safetensors', weights)
-    for harm in (lambda: flip(weights), lambda: weights.write_bytes(sound[:2000] + bytes(len(sound) - 2000)), other_model):
+    for harm in (lambda: flip(weights), lambda: weights.write_bytes(sound[:2000] + bytes(len(sound) - 2000)),
+                 other_model):
         harm()
         with pytest.raises(Damaged, match=re.escape(str(weights))): load_result(tmp_path / 'run')
-        with pytest.raises(Damaged, match=re.escape(str(weights))): Transformer.from_pretrained(tmp_path / 'run' / 'model')
+        with pytest.raises(Damaged, match=re.escape(str(weights))):
+            Transformer.from_pretrained(tmp_path / 'run' / 'model')
         with pytest.raises(ValueError, match='model.safetensors'): open_model(tmp_path / 'run')
         weights.write_bytes(sound)
     assert load_result(tmp_path / 'run').status == 'finished'
-    shutil.rmtree(tmp_path / 'run' / 'model')                    # a whole folder is sound in itself, but of another run
+    shutil.rmtree(tmp_path / 'run' / 'model')  # a whole folder is sound in itself, but of another run
     shutil.copytree(tmp_path / 'other' / 'model', tmp_path / 'run' / 'model')
     with pytest.raises(Damaged, match='seed=1 there, seed=0'): load_result(tmp_path / 'run')
     assert main(['score', str(tmp_path / 'run'), '--quiet']) != 0
@@ -829,13 +890,15 @@ def test_zeroed_and_exchanged_final_models_are_noticed_by_all_who_read_them(tmp_
 
 def test_saved_models_without_a_manifest_can_be_loaded(whole, tmp_path):
     whole.model.save_pretrained(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(Transformer.from_pretrained(tmp_path).parameters(), whole.model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(Transformer.from_pretrained(tmp_path).parameters(),
+                                                 whole.model.parameters()))
     copy = shutil.copytree(whole.folder / 'model', tmp_path / 'copy')
-    Transformer(MODEL).save_pretrained(copy)                     # other weights in a sealed folder: its seal is gone
+    Transformer(MODEL).save_pretrained(copy)  # other weights in a sealed folder: its seal is gone
     assert Transformer.from_pretrained(copy).config == MODEL
 
 
-@pytest.mark.parametrize('change', [dict(status='banana'), dict(step=7), dict(seconds=-1), 'another run', 'not stamped'])
+@pytest.mark.parametrize('change', [dict(status='banana'), dict(step=7), dict(seconds=-1), 'another run',
+                                    'not stamped'])
 def test_a_made_up_result_is_not_believed(change, whole, tmp_path):
     run = shutil.copytree(whole.folder, tmp_path / 'run')
     path = run / 'result.json'
@@ -873,7 +936,8 @@ def test_a_damaged_line_in_the_log_is_named_and_the_rest_is_kept(harm, whole, st
 def test_a_record_is_computed_again_where_an_older_checkpoint_allows_it(whole, stopped):
     log = stopped / 'log.jsonl'
     lines = log.read_text(encoding='utf-8').splitlines()
-    log.write_text('\n'.join(lines[:-1] + ['garbage', '']), encoding='utf-8')   # step 12 lies between both checkpoints
+    # step 12 lies between both checkpoints
+    log.write_text('\n'.join(lines[:-1] + ['garbage', '']), encoding='utf-8')
     result, said = said_by(lambda: quiet(stopped))
     assert same_run(result, whole) and 'goes on after step 10' in said
 
@@ -892,13 +956,18 @@ def test_a_log_altered_after_the_end_is_noticed(whole, tmp_path):
     with pytest.raises(Damaged, match='log.jsonl'): load_result(run)
 
 
-@pytest.mark.parametrize('harm, steps', [(lambda log: log.unlink(), '1, 3'), (lambda log: log.write_text('', encoding='utf-8'), '1, 3'),
-                                         (lambda log: log.write_text(''.join(log.read_text(encoding='utf-8').splitlines(True)[:-1]), encoding='utf-8'), '18')])
+@pytest.mark.parametrize('harm, steps', [(lambda log: log.unlink(), '1, 3'),
+                                         (lambda log: log.write_text('', encoding='utf-8'), '1, 3'),
+                                         (lambda log: log.write_text(
+                                             ''.join(log.read_text(encoding='utf-8').splitlines(True)[:-1]),
+                                             encoding='utf-8'), '18')])
 def test_records_that_vanish_while_a_run_goes_on_are_told_at_its_end(harm, steps, whole, tmp_path):
     result, said = said_by(lambda: quiet(tmp_path, ToyCorpus(19, lambda: harm(tmp_path / 'log.jsonl'))))
-    assert f"{tmp_path / 'log.jsonl'} lacks the records of steps {steps}" in said and result.status == 'finished'
+    assert (f"{tmp_path / 'log.jsonl'} lacks the records of steps {steps}" in said
+            and result.status == 'finished')
     kept = {r['step'] for r in result.log}
-    assert {21, 24, 27, 30} <= kept and numbers(result.log) == [r for r in numbers(whole.log) if r['step'] in kept]
+    assert ({21, 24, 27, 30} <= kept
+            and numbers(result.log) == [r for r in numbers(whole.log) if r['step'] in kept])
 
 
 # ---------------------------------------------------------------- the folder, links and the disk
@@ -945,8 +1014,10 @@ def default_dtype(dtype):
 
 
 @pytest.mark.parametrize('surroundings', [
-    lambda: torch.set_grad_enabled(False), torch.inference_mode, lambda: torch.autocast('cpu', torch.bfloat16),
-    lambda: default_dtype(torch.float64), lambda: default_dtype(torch.bfloat16), lambda: torch.device('meta')])
+    lambda: torch.set_grad_enabled(False), torch.inference_mode,
+    lambda: torch.autocast('cpu', torch.bfloat16),
+    lambda: default_dtype(torch.float64), lambda: default_dtype(torch.bfloat16),
+    lambda: torch.device('meta')])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_the_callers_settings_do_not_matter(surroundings, precision, tmp_path):
     config = CONFIG.replace(steps=6, precision=precision)
@@ -959,10 +1030,12 @@ def test_the_callers_settings_do_not_matter(surroundings, precision, tmp_path):
         before = settings()
         result, loaded = quiet(tmp_path / 'there', corpus, config=config), load_result(tmp_path / 'there')
         assert settings() == before
-    assert same_run(result, alone) and same_run(loaded, alone) and all(p.requires_grad for p in result.model.parameters())
+    assert (same_run(result, alone) and same_run(loaded, alone)
+            and all(p.requires_grad for p in result.model.parameters()))
 
 
-@pytest.mark.parametrize('variables', [dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'), dict(ACCELERATE_MIXED_PRECISION='bf16'),
+@pytest.mark.parametrize('variables', [dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'),
+                                       dict(ACCELERATE_MIXED_PRECISION='bf16'),
                                        dict(ACCELERATE_DYNAMO_BACKEND='EAGER')])
 def test_accelerates_variables_do_not_matter(variables, whole, tmp_path, monkeypatch):
     for name, value in variables.items(): monkeypatch.setenv(name, value)
@@ -986,7 +1059,8 @@ def test_training_computes_nothing_in_fp64(tmp_path):
     class NoDoubles(TorchDispatchMode):  # as on Apple's GPU, which has none
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **kwargs or {})
-            assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), function
+            assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64
+                           for x in tree_leaves(out)), function
             return out
     with NoDoubles():
         result = quiet(tmp_path, model=MIXTURE, config=CONFIG.replace(steps=6))

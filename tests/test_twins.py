@@ -11,10 +11,13 @@ CONFIG = ModelConfig(vocab_size=300, n_layers=2, d_model=16, n_heads=2, context_
 
 
 @pytest.fixture(scope='module')
-def corpus(): return Corpus.from_texts([f'{i} and {i + 1} are {2 * i + 1}, and {i} times {i} is {i * i}.' for i in range(300)], vocab_size=300)
+def corpus():
+    return Corpus.from_texts([f'{i} and {i + 1} are {2 * i + 1}, and {i} times {i} is {i * i}.'
+                              for i in range(300)], vocab_size=300)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(n_experts=4), dict(n_experts=4, d_shared_expert=8), dict(norm='layernorm_scaling'), dict(n_kv_heads=1)])
+@pytest.mark.parametrize('changes', [{}, dict(n_experts=4), dict(n_experts=4, d_shared_expert=8),
+                                     dict(norm='layernorm_scaling'), dict(n_kv_heads=1)])
 @pytest.mark.parametrize('c', [1 / 4, 3.0])
 def test_a_rescaled_model_computes_the_same(changes, c):
     torch.manual_seed(0)
@@ -27,7 +30,8 @@ def test_a_rescaled_model_computes_the_same(changes, c):
     assert torch.allclose(model.run(model.embed(tokens[:, :-1])), c * h, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('changes, field', [(dict(tie_embeddings=True), 'tie_embeddings'), (dict(norm='peri_ln'), 'norm')])
+@pytest.mark.parametrize('changes, field',
+                         [(dict(tie_embeddings=True), 'tie_embeddings'), (dict(norm='peri_ln'), 'norm')])
 def test_what_has_no_twin_is_refused(changes, field):
     model = Transformer(CONFIG.replace(**changes))
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -38,7 +42,8 @@ def test_what_has_no_twin_is_refused(changes, field):
 @pytest.mark.parametrize('changes', [{}, dict(n_experts=4)])
 @pytest.mark.parametrize('groups', ['matrices', 'all'])
 def test_twins_train_alike_to_the_last_bit(corpus, changes, groups):
-    train_config = TrainConfig(steps=8, tokens_per_step=64, lr=2e-2, weight_decay=.5, decay_groups=groups, clip=.5, precision='fp32', compile='off')
+    train_config = TrainConfig(steps=8, tokens_per_step=64, lr=2e-2, weight_decay=.5, decay_groups=groups,
+                               clip=.5, precision='fp32', compile='off')
     run = lambda factors: list(train_scaled(CONFIG.replace(**changes), train_config, corpus, factors))
     plain, losses = run(Factors()), lambda steps: [loss for loss, _ in steps]
     for c in (1 / 16, 4.):

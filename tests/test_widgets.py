@@ -1,4 +1,5 @@
-"The bench and the operating table: their logic without a browser, the panels by clicks from Python, and both in a real JupyterLab."
+"""The bench and the operating table: their logic without a browser, the panels by clicks from Python, and
+both in a real JupyterLab."""
 import copy
 import html
 import json
@@ -28,8 +29,10 @@ from sparsecod.studies import read_record, vary
 from sparsecod.surgery import MODES, Plan, Surgery, skip_costs, write
 from sparsecod.train import train
 
-TINY = vary(BENCH, {'model.n_layers': 2, 'model.d_model': 16, 'model.n_heads': 2, 'model.context_length': 16, 'train.tokens_per_step': 64,
-                    'train.steps': 10, 'train.log_every': 2, 'n_eval': 16, 'score.n_sequences': 8, 'score.n_bootstrap': 50})
+TINY = vary(BENCH, {'model.n_layers': 2, 'model.d_model': 16, 'model.n_heads': 2, 'model.context_length': 16,
+                    'train.tokens_per_step': 64,
+                    'train.steps': 10, 'train.log_every': 2, 'n_eval': 16, 'score.n_sequences': 8,
+                    'score.n_bootstrap': 50})
 ENDLESS = vary(TINY, {'train.steps': 10 ** 7})
 
 
@@ -71,21 +74,28 @@ def done(thread):
 
 # --- What people type
 
-@pytest.mark.parametrize('text, number', [('0.1', .1), ('0,1', .1), ('1,5', 1.5), ('1e-3', .001), ('1E3', 1000), ('1,000', 1000), ('1,000,000', 10 ** 6), ('1,234.5', 1234.5),
-                                          ('0,100', .1), ('12 000', 12000), ('10_000', 10000), (' 7 ', 7), ('\u22122', -2), ('1,25', 1.25), ('-0,5', -.5)])
+@pytest.mark.parametrize('text, number', [('0.1', .1), ('0,1', .1), ('1,5', 1.5), ('1e-3', .001),
+                                          ('1E3', 1000), ('1,000', 1000), ('1,000,000', 10 ** 6),
+                                          ('1,234.5', 1234.5),
+                                          ('0,100', .1), ('12 000', 12000), ('10_000', 10000), (' 7 ', 7),
+                                          ('\u22122', -2), ('1,25', 1.25), ('-0,5', -.5)])
 def test_numbers_as_people_type_them(text, number): assert read_number(text) == number
 
 
-@pytest.mark.parametrize('text', ['', '  ', 'many', 'inf', '-inf', 'nan', '1e999', '1,2,3', '1.2.3', '1,00,0', '--1', '5%'])
+@pytest.mark.parametrize('text', ['', '  ', 'many', 'inf', '-inf', 'nan', '1e999', '1,2,3', '1.2.3', '1,00,0',
+                                  '--1', '5%'])
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match='finite number'): read_number(text)
 
 
 def test_a_field_is_named():
-    assert read_config(BENCH, {'model.n_layers': '1e1', 'train.lr': '0,001', 'model.norm': 'peri_ln'}) == vary(BENCH, {
+    assert read_config(BENCH, {'model.n_layers': '1e1', 'train.lr': '0,001',
+                               'model.norm': 'peri_ln'}) == vary(BENCH, {
         'model.n_layers': 10, 'train.lr': .001, 'model.norm': 'peri_ln'})
-    for path, text, name in (('model.n_layers', '1.5', 'n_layers'), ('train.steps', '', 'steps'), ('train.lr', 'inf', 'lr'), ('seed', '-1', 'seed'),
-                             ('model.n_kv_heads', '3', 'n_kv_heads'), ('model.n_layers', '0', 'n_layers'), ('train.weight_decay', '-1', 'weight_decay')):
+    for path, text, name in (('model.n_layers', '1.5', 'n_layers'), ('train.steps', '', 'steps'),
+                             ('train.lr', 'inf', 'lr'), ('seed', '-1', 'seed'),
+                             ('model.n_kv_heads', '3', 'n_kv_heads'), ('model.n_layers', '0', 'n_layers'),
+                             ('train.weight_decay', '-1', 'weight_decay')):
         with pytest.raises(ValueError, match=name): read_config(BENCH, {path: text})
 
 
@@ -96,23 +106,28 @@ def test_a_story_changes_what_it_names_and_nothing_else(story):
     found = variants(BENCH, story)
     assert len(found) == len({v.label for v in found}) == len(STORIES[story])
     for v, changes in zip(found, STORIES[story]):
-        assert v.config == vary(BENCH, {path: x for path, x in changes.items() if path != 'stream'}) and v.stream == changes.get('stream', 1)
+        assert (v.config == vary(BENCH, {path: x for path, x in changes.items() if path != 'stream'})
+                and v.stream == changes.get('stream', 1))
         assert v.config.data == BENCH.data and v.config.seed == BENCH.seed
 
 
 def test_twins_are_the_same_run_at_64_times_the_variance(corpus):
     plain, twin = done(training(TINY, corpus, 'twins: the same run at 64 times the variance')).runs
-    assert [r['loss'] for r in plain.log] == [r['loss'] for r in twin.log] and [r['val_loss'] for r in plain.log] == [r['val_loss'] for r in twin.log]
-    for a, b in zip(plain.log, twin.log): assert b['variance_median'] == pytest.approx([64 * v for v in a['variance_median']], rel=1e-5)
+    assert ([r['loss'] for r in plain.log] == [r['loss'] for r in twin.log]
+            and [r['val_loss'] for r in plain.log] == [r['val_loss'] for r in twin.log])
+    for a, b in zip(plain.log, twin.log):
+        assert b['variance_median'] == pytest.approx([64 * v for v in a['variance_median']], rel=1e-5)
     skip = lambda run: run.record['scores']['arrays']['skip_loss_increase']
     assert skip(twin) == pytest.approx(skip(plain), abs=1e-5)
-    with pytest.raises(ValueError, match='norm'): variants(vary(TINY, {'model.norm': 'peri_ln'}), 'twins: the same run at 64 times the variance')
+    with pytest.raises(ValueError, match='norm'):
+        variants(vary(TINY, {'model.norm': 'peri_ln'}), 'twins: the same run at 64 times the variance')
 
 
 # --- Costs
 
 def test_a_price_is_near_what_is_paid(corpus):
-    config = vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'train.steps': 40, 'model.n_layers': 6, 'n_eval': 16})
+    config = vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'train.steps': 40, 'model.n_layers': 6,
+                          'n_eval': 16})
     resources._step_speed.cache_clear()
     cost, found = run_cost(config), []
     for _ in range(3):                                # a busy machine gets a few tries
@@ -134,20 +149,24 @@ def test_memory_is_no_less_than_the_weights():
         assert run_cost(config).memory > 16 * run_cost(config).parameters
 
 
-@pytest.mark.parametrize('path, value', [('model.n_experts', 10 ** 6), ('model.n_layers', 10 ** 7), ('model.d_model', 10 ** 6)])
+@pytest.mark.parametrize('path, value', [('model.n_experts', 10 ** 6), ('model.n_layers', 10 ** 7),
+                                         ('model.d_model', 10 ** 6)])
 def test_what_does_not_fit_is_refused_unbuilt(path, value, monkeypatch):
-    monkeypatch.setattr(resources, '_step_speed', lambda *sizes: pytest.fail('a model of that size was built'))
+    monkeypatch.setattr(resources, '_step_speed',
+                        lambda *sizes: pytest.fail('a model of that size was built'))
     with pytest.raises(ValueError, match=f'{path}={value:,}'): run_cost(vary(BENCH, {path: value}))
 
 
 def test_a_thousand_blocks_have_a_price(monkeypatch):
     built = []
-    monkeypatch.setattr(resources, 'Transformer', lambda config: built.append(config.n_layers) or Transformer(config))
+    monkeypatch.setattr(resources, 'Transformer',
+                        lambda config: built.append(config.n_layers) or Transformer(config))
     resources._step_speed.cache_clear()
     assert run_cost(vary(BENCH, {'model.n_layers': 1000})).seconds > wd._ASK and max(built, default=0) <= 2
 
 
-@pytest.mark.parametrize('seconds, text', [(0.01, 'about 0.1 s'), (5, 'about 5 s'), (119, 'about 119 s'), (180, 'about 3 minutes'), (864000, 'about 10 days')])
+@pytest.mark.parametrize('seconds, text', [(0.01, 'about 0.1 s'), (5, 'about 5 s'), (119, 'about 119 s'),
+                                           (180, 'about 3 minutes'), (864000, 'about 10 days')])
 def test_spell(seconds, text): assert bench.spell(seconds) == text
 
 
@@ -159,7 +178,8 @@ def test_the_same_as_train(corpus, tmp_path):
     plain = train(run.config.model, run.config.train, corpus, tmp_path, progress=False)
     assert run.status == plain.status == 'finished' and run.step == 10
     for a, b in zip(run.model.parameters(), plain.model.parameters()): assert torch.allclose(a, b, atol=1e-6)
-    assert [r['step'] for r in run.log] == [1, 2, 4, 6, 8, 10] and run.log[-1]['val_loss'] < run.log[0]['val_loss']
+    assert ([r['step'] for r in run.log] == [1, 2, 4, 6, 8, 10]
+            and run.log[-1]['val_loss'] < run.log[0]['val_loss'])
 
 
 def test_pause_and_stop(corpus):
@@ -175,8 +195,10 @@ def test_pause_and_stop(corpus):
     thread.pause()
     thread.stop()                                                # also out of a pause
     thread.join()
-    assert thread.state == 'stopped' and 'you' in thread.why and thread.runs[0].status == 'interrupted' and thread.runs[0].model is not None
-    assert [s for i, s in enumerate(states) if i == 0 or s != states[i - 1]] == ['preparing', 'training', 'paused', 'training', 'paused', 'stopped']
+    assert (thread.state == 'stopped' and 'you' in thread.why and thread.runs[0].status == 'interrupted'
+            and thread.runs[0].model is not None)
+    assert [s for i, s in enumerate(states) if i == 0
+            or s != states[i - 1]] == ['preparing', 'training', 'paused', 'training', 'paused', 'stopped']
     thread.stop('again'), thread.pause()
     assert thread.state == 'stopped' and 'you' in thread.why
 
@@ -188,7 +210,8 @@ def test_one_training_at_a_time(corpus):
     assert all(t.state == 'stopped' and 'another' in t.why for t in threads[:2])
 
 
-@pytest.mark.parametrize('changes, name', [({'model.context_length': 48}, 'tokens_per_step'), ({'score.n_sequences': 10 ** 6}, 'n_sequences')])
+@pytest.mark.parametrize('changes, name', [({'model.context_length': 48}, 'tokens_per_step'),
+                                           ({'score.n_sequences': 10 ** 6}, 'n_sequences')])
 def test_errors_are_kept(corpus, changes, name):
     thread = done(training(vary(TINY, changes), corpus))
     assert thread.state == 'failed' and name in str(thread.error)
@@ -196,7 +219,8 @@ def test_errors_are_kept(corpus, changes, name):
 
 
 def test_divergence_is_an_end(corpus):
-    run = done(training(vary(TINY, {'train.lr': 1e30, 'train.warmup_steps': 0, 'train.steps': 50}), corpus)).runs[0]
+    run = done(training(vary(TINY, {'train.lr': 1e30, 'train.warmup_steps': 0, 'train.steps': 50}),
+                        corpus)).runs[0]
     assert run.status == 'diverged' and run.record is None and 'diverged' in bench.conclusion(run)
 
 
@@ -217,12 +241,17 @@ def test_an_interrupted_kernel_stops_the_training(corpus):
 def test_python_ends_while_a_training_lives():
     "At the end of Python the training is stopped in good order, also out of a pause."
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_widgets import *\n"
-            "texts = [f'{n} a b c ' * 9 for n in range(400)]\nt = training(ENDLESS, Corpus.from_texts(texts, vocab_size=262))\n"
+            "texts = [f'{n} a b c ' * 9 for n in range(400)]\nt = training(ENDLESS, Corpus.from_texts(texts, "
+            "vocab_size=262))\n"
             "until(lambda: t.runs and t.runs[0].step > 2)\nif sys.argv[1:]: t.pause()\n"
-            "import atexit; atexit.register(lambda: print(t.state, t.why))\natexit.unregister(bench._stop_at_exit); atexit.register(bench._stop_at_exit)")
+            "import atexit; atexit.register(lambda: print(t.state, "
+            "t.why))\natexit.unregister(bench._stop_at_exit); atexit.register(bench._stop_at_exit)")
     for argument in ([], ['pause']):
-        ended = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True, timeout=120, env=os.environ | dict(
-            OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])), encoding='utf-8')
+        ended = subprocess.run([sys.executable, '-c', code, *argument], capture_output=True, text=True,
+                               timeout=120, env=os.environ | dict(
+            OMP_NUM_THREADS='1',
+            PYTHONPATH=os.pathsep.join([str(Path(wd.__file__).parents[1]),
+                                        os.environ.get('PYTHONPATH', '')])), encoding='utf-8')
         assert ended.stdout.strip() == 'stopped Python ended', ended.stderr[-1000:]
 
 
@@ -239,15 +268,19 @@ def test_random_numbers_are_left_alone(corpus):
 def test_what_runs_have_shown(corpus, tmp_path):
     runs = done(training(TINY, corpus, 'no decay against decay')).runs
     table = bench.compare(runs)
-    assert list(table.columns)[:2] == ['λ', 'held-out loss'] and list(table['λ']) == [0, 1], 'a field is shown in which runs do not differ'
+    assert list(table.columns)[:2] == ['λ',
+                                       'held-out loss'] and list(
+                                           table['λ']) == [0, 1], 'a field is shown in which runs do not differ'
     assert list(bench.compare(runs[:1]).columns)[0] == 'L'
     for run in runs:
         skip = run.record['scores']['arrays']['skip_loss_increase']
-        assert f'block {skip.index(min(skip)) + 1}' in bench.conclusion(run) and f'{MARGIN}' in bench.conclusion(run)
+        assert (f'block {skip.index(min(skip)) + 1}' in bench.conclusion(run)
+                and f'{MARGIN}' in bench.conclusion(run))
     path = bench.export_run(runs[1], tmp_path)
     assert read_record(path)['scores']['arrays'] == runs[1].record['scores']['arrays']
     model, tokenizer = open_model(tmp_path / 'models' / path.stem)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), runs[1].model.parameters())) and tokenizer.encode('for') == corpus.tokenizer.encode('for')
+    assert (all(torch.equal(a, b) for a, b in zip(model.parameters(), runs[1].model.parameters()))
+            and tokenizer.encode('for') == corpus.tokenizer.encode('for'))
     assert wd.models_at_hand(tmp_path) == [str(tmp_path / 'models' / path.stem)]
     runs[0].variant = runs[0].variant._replace(stream=8.)
     with pytest.raises(ValueError, match='stream=8'): bench.export_run(runs[0], tmp_path)
@@ -260,7 +293,8 @@ class Affine(nn.Module):
     def __init__(self, D):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.A, self.b = (nn.Parameter(0.3 * torch.randn(*shape, generator=generator)) for shape in ((D, D), (D,)))
+        self.A, self.b = (nn.Parameter(0.3 * torch.randn(*shape, generator=generator))
+                          for shape in ((D, D), (D,)))
 
     def forward(self, h, rope):
         u = h @ self.A + self.b
@@ -270,7 +304,8 @@ class Affine(nn.Module):
 def random_model(L=4, **changes):
     "A model whose blocks do much, in training mode, to see that it is left so."
     torch.manual_seed(1)
-    return Transformer(ModelConfig(vocab_size=50, n_layers=L, d_model=16, n_heads=2, context_length=12, init_std=0.2, **changes))
+    return Transformer(ModelConfig(vocab_size=50, n_layers=L, d_model=16, n_heads=2, context_length=12,
+                                   init_std=0.2, **changes))
 
 
 def sequences(n, seed): return torch.randint(50, (n, 13), generator=torch.Generator().manual_seed(seed))
@@ -282,12 +317,15 @@ WINDOWS, FIT = sequences(10, 0), sequences(20, 1)
 def transformers_model(**changes):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(2)
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                                      num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, **changes)
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+                                      num_hidden_layers=3, num_attention_heads=2,
+                                      num_key_value_heads=1, max_position_embeddings=64,
+                                      initializer_range=0.2, **changes)
     return transformers.LlamaForCausalLM(config)
 
 
-MODELS = dict(dense=random_model, mixture=lambda: random_model(n_experts=4, experts_per_token=2), peri_ln=lambda: random_model(norm='peri_ln'),
+MODELS = dict(dense=random_model, mixture=lambda: random_model(n_experts=4, experts_per_token=2),
+              peri_ln=lambda: random_model(norm='peri_ln'),
               transformers=transformers_model)
 
 
@@ -296,24 +334,30 @@ def test_losses_are_those_of_the_scores(kind):
     s = Surgery(MODELS[kind](), WINDOWS, FIT, batch_size=4)
     m, plan = s.model.eval(), s.plan
     with torch.no_grad(): t, maps = trace(m, WINDOWS), fit_blocks(m, FIT)
-    skipped, linear, swapped = skip_effects(m, t)[1].mean(-1), linear_losses(m, t, maps).mean(-1), swap_losses(m, t).mean(-1)
+    skipped, linear, swapped = (skip_effects(m, t)[1].mean(-1), linear_losses(m, t, maps).mean(-1),
+                                swap_losses(m, t).mean(-1))
     L, costs = len(m.blocks), list(skip_costs(s))
     assert s.loss() == pytest.approx(t.loss.mean().item(), abs=1e-5)
     for i in range(1, L + 1):
         assert s.loss(plan.skip(i)) == pytest.approx(skipped[i - 1].item(), abs=1e-5)
-        assert costs[i - 1]['value'] == pytest.approx(skipped[i - 1].item() - s.loss(), abs=1e-5) and costs[i - 1]['low'] < costs[i - 1]['high']
+        assert (costs[i - 1]['value'] == pytest.approx(skipped[i - 1].item() - s.loss(), abs=1e-5)
+                and costs[i - 1]['low'] < costs[i - 1]['high'])
         assert s.loss(plan.set(i, 'linear')) == pytest.approx(linear[i - 1].item(), abs=1e-4)
-        for j in range(i + 1, L + 1): assert s.loss(plan.swap(i, j)) == pytest.approx(swapped[i - 1, j - 1].item(), abs=1e-5)
+        for j in range(i + 1, L + 1):
+            assert s.loss(plan.swap(i, j)) == pytest.approx(swapped[i - 1, j - 1].item(), abs=1e-5)
     assert list(skip_costs(s, L)) == costs[-1:]
     assert skipped.max() - skipped.min() > 1e-3, 'the model is too dull for this test'
 
 
 def by_hand(model, l, part):
-    "A copy whose block l writes nothing with its attention or its feed-forward layer, by zeros among its weights."
+    """A copy whose block l writes nothing with its attention or its feed-forward layer, by zeros among its
+    weights."""
     model = copy.deepcopy(model)
     block = model.model.layers[l - 1] if hasattr(model, 'model') else model.blocks[l - 1]
-    writer = {'no attention': lambda: block.self_attn.o_proj if hasattr(block, 'self_attn') else block.attention.output,
-              'no feed-forward': lambda: block.mlp.down_proj if hasattr(block, 'mlp') else block.feed_forward.down}[part]()
+    writer = {'no attention': lambda: block.self_attn.o_proj if hasattr(block, 'self_attn')
+              else block.attention.output,
+              'no feed-forward': lambda: block.mlp.down_proj if hasattr(block, 'mlp')
+              else block.feed_forward.down}[part]()
     nn.init.zeros_(writer.weight if isinstance(writer, nn.Module) else writer)
     return model
 
@@ -325,7 +369,8 @@ def test_a_block_without_a_part(kind, part):
     s = Surgery(model, WINDOWS)
     for l in (1, 3):
         found = s.loss(s.plan.set(l, part))
-        assert found == pytest.approx(Surgery(by_hand(model, l, part), WINDOWS).loss(), abs=1e-5) and abs(found - s.loss()) > 1e-4
+        assert (found == pytest.approx(Surgery(by_hand(model, l, part), WINDOWS).loss(), abs=1e-5)
+                and abs(found - s.loss()) > 1e-4)
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -341,9 +386,12 @@ def test_the_model_is_never_changed(kind):
             return out if isinstance(out, torch.Tensor) else out.logits
     own = output()
     def same():
-        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(output(), own)
-        assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == wanted
-        assert [(name, id(m), type(m)) for name, m in model.named_modules()] == parts and all(p.grad is None for p in model.parameters())
+        assert (all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+                and torch.equal(output(), own))
+        assert ([m.training for m in model.modules()] == modes
+                and [p.requires_grad for p in model.parameters()] == wanted)
+        assert ([(name, id(m), type(m)) for name, m in model.named_modules()] == parts
+                and all(p.grad is None for p in model.parameters()))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     s, start = Surgery(model, WINDOWS, FIT), WINDOWS[0, :4].tolist()
     first, text = s.loss(), list(write(s, s.plan, start, 6))
@@ -361,7 +409,8 @@ def test_the_model_is_never_changed(kind):
 
 def test_dropout_is_off_while_measuring():
     model = transformers_model(attention_dropout=0.9).train()
-    results = [(s.loss(), list(write(s, s.plan, WINDOWS[0].tolist(), 30))) for s in (Surgery(model, WINDOWS) for _ in range(2))]
+    results = [(s.loss(), list(write(s, s.plan, WINDOWS[0].tolist(), 30)))
+               for s in (Surgery(model, WINDOWS) for _ in range(2))]
     assert results[0] == results[1] and model.training
     assert results[0][0] == Surgery(model.eval(), WINDOWS).loss()
 
@@ -377,7 +426,8 @@ def test_an_affine_block_is_linearised_for_nothing():
 def test_plans():
     plan = Plan.untouched(4)
     assert plan.swap(1, 4).swap(1, 4) == plan == plan.swap(2, 2) == plan.skip(3).set(3, 'keep')
-    assert plan.swap(1, 2).swap(2, 3).skip(1).places == ((3, 'keep'), (1, 'skip'), (2, 'keep'), (4, 'keep')), 'blocks, wherever they are'
+    assert plan.swap(1, 2).swap(2, 3).skip(1).places == ((3, 'keep'), (1, 'skip'), (2, 'keep'),
+                                                         (4, 'keep')), 'blocks, wherever they are'
     assert plan == Plan.untouched(4), 'an operation changed the plan it was made from'
 
 
@@ -394,13 +444,14 @@ def test_restarts_where_the_plan_changes(memory):
         fresh = Surgery(model, WINDOWS, FIT, batch_size=4)
         assert s.loss(plan) == fresh.loss(plan)
     assert s.loss() == s.loss() and s.ran == 0
-    s.loss(s.plan.skip(5))                                         # whatever is kept is of the last plan that was run
+    s.loss(s.plan.skip(5))  # whatever is kept is of the last plan that was run
     s.loss(s.plan.skip(6))
     assert s.ran == (1 if s.stride == 1 else s.ran) and s.ran < 6 or memory == 1
 
 
 def test_work_of_a_tour():
-    "Skipping each block in turn, with undo after each, runs no block twice at its place, and what is known not at all."
+    """Skipping each block in turn, with undo after each, runs no block twice at its place, and what is
+    known not at all."""
     s, ran = Surgery(random_model(L=6), WINDOWS), []
     s.loss()
     assert s.ran == 6
@@ -424,7 +475,8 @@ def test_affine_maps_are_those_of_one_pass_however_often_it_was_abandoned():
             try: s.fit(len(expected))
             except surgery.Abandoned: pass
         assert len(s.maps) == len(expected) and len(calls) < 40, 'a block was fitted again'
-        for found, own in zip(s.maps, expected): assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:2], own[:2]))
+        for found, own in zip(s.maps, expected):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:2], own[:2]))
         s.check = lambda: None
         s.fit(1)
 
@@ -446,12 +498,18 @@ def test_abandoned_work_leaves_no_lie():
 def test_writing_is_that_of_the_model():
     model = random_model()
     s, start = Surgery(model, WINDOWS), WINDOWS[:1, :3]
-    own = model.generate(start, 20, temperature=0.8, generator=torch.Generator().manual_seed(0))[0, 3:].tolist()  # beyond the context too
-    assert list(write(s, s.plan, start[0].tolist(), 20)) == own != list(write(s, s.plan, start[0].tolist(), 20, seed=1))
+    # beyond the context too
+    own = model.generate(start, 20, temperature=0.8,
+                         generator=torch.Generator().manual_seed(0))[0, 3:].tolist()
+    assert list(write(s, s.plan, start[0].tolist(),
+                      20)) == own != list(write(s, s.plan, start[0].tolist(), 20, seed=1))
 
 
-@pytest.mark.parametrize('edit', [lambda p: p, lambda p: p.skip(1), lambda p: p.skip(3), lambda p: p.swap(1, 3), lambda p: p.set(2, 'linear'), lambda p: p.set(1, 'no attention'),
-                                  lambda p: p.set(3, 'no feed-forward'), lambda p: p.swap(1, 2).skip(1).set(3, 'linear')])
+@pytest.mark.parametrize('edit', [lambda p: p, lambda p: p.skip(1), lambda p: p.skip(3),
+                                  lambda p: p.swap(1, 3), lambda p: p.set(2, 'linear'),
+                                  lambda p: p.set(1, 'no attention'),
+                                  lambda p: p.set(3, 'no feed-forward'),
+                                  lambda p: p.swap(1, 2).skip(1).set(3, 'linear')])
 def test_the_cache_changes_no_text(edit):
     "A network of the transformers library writes the same with its cache as block by block without it."
     s, tokens = Surgery(transformers_model(), WINDOWS, FIT), WINDOWS[0, :5].tolist()
@@ -466,12 +524,18 @@ def test_the_cache_changes_no_text(edit):
 
 
 @pytest.mark.parametrize('attempt, says', [
-    (lambda s: s.plan.skip(5), 'l=5 must be the number of a block, 1 to 4'), (lambda s: s.plan.skip(0), 'l=0'), (lambda s: s.plan.swap(1, 'x'), "l='x'"),
-    (lambda s: s.plan.skip(True), 'l=True'), (lambda s: s.plan.set(1, 'cut'), "mode='cut'"), (lambda s: s.loss(s.plan.set(1, 'linear')), 'fit_windows is None'),
-    (lambda s: list(write(s, s.plan, [50])), 'tokens holds'), (lambda s: list(write(s, s.plan, [])), 'tokens has shape (1, 0)'),
-    (lambda s: Surgery(s.model, WINDOWS.float()), 'windows has dtype=torch.float32'), (lambda s: Surgery(s.model, [[1, 2]]), 'windows=[[1, 2]]'),
-    (lambda s: Surgery(s.model, WINDOWS - 5), 'windows holds tokens from -'), (lambda s: Surgery(s.model, WINDOWS, WINDOWS), 'share a sequence'),
-    (lambda s: Surgery(nn.Linear(2, 2), WINDOWS), 'Linear cannot be adapted'), (lambda s: wd.surgery_widget(s.model), 'without a tokenizer'),
+    (lambda s: s.plan.skip(5), 'l=5 must be the number of a block, 1 to 4'),
+    (lambda s: s.plan.skip(0), 'l=0'), (lambda s: s.plan.swap(1, 'x'), "l='x'"),
+    (lambda s: s.plan.skip(True), 'l=True'), (lambda s: s.plan.set(1, 'cut'), "mode='cut'"),
+    (lambda s: s.loss(s.plan.set(1, 'linear')), 'fit_windows is None'),
+    (lambda s: list(write(s, s.plan, [50])), 'tokens holds'),
+    (lambda s: list(write(s, s.plan, [])), 'tokens has shape (1, 0)'),
+    (lambda s: Surgery(s.model, WINDOWS.float()), 'windows has dtype=torch.float32'),
+    (lambda s: Surgery(s.model, [[1, 2]]), 'windows=[[1, 2]]'),
+    (lambda s: Surgery(s.model, WINDOWS - 5), 'windows holds tokens from -'),
+    (lambda s: Surgery(s.model, WINDOWS, WINDOWS), 'share a sequence'),
+    (lambda s: Surgery(nn.Linear(2, 2), WINDOWS), 'Linear cannot be adapted'),
+    (lambda s: wd.surgery_widget(s.model), 'without a tokenizer'),
     (lambda s: wd.surgery_widget('no such folder'), 'no such folder')])
 def test_bad_input(attempt, says):
     s = Surgery(random_model(), WINDOWS)
@@ -491,10 +555,12 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
     panel = wd.train_widget(TINY, tmp_path, corpus)
     press = lambda text: buttons(panel)[text].click()
     assert not panel.runs and 'parameters' in panel.cost.value
-    for path, wrong, right in (('model.n_layers', '0', '3'), ('model.n_kv_heads', '3', '1'), ('model.n_experts', '1,000,000', '4'), ('model.context_length', '48', '8'),
+    for path, wrong, right in (('model.n_layers', '0', '3'), ('model.n_kv_heads', '3', '1'),
+                               ('model.n_experts', '1,000,000', '4'), ('model.context_length', '48', '8'),
                                ('train.weight_decay', 'inf', '0,5'), ('train.steps', '', '1e7')):
         panel.fields[path].value = wrong
-        assert 'role="alert"' in panel.cost.value and (path.split('.')[1] in panel.cost.value or path == 'model.context_length')
+        assert ('role="alert"' in panel.cost.value
+                and (path.split('.')[1] in panel.cost.value or path == 'model.context_length'))
         press('start')
         assert panel.training is None, 'something started that cannot be'
         panel.fields[path].value = right
@@ -517,9 +583,13 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
     press('start')
     panel.training.join()
     c = panel.runs[-1].config
-    assert (c.model.n_layers, c.model.n_kv_heads, c.model.n_experts, c.model.context_length, c.train.weight_decay) == (3, 1, 4, 8, 1.)
-    assert [r.number for r in panel.runs] == [1, 2, 3] and panel.findings.value.count('Load of the experts</') == 2 and panel.curves.value.count('<img') == 2
-    assert panel.curves.value.count(' writes</') == 3 and all(run.text and html.escape(run.text) in panel.curves.value for run in panel.runs)
+    assert (c.model.n_layers, c.model.n_kv_heads, c.model.n_experts, c.model.context_length,
+            c.train.weight_decay) == (3, 1, 4, 8, 1.)
+    assert ([r.number for r in panel.runs] == [1, 2, 3]
+            and panel.findings.value.count('Load of the experts</') == 2
+            and panel.curves.value.count('<img') == 2)
+    assert (panel.curves.value.count(' writes</') == 3
+            and all(run.text and html.escape(run.text) in panel.curves.value for run in panel.runs))
     assert all(bench.conclusion(r).split(':')[1] in panel.findings.value for r in panel.runs[1:])
     panel.chosen.value = panel.runs[1].name
     press('export')
@@ -528,16 +598,19 @@ def test_train_panel(corpus, tmp_path, monkeypatch):
     assert [r.number for r in panel.runs] == [1, 3] and '2: ' not in panel.table.value
     press('operate on this one')
     panel.surgery.wait()
-    assert panel.surgery.table.surgery.model is panel.runs[-1].model and 'class="loss"' in panel.surgery.says.value
+    assert (panel.surgery.table.surgery.model is panel.runs[-1].model
+            and 'class="loss"' in panel.surgery.says.value)
 
 
 @pytest.mark.parametrize('seconds, shape', [(.01, (16, 65)), (.25, (8, 65)), (1., (4, 33)), (9., (4, 17))])
 def test_windows_are_fewer_and_shorter_where_the_model_is_slow(corpus, seconds, shape, monkeypatch):
     "By what a pass over two windows of 64 tokens takes."
     monkeypatch.setattr(surgery, 'timed', lambda work, device: seconds)
-    model = Transformer(vary(BENCH, {'model.vocab_size': corpus.vocab_size, 'model.context_length': 64}).model)
+    model = Transformer(vary(BENCH,
+                             {'model.vocab_size': corpus.vocab_size, 'model.context_length': 64}).model)
     windows, fit_windows = surgery.library_windows(model, corpus.tokenizer)
-    assert windows.shape == shape and fit_windows.shape == (16, 65) and Surgery(model, windows, fit_windows).loss() > 0
+    assert (windows.shape == shape and fit_windows.shape == (16, 65)
+            and Surgery(model, windows, fit_windows).loss() > 0)
 
 
 def test_a_table_click_by_click():
@@ -549,9 +622,11 @@ def test_a_table_click_by_click():
     for l, tool in ((3, 'linear'), (2, 'skip'), (2, 'swap'), (4, 'swap')): table.click(l, tool)
     plan = s.plan.set(3, 'linear').skip(2).swap(2, 4)
     table.wait()
-    assert table.plan == plan and table.losses.mean() == Surgery(random_model(), WINDOWS, FIT).loss(plan) and table.first is None
+    assert (table.plan == plan and table.losses.mean() == Surgery(random_model(), WINDOWS, FIT).loss(plan)
+            and table.first is None)
     text = table.texts[plan, table.prompt]
-    assert text.split()[:8] == table.prompt.split() and len(text.split()) == 48 and text != table.texts[s.plan, table.prompt]
+    assert (text.split()[:8] == table.prompt.split() and len(text.split()) == 48
+            and text != table.texts[s.plan, table.prompt])
     table.click(2, 'skip')                                       # once more: it is kept again
     assert table.plan == s.plan.set(3, 'linear').swap(2, 4)
     for _ in range(4): table.undo()
@@ -573,21 +648,24 @@ def test_surgery_panel():
     panel, s = wd.surgery_widget(random_model(), None, WINDOWS, FIT), Surgery(random_model(), WINDOWS, FIT)
     panel.wait()
     shown = lambda name: float(re.search(rf'class="{name}">([^<]*)<', panel.says.value)[1])
-    assert shown('loss') == shown('own') == round(s.loss(), 4) and len(panel.strip) == len(panel.table.costs) == 4
+    assert (shown('loss') == shown('own') == round(s.loss(), 4)
+            and len(panel.strip) == len(panel.table.costs) == 4)
     def click(tool, *blocks):
         panel.tool.value = tool
         for l in blocks: panel.strip[l - 1].click()
         panel.wait()
     click('linear', 3), click('skip', 2), click('swap', 2, 4)
     expected = s.loss(s.plan.set(3, 'linear').skip(2).swap(2, 4))
-    assert shown('loss') == round(expected, 4) and shown('change') == pytest.approx(expected - s.loss(), abs=1e-4)
+    assert (shown('loss') == round(expected, 4)
+            and shown('change') == pytest.approx(expected - s.loss(), abs=1e-4))
     assert [b.description for b in panel.blocks.children] == ['1', '4', '3 ~', '2 ✕']
     panel.strip[0].click()
     assert panel.strip[0].description == '1 ⇄', 'the first of two blocks to swap is not marked'
     buttons(panel)['undo'].click()
     buttons(panel)['reset'].click()
     panel.wait()
-    assert shown('loss') == shown('own') and 'change' not in panel.says.value and [b.description for b in panel.blocks.children] == list('1234')
+    assert (shown('loss') == shown('own') and 'change' not in panel.says.value
+            and [b.description for b in panel.blocks.children] == list('1234'))
 
 
 def test_a_refused_operation_goes_back():
@@ -595,7 +673,8 @@ def test_a_refused_operation_goes_back():
     panel.tool.value = 'linear'
     panel.click(1)
     panel.wait()
-    assert panel.table.plan == panel.table.surgery.plan and 'fit_windows is None' in panel.says.value and panel.strip[0].description == '1'
+    assert (panel.table.plan == panel.table.surgery.plan and 'fit_windows is None' in panel.says.value
+            and panel.strip[0].description == '1')
 
 
 def test_the_next_click_abandons_the_work_for_the_last():
@@ -607,7 +686,7 @@ def test_the_next_click_abandons_the_work_for_the_last():
 
 def test_text_prompt_and_another_model(corpus, tmp_path):
     config = vary(TINY, {'model.vocab_size': corpus.vocab_size}).model
-    panel = wd.surgery_widget(Transformer(config), corpus.tokenizer)               # windows from the standard library
+    panel = wd.surgery_widget(Transformer(config), corpus.tokenizer)  # windows from the standard library
     assert panel.table.surgery.windows.shape[1] == 17 and 4 <= len(panel.table.surgery.windows) <= 16
     panel.prompt.value = 'import <os>'
     panel.wait()
@@ -633,14 +712,16 @@ def test_a_panel_is_shown_live_and_as_a_snapshot():
     shown = panel._repr_mimebundle_(include=None, exclude=None)
     assert shown['application/vnd.jupyter.widget-view+json']['model_id'] == panel.view.model_id
     still = shown['text/html']
-    assert still == wd._snapshot(panel) and f'{panel.table.losses.mean():.4f}' in still and '<script' not in still and ' id=' not in still and 'http' not in still
+    assert (still == wd._snapshot(panel) and f'{panel.table.losses.mean():.4f}' in still
+            and '<script' not in still and ' id=' not in still and 'http' not in still)
     panel.click(2)
     panel.wait()
     assert f'{panel.table.losses.mean():.4f}' in panel._repr_mimebundle_()['text/html'] != still
 
 
 def test_the_chapter_stores_no_widgets(root):
-    "A stored widget is dead, and makes the site load a runtime from another host; tests/store.py stores a chapter without."
+    """A stored widget is dead, and makes the site load a runtime from another host; tests/store.py stores a
+    chapter without."""
     notebook = json.loads((root / 'nbs' / 'tools' / '12_widgets.ipynb').read_text(encoding='utf-8'))
     assert 'widgets' not in notebook['metadata']
     kinds = {kind for c in notebook['cells'] for o in c.get('outputs', []) for kind in o.get('data', {})}
@@ -696,11 +777,16 @@ def jupyterlab(folder: Path, notebook):
     (places['config'] / 'labconfig').mkdir(parents=True)
     no_news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}
     (places['config'] / 'labconfig' / 'page_config.json').write_text(json.dumps(no_news), encoding='utf-8')
-    env = os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', JUPYTER_CONFIG_DIR=str(places['config']), JUPYTER_DATA_DIR=str(places['data']),
-                            JUPYTER_RUNTIME_DIR=str(places['runtime']), IPYTHONDIR=str(places['ipython']), JUPYTER_PREFER_ENV_PATH='1',
-                            PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', '--ServerApp.port=0', '--IdentityProvider.token=secret',
-               f'--ServerApp.root_dir={folder / "root"}', '--LabServerApp.notebook_starts_kernel=True', '--LabApp.extension_manager=readonly']
+    env = os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true',
+                            JUPYTER_CONFIG_DIR=str(places['config']), JUPYTER_DATA_DIR=str(places['data']),
+                            JUPYTER_RUNTIME_DIR=str(places['runtime']), IPYTHONDIR=str(places['ipython']),
+                            JUPYTER_PREFER_ENV_PATH='1',
+                            PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]),
+                                                        os.environ.get('PYTHONPATH', '')]))
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1',
+               '--ServerApp.port=0', '--IdentityProvider.token=secret',
+               f'--ServerApp.root_dir={folder / "root"}', '--LabServerApp.notebook_starts_kernel=True',
+               '--LabApp.extension_manager=readonly']
     with open(folder / 'server.log', 'w', encoding="utf-8") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
@@ -750,7 +836,8 @@ class Lab:
         self.page.keyboard.press('Escape')
         before = self.cell(n).locator('.jp-InputPrompt').inner_text()
         self.run(n)
-        self.page.wait_for_function('([n, old]) => { const p = document.querySelectorAll(".jp-Notebook .jp-CodeCell")[n].querySelector(".jp-InputPrompt").innerText;'
+        self.page.wait_for_function('([n, old]) => { const p = document.querySelectorAll(".jp-Notebook '
+                                    '.jp-CodeCell")[n].querySelector(".jp-InputPrompt").innerText;'
                                     'return p !== old && /\\d/.test(p) }', arg=[n, before])
         text = self.cell(n).locator('.jp-OutputArea-output').filter(has_text='END').inner_text()
         return re.search(rf'{word} (.*) END', text)[1]
@@ -767,7 +854,8 @@ def in_jupyterlab(folder: Path, notebook, *drive):
     with jupyterlab(folder, notebook) as url, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=binary, args=ARGUMENTS)
         page, outside = browser.new_page(viewport=dict(width=1100, height=2400)), []
-        page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1:', 'http://localhost:', 'data:', 'blob:')) else outside.append(r.url))
+        page.on('request', lambda r: None if r.url.startswith(('http://127.0.0.1:', 'http://localhost:',
+                                                               'data:', 'blob:')) else outside.append(r.url))
         page.set_default_timeout(150_000)
         expect.set_options(timeout=150_000)
         try:
@@ -776,7 +864,8 @@ def in_jupyterlab(folder: Path, notebook, *drive):
             lab.cell(0).wait_for()
             for one in drive: one(lab, expect)
             assert outside == [], 'the notebook asks other hosts'
-            if place := os.environ.get('SPARSECOD_SCREENSHOTS'): page.screenshot(path=Path(place) / f'jupyterlab-{drive[0].__name__}.png')
+            if place := os.environ.get('SPARSECOD_SCREENSHOTS'):
+                page.screenshot(path=Path(place) / f'jupyterlab-{drive[0].__name__}.png')
         except Exception:
             page.screenshot(path=folder / 'failed.png')
             print((folder / 'server.log').read_text(encoding='utf-8')[-2000:])
@@ -785,7 +874,8 @@ def in_jupyterlab(folder: Path, notebook, *drive):
 
 
 def test_in_jupyterlab(tmp_path):
-    "Both widgets in a real notebook: one training at a time, the kernel stays free, and surgery that leaves no trace."
+    """Both widgets in a real notebook: one training at a time, the kernel stays free, and surgery that
+    leaves no trace."""
     in_jupyterlab(tmp_path, notebook_of(CELLS), drive_training, drive_surgery)
 
 
@@ -797,7 +887,8 @@ from sparsecod.figures import results_folder
 from sparsecod.studies import load_results
 home = sparsecod.__path__[0]
 records = load_results(results_folder(home), 'desk', 'depth')
-variance_explorer(stored_points(home))""", 'results_explorer(records)', 'surgery_explorer(records)', 'twins_explorer(stored_twins(home))']
+variance_explorer(stored_points(home))""", 'results_explorer(records)', 'surgery_explorer(records)',
+'twins_explorer(stored_twins(home))']
 
 
 def test_the_chapter_lives_in_jupyterlab(root, tmp_path):
@@ -813,14 +904,15 @@ def drive_chapter(lab, expect):
     lab.first()
     lab.page.get_by_role('menuitem', name='Run', exact=True).click()
     lab.page.get_by_text('Run All Cells', exact=True).click()
-    explorer, panels = lab.page.locator('#sce-variance'), code.filter(has=lab.page.locator('.jupyter-widgets'))
+    explorer, panels = (lab.page.locator('#sce-variance'),
+                        code.filter(has=lab.page.locator('.jupyter-widgets')))
     explorer.wait_for(timeout=300_000)
     expect(panels).to_have_count(2)
     says = explorer.locator('.says')
     before = says.inner_text()
     explorer.locator('[name=p]').press('ArrowLeft')
     expect(says).not_to_have_text(before)
-    for name in ('results', 'surgery', 'twins'):                      # each answers to the first of its sliders
+    for name in ('results', 'surgery', 'twins'):  # each answers to the first of its sliders
         other = lab.page.locator(f'#sce-{name}')
         other.scroll_into_view_if_needed()
         slider, said = other.locator('input[type=range]').first, other.locator('.says').inner_text()
@@ -835,7 +927,8 @@ def drive_chapter(lab, expect):
     panel.get_by_role('button', name='stop', exact=True).click()
     expect(panel.get_by_text('you stopped it')).to_be_visible()
     knife.scroll_into_view_if_needed()
-    assert 0 < float(knife.locator('.loss').first.inner_text()) < 10      # what its buttons do is driven in a test of its own
+    # what its buttons do is driven in a test of its own
+    assert 0 < float(knife.locator('.loss').first.inner_text()) < 10
 
 
 def start_long(panel, expect, steps=None):
@@ -857,7 +950,7 @@ def drive_training(lab, expect):
     loss = lab.cell(0).locator('.loss')
     loss.wait_for()
     assert 0 < float(loss.inner_text()) < 10
-    lives, same, number, step, state = lab.printed(1, 'LIVES').split()        # the kernel answers while it trains
+    lives, same, number, step, state = lab.printed(1, 'LIVES').split()  # the kernel answers while it trains
     assert (lives, same, number, state) == ('1', 'True', '1', 'training')
     later = next((n for _ in range(20) if (n := int(lab.printed(1, 'LIVES').split()[3])) > int(step)), None)
     assert later, 'the training stands still'
@@ -899,7 +992,8 @@ def test_a_story_sets_its_own_fields(corpus):
     for story, changes in STORIES.items():
         panel.fields['model.n_layers'].value = '3'
         panel.story.value = story
-        assert {path for path, control in panel.fields.items() if control.disabled} == {path for one in changes for path in one} & set(panel.fields)
+        assert {path for path, control in panel.fields.items()
+                if control.disabled} == {path for one in changes for path in one} & set(panel.fields)
     panel.story.value = 'shallow against deep'
     panel.fields['model.n_layers'].value = 'nonsense'
     assert panel.price() and [v.config.model.n_layers for v in panel.wanted] == [2, 12]

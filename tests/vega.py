@@ -1,8 +1,10 @@
-"Write sparsecod/templates/vega.js, the library that draws explorers and score pages, from the package vl-convert-python: `python tests/vega.py`."
+"""Write sparsecod/templates/vega.js, the library that draws explorers and score pages, from the package
+vl-convert-python: `python tests/vega.py`."""
 from pathlib import Path
 
 FILE = Path(__file__).parents[1] / 'sparsecod' / 'templates' / 'vega.js'
-NOTE = '// Vega, Vega-Lite and Vega-Embed (BSD-3-Clause, vega.github.io) with what they need, in one file. Made by tests/vega.py.\n'
+NOTE = ('// Vega, Vega-Lite and Vega-Embed (BSD-3-Clause, vega.github.io) with what they need, in one file. '
+        'Made by tests/vega.py.\n')
 
 
 def bundle() -> str:

@@ -1,4 +1,5 @@
-"""Does everything compute on a GPU what it computes on a CPU? Numbers for each thing that a CPU cannot show: device_tests.json.
+"""Does everything compute on a GPU what it computes on a CPU? Numbers for each thing that a CPU cannot
+show: device_tests.json.
 
     python benchmarks/gpu/01_device_tests.py [--scale tiny --device cpu] [--out DIR]
 
@@ -27,10 +28,12 @@ from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.moe import experts_compiled, experts_loop, route, run_experts
 from sparsecod.scores import ScoreConfig, needed_bytes, score_model
-from sparsecod.train import StreamWatch, TrainConfig, decide_execution, find_world, make_optimizer, start_run, step_windows, train, training_step
+from sparsecod.train import (StreamWatch, TrainConfig, decide_execution, find_world, make_optimizer,
+                             start_run, step_windows, train, training_step)
 
 DEVICE, GPU = torch.device(a.device), a.device == 'cuda'
-KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=2), mixture=dict(n_experts=4), shared_expert=dict(n_experts=4, d_shared_expert=64), peri_ln=dict(norm='peri_ln'),
+KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=2), mixture=dict(n_experts=4),
+             shared_expert=dict(n_experts=4, d_shared_expert=64), peri_ln=dict(norm='peri_ln'),
              scaled=dict(norm='layernorm_scaling'), tied=dict(tie_embeddings=True))
 SMALL = ModelConfig(vocab_size=512, n_layers=4, d_model=64, n_heads=4, context_length=64)
 
@@ -58,22 +61,32 @@ def losses_and_gradients() -> dict:
         here, there, windows = models(**changes)
         pair = [m(w[:, :-1], targets=w[:, 1:]) for m, w in ((here, windows), (there, windows.to(DEVICE)))]
         for loss in pair: loss.backward()
-        found[kind] = dict(loss=largest(pair[1], pair[0]), gradients=max(largest(q.grad, p.grad) for p, q in zip(here.parameters(), there.parameters())))
+        found[kind] = dict(loss=largest(pair[1], pair[0]),
+                           gradients=max(largest(q.grad, p.grad)
+                                         for p, q in zip(here.parameters(), there.parameters())))
     return dict(kinds=found, ok=max(max(x.values()) for x in found.values()) < 1e-4)
 
 
 def attention_kernels() -> dict:
-    "Which kernels of attention take fp32 and bf16, shared heads and odd widths, and how far they are from the plain formula."
+    """Which kernels of attention take fp32 and bf16, shared heads and odd widths, and how far they are from
+    the plain formula."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for D_h, K in ((64, 4), (64, 2), (20, 4)):
-            q, k, v = (torch.randn(2, H, 96, D_h, device=DEVICE, dtype=dtype, requires_grad=True) for H in (4, K, K))
-            wanted = functional.scaled_dot_product_attention(*(x.detach().cpu().double() for x in (q, k, v)), is_causal=True, enable_gqa=K < 4)
-            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+            q, k, v = (torch.randn(2, H, 96, D_h, device=DEVICE, dtype=dtype, requires_grad=True)
+                       for H in (4, K, K))
+            wanted = functional.scaled_dot_product_attention(*(x.detach().cpu().double() for x in (q, k, v)),
+                                                             is_causal=True, enable_gqa=K < 4)
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                            SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
                 name = f'{backend.name} {dtype} D_h={D_h} K={K}'
                 try:
-                    with sdpa_kernel(backend): out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K < 4)
-                    first, second = (torch.autograd.grad(out.sum(), q, retain_graph=True)[0] for _ in range(2))  # as the Jacobians ask
+                    with sdpa_kernel(backend):
+                        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                      enable_gqa=K < 4)
+                    # as the Jacobians ask
+                    first, second = (torch.autograd.grad(out.sum(), q, retain_graph=True)[0]
+                                     for _ in range(2))
                     found[name] = dict(error=largest(out, wanted), repeatable=torch.equal(first, second))
                 except Exception as error: found[name] = dict(refused=str(error).splitlines()[0][:120])
     return dict(kernels=found)
@@ -86,31 +99,42 @@ def experts() -> dict:
         torch.manual_seed(0)
         x, logits = torch.randn(200, 64, device=DEVICE, dtype=dtype), torch.randn(200, 8, device=DEVICE)
         logits[:, 3] = -30.
-        ws = [(.1 * torch.randn(*s, device=DEVICE)).requires_grad_() for s in ((8, 64, 48), (8, 64, 48), (8, 48, 64))]
-        ways = dict(loop=experts_loop, plain=run_experts, compiled=torch.compile(experts_compiled, fullgraph=True, dynamic=False, backend='inductor' if GPU else 'eager'))
+        ws = [(.1 * torch.randn(*s, device=DEVICE)).requires_grad_()
+              for s in ((8, 64, 48), (8, 64, 48), (8, 48, 64))]
+        ways = dict(loop=experts_loop, plain=run_experts,
+                    compiled=torch.compile(experts_compiled, fullgraph=True, dynamic=False,
+                                           backend='inductor' if GPU else 'eager'))
         outs = {}
         for way, run in ways.items():
             out = run(x, route(logits, 2), *ws)
             outs[way] = [out, *torch.autograd.grad(out.float().square().sum(), ws)]
-        found[str(dtype)] = {way: max(largest(y, z) for y, z in zip(outs[way], outs['loop'])) for way in ('plain', 'compiled')}
-    return dict(differences=found, ok=max(found['torch.float32'].values()) < 1e-4 and max(found['torch.bfloat16'].values()) < .05)
+        found[str(dtype)] = {way: max(largest(y, z) for y, z in zip(outs[way], outs['loop']))
+                             for way in ('plain', 'compiled')}
+    return dict(differences=found, ok=max(found['torch.float32'].values()) < 1e-4
+                and max(found['torch.bfloat16'].values()) < .05)
 
 
 def compiled_step() -> dict:
-    "Compiled loss and gradients against plain ones, fp32; and how many graphs two equal micro-batches and a shorter one take."
+    """Compiled loss and gradients against plain ones, fp32; and how many graphs two equal micro-batches and
+    a shorter one take."""
     found = {}
     for kind in ('dense', 'mixture') if GPU else ('dense',):
         _, model, windows = models(**KINDS[kind])
         loss, w = CompiledLoss(model), windows.to(DEVICE)
-        if not GPU: loss.stream, loss.losses_of = (torch.compile(f, backend='eager', dynamic=False) for f in (loss.last_stream, loss.losses_of._torchdynamo_orig_callable))
+        if not GPU:
+            loss.stream, loss.losses_of = (torch.compile(f, backend='eager', dynamic=False)
+                                           for f in (loss.last_stream,
+                                                     loss.losses_of._torchdynamo_orig_callable))
         gradients = []
         for f in (model, loss):
             f(w[:, :-1], targets=w[:, 1:], watch=StreamWatch(model.config, DEVICE)).backward()
             gradients.append([p.grad.clone() for p in model.parameters()])
             model.zero_grad()
         before = torch._dynamo.utils.counters['stats']['unique_graphs']
-        for part in (w, w, w[:5]): loss(part[:, :-1], targets=part[:, 1:], watch=StreamWatch(model.config, DEVICE))
-        found[kind] = dict(gradients=max(map(largest, gradients[1], gradients[0])), new_graphs=torch._dynamo.utils.counters['stats']['unique_graphs'] - before)
+        for part in (w, w, w[:5]):
+            loss(part[:, :-1], targets=part[:, 1:], watch=StreamWatch(model.config, DEVICE))
+        found[kind] = dict(gradients=max(map(largest, gradients[1], gradients[0])),
+                           new_graphs=torch._dynamo.utils.counters['stats']['unique_graphs'] - before)
     return dict(kinds=found, ok=all(x['gradients'] < 1e-4 for x in found.values()))
 
 
@@ -129,31 +153,41 @@ def scores_on_both() -> dict:
         def apart(x, y):
             if isinstance(x, list): return max(map(apart, x, y), default=0.)
             return 0. if x is None or y is None else abs(x - y) / max(1., abs(x))
-        found[kind] = {name: max(apart(one['arrays'][k], two['arrays'][k]) for k in one['arrays']) for name, one, two in
+        found[kind] = {name: max(apart(one['arrays'][k], two['arrays'][k]) for k in one['arrays'])
+                       for name, one, two in
                        (('device', scores[0], scores[1]), ('tf32 allowed', scores[1], scores[2]))}
-    return dict(kinds=found, scoring_seconds=times, ok=all(x['device'] < 1e-4 and x['tf32 allowed'] < 1e-5 for x in found.values()))
+    return dict(kinds=found, scoring_seconds=times,
+                ok=all(x['device'] < 1e-4 and x['tf32 allowed'] < 1e-5 for x in found.values()))
 
 
 class Stopping:
     "A corpus that interrupts the training at one step."
-    def __init__(self, corpus, step): self.corpus, self.at, self.fingerprint, self.vocab_size = corpus, step, corpus.fingerprint, corpus.vocab_size
+    def __init__(self, corpus, step):
+        self.corpus, self.at, self.fingerprint, self.vocab_size = (corpus, step, corpus.fingerprint,
+                                                                   corpus.vocab_size)
     def batch(self, step, *rest):
         if step == self.at: os.kill(os.getpid(), signal.SIGINT)
         return self.corpus.batch(step, *rest)
 
 
 def resumed() -> dict:
-    "Three trainings: undisturbed, the same again, and one that is interrupted and goes on. On a GPU they may differ; by how much?"
-    corpus, found = Corpus.from_texts([f'{i} is followed by {i + 1}, and {i + 1} by {i + 2}.' for i in range(400)]), {}
-    for name, how in dict(fp32=dict(precision='fp32', compile='off'), bf16=dict(precision='bf16', compile='off'), compiled=dict(precision='bf16', compile='on')).items():
+    """Three trainings: undisturbed, the same again, and one that is interrupted and goes on. On a GPU they
+    may differ; by how much?"""
+    corpus, found = Corpus.from_texts([f'{i} is followed by {i + 1}, and {i + 1} by {i + 2}.'
+                                       for i in range(400)]), {}
+    for name, how in dict(fp32=dict(precision='fp32', compile='off'),
+                          bf16=dict(precision='bf16', compile='off'),
+                          compiled=dict(precision='bf16', compile='on')).items():
         if name == 'compiled' and not GPU: continue
         config = TrainConfig(steps=20, tokens_per_step=1024, lr=1e-2, log_every=5, **how)
         model, results = SMALL.replace(vocab_size=corpus.vocab_size, n_layers=2), []
         with tempfile.TemporaryDirectory() as folder:
-            for i in range(2): results.append(train(model, config, corpus, f'{folder}/{i}', progress=False).model)
+            for i in range(2):
+                results.append(train(model, config, corpus, f'{folder}/{i}', progress=False).model)
             train(model, config, Stopping(corpus, 9), f'{folder}/2', progress=False)
             results.append(train(model, config, corpus, f'{folder}/2', progress=False).model)
-        first, again, resumed = (torch.cat([p.detach().flatten().cpu() for p in m.parameters()]) for m in results)
+        first, again, resumed = (torch.cat([p.detach().flatten().cpu() for p in m.parameters()])
+                                 for m in results)
         found[name] = dict(again=largest(again, first), resumed=largest(resumed, first))
     return dict(kinds=found, ok=all(x['resumed'] <= max(1e-3, 3 * x['again']) for x in found.values()))
 
@@ -182,7 +216,8 @@ def waiting_for_batches() -> dict:
     base = base_config(a.scale)
     corpus = prepare(base.data, progress=False)
     with tempfile.TemporaryDirectory() as folder:
-        run = start_run(base.model.replace(vocab_size=corpus.vocab_size, n_layers=4), base.train.replace(compile='off'), corpus, Path(folder), find_world())
+        run = start_run(base.model.replace(vocab_size=corpus.vocab_size, n_layers=4),
+                        base.train.replace(compile='off'), corpus, Path(folder), find_world())
         decide_execution(run, trial=False)
         wait = torch.cuda.synchronize if GPU else lambda: None
         took = dict(batch=[], step=[])
@@ -211,9 +246,11 @@ def memory_of_scoring() -> dict:
 
 def readme_example() -> dict:
     "The example of README.md, in a process of its own."
-    example = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.M | re.S)[0]
+    example = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'),
+                         flags=re.M | re.S)[0]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, '-c', example], cwd=folder, capture_output=True, text=True, timeout=max(30, left(a)), encoding='utf-8',
+        done = subprocess.run([sys.executable, '-c', example], cwd=folder, capture_output=True, text=True,
+                              timeout=max(30, left(a)), encoding='utf-8',
                               env=os.environ | dict(PYTHONPATH=str(ROOT)))
     return dict(ok=done.returncode == 0, output=done.stdout[-500:], errors=done.stderr[-1500:])
 
@@ -227,22 +264,31 @@ def widget_training() -> dict:
     training.join()
     if training.error: raise training.error
     run = training.runs[0]
-    return dict(ok=training.state == 'finished', on=str(next(run.model.parameters()).device), told=str(cost), training_seconds=run.seconds)
+    return dict(ok=training.state == 'finished', on=str(next(run.model.parameters()).device), told=str(cost),
+                training_seconds=run.seconds)
 
 
 def tests_of_the_suite() -> dict:
     "The tests of model, experts and training, with this device allowed."
-    tests = ['tests/test_moe.py', 'tests/test_core.py', 'tests/test_train.py'] if a.scale == 'gpu' else ['tests/test_moe.py::test_rows_of_each_expert_end_where_the_counts_say']
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *tests], cwd=ROOT, capture_output=True, text=True, timeout=max(30, left(a) - 20),
-                          encoding='utf-8', env=os.environ | dict(ACCELERATE_USE_CPU='true' if a.device == 'cpu' else 'false', PYTHONPATH=str(ROOT)))
+    tests = (['tests/test_moe.py', 'tests/test_core.py', 'tests/test_train.py'] if a.scale == 'gpu'
+             else ['tests/test_moe.py::test_rows_of_each_expert_end_where_the_counts_say'])
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *tests], cwd=ROOT,
+                          capture_output=True, text=True, timeout=max(30, left(a) - 20),
+                          encoding='utf-8',
+                          env=os.environ | dict(ACCELERATE_USE_CPU='true' if a.device == 'cpu' else 'false',
+                                                PYTHONPATH=str(ROOT)))
     return dict(ok=done.returncode == 0, output=done.stdout[-6000:])
 
 
 if __name__ == '__main__':
     use_compiler_cache()
     results = Results(a, 'device_tests')
-    results.facts |= dict(c_compiler=shutil.which('gcc') or shutil.which('cc'), bf16=GPU and torch.cuda.is_bf16_supported(including_emulation=False))
-    for check in (losses_and_gradients, attention_kernels, experts, compiled_step, scores_on_both, resumed, fused_update, corpus_of_the_studies,
-                  waiting_for_batches, memory_of_scoring, readme_example, widget_training, tests_of_the_suite): results.part(check.__name__, check)
+    results.facts |= dict(c_compiler=shutil.which('gcc') or shutil.which('cc'),
+                          bf16=GPU and torch.cuda.is_bf16_supported(including_emulation=False))
+    for check in (losses_and_gradients, attention_kernels, experts, compiled_step, scores_on_both, resumed,
+                  fused_update, corpus_of_the_studies,
+                  waiting_for_batches, memory_of_scoring, readme_example, widget_training,
+                  tests_of_the_suite):
+        results.part(check.__name__, check)
     print('not ok:', [name for name, part in results.parts.items() if part.get('ok') is False] or 'nothing')
     raise SystemExit(results.end())

@@ -1,4 +1,5 @@
-"""The depth study, each depth at its own best rate of the sweep, shallow models first, one seed after the other: depth.json.
+"""The depth study, each depth at its own best rate of the sweep, shallow models first, one seed after the
+other: depth.json.
 
     python benchmarks/gpu/04_depth.py [--scale tiny --device cpu] [--out DIR]
 
@@ -14,6 +15,7 @@ if __name__ == '__main__':
     print('rates:', rates)
     try:
         for label, config in depth_study(a.scale, rates).runs(base_config(a.scale), SEEDS[a.scale]):
-            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)), least_time(a, config.model.n_layers))
+            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)),
+                         least_time(a, config.model.n_layers))
     except KeyboardInterrupt: print('stopped; the same command goes on from the last checkpoint')
     raise SystemExit(results.end())

@@ -1,4 +1,5 @@
-"""At one depth: decay on no, some and all weights; a mixture of experts with each kind of gates; context lengths over a factor of 8: second.json.
+"""At one depth: decay on no, some and all weights; a mixture of experts with each kind of gates; context
+lengths over a factor of 8: second.json.
 
     python benchmarks/gpu/06_second_half_hour.py [--scale tiny --device cpu] [--out DIR]
 
@@ -17,7 +18,8 @@ def runs(base, seeds: int) -> list:
     found = {}
     for seed in range(seeds):
         for name in ('decay', 'moe', 'context'):
-            for label, config in STUDIES[name].runs(base, [seed]): found.setdefault((variant_key(config), seed), (label, config))
+            for label, config in STUDIES[name].runs(base, [seed]):
+                found.setdefault((variant_key(config), seed), (label, config))
     return list(found.values())
 
 
@@ -26,6 +28,7 @@ if __name__ == '__main__':
     base = vary(base_config(a.scale), {'model.n_layers': L, 'train.lr': best_rates(a)[L]})
     try:
         for label, config in runs(base, SEEDS[a.scale]):
-            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)), least_time(a, L))
+            results.part(f'{label}, seed {config.seed}', lambda: dict(record=run_here(a, config)),
+                         least_time(a, L))
     except KeyboardInterrupt: print('stopped; the same command goes on from the last checkpoint')
     raise SystemExit(results.end())

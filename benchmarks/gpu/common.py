@@ -1,4 +1,5 @@
-"""What the commands of this folder share: options, the time they have, what was recorded before, and the depth study.
+"""What the commands of this folder share: options, the time they have, what was recorded before, and the
+depth study.
 
 A command imports this first: it sets where PyTorch computes, which must be known before PyTorch is imported.
 """
@@ -20,11 +21,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 def begin(doc: str, model: str | None = None) -> argparse.Namespace:
     "Options of a command, with the time at which it has to end; `model` is the help of an option --model."
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--scale', choices=('gpu', 'tiny'), default='gpu', help='tiny: the same commands in seconds, to try them (default: gpu)')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='where to compute (default: cuda)')
-    parser.add_argument('--minutes', type=float, default=9, help='after which it stops; the same command goes on (default: 9)')
-    parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'gpu' / 'out', help='where its JSON files go (default: runs/gpu/out)')
-    parser.add_argument('--work', type=Path, default=ROOT / 'runs' / 'gpu', help='where corpus, checkpoints and compiled code are kept (default: runs/gpu)')
+    parser.add_argument('--scale', choices=('gpu', 'tiny'), default='gpu',
+                        help='tiny: the same commands in seconds, to try them (default: gpu)')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda',
+                        help='where to compute (default: cuda)')
+    parser.add_argument('--minutes', type=float, default=9,
+                        help='after which it stops; the same command goes on (default: 9)')
+    parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'gpu' / 'out',
+                        help='where its JSON files go (default: runs/gpu/out)')
+    parser.add_argument('--work', type=Path, default=ROOT / 'runs' / 'gpu',
+                        help='where corpus, checkpoints and compiled code are kept (default: runs/gpu)')
     if model: parser.add_argument('--model', help=model)
     a = parser.parse_args()
     a.end = time.monotonic() + 60 * a.minutes
@@ -34,7 +40,8 @@ def begin(doc: str, model: str | None = None) -> argparse.Namespace:
     if a.device == 'cpu': os.environ |= dict(ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='')
     import torch
     if a.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: there is no GPU here; --scale tiny --device cpu tries the command without one')
+        parser.error(
+            '--device cuda: there is no GPU here; --scale tiny --device cpu tries the command without one')
     return a
 
 
@@ -48,9 +55,12 @@ def facts(a) -> dict:
     import torch
     from sparsecod.studies import code_state, hardware, n_cores, versions
     query = ['nvidia-smi', '--query-gpu=driver_version,memory.total', '--format=csv,noheader']
-    try: driver = subprocess.run(query, capture_output=True, text=True, timeout=20, encoding='utf-8').stdout.strip() or None
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20,
+                                encoding='utf-8').stdout.strip() or None
     except OSError: driver = None
-    return dict(scale=a.scale, hardware=hardware(torch.device(a.device)), cores=n_cores(), driver_and_memory=driver, cuda=torch.version.cuda,
+    return dict(scale=a.scale, hardware=hardware(torch.device(a.device)), cores=n_cores(),
+                driver_and_memory=driver, cuda=torch.version.cuda,
                 python=sys.version.split()[0], versions=versions(), **code_state())
 
 
@@ -70,13 +80,15 @@ class Results:
             break
 
     def part(self, name: str, make, seconds: float = 10):
-        "A part by its name: the one that is there, or made now if there is time; a failure is noted and the next call tries again."
+        """A part by its name: the one that is there, or made now if there is time; a failure is noted and
+        the next call tries again."""
         if name in self.parts and 'error' not in self.parts[name]: return self.parts[name]
         if left(self.a) < seconds: return self.late.append(name)
         start = time.perf_counter()
         try: found = make()
         except Exception as error:
-            found = dict(error=f'{type(error).__name__}: {error}'[:2000], where=traceback.format_exc()[-3000:])
+            found = dict(error=f'{type(error).__name__}: {error}'[:2000],
+                         where=traceback.format_exc()[-3000:])
         self.parts[name] = dict(found, took=round(time.perf_counter() - start, 1))
         shown = {key: value for key, value in self.parts[name].items() if not isinstance(value, (dict, list))}
         print(f'{self.name} {name}: {json.dumps(shown)[:300]}', flush=True)
@@ -94,13 +106,16 @@ class Results:
         self.write()
         failed = [name for name, part in self.parts.items() if 'error' in part]
         if failed: print(f'{self.name}: failed: {", ".join(failed)}')
-        if self.late: print(f'{self.name}: no time was left for {", ".join(self.late)}; the same command goes on')
+        if self.late:
+            print(f'{self.name}: no time was left for {", ".join(self.late)}; the same command goes on')
         return 1 if failed else 0
 
 
 class Deadline:
-    "Within, the command is interrupted before its time is over, as by Ctrl-C: a training saves a checkpoint, and the next call goes on."
-    def __init__(self, a, reserve: float = 25): self.timer = threading.Timer(max(.1, left(a) - reserve), os.kill, (os.getpid(), signal.SIGINT))
+    """Within, the command is interrupted before its time is over, as by Ctrl-C: a training saves a
+    checkpoint, and the next call goes on."""
+    def __init__(self, a, reserve: float = 25):
+        self.timer = threading.Timer(max(.1, left(a) - reserve), os.kill, (os.getpid(), signal.SIGINT))
     def __enter__(self): self.timer.start()
     def __exit__(self, *error): self.timer.cancel()
 
@@ -112,7 +127,8 @@ FACTORS = (.5, 1, 2)  # of the scale's learning rate, in the sweep
 def base_config(scale: str):
     "The scale's configuration, which `make reproduce SCALE=gpu` trains too; at `tiny`, less of everything."
     from sparsecod.studies import SCALES, vary
-    few = {'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': 20, 'n_eval': 8, 'measures': ('null',)}
+    few = {'score.n_sequences': 4, 'score.n_fit': 8, 'score.n_jacobian': 1, 'train.steps': 20, 'n_eval': 8,
+           'measures': ('null',)}
     return vary(SCALES[scale], few if scale == 'tiny' else {})
 
 
@@ -128,7 +144,8 @@ def best_rates(a) -> dict[int, float]:
     swept, rates = Results(a, 'rates').parts, {}
     for L in DEPTHS[a.scale]:
         tried = [part for part in swept.values() if part.get('L') == L]
-        if len(tried) < len(FACTORS): raise SystemExit(f'L={L}: the sweep is not complete; run 03_rates.py first')
+        if len(tried) < len(FACTORS):
+            raise SystemExit(f'L={L}: the sweep is not complete; run 03_rates.py first')
         ended = [part for part in tried if part['val_loss'] is not None]
         if not ended: raise SystemExit(f'L={L}: all rates of the sweep diverged; lower train.lr in common.py')
         rates[L] = min(ended, key=lambda part: part['val_loss'])['lr']
@@ -136,21 +153,24 @@ def best_rates(a) -> dict[int, float]:
 
 
 def least_time(a, L: int) -> float:
-    "Seconds that must be left for a run to begin: compiling cannot be interrupted, and takes longer for deep models."
+    """Seconds that must be left for a run to begin: compiling cannot be interrupted, and takes longer for
+    deep models."""
     return 40 + 4 * L if a.scale == 'gpu' else 1
 
 
 def run_here(a, config) -> dict:
     "One run of a study in this process, where what is compiled serves the next run too; its record."
     from sparsecod import studies
-    if not hasattr(studies.ALWAYS['floors'], 'kept'): studies.ALWAYS['floors'] = once_a_seed(studies.ALWAYS['floors'])
+    if not hasattr(studies.ALWAYS['floors'], 'kept'):
+        studies.ALWAYS['floors'] = once_a_seed(studies.ALWAYS['floors'])
     with Deadline(a): return studies.run(config, a.work / 'records', a.work / 'trainings', progress=False)
 
 
 def once_a_seed(floors):
     "The floors of a run depend on its seed and its tokens, and not on its model."
     def wanted(model, config, corpus):
-        key = corpus.fingerprint, config.train.steps, config.train.tokens_per_step, config.seed, config.text_seed
+        key = (corpus.fingerprint, config.train.steps, config.train.tokens_per_step, config.seed,
+               config.text_seed)
         if key not in wanted.kept: wanted.kept[key] = floors(model, config, corpus)
         return wanted.kept[key]
     wanted.kept = {}

@@ -11,9 +11,11 @@ from sparsecod.integrity import check_stamp, read_json
 from sparsecod.studies import check_record, write_record
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='with the JSON files of the commands')
-    parser.add_argument('--results', type=Path, default=ROOT / 'results', help='where records go, into the folder of their scale')
+    parser.add_argument('--results', type=Path, default=ROOT / 'results',
+                        help='where records go, into the folder of their scale')
     options = parser.parse_args()
     for path in sorted(options.folder.glob('*.json')):
         for part in check_stamp(read_json(path), path)['parts'].values():
