@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from .configuration import Config
 from .core import LOGITS_AT_ONCE, Transformer, check_finite, cross_entropy
 from .data import Tokenizer, load_tokenizer
-from .integrity import (MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum,
-                                 read_json, read_object)
+from .integrity import MANIFEST, Damaged, check_identity, check_seal, check_stamp, checksum
+from .integrity import read_json, read_object
 
 # %% ../nbs/build/06_adapters.ipynb #27dd1053
 _OFFERS = ('embed', 'run', 'logits', 'token_losses', 'blocks', 'config')

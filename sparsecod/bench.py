@@ -31,10 +31,10 @@ from .moe import GATES
 from .ngrams import MARGIN, floors, is_trained
 from .resources import measured_speed, memory_bytes, scoring_flops, training_flops
 from .scores import ScoreConfig
-from .studies import (RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary,
-                               write_record)
-from .train import (DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, find_world, logs_at,
-                             sequences_per_step)
+from .studies import RunConfig, check_text, fit_vocabulary, label_folder, make_record, vary
+from .studies import write_record
+from .train import DECAY_GROUPS, TrainConfig, TrainResult, channel_variance, find_world, logs_at
+from .train import sequences_per_step
 from .twins import check_twin, train_scaled, twin
 
 # %% ../nbs/tools/13_bench.ipynb #7eeff934

@@ -23,8 +23,8 @@ import pandas as pd
 from scipy.stats import false_discovery_control, linregress, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import (SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed,
-                               read_metric)
+from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed
+from .studies import read_metric
 from .studies import scale_config, study_named, summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 

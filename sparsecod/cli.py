@@ -965,7 +965,7 @@ def _refuse_launcher(do):
 _FIRST_STEPS = """first steps:
   sparsecod lab                     play with models in a notebook
   sparsecod reproduce               train two models, beside the recorded ones (how long: sparsecod plan main)
-  sparsecod score NAME              what the layers of a model do: a folder, a GGUF file, or a name on the Hub"""
+  sparsecod score NAME              what the layers of a model do: a folder, a GGUF file, a name on the Hub"""
 
 def parser() -> _Parser:
     "The parser of the command line."

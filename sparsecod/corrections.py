@@ -20,9 +20,8 @@ from .core import BlockOutput, Transformer
 from .data import Corpus
 from .figures import markdown_table, span
 from .moe import MixtureOfExperts, balance_loss
-from .scores import (block_runs, causal_ratio, fit_blocks, intervention_scores, linear_losses,
-                              measure_batch, pair_mean,
-                              swap_losses, to_lists, trace)
+from .scores import block_runs, causal_ratio, fit_blocks, intervention_scores, linear_losses
+from .scores import measure_batch, pair_mean, swap_losses, to_lists, trace
 from .studies import by_variant, over_seeds, read_metric
 from .train import TrainConfig, evaluate, parameter_groups, sequences_per_step
 

@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .configuration import POSITIVE, SEED, Config, check_fields, require
-from .integrity import (Damaged, check_identity, check_seal, check_stamp, flush, read_json, seal,
-                                 set_aside, stamp, write_text)
+from .integrity import Damaged, check_identity, check_seal, check_stamp, flush, read_json, seal
+from .integrity import set_aside, stamp, write_text
 
 # %% ../nbs/build/04_data.ipynb #963b2029
 EOS = "<|endoftext|>"

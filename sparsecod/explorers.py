@@ -20,12 +20,12 @@ import markupsafe
 
 from .claims import PUBLISHED
 from .core import NORMS, ModelConfig
-from .figures import (METRICS, finished, label_variants, learnt_little, logarithmic, metric_text,
-                               results_folder)
+from .figures import METRICS, finished, label_variants, learnt_little, logarithmic, metric_text
+from .figures import results_folder
 from .integrity import check_stamp, read_json
 from .studies import SCALES, STUDIES, by_variant, over_seeds, read_metric
-from .theory import (CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval,
-                              simulate_jacobian, simulate_stream, stream_variance)
+from .theory import CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval
+from .theory import simulate_jacobian, simulate_stream, stream_variance
 
 # %% ../nbs/tools/08_explorers.ipynb #35c8c499
 BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#808a93'

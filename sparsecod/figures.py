@@ -30,8 +30,8 @@ from matplotlib import rc_params_from_file
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .claims import CLAIMS, PUBLISHED, markdown_table, number
-from .studies import (RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed,
-                               read_metric, run_study)
+from .studies import RunConfig, Study, by_variant, load_results, logarithmic, over_seeds, passed
+from .studies import read_metric, run_study
 from .studies import scale_config, seed_list, study_named, t_interval
 from .train import FREE_FIELDS
 

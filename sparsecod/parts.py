@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .integrity import (Damaged, check_identity, check_stamp, content_checksum, draft_name,
-                                 read_json, set_aside, stamp, write_text)
+from .integrity import Damaged, check_identity, check_stamp, content_checksum, draft_name
+from .integrity import read_json, set_aside, stamp, write_text
 
 # %% ../nbs/tools/15_parts.ipynb #92fcc6c4
 def tensor_hash(tensors) -> str:  # 16 hexadecimal digits

@@ -25,10 +25,10 @@ import numpy as np
 import pandas as pd
 
 from .claims import HEADS, ledger_cells, number, verdict_counts
-from .explorers import (BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer,
-                                 template_text)
-from .figures import (DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config,
-                               label, runs_text, span)
+from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer
+from .explorers import template_text
+from .figures import DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config
+from .figures import label, runs_text, span
 from .figures import varied_field
 from .integrity import Damaged, read_object, write_text
 from .scores import SCORES_SCHEMA, scores_frame, with_true_names
@@ -77,7 +77,7 @@ def _n_blocks(scores: dict) -> int:
         f"scores['arrays'] holds {sorted(arrays)}; it must hold variance_mean or another score by layer")
 
 # %% ../nbs/tools/09_report.ipynb #b0784a7a
-# blocks on either side of a line; open: the interval contains it; sure: decided by intervals, not values alone
+# blocks on either side of a line; open: its interval contains it; sure: decided by intervals, not values
 _Sides = namedtuple('_Sides', 'below above open sure')
 
 def _sides(estimates: list[Estimate], line: float) -> _Sides:

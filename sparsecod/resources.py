@@ -22,8 +22,8 @@ from .compilation import kept_speed
 from .configuration import POSITIVE, Config, check_fields, one_of, require
 from .core import ModelConfig, Transformer, flops_per_token, param_counts
 from .scores import ScoreConfig, plan_memory, planned_work
-from .studies import (RunConfig, Study, hardware, read_records, scale_config, study_named,
-                               training_bytes)
+from .studies import RunConfig, Study, hardware, read_records, scale_config, study_named
+from .studies import training_bytes
 from .train import TrainConfig, find_world, make_optimizer, memory_bytes, sequences_per_step
 
 # %% ../nbs/tools/03_resources.ipynb #c212d21b

@@ -35,8 +35,8 @@ from .compilation import kept_memory
 from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .core import LOGITS_AT_ONCE, Transformer, check_finite, full_precision
 from .data import Tokenizer
-from .intervals import (estimate, jackknife_ends, jackknife_estimate, leave_one_out, magnitude_ends,
-                                 median_estimate, resamples)
+from .intervals import estimate, jackknife_ends, jackknife_estimate, leave_one_out, magnitude_ends
+from .intervals import median_estimate, resamples
 from .parts import Parts, tensor_hash
 from .windows import DEFAULT_LENGTH, text_windows, tokenizer_of, without_repetitions
 

@@ -53,15 +53,15 @@ from .cloze import measure_cloze
 from .configuration import POSITIVE, SEED, Config, check_fields, require
 from .core import ModelConfig, Transformer, flops_per_token, param_counts, preset
 from .data import Corpus, DataConfig, prepare
-from .integrity import (Damaged, check_identity, check_stamp, checksum, draft_name, read_json,
-                                 set_aside, stamp, write_text)
+from .integrity import Damaged, check_identity, check_stamp, checksum, draft_name, read_json
+from .integrity import set_aside, stamp, write_text
 from .measures import compare_with_theory, measure_lengths, sample_mechanisms
 from .ngrams import floors, is_trained
 from .intervals import estimate, resamples
 from .scores import ScoreConfig, check_held_out, score_model, with_true_names
 from .sparsity import measure_sparsity
-from .train import (FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set,
-                             load_result, read_label)
+from .train import FREE_FIELDS, TrainConfig, TrainResult, decay_product, evaluate, is_set
+from .train import load_result, read_label
 from .train import sequences_per_step, train, without_infinities
 
 # %% ../nbs/tools/05_studies.ipynb #0732ccc0

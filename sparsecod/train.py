@@ -48,14 +48,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .compilation import (CompiledLoss, Execution, choose_execution, compiler_errors_in_short,
-                                   missing_compiler)
+from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short
+from .compilation import missing_compiler
 from .compilation import kept_memory, plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
-from .core import (LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision,
-                            param_counts)
-from .integrity import (Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum,
-                        content_checksum, read_json, seal, set_aside, stamp, write_text)
+from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision
+from .core import param_counts
+from .integrity import Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum
+from .integrity import content_checksum, read_json, seal, set_aside, stamp, write_text
 from .moe import expert_load
 
 # %% ../nbs/build/05_train.ipynb #8253d595

@@ -15,8 +15,8 @@ from torch import nn
 from .configuration import require
 from .core import ModelConfig, Transformer
 from .layers import RMSNorm
-from .train import (TrainConfig, accumulate_gradients, learning_rate, make_optimizer,
-                             sequences_per_step, usual_torch)
+from .train import TrainConfig, accumulate_gradients, learning_rate, make_optimizer
+from .train import sequences_per_step, usual_torch
 
 # %% ../nbs/beyond/04_twins.ipynb #d4cf4034
 WRITERS = ('embedding.weight', 'attention.output.weight', 'feed_forward.down.weight', 'feed_forward.down',

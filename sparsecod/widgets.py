@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .adapters import open_model
-from .bench import (BENCH, FIELDS, STORIES, Run, Training, compare, conclusion, export_run,
-                             field_value, read_config)
+from .bench import BENCH, FIELDS, STORIES, Run, Training, compare, conclusion, export_run
+from .bench import field_value, read_config
 from .bench import run_cost, run_kind, spell, stop_when_interrupted, variants
 from .core import flops_per_token
 from .data import Corpus

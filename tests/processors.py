@@ -4,8 +4,9 @@ these processors.
 nbdev links any name in backticks to whatever symbol of any module is called so, by an absolute address.
 `OwnLinks` takes its place: a name is linked if it means that symbol on this page, and the link stays on the
 site. `html_for_quarto` turns HTML outputs into raw blocks, as Quarto would load scripts from other hosts
-for them. `ShownOnce` leaves out the documentation of symbols whose source is shown; `Signatures` shows what
-a class is called with where nbdev shows (*args, **kwargs). """
+for them. `Folded` folds the cells that are tagged so. `ShownOnce` leaves out the documentation of symbols
+whose source is shown; `Signatures` shows what a class is called with where nbdev shows (*args, **kwargs).
+"""
 import ast
 import importlib
 import inspect
@@ -138,6 +139,15 @@ class ShownOnce(Processor):
             documents = SHOWN.search(cell.source)
             if not documents or documents[1] not in known: cells.append(cell)
         self.nb.cells = cells
+
+
+class Folded(Processor):
+    "The code of a cell that is tagged `fold` is there, behind a click that says what it defines."
+    def cell(self, cell):
+        if 'fold' not in cell.get('metadata', {}).get('tags', []): return
+        named = [n.name.lstrip('_') for n in ast.parse(cell.source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        said = 'Code' + f': {", ".join(dict.fromkeys(filter(None, named)))}' * any(named)
+        cell.source = f'#| code-fold: true\n#| code-summary: "{said}"\n{cell.source}'
 
 
 class Signatures(Processor):

@@ -94,6 +94,15 @@ def test_what_shows_its_source_is_not_documented_besides(root):
                      'show_doc(four)', 'one()']
 
 
+def test_code_is_folded_where_it_is_tagged(root):
+    cells = [mk_cell('#| exports\ndef _one(): pass\nclass Two: pass'), mk_cell('one()'), mk_cell('1 + 1')]
+    for cell in cells[::2]: cell['metadata'] = {'tags': ['fold']}
+    after = [cell.source for cell in processed(root, 'build/01_layers.ipynb', cells, processors.Folded)]
+    assert [source.startswith('#| code-fold: true\n#| code-summary: "Code')
+            for source in after] == [True, False, True]
+    assert 'one, Two"\ndef _one' in after[0] and after[2].endswith('"Code"\n1 + 1')
+
+
 def documented(root: Path, module: str, name: str, text: str) -> str:
     "What becomes of the documentation that nbdev writes of a symbol."
     code = mk_cell(f'#| default_exp {module}\n#| export\nclass {name}: pass')

@@ -124,6 +124,26 @@ def test_prose_between_code(path):
         assert len(in_a_row) <= 3, f'{name(path)}: cells {in_a_row} are code without a sentence between them'
 
 
+@every_chapter
+def test_open_code_of_a_page_is_short(path):
+    "What is longer is machinery, and folded by the tag `fold`."
+    folded = [c['metadata'].get('tags', []).count('fold')
+              for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    lines = [line for i, _, source, _ in cells(path, 'code') for line in source.splitlines()
+             if line.strip() and not line.startswith(('#|', 'show_doc(')) and not folded[i - 1]
+             and not any(re.match(r'(hide|default_exp|export$|include:\s*false|echo:\s*false)', d)
+                         for d in directives(source))]
+    assert len(lines) <= 300, f'{name(path)}: {len(lines)} lines of code are open'
+
+
+def test_lines_of_code_are_short():
+    "Of the package, without what nbdev writes at the top of a module; a page shows these lines as they are."
+    for path in sorted((ROOT / 'sparsecod').glob('[!_]*.py')):
+        written = path.read_text(encoding='utf-8').split('# %% ../nbs', 1)[1]
+        long = [line for line in written.splitlines() if len(line) > 110]
+        assert not long, f'{name(path)}: break {long}'
+
+
 @every_notebook
 def test_every_cell_is_tested(path):
     for i, kind, source, _ in cells(path):
