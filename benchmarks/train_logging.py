@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsecod.core import ModelConfig
-from sparsecod.train import StreamWatch, TrainConfig, find_world, start_run, training_step, write_record
+from sparsecod.train import StreamWatch, TrainConfig, find_world, start_run, training_step, log_step
 
 
 class RandomCorpus:
@@ -34,7 +34,7 @@ def timed_step(run, logged):
     watch = StreamWatch(run.model.config) if logged else None
     measured, _ = training_step(run, watch)
     run.step += 1
-    if logged: write_record(run, measured, watch)
+    if logged: log_step(run, measured, watch)
     return time.perf_counter() - start
 
 

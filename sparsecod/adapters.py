@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'can_be_scored', 'unwrap', 'Layout', 'find_decoder', 'find_layout', 'take_stream', 'first_stream',
-           'block_arguments', 'read_out', 'read_config', 'Wrapper', 'AdaptedModel', 'check_logits', 'why_not_weights',
-           'adapt', 'is_gguf', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label',
-           'find_tokenizer', 'open_model']
+           'block_arguments', 'read_out', 'Wrapper', 'AdaptedModel', 'check_logits', 'why_not_weights', 'adapt',
+           'is_gguf', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label', 'find_tokenizer',
+           'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
 import inspect
@@ -143,7 +143,7 @@ class _AdaptedConfig(Config):
     context_length: int | None  # T, positions the model was made for
     quantised: str | None = None  # types in which its weights were stored, if they were rounded to a few bits
 
-def read_config(network: nn.Module, L: int) -> _AdaptedConfig:  # its sizes
+def _read_config(network: nn.Module, L: int) -> _AdaptedConfig:  # its sizes
     "Sizes of a network."
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     H = getattr(config, 'num_attention_heads', None)
@@ -158,7 +158,7 @@ class Wrapper:
     def __init__(self, network: nn.Module):  # network: of the transformers library, with a known layout
         self.network, self.decoder = network, find_decoder(network)
         self.layout = find_layout(self.decoder)
-        self.config = read_config(network, len(self.blocks))
+        self.config = _read_config(network, len(self.blocks))
 
     @property
     def blocks(self) -> nn.ModuleList: return getattr(self.decoder, self.layout.blocks)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'BENCH', 'STORIES', 'read_number', 'field_value', 'read_config', 'Variant', 'variants', 'Cost', 'spell',
-           'run_kind', 'run_cost', 'Run', 'Training', 'stop_when_interrupted', 'conclusion', 'compare', 'export_run']
+           'run_kind', 'run_cost', 'BenchRun', 'Training', 'stop_when_interrupted', 'conclusion', 'compare',
+           'export_run']
 
 # %% ../nbs/tools/13_bench.ipynb #16881a0e
 import asyncio
@@ -187,7 +188,7 @@ def _sentence(model: Transformer, corpus: Corpus, held_out: Tensor) -> str:  # w
     return f'{corpus.tokenizer.decode(text[:8])} … {corpus.tokenizer.decode(text[8:])}'
 
 @dataclass
-class Run:
+class BenchRun:
     "A run at the bench."
     variant: Variant
     config: RunConfig            # with the vocabulary of the corpus
@@ -205,7 +206,7 @@ class Run:
     @property
     def name(self) -> str: return f'{self.number}: {self.variant.label}'
 
-def _train_run(run: Run, go_on: Callable[[], bool]):
+def _train_run(run: BenchRun, go_on: Callable[[], bool]):
     "Train a run to its end, or as long as it may go on."
     c, T, device = run.config, run.config.model.context_length, find_world().device
     held_out = run.corpus.sample_windows('val', min(c.n_eval, run.corpus.n_windows('val', T)), T, c.text_seed)
@@ -226,7 +227,7 @@ def _train_run(run: Run, go_on: Callable[[], bool]):
     if run.status == 'running' and run.step < c.train.steps: run.status = 'interrupted'
     steps.close()
 
-def _score_run(run: Run):
+def _score_run(run: BenchRun):
     "Measure what a run has learnt that was trained to its end, and what its blocks do."
     c = run.config
     result = TrainResult(run.model, run.log, 'finished', run.step, run.step * c.train.tokens_per_step,
@@ -294,7 +295,7 @@ class Training(threading.Thread):
         self.corpus = self.corpus or prepare(variant.config.data, progress=False)
         config = fit_vocabulary(variant.config, self.corpus)
         check_text(config, self.corpus)
-        run = Run(variant, config, self.corpus, max((r.number for r in self.runs), default=0) + 1)
+        run = BenchRun(variant, config, self.corpus, max((r.number for r in self.runs), default=0) + 1)
         self.runs.append(run)
         self.change('training')
         _train_run(run, self.go_on)
@@ -331,7 +332,7 @@ def _useful_blocks(record: dict) -> str:
     n, low, high = (round(L * found[end]) for end in ('value', 'low', 'high'))
     return f'{n} of {L}' + ('' if low == high else f' ({low} to {high})')
 
-def conclusion(run: Run) -> str:
+def conclusion(run: BenchRun) -> str:
     "What a run has shown, in words."
     if run.record is None:
         return f'{run.name}: {run.status} at step {run.step:,} of {run.config.train.steps:,}, not scored.'
@@ -347,14 +348,14 @@ def conclusion(run: Run) -> str:
                else f': less than the {MARGIN} from which on blocks are judged.'))
 
 # %% ../nbs/tools/13_bench.ipynb #e3791b99
-def compare(runs: list[Run]):
+def compare(runs: list[BenchRun]):
     "What differs between runs, and what came of it."
     from pandas import DataFrame
     rows = {r.name: {f.symbol: field_value(r.config, path) for path, f in FIELDS.items()}
             | {'stream': r.variant.stream} for r in runs}
     settings = DataFrame.from_dict(rows, orient='index')
     differ = settings.loc[:, settings.astype(str).nunique() > 1] if len(runs) > 1 else settings[['L']]
-    def outcome(r: Run):
+    def outcome(r: BenchRun):
         if r.record is None: return {'held-out loss': f'{r.status} at step {r.step}'}
         loss, median = r.record['final']['val_loss'], r.record['scores']['scalars']['final_variance_median']
         return {'held-out loss': span(loss['value'], loss['low'], loss['high']),
@@ -364,7 +365,7 @@ def compare(runs: list[Run]):
     return differ.join(DataFrame.from_dict({r.name: outcome(r) for r in runs}, orient='index')).fillna('')
 
 # %% ../nbs/tools/13_bench.ipynb #418f6dad
-def export_run(run: Run, out: str | Path) -> Path:
+def export_run(run: BenchRun, out: str | Path) -> Path:
     "Write the record and the model of a finished run."
     if run.record is None: raise ValueError(f'{run.name} is {run.status}; only a finished run has a record')
     if run.variant.stream != 1:

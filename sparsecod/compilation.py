@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOGITS_IN_CACHE', 'chunk_losses', 'LinearCrossEntropy', 'CompiledLoss', 'Execution', 'plain_execution',
            'missing_compiler', 'processor', 'use_compiler_cache', 'kept_memory', 'compiler_errors_in_short',
-           'step_seconds', 'choose_execution', 'kept_speed']
+           'pass_seconds', 'choose_execution', 'kept_speed']
 
 # %% ../nbs/tools/02_compilation.ipynb #2f704729
 import ctypes
@@ -177,7 +177,7 @@ def compiler_errors_in_short():
                            "compile='off' for a new run") from None
 
 # %% ../nbs/tools/02_compilation.ipynb #f73ca97a
-def step_seconds(loss, model: nn.Module, windows: Tensor, bf16: bool, watch: Callable) -> float:
+def pass_seconds(loss, model: nn.Module, windows: Tensor, bf16: bool, watch: Callable) -> float:
     """Seconds of one forward and backward pass on windows (B, T + 1); the loss is the model or its compiled
     loss, and `watch` makes something that sees every block, anew for each step. Leaves no gradients."""
     begin = time.perf_counter()
@@ -205,7 +205,7 @@ def choose_execution(model: Transformer, windows: Tensor, passes: int, precision
         if kept.get('trial') != file.stem or 'plain' not in kept: kept = None
     except Damaged: kept = None
     plain = (kept['plain'] if kept
-             else min(step_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2)))
+             else min(pass_seconds(model, model, windows, allowed[0][0] == 'bf16', watch) for _ in range(2)))
     # whatever a longer run has found: compiling takes its time too
     if compile == 'auto' and plain * passes < _WORTH_A_TRIAL:
         return plain_execution(precision,
@@ -224,8 +224,8 @@ def _run_trial(model, windows, allowed, file: Path, watch, say, missing: str | N
         try:
             if compiling and compiled is None: compiled = CompiledLoss(model)
             loss = compiled if compiling else model
-            step_seconds(loss, model, windows, precision == 'bf16', watch)
-            times[way] = [step_seconds(loss, model, windows, precision == 'bf16', watch) for _ in range(3)]
+            pass_seconds(loss, model, windows, precision == 'bf16', watch)
+            times[way] = [pass_seconds(loss, model, windows, precision == 'bf16', watch) for _ in range(3)]
         except Exception as error:
             if not compiling: raise
             faults[way] = f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}'

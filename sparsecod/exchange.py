@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'RENAMED', 'CLASSES', 'FORMATS', 'interleave', 'half_split', 'fold', 'stock_family', 'within', 'to_hf',
-           'files_beside', 'from_hf', 'to_hf_tokenizer', 'read_json', 'run_facts', 'measured', 'model_card',
-           'generate_model_card', 'check_target', 'export_model', 'open_saved', 'export_folder', 'push_folder']
+           'files_beside', 'from_hf', 'to_hf_tokenizer', 'run_facts', 'measured', 'model_card', 'generate_model_card',
+           'check_export', 'export_model', 'open_saved', 'export_folder', 'push_folder']
 
 # %% ../nbs/tools/10_exchange.ipynb #d561fa48
 import json
@@ -342,7 +342,7 @@ _CHAT, _GENERATION, _MORE_CHATS = 'chat_template.jinja', 'generation_config.json
 
 def files_beside(folder: Path) -> dict[str, bytes]:  # name: content
     "Chat templates and generation settings, under the names that they have in newer checkpoints."
-    told = (read_json(folder / 'tokenizer_config.json') or {}).get('chat_template') or []
+    told = (_json_if_there(folder / 'tokenizer_config.json') or {}).get('chat_template') or []
     if isinstance(told, str): told = [dict(name='default', template=told)]
     found = {f'{_MORE_CHATS}/{Path(chat["name"]).name}.jinja': chat['template'].encode('utf-8')
              for chat in told}
@@ -389,7 +389,7 @@ def to_hf_tokenizer(tokenizer: Tokenizer, context_length: int | None = None):  #
                 clean_up_tokenization_spaces=False, **length)
 
 # %% ../nbs/tools/10_exchange.ipynb #380fa69b
-def read_json(path: Path) -> dict | None:  # None if there is no such file
+def _json_if_there(path: Path) -> dict | None:  # None if there is no such file
     "A dictionary from a JSON file; a ValueError if it is something else."
     return read_object(path) if path.exists() else None
 
@@ -430,7 +430,7 @@ def run_facts(folder: str | Path | None = None, record: dict | None = None) -> d
     known = {}
     if folder is not None:
         folder = Path(folder)
-        label, run, result, answers = (read_json(folder / f'{name}.json') or {}
+        label, run, result, answers = (_json_if_there(folder / f'{name}.json') or {}
                                        for name in ('config', 'run', 'result', 'eval'))
         known = dict(model=label.get('model'), train=label.get('train'), corpus=label.get('corpus'),
                      data=run.get('data'), tasks=answers.get('results'),
@@ -525,12 +525,12 @@ def model_card(config: ModelConfig, facts: dict | None = None, library: str = 's
 # %% ../nbs/tools/10_exchange.ipynb #87b4ee4d
 def _find_record(folder: Path) -> dict | None:
     "The record of a run of a study, or the scores in its folder, if they are where they usually are."
-    scale = (read_json(folder / 'run.json') or {}).get('scale')
+    scale = (_json_if_there(folder / 'run.json') or {}).get('scale')
     # the run's folder is OUT/.work/NAME, or runs/.work/NAME with records in results
     out = folder.absolute().parent.parent
     for path in (out / f'{scale}/{folder.name}.json', out.parent / f'results/{scale}/{folder.name}.json',
                  folder / 'scores.json'):
-        if record := read_json(path): return record
+        if record := _json_if_there(path): return record
 
 # %% ../nbs/tools/10_exchange.ipynb #6ede2deb
 def _known_facts(model: Transformer) -> dict:  # keys as in run_facts; empty if nothing is known
@@ -550,7 +550,7 @@ def _from_pretrained(cls, *, model_id: str, **options):
     "Open a model; one in the folder of a training knows that folder."
     model, folder = (super(HubModel, cls)._from_pretrained(model_id=model_id, **options),
                      Path(model_id).absolute())
-    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}):
+    if folder.name == 'model' and 'train' in (_json_if_there(folder.parent / 'config.json') or {}):
         model.trained_in = folder.parent
     model.beside = files_beside(folder)
     return model
@@ -560,7 +560,7 @@ HubModel.generate_model_card, HubModel._from_pretrained = generate_model_card, c
 # %% ../nbs/tools/10_exchange.ipynb #101464cf
 FORMATS = ('hf', 'sparsecod')  # for transformers, or for this package
 
-def check_target(out: Path, format: str, overwrite: bool, source: Path | None = None):
+def check_export(out: Path, format: str, overwrite: bool, source: Path | None = None):
     "Raise an error unless an export may be written there."
     if format not in FORMATS: raise ValueError(f'format={format!r} must be one of {", ".join(FORMATS)}')
     here = out.resolve()
@@ -589,7 +589,7 @@ def export_model(model: Transformer, out: str | Path, tokenizer: Tokenizer | Non
     """Write a model, its tokenizer and its card into a folder, in one of FORMATS.
     Facts, from run_facts, are for the card; None: what is known of its training."""
     out = Path(out)
-    check_target(out, format, overwrite)
+    check_export(out, format, overwrite)
     if tokenizer is not None: _check_vocabulary(tokenizer, model.config)
     # what cannot be exported fails before anything is written
     stock = to_hf(model, tokenizer) if format == 'hf' else None
@@ -631,7 +631,7 @@ def _open_training(folder: Path) -> tuple[Transformer, Tokenizer | None]:
 # %% ../nbs/tools/10_exchange.ipynb #7e6b3481
 def open_saved(folder: Path, format: str) -> tuple[Transformer, Tokenizer | None]:
     "The model in a folder, and its tokenizer."
-    label = read_json(folder / 'config.json')
+    label = _json_if_there(folder / 'config.json')
     if label is None:
         raise FileNotFoundError(f'folder={str(folder)!r} holds no model: there is no config.json; allowed '
                                 f'are the folder of a training, of a saved Transformer, or of a transformers '
@@ -656,11 +656,11 @@ def export_folder(folder: str | Path, out: str | Path, format: str = 'hf', overw
     """Export the training, saved Transformer or transformers checkpoint in a folder, with a card of all
     that is known about it. The record is that of the run, or scores by themselves; None: look for them."""
     folder, out = Path(folder), Path(out)
-    if folder.name == 'model' and 'train' in (read_json(folder.parent / 'config.json') or {}):
+    if folder.name == 'model' and 'train' in (_json_if_there(folder.parent / 'config.json') or {}):
         folder = folder.parent
-    check_target(out, format, overwrite, folder)
+    check_export(out, format, overwrite, folder)
     model, tokenizer = open_saved(folder, format)
-    trained = 'train' in read_json(folder / 'config.json')
+    trained = 'train' in _json_if_there(folder / 'config.json')
     facts = run_facts(folder if trained else None, record or _find_record(folder))
     _refuse_other_record(dict(model=model.config.to_dict()), facts)
     return export_model(model, out, tokenizer, facts, format, overwrite, license)

@@ -24,7 +24,7 @@ from .figures import METRICS, finished, label_variants, learnt_little, logarithm
 from .figures import results_folder
 from .integrity import check_stamp, read_json
 from .studies import SCALES, STUDIES, by_variant, over_seeds, read_metric
-from .theory import CLOSED_FORMS, gate_gain, gate_moments, jacobian_deviation, mean_interval
+from .theory import CLOSED_FORMS, gate_gain, gate_moments, expected_jacobian_deviation, mean_interval
 from .theory import simulate_jacobian, simulate_stream, stream_variance
 
 # %% ../nbs/tools/08_explorers.ipynb #35c8c499
@@ -124,7 +124,7 @@ def _explorer_config(L: int = SIMULATED_DEPTH, step: int = 10, norm: str = 'pre_
 def theory_stack(L: int, p: float, step: int, norm: str) -> dict:
     "The closed forms that the explorer draws."
     config = _explorer_config(L, step, norm)
-    return dict(variance=stream_variance(config, p), jacobian=jacobian_deviation(config, p))
+    return dict(variance=stream_variance(config, p), jacobian=expected_jacobian_deviation(config, p))
 
 # %% ../nbs/tools/08_explorers.ipynb #e5077642
 def _simulate_points(p: float, step: int, norm: str, L: int = SIMULATED_DEPTH, n_models: int = 8,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'OKABE_ITO', 'MARKERS', 'DEPTH', 'VARIANT', 'SETTINGS', 'STATISTICS', 'UPDATES', 'FLOORS', 'JACOBIANS',
-           'METRICS', 'use_style', 'label', 'flat_config', 'differences', 'varied_field', 'by_setting',
+           'METRICS', 'use_style', 'label', 'flat_config', 'varied_fields', 'varied_field', 'by_setting',
            'label_variants', 'looks', 'finished', 'plot_variance', 'plot_updates', 'plot_curve', 'plot_final_variance',
            'draw_floors', 'plot_loss', 'plot_jacobian', 'estimates', 'metric_text', 'plot_score', 'plot_published',
            'plot_published_peak', 'plot_published_jacobian', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance',
@@ -82,7 +82,7 @@ def flat_config(record: dict) -> dict:
     without = ('seed', 'measures', 'lengths', 'n_questions', *FREE_FIELDS)
     return {name: value for name, value in flat.items() if name.split('.')[-1] not in without}
 
-def differences(records: list[dict]) -> dict[str, list]:
+def varied_fields(records: list[dict]) -> dict[str, list]:
     """Fields in which runs differ, with their values in order of appearance; seeds and fields without
     influence on the result aside."""
     flat = [flat_config(r) for r in records]
@@ -93,7 +93,7 @@ def differences(records: list[dict]) -> dict[str, list]:
 def varied_field(records: list[dict]) -> str:
     """The field that a study varies: depth if the runs differ in it, else the best known field in which
     they do."""
-    found = differences(records) if records else {}
+    found = varied_fields(records) if records else {}
     return next((f for f in [*SETTINGS, *found] if f in found), DEPTH)
 
 def by_setting(records: list[dict], by: str = DEPTH) -> dict:
@@ -106,7 +106,7 @@ def by_setting(records: list[dict], by: str = DEPTH) -> dict:
         groups.setdefault(_setting(r, by), []).append(r)
     for value, group in groups.items():
         group.sort(key=lambda r: r['seed'])
-        for name, values in differences(group).items():
+        for name, values in varied_fields(group).items():
             raise ValueError(f'the runs with {label(value, by)} differ in {name} '
                              f'({", ".join(map(str, values))}): choose one before drawing')
     return groups

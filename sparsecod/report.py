@@ -27,7 +27,7 @@ import pandas as pd
 from .claims import HEADS, ledger_cells, number, verdict_counts
 from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer
 from .explorers import template_text
-from .figures import DEPTH, SETTINGS, VARIANT, by_setting, differences, finished, flat_config
+from .figures import DEPTH, SETTINGS, VARIANT, by_setting, varied_fields, finished, flat_config
 from .figures import label, runs_text, span
 from .figures import varied_field
 from .integrity import Damaged, read_object, write_text
@@ -779,7 +779,7 @@ def write_report(records: list[dict], path: str | Path, ledger_rows: list[dict] 
         metric = 'causal' if any(read_metric(r, 'causal') for r in done) else 'val_loss'
         charts = [results_explorer(records, studies={about: groups}, metric=metric),
                   surgery_explorer(records, None)]
-    differ = [[name, ', '.join(map(_plain, values))] for name, values in differences(records).items()]
+    differ = [[name, ', '.join(map(_plain, values))] for name, values in varied_fields(records).items()]
     runs = [_run_row(r, name) for name, group in groups.items() for r in group]
     short = lambda x: _few(x) if isinstance(x, float) else x
     text = TEMPLATES.get_template('study.html').render(

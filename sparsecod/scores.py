@@ -9,8 +9,8 @@ __all__ = ['PAIRS', 'Keep', 'SIGNED', 'SCORES_SCHEMA', 'FORMAT', 'ScoreConfig', 
            'linear_losses', 'measure_batch', 'Costs', 'batch_costs', 'block_runs', 'n_probes', 'join_jacobians',
            'pair_mean', 'usefulness_scores', 'intervention_scores', 'stream_scores', 'block_jacobian',
            'jacobian_scores', 'scoring_model', 'untouched', 'to_lists', 'attention_numbers', 'work_bytes',
-           'needed_bytes', 'Plan', 'plan_memory', 'planned_work', 'measure', 'measured_costs', 'expected_seconds',
-           'text_config', 'score_model', 'all_estimates', 'summarise', 'check_sequences', 'check_windows',
+           'needed_bytes', 'MemoryPlan', 'plan_memory', 'planned_work', 'measure', 'measured_costs', 'expected_seconds',
+           'text_config', 'score_model', 'all_estimates', 'estimate_scores', 'check_sequences', 'check_windows',
            'check_held_out', 'with_true_names', 'scores_frame', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
@@ -596,19 +596,19 @@ def needed_bytes(model: Transformer, B: int, N: int, T: int, as_published: bool 
     return _fixed_bytes(model, N, T, as_published) + max(batch, jacobian, summary)
 
 # %% ../nbs/build/07_scores.ipynb #a513eb8e
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
     "How much to do at once."
     sequences: int  # B
     copies: int     # of a sequence, for Jacobians
 
 def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory: int | None = None,
-                as_published: bool = False) -> Plan:
+                as_published: bool = False) -> MemoryPlan:
     """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32
     copies; None: that many sequences."""
     most = max(1, min(32, 4096 // T))
     # small enough for its caches
     if next(model.parameters()).device.type == 'cpu': most = max(1, min(most, 512 // T))
-    if memory is None: return Plan(config.batch_size, most)
+    if memory is None: return MemoryPlan(config.batch_size, most)
     probes, n = n_probes(config, model.config.d_model), min(config.n_jacobian, N)
     need = lambda B: needed_bytes(model, B, N, T, as_published, config.n_bootstrap, n, probes)
     if need(1) > memory:
@@ -618,13 +618,13 @@ def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory:
     copies = (memory - _fixed_bytes(model, N, T,
                                     as_published) - _jacobian_bytes(model, T, n,
                                                                     probes)) // work_bytes(model, T)
-    return Plan(B, max(1, min(most, copies)))
+    return MemoryPlan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
 _MEASUREMENT = 3   # version of what the pieces of work measure
 
 def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                     plan: Plan,
+                     plan: MemoryPlan,
                     as_published: bool, swapped: Tensor) -> dict:
     "What a measurement depends on, for JSON."
     settings = {name: value for name, value in config.to_dict().items()
@@ -640,7 +640,8 @@ def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, c
                 **{name: tensor_hash([(name, x)]) for name, x in tensors.items()})
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
-def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig, plan: Plan,
+def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
+                 plan: MemoryPlan,
                  as_published: bool = False, swapped: Tensor | None = None,
                  c: Costs | None = None) -> dict[str, float]:
     "Costs of all parts of a measurement by name, in order; c=None: from the sizes of the model."
@@ -658,7 +659,7 @@ def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, confi
 # gets a part by its name, or makes it
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
-def _measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, name: str) -> list:
+def _measured_maps(model: Transformer, windows: Tensor, plan: MemoryPlan, keep: Keep, name: str) -> list:
     "Affine maps of all blocks as from `fit_blocks`, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
@@ -666,7 +667,7 @@ def _measured_maps(model: Transformer, windows: Tensor, plan: Plan, keep: Keep, 
     found = keep(name, make)
     return list(zip(found['A'], found['b'], found['rank'].tolist()))
 
-def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: Plan,
+def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: MemoryPlan,
                         keep: Keep) -> list[dict]:
     """Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `join_jacobians`; from disk
     where they are there."""
@@ -684,7 +685,7 @@ def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
             progress: bool = False,
-            plan: Plan | None = None, parts: Parts = Parts(), as_published: bool = False,
+            plan: MemoryPlan | None = None, parts: Parts = Parts(), as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of
     `measure_batch`, joined; of _measured_jacobians; and the ranks of the fits, (L,)."""
@@ -807,7 +808,8 @@ def score_model(
     with untouched(model), nullcontext() if memory else kept_memory():   # what is kept may exceed the bound
         measured = measure(scoring_model(model), windows, fit_windows, config, progress, plan,
                            Parts(resume, key), as_published, swapped)
-    return summarise(*measured, config, windows, fit_windows, model.config.d_model, pair_intervals, swapped)
+    return estimate_scores(*measured, config, windows, fit_windows, model.config.d_model, pair_intervals,
+                           swapped)
 
 # %% ../nbs/build/07_scores.ipynb #c5ed9690
 SIGNED = ('linear_loss_increase', 'skip_loss_increase')   # scores that can be negative
@@ -821,7 +823,7 @@ def all_estimates(m: dict[str, Tensor], smooth: dict[str, Tensor], config: Score
                                                 'permutation_without_block_1')}
     return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
-def summarise(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig, windows: Tensor,
+def estimate_scores(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig, windows: Tensor,
               fit_windows: Tensor, D: int, pair_intervals: bool = False,
               swapped: Tensor | None = None) -> dict:
     "From the three results of `measure` to scores with intervals, as `score_model` gives them."

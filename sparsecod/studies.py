@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'MEASURES', 'SCALES', 'ALWAYS', 'STUDIES', 'MAIN', 'PUBLISHE
            'training_bytes', 'check_folder', 'check_file', 'make_record', 'work_folder', 'write_record', 'check_record',
            'read_record', 'fit_vocabulary', 'Place', 'hold', 'forget', 'label_folder', 'read_run', 'complete', 'stored',
            'check_training', 'run', 'seed_list', 'Study', 'add_study', 'equivalent_decay', 'study_named', 'worker',
-           'Job', 'Progress', 'Supervisor', 'ClusterRun', 'plan', 'RunsFailed', 'run_study', 'variant_key',
+           'PlannedRun', 'Progress', 'Supervisor', 'ClusterRun', 'plan', 'RunsFailed', 'run_study', 'variant_key',
            'variant_keys', 'by_variant', 'one_corpus', 'read_records', 'load_results', 'read_metric', 'passed',
            't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
@@ -881,7 +881,7 @@ def worker():
     sys.stderr.flush()
     os._exit(code)  # at once, without waiting for the thread that reads the pipe
 
-class Job(NamedTuple):
+class PlannedRun(NamedTuple):
     "A run that is to be done."
     name: str          # of the run
     config: RunConfig  # what to run
@@ -914,7 +914,7 @@ def _start_worker(orders: dict, folder: Path, **environment: str) -> subprocess.
         process.stdin.flush()
     return process
 
-def _progress_of(job: Job) -> tuple[int, str]:
+def _progress_of(job: PlannedRun) -> tuple[int, str]:
     "Steps that a run has done and what it is doing, from its files."
     if (job.place.work / 'result.json').exists(): return job.config.train.steps, 'scoring'
     try:
@@ -925,7 +925,7 @@ def _progress_of(job: Job) -> tuple[int, str]:
     return (newest['step'], '' if newest['loss'] is None
             else f"loss {newest['loss']:.2f}, {newest['tokens_per_s']:,.0f} tok/s")
 
-def _complaint(job: Job, code: int) -> str:  # code: exit status of its process
+def _complaint(job: PlannedRun, code: int) -> str:  # code: exit status of its process
     "Why a run failed: the last line of what it said, or the signal that ended it."
     names = {s.value: s.name for s in signal.Signals}
     if code < 0: return f'ended by signal {-code} ({names.get(-code, "unknown")}); out of memory?'
@@ -970,7 +970,7 @@ def _own_gpus() -> list[str]:
 @dataclass
 class Supervisor:
     "Runs jobs in a number of processes at a time."
-    waiting: list[Job]   # longest first
+    waiting: list[PlannedRun]   # longest first
     out: Path            # where records go
     work: Path           # where work goes
     slots: int           # processes at a time
@@ -982,7 +982,7 @@ class Supervisor:
         self.active, self.failed, self.finished = {}, {}, []
         self.gpus, self.parting = _own_gpus(), 'stopping; every run at work saves a checkpoint'
 
-    def start(self, job: Job, slot: int) -> subprocess.Popen:
+    def start(self, job: PlannedRun, slot: int) -> subprocess.Popen:
         "Start a process for a job."
         gpu = dict(CUDA_VISIBLE_DEVICES=self.gpus[slot % len(self.gpus)]) if self.gpus else {}
         return _start_worker(job.orders(self.out, self.work, self.threads), job.place.work, **gpu)
@@ -1083,7 +1083,8 @@ class _Followed:
         except Exception as error: write_text(self.folder / 'stderr.txt', f'{error}')
         return 1
 
-def _hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | None) -> dict[str, _Followed]:
+def _hand_over(jobs: list[PlannedRun], out: Path, work: Path, on: str,
+               at_once: int | None) -> dict[str, _Followed]:
     """Hand runs to a cluster; those that an earlier call has handed over and that wait or work there are
     only followed."""
     try: import submitit
@@ -1118,7 +1119,7 @@ def _hand_over(jobs: list[Job], out: Path, work: Path, on: str, at_once: int | N
 # %% ../nbs/tools/05_studies.ipynb #1219b0ad
 def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: str | Path, work: Path,
          force: bool,
-         progress: bool) -> tuple[list[Job], list[Job]]:
+         progress: bool) -> tuple[list[PlannedRun], list[PlannedRun]]:
     """All runs of a study in its order, and those that are still to be done, longest first; one that cannot
     be done is an error. With `force`, what is there is deleted first."""
     every, waiting = [], []
@@ -1126,7 +1127,7 @@ def plan(study: Study, scale: str | RunConfig, seeds: int | Iterable[int], out: 
         place = _locate(config, out, work, progress)
         if force: forget(place)
         cost = flops_per_token(place.config.model) * config.train.steps * config.train.tokens_per_step
-        every.append(Job(place.record.stem, config, place, cost))
+        every.append(PlannedRun(place.record.stem, config, place, cost))
         record = stored(place)
         if record is not None and not _missing_measures(record, place.config): continue
         try: _check_run(place)

@@ -145,7 +145,8 @@ class Folded(Processor):
     "The code of a cell that is tagged `fold` is there, behind a click that says what it defines."
     def cell(self, cell):
         if 'fold' not in cell.get('metadata', {}).get('tags', []): return
-        named = [n.name.lstrip('_') for n in ast.parse(cell.source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        named = [n.name.lstrip('_') for n in ast.parse(cell.source).body
+                 if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         said = 'Code' + f': {", ".join(dict.fromkeys(filter(None, named)))}' * any(named)
         cell.source = f'#| code-fold: true\n#| code-summary: "{said}"\n{cell.source}'
 

@@ -16,7 +16,7 @@ import torch
 
 import sparsecod
 from sparsecod import cli
-from sparsecod.cli import OPTIONS, SCALE_NAMES, SOURCES, _MINUTES, main, parser, setting
+from sparsecod.cli import OPTIONS, SCALE_NAMES, SPARSITY_OPTIONS, _MINUTES, main, parser, setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
 from sparsecod.studies import MAIN, _PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
@@ -92,7 +92,7 @@ def test_every_source_of_sparsity_has_options(type_in, tmp_path):
     m, t = config.model, config.train
     assert (t.weight_decay, t.decay_groups, m.context_length, m.n_kv_heads, m.n_experts, m.experts_per_token,
             m.gates) == (.5, 'all', 64, 2, 8, 2, 'renormalised')
-    assert len(SOURCES) == len(options.split()) / 2
+    assert len(SPARSITY_OPTIONS) == len(options.split()) / 2
     for option, value in (('--experts-per-token', '9'), ('--gates', 'open'), ('--kv-heads', '3'),
                           ('--decays', 'some')):
         code, text, errors = type_in(f'train {tmp_path} --scale laptop --experts 8 {option} {value} --show')

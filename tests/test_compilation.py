@@ -122,10 +122,10 @@ def test_optimised_bf16_training_has_the_loss_of_plain_fp32(tmp_path, monkeypatc
 def times(monkeypatch, seconds: dict):
     "Let steps take given times instead of measuring them."
     asked = []
-    def step_seconds(loss, model, windows, bf16, watch):
+    def pass_seconds(loss, model, windows, bf16, watch):
         asked.append((isinstance(loss, CompiledLoss), bf16))
         return seconds[asked[-1]]
-    monkeypatch.setattr(compilation, 'step_seconds', step_seconds)
+    monkeypatch.setattr(compilation, 'pass_seconds', pass_seconds)
     return asked
 
 
@@ -174,10 +174,10 @@ def test_without_a_compiler(trial, monkeypatch):
 
 
 def test_a_compiler_that_fails_costs_its_speed_only(trial, monkeypatch):
-    def step_seconds(loss, model, windows, bf16, watch):
+    def pass_seconds(loss, model, windows, bf16, watch):
         if isinstance(loss, CompiledLoss): raise RuntimeError('internal compiler error')
         return SECONDS[False, bf16]
-    monkeypatch.setattr(compilation, 'step_seconds', step_seconds)
+    monkeypatch.setattr(compilation, 'pass_seconds', pass_seconds)
     found = choose_execution(*trial, 1000, 'auto', 'auto')
     assert found[:2] == ('fp32', False) and 'internal compiler error' in found.why
 
@@ -327,7 +327,7 @@ def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
         asked.append(loss)
         if isinstance(loss, compilation.CompiledLoss): raise RuntimeError('no such compiler')
         return 1.
-    monkeypatch.setattr(compilation, 'step_seconds', seconds)
+    monkeypatch.setattr(compilation, 'pass_seconds', seconds)
     found = [choose_execution(*trial, 1000, 'fp32', 'auto') for _ in range(2)]
     assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss)
                                                       for loss in asked) == 2, found

@@ -11,7 +11,7 @@ from sparsecod.exchange import stock_family
 from sparsecod.layers import rope_angles
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import SCALES, RunConfig, vary
-from sparsecod.theory import jacobian_deviation, stream_variance
+from sparsecod.theory import expected_jacobian_deviation, stream_variance
 from sparsecod.train import TrainConfig, evaluate
 from sparsecod.twins import rescale
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,7 +41,8 @@ def test_a_placement_of_norms_is_one_entry_of_the_table(monkeypatch):
     a = norm(block.attention(h, rope))
     torch.testing.assert_close(block(h, rope).stream, h + a + norm(block.feed_forward(h + a)))
     assert sum(p.numel() for p in model.parameters()) == param_counts(model.config)['total']
-    for use in (stream_variance, jacobian_deviation, stock_family, lambda config: rescale(model, 2.)):
+    for use in (stream_variance, expected_jacobian_deviation, stock_family,
+                lambda config: rescale(model, 2.)):
         with pytest.raises(ValueError, match="norm='branch_ln'.*pre_ln"): use(model.config)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.corrections import (MAIN, TRAPS, AffineBlock, affine_ratios, auxiliary_weights,
+from sparsecod.corrections import (JUDGED_BY, TRAPS, AffineBlock, affine_ratios, auxiliary_weights,
                                    branch_variances, causal_from_states, choices, _chosen_scores,
                                    closing_table, combine, context_rows, corrections, corrections_table,
                                    decay_rows, decaying, full_block_runs, gate_rows,
@@ -62,7 +62,7 @@ def corpus(): return Corpus.from_texts([f'def f{i}(x): return x + {i * 37 % 101}
 # ---- rows
 
 def test_every_trap_has_a_name_and_a_main_quantity():
-    assert list(TRAPS) == list(MAIN) == list(range(1, 14)) and all(TRAPS.values())
+    assert list(TRAPS) == list(JUDGED_BY) == list(range(1, 14)) and all(TRAPS.values())
 
 
 @pytest.mark.parametrize('published, ours, expected', [(2, 1, 2), (1, 2, .5), (-3, -1, 3), (0, 0, 1),
@@ -103,7 +103,7 @@ def test_intervals_are_over_models():
 
 def test_the_largest_effect_comes_first_in_either_direction():
     rows = [row(13, 'loss', .99, 1), row(11, 'loss', .1, 1), row(5, 'causal score', 3, 1),
-            row(1, MAIN[1], -1, 1), row(3, 'another quantity', 99, 1)]
+            row(1, JUDGED_BY[1], -1, 1), row(3, 'another quantity', 99, 1)]
     assert [c['trap'] for c in ordered(rows)] == [11, 5, 13, 1]
     assert closing_table(rows).count('\n') == 1 + 4
 

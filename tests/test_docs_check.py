@@ -199,7 +199,8 @@ def write_site(
     faults: dict,  # name -> what is planted; each gets a page of its own
     listed=(),     # more lines of the sidebar
     # what notebooks go through
-    procs='processors:ShownOnce processors:Folded processors:Signatures processors:OwnLinks processors:html_for_quarto',
+    procs='processors:ShownOnce processors:Folded processors:Signatures processors:OwnLinks '
+          'processors:html_for_quarto',
     tables='none', # what Quarto does with tables in raw HTML
 ):
     "A small checkout."

@@ -221,6 +221,14 @@ def test_imports_point_one_way():
     assert set(exported_modules()) <= set(order)
 
 
+def test_no_public_name_is_in_two_modules():
+    places = {}
+    for module in exported_modules():
+        for public in importlib.import_module(f'sparsecod.{module}').__all__:
+            places.setdefault(public, []).append(module)
+    assert not {public: modules for public, modules in places.items() if len(modules) > 1}
+
+
 def test_package_needs_no_developer_tools():
     tools = [re.split(r'[<>=!~\[]', r)[0] for r in settings()['dev_requirements'].split()] + ['IPython']
     modules = [p.stem for p in sorted((ROOT / 'sparsecod').glob('*.py'))

@@ -803,7 +803,7 @@ def test_memory_stays_within_its_bound(kind):
         assert live.most <= memory
         used.append(live.most)
         with Live() as live:
-            scores_module.summarise(*found, config, w, fit, m.config.d_model, pair_intervals=True)
+            scores_module.estimate_scores(*found, config, w, fit, m.config.d_model, pair_intervals=True)
         assert live.most <= memory
         held = score_model(m, w, fit, config, progress=False, memory=memory)['scalars']
         for name, s in plain.items():
@@ -850,7 +850,7 @@ def test_the_intervals_are_within_the_bound():
         measured, *rest = scores_module.measure(m, w[:2], fit, config, swapped=choose_pairs(L))
     # as of N sequences
     many = {name: torch.cat(N // 2 * [x], 1 if name == 'variance' else -1) for name, x in measured.items()}
-    with Live() as live: scores_module.summarise(many, *rest, config, w, fit, 16, pair_intervals=True)
+    with Live() as live: scores_module.estimate_scores(many, *rest, config, w, fit, 16, pair_intervals=True)
     print(f'{live.most} of {memory} bytes')
     assert live.most <= memory < 8 * 1001 * 5 * L * L
 

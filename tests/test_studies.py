@@ -587,7 +587,7 @@ def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, 'kill', lambda *a: pytest.fail('a signal was sent'))
     monkeypatch.setattr(subprocess.Popen, 'terminate', lambda self: pytest.fail('a signal was sent'))
     place = _locate(LONG, tmp_path, progress=False)
-    job = module.Job(place.work.name, LONG, place, 1.)
+    job = module.PlannedRun(place.work.name, LONG, place, 1.)
     s = module.Supervisor([job], tmp_path, tmp_path / '.work', 1, 1, 'title')
     s.fill()
     process = s.active[0][1]
@@ -601,7 +601,7 @@ def test_every_end_of_a_process_is_put_into_words(tmp_path):
     place = module.Place(QUICK, None, tmp_path / 'x.json', tmp_path)
     (tmp_path / 'stderr.txt').write_text('', encoding='utf-8')
     for code in (-9, -34, -63, 1, 0xC0000005):
-        assert str(abs(code)) in module._complaint(module.Job('x', QUICK, place, 1.), code)
+        assert str(abs(code)) in module._complaint(module.PlannedRun('x', QUICK, place, 1.), code)
 
 
 def test_plain_lines_now_and_then(capfd):
@@ -663,7 +663,7 @@ def test_a_cluster_makes_what_is_missing_once(done, tmp_path, capfd):
 def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkeypatch):
     submitit = pytest.importorskip('submitit')
     place = _locate(QUICK, tmp_path, progress=False)
-    job, handed = module.Job(place.work.name, QUICK, place, 1.), []
+    job, handed = module.PlannedRun(place.work.name, QUICK, place, 1.), []
     class Waiting(submitit.LocalJob):
         def done(self, force_check=False): return self.job_id == 'there'
     def map_array(self, function, *lists):
@@ -684,7 +684,8 @@ def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkey
 def test_a_job_that_has_to_leave_saves_and_would_go_on(tmp_path):
     pytest.importorskip('submitit')
     place = _locate(LONG, tmp_path, progress=False)
-    orders, task = (module.Job(place.work.name, LONG, place, 1.).orders(tmp_path, tmp_path / '.work', 1),
+    orders, task = (module.PlannedRun(place.work.name, LONG, place,
+                                      1.).orders(tmp_path, tmp_path / '.work', 1),
                     module.ClusterRun())
     task.process = module._start_worker(orders, place.work)
     wait_for(lambda: list(place.work.glob('checkpoints/step-*')), task.process)
@@ -699,7 +700,7 @@ def test_a_cluster_that_cannot_be_used_is_refused(on, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '/nowhere')
     place = _locate(QUICK, tmp_path, progress=False)
     with pytest.raises(ValueError, match=on.split()[0]):
-        module._hand_over([module.Job('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
+        module._hand_over([module.PlannedRun('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
 
 
 # ---- intervals and statistics
