@@ -194,10 +194,10 @@ def _formula_lines() -> alt.Chart:
                         adds | adds1)
     chart = chart.transform_window(v='sum(add)', v1='sum(add1)', frame=[None, 0], sort=[alt.SortField('l')])
     says = ("datum.l == L ? 'With ' + names[norm] + ' and L = ' + L + ', the last stream has variance ' "
-            """+ format(datum.v, '.3~g') + ' at density ' + p + ' and ' + format(datum.v1, '.3~g') + '
-            without masks. """
-            """The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ',
-            and by ' """
+            "+ format(datum.v, '.3~g') + ' at density ' + p + ' and ' + format(datum.v1, '.3~g') + ' without "
+            "masks. "
+            "The Jacobian of the last block deviates from the identity by ' + format(datum.j, '.3~g') + ', "
+            "and by ' "
             "+ format(datum.j1, '.3~g') + ' without masks.' : null")
     return _calculated(chart, reads | reads1 | dict(says=says))
 
@@ -378,10 +378,10 @@ def _forest() -> alt.LayerChart:
                        dict(estimate='datum.found[metric]', on=_PICKED))
     says = ("!datum.on ? null : !datum.estimate ? datum.label + ': ' + metrics[metric].title + ' was not "
             "measured.' : "
-            """datum.label + ': ' + metrics[metric].title + ' ' + format(datum.value, '.3~g') + (datum.low
-            == datum.high ? """
-            """(datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval
-            ' + """
+            "datum.label + ': ' + metrics[metric].title + ' ' + format(datum.value, '.3~g') + (datum.low == "
+            "datum.high ? "
+            "(datum.n > 1 ? ', the same in all ' + datum.n + ' seeds.' : ', one seed.') : ', 95 % interval ' "
+            "+ "
             "format(datum.low, '.3~g') + ' to ' + format(datum.high, '.3~g') + "
             "(datum.n > 1 ? ' over ' + datum.n + ' seeds.' : ' over held-out sequences, one seed.'))")
     parts = {name: f'datum.estimate ? datum.estimate[{i}] : {0 if name == "n" else "null"}'
@@ -418,8 +418,8 @@ def _paper_chart() -> alt.Chart:
     numbers = alt.Chart(alt.NamedData('paper')).transform_filter(
         'datum.study == study && datum.metric == metric')
     title = alt.Title(alt.expr(
-        """(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean
-        downstream accuracy' : """
+        "(isDefined(metrics[metric].published[study]) ? 'Paper: ' + (metric == 'accuracy' ? 'mean downstream "
+        "accuracy' : "
         "metrics[metric].title) : 'The paper gives no numbers for this metric and study')"))
     rings = _calculated(numbers, _bent(log, 'value')).mark_point(size=90, strokeWidth=2, strokeDash=[3, 2],
                                                                  color=GREY)
@@ -572,8 +572,8 @@ def _block_bars() -> alt.LayerChart:
              "+ format(100 * datum.causal[datum.J - 1], '.3~g') + ' % of its size.' : '')",
         linear=f"'With its best affine map in place of block ' + datum.b + ', the loss ' + "
                f"{rises('datum.linear')} "
-               """+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio >
-               datum.threshold ? 'useful' : 'not useful') """
+               "+ '. The ratio ' + format(datum.ratio, '.3f') + ' makes it ' + (datum.ratio > "
+               "datum.threshold ? 'useful' : 'not useful') "
                "+ ' at the threshold ' + format(datum.threshold, '.2f') + '.'",
         swap="datum.b == datum.J ? 'Choose two different blocks to swap.' : 'With blocks ' + datum.b + ' and "
              "' + datum.J "
@@ -642,8 +642,8 @@ def surgery_explorer(records: list[dict], study: str | None = 'depth', model: st
     bars = _block_bars()
     bars.layer[0] = bars.layer[0].add_params(pick)
     swaps = _pair_map('swap', 'swap', 'Swap blocks: relative change of the loss',
-                      """datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j ==
-                      datum.J || """
+                      "datum.now == 'swap' && datum.I != datum.J && (datum.i == datum.I && datum.j == "
+                      "datum.J || "
                       "datum.i == datum.J && datum.j == datum.I)")
     causal = _pair_map('causal', 'skip', 'Skip block i: relative change of update j',
                        "datum.now == 'skip' && datum.i == datum.I")

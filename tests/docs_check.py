@@ -2,7 +2,7 @@
 test-all`.
 
     python tests/docs_check.py
-    python tests/docs_check.py --pages FOLDER
+    python tests/docs_check.py --pages FOLDER [--check]
 
 Every notebook goes through nbdev's processing, is put together as Quarto does it, and then goes through
 pandoc, the engine inside Quarto, into a temporary folder. Of the pages this checks that links, anchors,
@@ -13,7 +13,7 @@ lead to what the page means, that scripts and drawings arrive as they were store
 what Python gives now. Nothing is skipped: what is needed and not there ends the check with a sentence that
 says what to do.
 
-The second form writes the pages into a folder, to be read in a browser. That is a preview and not the page
+The second form writes the pages into a folder, to be read in a browser, and checks them only if asked. That is a preview and not the page
 that Quarto makes: text, formulas, figures, explorers and links are the site's, the layout is not.
 
 Pandoc comes in the package pypandoc-binary, node in playwright, and KaTeX in jupyterlab.
@@ -1130,12 +1130,15 @@ def preview_page(
 def write_pages(
     target: Path,       # folder; pages in it are replaced
     root: Path = ROOT,  # a checkout
+    site: Site | None = None,  # as from `check`; None: processed here
 ) -> Site:              # what was written
     "Write all pages as they can be had without Quarto."
     pandoc_path()
-    site = read_site(Path(root).resolve())
-    with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
-    for page in site.pages.values(): page.text, _ = compose(page)
+    if site is None:
+        site = read_site(Path(root).resolve())
+        with TemporaryDirectory() as folder: site.pages = read_pages(site, Path(folder))
+        for page in site.pages.values(): page.text, _ = compose(page)
+    Path(target).mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / 'sparsecod' / 'templates' / 'vega.js', target)
     for page in site.pages.values():
         file = Path(target) / page.output
@@ -1164,16 +1167,20 @@ def main():
     parser.add_argument('root', nargs='?', type=Path, default=ROOT,
                         help='the checkout (default: the one that this file is in)')
     parser.add_argument('--pages', type=Path, metavar='FOLDER',
-                        help='check nothing, but write a preview of the pages into this folder')
+                        help='write a preview of the pages into this folder, and check nothing')
+    parser.add_argument('--check', action='store_true', help='with --pages: check all the same')
     # only process, for `read_pages`
     parser.add_argument('--process', type=Path, metavar='FOLDER', help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.process: return process_notebooks(given.process)
     try:
+        if not given.pages or given.check: site, wrong = check(given.root)
+        else: site, wrong = None, []
         if given.pages:
-            return print(f'{len(write_pages(given.pages, given.root).pages)} pages of a preview, not as '
-                         f'Quarto makes them: open {given.pages / "index.html"}.')
-        site, wrong = check(given.root)
+            site = write_pages(given.pages, given.root, site)
+            print(f'{len(site.pages)} pages of a preview, not as Quarto makes them: open '
+                  f'{given.pages / "index.html"}.')
+            if not given.check: return
     except Missing as missing: sys.exit(f'docs-check cannot run: {missing}')
     for problem in wrong: print(problem)
     sys.exit(f'{len(wrong)} problems in the docs ({summary(site)}).') if wrong else print(

@@ -41,9 +41,9 @@ def site(request, tmp_path_factory):
     "The address that all pages and their files start with."
     folder = request.config.getoption('--site')
     if folder is None:
-        folder = tmp_path_factory.mktemp('site')
-        docs_check.write_pages(folder)
-        yield f'{folder.as_uri()}/'
+        folder = request.config.getoption('--preview')
+        if folder is None: docs_check.write_pages(folder := tmp_path_factory.mktemp('site'))
+        yield f'{Path(folder).resolve().as_uri()}/'
         return
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
