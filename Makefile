@@ -31,7 +31,7 @@ ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb nbs/beyond/*.ipynb nbs/reference/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce chapters test test-all chromium docs docs-check docs-look preview readme export clean-notebooks dist clean
+.PHONY: help env reproduce lint chapters test test-all chromium docs docs-check docs-look preview readme export clean-notebooks dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,12 +58,14 @@ reproduce: $(STAMP)  ## Train two models and set them beside the record, or run 
 # What a contributor runs all day: the building chapters and the tests of what they build.
 QUICK := $(addprefix tests/test_,core.py moe.py ngrams.py sparsity.py theory.py)
 
-chapters: $(STAMP)  ## Check that notebooks and package agree, lint, and run the building chapters
+lint: $(STAMP)  ## Check that notebooks and package agree, and that the code is in order
 	@echo '== Do notebooks and package agree?'
 	$(BIN)/python tests/drift.py
 	@echo '== Is the code in order?'
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
+
+chapters: lint  ## Lint, and run the building chapters
 	@echo '== Do the building chapters run?'
 	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/build --do_print --timing
 
@@ -71,9 +73,9 @@ test: chapters  ## Run the quick tests: the building chapters and the tests of t
 	@echo '== Tests of the model'
 	$(ONE_CORE) $(BIN)/python -m pytest -n logical --dist loadfile $(QUICK)
 
-test-all: chromium chapters  ## Run all tests: chapters, tools, studies, docs, pytest with site and browser
-	@echo '== Do the tools run?'
-	$(ONE_CORE) $(BIN)/nbdev_test --path nbs/tools --do_print --timing
+test-all: chromium lint  ## Run all tests: chapters, tools, studies, docs, pytest with site and browser
+	@echo '== Do the building chapters and the tools run?'
+	$(ONE_CORE) $(BIN)/nbdev_test --path nbs --folder_re 'build|tools' --skip_file_re '^([_.]|index)' --do_print --timing
 	@echo '== Do the other pages run, and are their stored outputs true?'
 	$(ONE_CORE) $(BIN)/python tests/stored_outputs.py $(READ_BACK)
 	@echo '== Are the docs in order?'

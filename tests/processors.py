@@ -148,7 +148,9 @@ class Folded(Processor):
         named = [n.name.lstrip('_') for n in ast.parse(cell.source).body
                  if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         said = 'Code' + f': {", ".join(dict.fromkeys(filter(None, named)))}' * any(named)
-        cell.source = f'#| code-fold: true\n#| code-summary: "{said}"\n{cell.source}'
+        own = '\n'.join(line for line in cell.source.split('\n')  # nbdev says that exported code may be folded
+                        if not line.startswith(('#| code-fold:', '#| code-summary:')))
+        cell.source = f'#| code-fold: true\n#| code-summary: "{said}"\n{own}'
 
 
 class Signatures(Processor):

@@ -95,7 +95,7 @@ def test_what_shows_its_source_is_not_documented_besides(root):
 
 
 def test_code_is_folded_where_it_is_tagged(root):
-    cells = [mk_cell('#| exports\ndef _one(): pass\nclass Two: pass'), mk_cell('one()'), mk_cell('1 + 1')]
+    cells = [mk_cell('#| exports\ndef _one(): pass\nclass Two: pass'), mk_cell('one()'), mk_cell('#| code-fold: show\n1 + 1')]
     for cell in cells[::2]: cell['metadata'] = {'tags': ['fold']}
     after = [cell.source for cell in processed(root, 'build/01_layers.ipynb', cells, processors.Folded)]
     assert [source.startswith('#| code-fold: true\n#| code-summary: "Code')
