@@ -5,7 +5,8 @@ nbdev links any name in backticks to whatever symbol of any module is called so,
 `OwnLinks` takes its place: a name is linked if it means that symbol on this page, and the link stays on the
 site. `html_for_quarto` turns HTML outputs into raw blocks, as Quarto would load scripts from other hosts
 for them. `Folded` folds the cells that are tagged so. `ShownOnce` leaves out the documentation of symbols
-whose source is shown; `Signatures` shows what a class is called with where nbdev shows (*args, **kwargs).
+whose source is shown; `Signatures` shows what a class is called with where nbdev shows (*args, **kwargs),
+and slants the whole first paragraph of a docstring, as nbdev does its first line.
 """
 import ast
 import importlib
@@ -24,6 +25,8 @@ NAME = re.compile(r'\[(?:[^\[\]]|\[[^\[\]]*\])*\]\([^)]*\)|`([A-Za-z_][\w.]*)(\(
 FENCE = re.compile(r' {0,3}(`{3,}|~{3,})')
 SHOWN = re.compile(r'^show_doc\((\w+)', re.M)  # the cells in which nbdev documents a symbol
 HEADING = re.compile(r'^#+ (\w+)$', re.M)  # of one word: links to a symbol of that name lead there
+# nbdev slants the first line only
+SUMMARY = re.compile(r'^\*([^*\n]+)\*\n((?:[\w`(\[$=+][^*\n]*\n?)+)', re.M)
 BARE = re.compile(r'^def (\w+)\(\s*\*args,\s*\*\*kwargs\s*\)', re.M)
 
 
@@ -148,7 +151,8 @@ class Folded(Processor):
         named = [n.name.lstrip('_') for n in ast.parse(cell.source).body
                  if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         said = 'Code' + f': {", ".join(dict.fromkeys(filter(None, named)))}' * any(named)
-        own = '\n'.join(line for line in cell.source.split('\n')  # nbdev says that exported code may be folded
+        # nbdev says that exported code may be folded
+        own = '\n'.join(line for line in cell.source.split('\n')
                         if not line.startswith(('#| code-fold:', '#| code-summary:')))
         cell.source = f'#| code-fold: true\n#| code-summary: "{said}"\n{own}'
 
@@ -171,5 +175,6 @@ class Signatures(Processor):
         if not cell.source.endswith(')') or not SHOWN.search(cell.source): return
         for output in cell.outputs:
             text = BARE.sub(self.signature, joined(output['data']['text/markdown']))
+            text = SUMMARY.sub(lambda m: f'*{m[1]} {" ".join(m[2].split())}*\n', text)
             output['data']['text/markdown'] = re.sub(r'<?__main__\.(\w+)(?: object at 0x[0-9a-f]+>)?',
                                                      lambda m: m[1] + '()' * m[0].startswith('<'), text)

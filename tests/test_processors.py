@@ -95,7 +95,8 @@ def test_what_shows_its_source_is_not_documented_besides(root):
 
 
 def test_code_is_folded_where_it_is_tagged(root):
-    cells = [mk_cell('#| exports\ndef _one(): pass\nclass Two: pass'), mk_cell('one()'), mk_cell('#| code-fold: show\n1 + 1')]
+    cells = [mk_cell('#| exports\ndef _one(): pass\nclass Two: pass'), mk_cell('one()'),
+             mk_cell('#| code-fold: show\n1 + 1')]
     for cell in cells[::2]: cell['metadata'] = {'tags': ['fold']}
     after = [cell.source for cell in processed(root, 'build/01_layers.ipynb', cells, processors.Folded)]
     assert [source.startswith('#| code-fold: true\n#| code-summary: "Code')
@@ -120,6 +121,16 @@ def test_a_signature_names_its_arguments(root, module, name, arguments):
     text = documented(root, module, name, BARE.format(name))
     assert 'kwargs' not in text and f'def {name}(' in text and all(f'\n    {a},' in text for a in arguments)
     assert bool(arguments) <= (',' in text)
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('*One line.*', '*One line.*'),
+    ('*A sentence*\nof two\n(or three) lines.\n\nMore.', '*A sentence of two (or three) lines.*\n\nMore.'),
+    ('*A sentence.*\n\nMore.', '*A sentence.*\n\nMore.'),
+    ('*A list:*\n- one\n- two', '*A list:*\n- one\n- two')])
+def test_the_first_paragraph_is_slanted_as_a_whole(root, text, expected):
+    assert documented(root, 'widgets', 'Panel',
+                      f'```python\ndef f():\n```\n\n{text}').endswith(f'\n\n{expected}')
 
 
 def test_a_signature_shows_no_address(root):
