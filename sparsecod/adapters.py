@@ -62,8 +62,8 @@ _LAYOUTS = (Layout('layers', 'norm'),              # Llama and the many that fol
            Layout('blocks', 'norm_f'))            # MPT
 
 def find_decoder(network: nn.Module) -> nn.Module:
-    """A causal language model of the transformers library without its head; itself if they cannot be told
-    apart."""
+    """A causal language model of the transformers library without its head;
+    itself if they cannot be told apart."""
     decoder = unwrap(network.get_decoder())
     # Llama 4 returns itself
     return decoder if decoder is not network else getattr(network, 'model', network)
@@ -104,8 +104,7 @@ def block_arguments(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -
         decoder(input_ids=tokens.clone(), use_cache=False)
     if [block for block, _, _ in calls] != list(blocks):
         raise ValueError(f'{type(decoder).__name__} must call each of its {len(blocks)} blocks once and in '
-                         f'order, '
-                         f'but made {len(calls)} calls')
+                         f'order, but made {len(calls)} calls')
     return [call[1:] for call in calls]
 
 # %% ../nbs/build/06_adapters.ipynb #ea33fbae
@@ -148,9 +147,9 @@ def _read_config(network: nn.Module, L: int) -> _AdaptedConfig:  # its sizes
     config, head = network.config.get_text_config(), network.get_output_embeddings()
     H = getattr(config, 'num_attention_heads', None)
     return _AdaptedConfig(type(network).__name__, head.weight.shape[0], L, config.hidden_size, H,
-                         getattr(config, 'num_key_value_heads', None) or H,
-                         getattr(config, 'max_position_embeddings', None),
-                         getattr(network, 'quantised', None))
+                          getattr(config, 'num_key_value_heads', None) or H,
+                          getattr(config, 'max_position_embeddings', None),
+                          getattr(network, 'quantised', None))
 
 # %% ../nbs/build/06_adapters.ipynb #46fbc202
 class Wrapper:
@@ -203,8 +202,8 @@ class _AdaptedStack(Wrapper):
         "Carry the stream (B, T, D) through blocks start + 1 .. stop; see `Stack.run`."
         L = len(self.blocks)
         if not 0 <= start <= L: raise ValueError(f'start={start} must be the index of a stream, 0 to {L}')
-        for l, (block, (args, kwargs)) in enumerate(list(zip(self.blocks, self.arguments(h)))[start:stop],
-                                                    start + 1):
+        for l, (block, (args, kwargs)) in enumerate(
+                list(zip(self.blocks, self.arguments(h)))[start:stop], start + 1):
             out = block(h, *args, **kwargs)
             before, h = h, out[0] if isinstance(out, tuple) else out                    # (B, T, D)
             if watch is not None: watch(l, _BlockUpdate(before, h))
@@ -267,8 +266,8 @@ def _why_not_blockwise(model, tokens: Tensor) -> str | None:
     if not own.isfinite().all(): return 'its own logits are not finite numbers; look at its weights'
     shape = tuple(model.embed(tokens[0]).shape)
     if shape != (*tokens[0].shape, model.config.d_model):
-        return (f'its first block receives a tensor of shape {shape}; looked for (sequences, positions, '
-                f'channels)')
+        return (f'its first block receives a tensor of shape {shape}; '
+                'looked for (sequences, positions, channels)')
     try: streams = _all_streams(model, tokens[0])
     except (RuntimeError, ValueError):
         model.broadcasts = False
@@ -278,10 +277,9 @@ def _why_not_blockwise(model, tokens: Tensor) -> str | None:
         return "blocks, final norm and head one after the other do not give the network's own logits"
     _all_streams(model, tokens[1])
     if l := _block_that_remembers(model, streams):
-        return (f'block {l} answers otherwise to the same stream once other tokens have been run, so it '
-                f'reads or keeps '
-                'more than its stream, as where blocks share values or keys, and no score of one block would '
-                'be right')
+        return (f'block {l} answers otherwise to the same stream once other tokens have been run, '
+                'so it reads or keeps more than its stream, as where blocks share values or keys, '
+                'and no score of one block would be right')
 
 @torch.no_grad()
 def check_logits(model):
@@ -316,8 +314,8 @@ def why_not_weights(network: nn.Module) -> str | None:
         return (f'{places["meta"]} is not in memory but on the meta device or offloaded; '
                 'load the model whole, without device_map and without init_empty_weights')
     if len(places) > 1:
-        return (f'its weights are spread over {", ".join(sorted(places))}; load it on one device, without '
-                f'device_map')
+        return (f'its weights are spread over {", ".join(sorted(places))}; '
+                'load it on one device, without device_map')
     packed = {name: w for name, w in network.named_buffers() if 'weight' in name}
     kinds = {name: w.dtype if type(w.data) is Tensor else type(w.data).__name__
              for name, w in (weights | packed).items()}
@@ -326,8 +324,7 @@ def why_not_weights(network: nn.Module) -> str | None:
     for name, kind in kinds.items():
         if kind not in FLOATS:
             return (f'its weights are not plain floating-point numbers ({name}: {kind}); hand in the model '
-                    f'as it was '
-                    'before it was quantised or sharded, or what its dequantize() returns')
+                    'as it was before it was quantised or sharded, or what its dequantize() returns')
 
 def _why_not(network: nn.Module) -> str | None:  # what is missing; None if all parts are there
     "Why a network cannot be adapted."
@@ -395,10 +392,10 @@ def find_folder(source: str | Path, trust_remote_code: bool = False) -> Path:
         from huggingface_hub import snapshot_download
         name, _, revision = str(source).partition('@')
         try:
-            folder = Path(snapshot_download(name, revision=revision or None,
-                                            allow_patterns=['*.json', '*.safetensors',
-                                                            '*.jinja'] + ['*.py'] * trust_remote_code,
-                                             ignore_patterns=['*/*', 'consolidated*']))
+            folder = Path(snapshot_download(
+                name, revision=revision or None,
+                allow_patterns=['*.json', '*.safetensors', '*.jinja'] + ['*.py'] * trust_remote_code,
+                ignore_patterns=['*/*', 'consolidated*']))
         except (OSError, ValueError) as error:
             raise ValueError(f'{source} is no folder here, and it cannot be fetched from the Hugging Face '
                              f'Hub: {error}') from error
@@ -426,9 +423,9 @@ def check_weights(folder: Path):
     pickles = sorted(file.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt')
                      for file in folder.glob(pattern))
     raise ValueError(f'{folder} holds no weights in safetensors files; looked for *.safetensors'
-                     + bool(pickles) * (
-        f", found {', '.join(pickles)}. A pickle can run any program when it is read, so it is not read: "
-        'convert it with save_pretrained on a machine where you trust it'))
+                     + bool(pickles) * (f", found {', '.join(pickles)}. A pickle can run any program when it "
+                                        'is read, so it is not read: convert it with save_pretrained '
+                                        'on a machine where you trust it'))
 
 # %% ../nbs/build/06_adapters.ipynb #b7d9e214
 def _gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
@@ -469,9 +466,8 @@ def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  #
                          f'them {lacking[0]}')
     if unused := sorted(found['unexpected_keys']):
         raise ValueError(f'{folder} has {len(unused)} weights that its config.json gives no place in a '
-                         f'{type(network).__name__}, '
-                         f'the first of them {unused[0]}; if they may be left out, load it with '
-                         f'AutoModelForCausalLM and hand in that')
+                         f'{type(network).__name__}, the first of them {unused[0]}; if they may be left out, '
+                         'load it with AutoModelForCausalLM and hand in that')
     return network
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
@@ -487,8 +483,8 @@ def load_model(folder: str | Path, trust_remote_code: bool = False) -> nn.Module
     check_weights(folder)
     if 'model_type' in settings: return load_network(folder, trust_remote_code)
     try:
-        # it prints
-        with redirect_stdout(StringIO()): return Transformer.from_pretrained(folder, strict=True).float()
+        with redirect_stdout(StringIO()):  # it prints
+            return Transformer.from_pretrained(folder, strict=True).float()
     except Exception as error: raise ValueError(f'{folder} holds no readable model ({error})') from error
 
 # %% ../nbs/build/06_adapters.ipynb #e1ca0119

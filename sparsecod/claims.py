@@ -689,9 +689,8 @@ def beside_record(records: list[dict], recorded: list[dict], study: str | Study)
                               and (m := read_metric(r, name))])
                        for runs in (ours, theirs))
         if not len(mine) or len(known) < 2: continue
-        middle, reach = (known.mean(),
-                         t.ppf(.975,
-                               len(known) - 1) * known.std(ddof=1) * (1 / len(known) + 1 / len(mine)) ** .5)
+        middle, reach = known.mean(), (t.ppf(.975, len(known) - 1) * known.std(ddof=1)
+                                       * (1 / len(known) + 1 / len(mine)) ** .5)
         away = mine.mean() - middle
         verdict = ('agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if ratio
                    else f'differs by {away:+.2g}')
@@ -765,15 +764,12 @@ def floor_note(records: list[dict]) -> str:
         return (f'All {len(records)} runs below are at least 0.1 nats below a table of token pairs that has '
                 f'read the same text.')
     few, are = f'Only {below}' if below else 'None', 'are' if below > 1 else 'is'
-    return (f'> **Untrained models.** {few} of the {len(records)} runs below {are} at least 0.1 nats below '
-            f'[a table of token '
-            'pairs](../build/11_ngrams.ipynb) that has read the same text. What follows was measured as it '
-            'says, on models that '
-            'have not learnt what such a table knows. It neither supports nor contradicts what the paper '
-            'says of trained ones. '
-            'Where the text says *confirmed*, *contradicted* or *open*, it says on which side of its bound '
-            'an interval over '
-            'seeds lies, and no more.')
+    return (f'> **Untrained models.** {few} of the {len(records)} runs below {are} at least '
+            '0.1 nats below [a table of token pairs](../build/11_ngrams.ipynb) that has read the same text. '
+            'What follows was measured as it says, on models that have not learnt what such a table knows. '
+            'It neither supports nor contradicts what the paper says of trained ones. '
+            'Where the text says *confirmed*, *contradicted* or *open*, '
+            'it says on which side of its bound an interval over seeds lies, and no more.')
 
 def markdown_table(header: Iterable, rows: Iterable[Iterable]) -> str:
     "A Markdown table."

@@ -288,9 +288,8 @@ def _own_subject(folder: Path, model, tokenizer, args) -> Subject:
         files = (place / 'tokenizer.json' for place in (folder / 'model', folder, folder.parent))
         if tokenizer: data = DataConfig(tokenizer=next(str(file) for file in files if file.is_file()))
         else:
-            print(f'{folder} does not say how its text was tokenised; a new tokenizer of the same size is '
-                  f'trained, '
-                    "so the scores are of that text and not of the model's own", file=sys.stderr)
+            print(f"{folder} does not say how its text was tokenised; a new tokenizer of the same size is "
+                  "trained, so the scores are of that text and not of the model's own", file=sys.stderr)
         config = RunConfig(model.config, data, SCALES['laptop'].train)
     changes = {'data.source': args.data} if args.data and args.data != config.data.source else {}
     if args.text_field: changes['data.text_field'] = args.text_field
@@ -327,8 +326,8 @@ def _check_rows(data):
     if expand_alias(data).source.startswith('hf:'): return
     if not any(Path(path).suffix.lower() in ROW_SUFFIXES for path, *_ in open_source(data).stamp):
         raise ValueError(f'--text-field {data.text_field} names a field of rows, and {data.source} has none; '
-                         f'allowed with it are '
-                         f'files that end in {" or ".join(ROW_SUFFIXES)}, and Hugging Face data, hf:NAME')
+                         f'allowed with it are files that end in {" or ".join(ROW_SUFFIXES)}, '
+                         'and Hugging Face data, hf:NAME')
 
 def _find_subject(args) -> Subject:
     "Open the model of a command."
@@ -458,7 +457,7 @@ def _tell_work(subject: Subject, to_score, to_fit, score, memory: int, args):
     if args.quiet: return
     if swapped < every:
         print(f'{swapped} of {every} pairs of blocks are swapped, neighbours and others drawn at random; '
-                              f'--pairs 0 swaps all', file=sys.stderr)
+              '--pairs 0 swaps all', file=sys.stderr)
     seconds = expected_seconds(subject.model, to_score, to_fit, score, memory, args.as_published, args.pairs)
     # each block once more, its attention, its feed-forward layer
     seconds += 3 * step_seconds(subject.model, to_score)

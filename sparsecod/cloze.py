@@ -209,8 +209,7 @@ def score_texts(model: Transformer, texts: list[tuple[list[int], int]],
     "Score the continuation of every text of encode_pairs with a model."
     with reading(model) as reader:
         return continuation_scores(partial(_token_scores, reader), texts, model.config.context_length,
-                                   batch_tokens,
-                                   next(model.parameters()).device)
+                                   batch_tokens, next(model.parameters()).device)
 
 def answer_scores(model: Transformer, tokenizer: Tokenizer, questions: list[Question],
         batch_tokens: int = 2 ** 14) -> Tensor:  # (n, n_choices)
@@ -306,8 +305,7 @@ def _continue_text(model: Transformer, tokenizer: Tokenizer, context: str, optio
     stops = options.get('until') or []
     stops = [stops] if isinstance(stops, str) else stops
     temperature = float(options.get('temperature', 1)) if options.get('do_sample') else 0
-    # (1, T)
-    tokens = torch.tensor([tokenizer.encode(context) or [tokenizer.eos_id]],
+    tokens = torch.tensor([tokenizer.encode(context) or [tokenizer.eos_id]],  # (1, T)
                           device=next(model.parameters()).device)
     start, text = tokens.shape[1], ''
     for _ in range(options.get('max_gen_toks', 256)):
@@ -359,8 +357,8 @@ def _write_task(questions: list[Question], folder: str | Path) -> Path:
     (folder / 'cloze.jsonl').write_text(''.join(json.dumps(q._asdict()) + '\n' for q in questions),
                                         encoding='utf-8')
     paths = dict(questions=str(folder / 'cloze.jsonl'), cache=str(folder / 'cache'))
-    (folder / 'cloze.yaml').write_text(_TASK.format(**{name: json.dumps(path)
-                                                       for name, path in paths.items()}), encoding='utf-8')
+    (folder / 'cloze.yaml').write_text(
+        _TASK.format(**{name: json.dumps(path) for name, path in paths.items()}), encoding='utf-8')
     return folder / 'cloze.yaml'
 
 # %% ../nbs/build/10_cloze.ipynb #d8d56394

@@ -76,8 +76,8 @@ class ModelConfig(Config):
 
     def __post_init__(self):
         check_fields(self)
-        # follow others
-        object.__setattr__(self, '_free', [f for f in following_fields(self) if getattr(self, f) is None])
+        object.__setattr__(self, '_free',  # these follow others
+                           [f for f in following_fields(self) if getattr(self, f) is None])
         for name in self._free: object.__setattr__(self, name, following_fields(self)[name])
         check_fields(self)  # again: what follows another field obeys the same rules
         check_heads_and_experts(self)
@@ -208,9 +208,8 @@ class Stack(nn.Module):
         `watch` is called after each block with l and its output."""
         if not 0 <= start <= len(self.blocks):
             raise ValueError(f'start={start} must index a stream, 0 to {len(self.blocks)}')
-        # (T, D_h/2)
-        rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta,
-                           h.device)
+        rope = rope_angles(h.shape[1], self.config.d_model // self.config.n_heads,
+                           self.config.rope_theta, h.device)                            # (T, D_h/2)
         for l, block in enumerate(self.blocks[start:stop], start + 1):
             again = self.checkpointing and torch.is_grad_enabled()
             out = (checkpoint(block, h, rope, use_reentrant=False, preserve_rng_state=False) if again

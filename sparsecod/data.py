@@ -126,9 +126,9 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
             backend, settings_file = Backend.from_file(str(file)), file.with_name("tokenizer_config.json")
         else: backend, settings_file = Backend.from_pretrained(name), _hub_file(name, "tokenizer_config.json")
     except Exception as error:
-        raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, such a file, a "
-                         f"GGUF file, "
-                         f"or a name that can be fetched from the Hugging Face Hub: {error}") from error
+        raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, "
+                         "such a file, a GGUF file, or a name that can be fetched from the Hugging Face Hub: "
+                         f"{error}") from error
     settings = read_json(settings_file) if settings_file and settings_file.is_file() else {}
     return Tokenizer(backend, eos_token or _find_eos(backend, settings, name))
 
@@ -166,8 +166,8 @@ def cut(raw: bytes, limit: int) -> Iterator[bytes]:
         end = raw.rfind(b"\n", start, start + limit) + 1
         if not end:
             end = start + limit
-            # 10xxxxxx: inside a UTF-8 character
-            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80: end -= 1
+            while end > start + limit - 3 and raw[end] & 0xC0 == 0x80:
+                end -= 1  # 10xxxxxx: inside a UTF-8 character
         yield raw[start:end]
         start = end
     yield raw[start:]
@@ -207,8 +207,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple]:
         for line in file:
             try:
                 if line.strip(): yield json.loads(line), len(line)
-            # no JSON, or brackets in brackets without end
-            except (ValueError, RecursionError): yield None, len(line)
+            except (ValueError, RecursionError):
+                yield None, len(line)  # no JSON, or brackets in brackets without end
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple]:
     "Rows of a parquet file, a few hundred in memory at a time; an OSError if it is damaged."
@@ -246,8 +246,8 @@ def _walk(root: Path, suffixes: tuple, skip: tuple = ()) -> list[tuple[str, Path
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
         paths = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [(p.relative_to(root).as_posix(), p) for p in paths if p.suffix.lower() in suffixes
-                  and os.path.isfile(p)]
+        found += [(p.relative_to(root).as_posix(), p) for p in paths
+                  if p.suffix.lower() in suffixes and os.path.isfile(p)]
     return found
 
 # %% ../nbs/build/04_data.ipynb #9feaef03
@@ -259,8 +259,8 @@ def python_folders(source: str) -> list[Path]:
     """Folders of the standard library for 'stdlib', with those of all packages for 'site', or only of
     packages for 'site:NAMES'."""
     stdlib = [Path(sysconfig.get_path("stdlib"))]
-    packages = [Path(p) for p in dict.fromkeys(sys.path) if Path(p).name in _PACKAGE_FOLDERS
-                and os.path.isdir(p)]
+    packages = [Path(p) for p in dict.fromkeys(sys.path)
+                if Path(p).name in _PACKAGE_FOLDERS and os.path.isdir(p)]
     if ":" not in source: return stdlib + (packages if source == "site" else [])
     names = source.partition(":")[2].split(",")
     found = {name: next((p / name for p in packages if name and (p / name).is_dir()), None) for name in names}
@@ -317,10 +317,9 @@ def _list_files(source: str) -> list[tuple[str, Path]]:
         suffixes = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
         raise ValueError(f"source={source!r} is a folder without any file that ends in {suffixes}")
     if not files:
-        raise ValueError(f"source={source!r} is not a file, a folder or a pattern that matches one; allowed "
-                         f"are those and "
-                         f"'stdlib', 'site', 'site:PACKAGE,PACKAGE', {', '.join(map(repr, ALIASES))} "
-                         "and 'hf:OWNER/NAME' for a Hugging Face dataset")
+        raise ValueError(f"source={source!r} is not a file, a folder or a pattern that matches one; "
+                         "allowed are those and 'stdlib', 'site', 'site:PACKAGE,PACKAGE', "
+                         f"{', '.join(map(repr, ALIASES))} and 'hf:OWNER/NAME' for a Hugging Face dataset")
     return sorted(files, key=lambda file: (content_id(file[0]), file[1]))
 
 # %% ../nbs/build/04_data.ipynb #d56f443a
@@ -362,9 +361,9 @@ class DataConfig(Config):
     subset: str | None = None              # named configuration of a Hugging Face dataset
     split: str = "train"                   # split of a Hugging Face dataset to read
     text_field: str = "text"               # field that holds the text in jsonl, parquet and Hugging Face rows
-    tokenizer: str = "bpe"  # 'bpe' to train one, or a folder, a tokenizer.json or a name on the Hub
+    tokenizer: str = "bpe"                 # 'bpe' to train one, or a folder, a tokenizer.json or a Hub name
     vocab_size: int = 2048                 # V of the tokenizer to train; a pretrained one brings its own
-    eos_token: str | None = None  # end-of-document token of a pretrained tokenizer; None: as it declares
+    eos_token: str | None = None           # end-of-document token of a pretrained one; None: as it declares
     sample_bytes: int = 2**24              # bytes of training text that the tokenizer is trained on
     val_share: float = 0.05                # expected share of documents for validation
     seed: int = 0                          # seed of the split
@@ -414,8 +413,8 @@ def open_source(config: DataConfig) -> Source:
 def expand_alias(config: DataConfig) -> DataConfig:
     "Replace an alias such as 'fineweb-edu' by what it stands for; fields that the user set are kept."
     meant = ALIASES.get(config.source, {})
-    changes = {field: value for field, value in meant.items() if field == "source"
-               or getattr(config, field) is None}
+    changes = {field: value for field, value in meant.items()
+               if field == "source" or getattr(config, field) is None}
     return replace(config, **changes)
 
 # %% ../nbs/build/04_data.ipynb #4b21fc2d
@@ -576,8 +575,7 @@ def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while len(todo):
         left, right = x[todo] >> shift, x[todo] & mask
         for r in range(8):
-            # (those still outside,)
-            left, right = right, left ^ (mix(mix(right + key[todo]) + np.uint64(r)) & mask)
+            left, right = right, left ^ (mix(mix(right + key[todo]) + np.uint64(r)) & mask)  # (outside,)
         x[todo] = left << shift | right
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
@@ -605,8 +603,7 @@ class _StoredTokens:
                           f"{self.stats[f'{side}_documents']:,} documents"
                           for side in ("train", "val"))
         return (f"Corpus({self.config.source!r}, fingerprint {self.fingerprint}, V = {self.vocab_size}, "
-                f"{sides}, "
-                f"left out: {_count_left_out(self.stats, {})})")
+                f"{sides}, left out: {_count_left_out(self.stats, {})})")
 
 # %% ../nbs/build/04_data.ipynb #c1f7699d
 def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tokenizer]:
@@ -809,8 +806,8 @@ def prepare(config: DataConfig = DataConfig(), cache_dir: str | Path | None = No
     except OSError as error:
         raise OSError(error.errno,
                       f"the corpus of source={config.source!r} could not be kept in {cache}: {error}. "
-                      "Free some space there, or set SPARSECOD_CACHE to a folder that you can write "
-                      "to") from error
+                      "Free some space there, "
+                      "or set SPARSECOD_CACHE to a folder that you can write to") from error
     corpus.config = config
     _tell_left_out(corpus)
     return corpus

@@ -45,8 +45,8 @@ _ATTENTION = {f'attention.{ours}.weight': f'self_attn.{theirs}_proj.weight'
              for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('output', 'o'))}
 _GAINS = {'attention_norm.weight': 'input_layernorm.weight',
           'feed_forward_norm.weight': 'post_attention_layernorm.weight',
-         'attention_out_norm.weight': 'post_self_attn_layernorm.weight',
-         'feed_forward_out_norm.weight': 'post_mlp_layernorm.weight'}
+          'attention_out_norm.weight': 'post_self_attn_layernorm.weight',
+          'feed_forward_out_norm.weight': 'post_mlp_layernorm.weight'}
 _DENSE = {f'feed_forward.{name}.weight': f'mlp.{name}_proj.weight' for name in ('gate', 'up', 'down')}
 _EXPERTS = {'feed_forward.router.weight': 'mlp.gate.weight'} | {
     f'feed_forward.shared.{name}.weight': f'mlp.shared_expert.{name}_proj.weight'
@@ -255,8 +255,7 @@ def _own_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     if not config.d_shared_expert: return made
     if chooses.any():
         raise ValueError('mlp.shared_expert_gate.weight is not 0: the weight of the shared expert depends on '
-                         'the token, '
-                         'which cannot be expressed in a Transformer; allowed is 0')
+                         'the token, which cannot be expressed in a Transformer; allowed is 0')
     down = fold(block.pop('mlp.shared_expert.down_proj.weight'), 1 / shared)                     # (D, F)
     return made | {'feed_forward.shared.down.weight': down}
 

@@ -74,8 +74,8 @@ def resamples(
 ) -> Tensor:        # weights of the sequences, fp64, (R + 1, N); the first row is all ones
     "How often each sequence occurs in the data and in each bootstrap resample."
     draws = torch.randint(N, (R, N), generator=torch.Generator().manual_seed(seed))     # (R, N)
-    counts = torch.zeros(R, N, dtype=torch.float64).scatter_add_(1, draws,
-                                                                 torch.ones_like(draws, dtype=torch.float64))
+    counts = torch.zeros(R, N, dtype=torch.float64).scatter_add_(
+        1, draws, torch.ones_like(draws, dtype=torch.float64))
     return torch.cat([torch.ones(1, N, dtype=torch.float64), counts])
 
 ENDS = torch.tensor([.025, .975], dtype=torch.float64)    # of a 95 % interval

@@ -58,8 +58,7 @@ def expert_ends(experts: Tensor, E: int) -> Tensor:  # int32, (E,)
 def experts_grouped(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     "All experts at once, on tokens sorted by expert; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
-    # (N*k,) assignments by expert, (E,)
-    order, ends = experts.argsort(stable=True), expert_ends(experts, len(gate))
+    order, ends = experts.argsort(stable=True), expert_ends(experts, len(gate))  # (N*k,) by expert, (E,)
     rows = x[order // k]                                                              # (N*k, D)
     mm = lambda a, weights: functional.grouped_mm(a, weights.to(a.dtype), offs=ends)
     hidden = functional.silu(mm(rows, gate)) * mm(rows, up)                           # (N*k, F)
@@ -120,8 +119,8 @@ class Reorder(torch.autograd.Function):
     """Rows in another order; its derivative puts them back, where that of indexing would add them up one by
     one."""
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor,
-                back: Tensor) -> Tensor:  # (M, A), and a permutation and its inverse, (M,)
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        # x: (M, A); order and back, a permutation and its inverse: (M,)
         ctx.save_for_backward(back)
         return x[order]
 
@@ -143,9 +142,9 @@ def products_of(x: Tensor, gate: Tensor) -> Callable:
 def experts_compiled(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     "All experts at once, in operations that a compiler can join; as `experts_loop`."
     k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
-    order = experts.argsort(stable=True)  # (N*k,) assignments by expert
+    order = experts.argsort(stable=True)                                              # (N*k,) by expert
     back = order.argsort()                                                            # (N*k,)
-    ends = expert_ends(experts, len(gate))  # (E,) last row of each expert
+    ends = expert_ends(experts, len(gate))                                            # (E,) last row of each
     rows = Reorder.apply(x.repeat_interleave(k, 0), order, back)                      # (N*k, D)
     products = products_of(x, gate)
     g, u = products(rows, ends, torch.cat([gate, up], 2).to(x.dtype)).chunk(2, -1)    # (N*k, F) each
@@ -194,13 +193,12 @@ class MixtureOfExperts(nn.Module):
                                          for shape in ((E, D, F), (E, D, F), (E, F, D)))
         self.shared = SwiGLU(D, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor,
-                                          Routing]:  # the update, (B, T, D), and where the tokens went
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # the update, (B, T, D), and where tokens went
         flat = x.flatten(0, -2)                                                   # (N, D), N = B*T
         with torch.autocast(x.device.type, enabled=False):  # near-ties must not hang on rounding
             routing = route(functional.linear(flat.float(), self.router.weight.float()), self.k, self.gates)
-        # (B, T, D)
-        routed = run_experts(working_precision(flat), routing, self.gate, self.up, self.down).view_as(x)
+        routed = run_experts(working_precision(flat), routing,
+                             self.gate, self.up, self.down).view_as(x)            # (B, T, D)
         if self.shared is None: return routed, routing
         return (self.shared(x) + self.k * routed) / (self.k + 1), routing
 

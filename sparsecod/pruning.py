@@ -83,8 +83,7 @@ def find_sublayers(model, l: int, h: Tensor) -> dict[str, nn.Module]:  # by the 
         with silenced(*pair):
             if torch.equal(model.run(h, start=l - 1, stop=l), h): return dict(zip(SUBLAYERS, pair))
     raise ValueError(f'block {l}, a {type(model.blocks[l - 1]).__name__}, is not the sum of its input, an '
-                     f'attention and '
-                     'a feed-forward layer with known names, so these cannot be left out alone')
+                     'attention and a feed-forward layer with known names, so these cannot be left out alone')
 
 # %% ../nbs/build/12_pruning.ipynb #6b9f3ff2
 @torch.no_grad()
@@ -118,8 +117,7 @@ def _measure_influence(model, windows: Tensor, longest: int, keep: Callable) -> 
     return found | {name: torch.stack([row[name] for row in rows], -2) for name in rows[0]}
 
 def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int = 16,
-                     resume: Path | None = None,
-        progress: bool = False) -> dict:
+                     resume: Path | None = None, progress: bool = False) -> dict:
     """What each block does to the stream, and what it costs to leave out blocks, spans and sublayers.
     Longest is the longest span to skip; what has been measured is kept in the folder resume. Returns
     'scalars', 'arrays' and 'intervals', as score_model does, with spans and angles at [n-1][l-1]."""
@@ -127,10 +125,9 @@ def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int =
     if not 1 <= longest <= len(model.blocks):
         raise ValueError(f'longest={longest} must be 1 to {len(model.blocks)}')
     windows, W, found = windows.to(next(model.parameters()).device), leave_one_out(len(windows)), []
-    key = {} if resume is None else dict(longest=longest, batch_size=batch_size,
-                                         windows=tensor_hash([('windows', windows)]),
-                                         weights=tensor_hash(getattr(model, 'network',
-                                                                     model).named_parameters()))
+    key = {} if resume is None else dict(
+        longest=longest, batch_size=batch_size, windows=tensor_hash([('windows', windows)]),
+        weights=tensor_hash(getattr(model, 'network', model).named_parameters()))
     kept, batches = Parts(resume, key), windows.split(batch_size)
     with untouched(model), tqdm(total=len(batches) * len(model.blocks), desc='leave out parts',
                                 disable=not progress, leave=False) as bar:
@@ -140,8 +137,8 @@ def influence_scores(model, windows: Tensor, longest: int = 3, batch_size: int =
                 bar.update()
                 return kept.get(f'{i}-{name}', make)
             found.append(_measure_influence(ready, batch, longest, keep))
-    # (..., N + 1)
-    m = {name: torch.cat([part[name] for part in found], -1) @ W.T / W.sum(1) for name in found[0]}
+    m = {name: torch.cat([part[name] for part in found], -1) @ W.T / W.sum(1)  # (..., N + 1)
+         for name in found[0]}
     arrays = {name: m[name] for name in ('block_influence', 'angular_distance')}
     costs = {f'{name}_loss_increase': m[name] - m['loss'] for name in ('span', *SUBLAYERS) if name in m}
     arrays |= dict(skip_loss_increase=costs['span_loss_increase'][0]) | costs
@@ -158,8 +155,8 @@ def add_influence(scores: dict, model, windows: Tensor, **options) -> dict:
     """Scores of a model, and what block influence, its rank agreement, angles and costs of sublayers add to
     them. Windows are those that were scored; options are those of influence_scores."""
     found = influence_scores(model, windows, longest=1, **options)
-    more = lambda part: {name: x for name, x in found[part].items() if name not in scores[part]
-                         and name != 'span_loss_increase'}
+    more = lambda part: {name: x for name, x in found[part].items()
+                         if name not in scores[part] and name != 'span_loss_increase'}
     return scores | {part: scores[part] | more(part) for part in found}
 
 # %% ../nbs/build/12_pruning.ipynb #838a6414
@@ -259,8 +256,8 @@ def removals(model, windows: Tensor, by: str = 'greedy', batch_size: int = 16,
         order = mean(lambda t: torch.stack([span_loss(model, t, l) for l in range(1, L + 1)])).argsort()
     else: places = mean(angular_distance).nan_to_num(math.inf).argmin(1)    # (L,), by length
     for n in range(1, L):
-        yield list(range(places[n - 1] + 1, places[n - 1] + n + 1)) if by == 'angle' else sorted(
-            x + 1 for x in order[:n].tolist())
+        yield (list(range(places[n - 1] + 1, places[n - 1] + n + 1)) if by == 'angle'
+               else sorted(x + 1 for x in order[:n].tolist()))
 
 def parse_spans(text: str, L: int) -> list[int]:  # blocks, 1..L
     "Blocks named one by one and in spans."
@@ -304,9 +301,8 @@ def _choose_removal(model, windows: Tensor, blocks: int | None = None, budget: f
             ratio = (loss_without(model, windows, removed, batch_size).mean() / base).item()
             if not ratio <= budget:
                 if not chosen:
-                    raise ValueError(f'budget={budget} cannot be met: without block {removed[0]}, the first '
-                                     f'to go by {by}, '
-                                                f'the loss is {ratio:.4f} times what it was')
+                    raise ValueError(f'budget={budget} cannot be met: without block {removed[0]}, '
+                                     f'the first to go by {by}, the loss is {ratio:.4f} times what it was')
                 return chosen
         chosen = removed
         if len(chosen) == blocks: break
@@ -325,9 +321,8 @@ def _cut_config(config, kept: list[int], L: int):  # of the same class
         if name in _NUMBERS and isinstance(value, list):
             part[name] = [kept.index(l + 1) for l in value if l + 1 in kept]
         elif name in _COUNTS and isinstance(value, int): part[name] = sum(l <= value for l in kept)
-        elif isinstance(value,
-                        (list, tuple)) and len(
-                            value) == L and 'token_id' not in name and name != 'architectures':
+        elif (isinstance(value, (list, tuple)) and len(value) == L
+              and 'token_id' not in name and name != 'architectures'):
             part[name] = [value[l - 1] for l in kept]
     part[text.attribute_map.get('num_hidden_layers', 'num_hidden_layers')] = len(kept)
     return type(config).from_dict(whole)
@@ -348,9 +343,9 @@ def _cut_network(model: AdaptedModel, kept: list[int], dtype: torch.dtype | None
         made.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         gone = ', '.join(str(l) for l in range(1, L + 1) if l not in kept)
-        raise ValueError(f'{kind} cannot do without block {gone}: its blocks are not alike, and its '
-                         f'configuration cannot say '
-                         f'which are left ({str(error).strip().splitlines()[-1].strip()})') from error
+        raise ValueError(f'{kind} cannot do without block {gone}: '
+                         'its blocks are not alike, and its configuration cannot say which are left '
+                         f'({str(error).strip().splitlines()[-1].strip()})') from error
     made.tie_weights()
     made.config.dtype = next(iter(weights.values())).dtype
     return made.eval()
@@ -412,8 +407,7 @@ def prune(model, out: str | Path, choose_on: Tensor, held_out: Tensor, blocks: i
                                       progress)
         draws = torch.Generator().manual_seed(seed)
         sets = [(torch.randperm(L, generator=draws)[:len(removed)] + 1).tolist() for _ in range(n_random)]
-        # (N,)
-        before, after, *others = (loss_without(ready, held_out, gone, batch_size)
+        before, after, *others = (loss_without(ready, held_out, gone, batch_size)  # (N,) each
                                   for gone in ([], removed, *sets))
     W = leave_one_out(len(held_out))
     with atomic_folder(out) as draft:
@@ -424,10 +418,9 @@ def prune(model, out: str | Path, choose_on: Tensor, held_out: Tensor, blocks: i
             with untouched(written): return written, loss_without(written, held_out, (), batch_size)
         written, found = put(_source_dtype(source))
         if not (found - after).abs().max() <= 1e-4 * after.mean():                       # of any sequence
-            raise ValueError(f'{model.config.architecture} cannot do without these blocks: the checkpoint '
-                             f'has a loss of {found.mean():.4f} '
-                             f'where {after.mean():.4f} was measured, so what its blocks do depends on their '
-                             f'place')
+            raise ValueError(f'{model.config.architecture} cannot do without these blocks: '
+                             f'the checkpoint has a loss of {found.mean():.4f} where {after.mean():.4f} was '
+                             'measured, so what its blocks do depends on their place')
         if dtype is not None: written, found = put(dtype)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, written)]
         record = to_lists(dict(

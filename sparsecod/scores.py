@@ -330,7 +330,7 @@ def linear_losses(model: Transformer, t: Trace, maps: list, transposed: bool = F
 
 # %% ../nbs/build/07_scores.ipynb #73502e52
 def _batch_pieces(model: Transformer, maps: list, published_maps: list | None = None,
-                 swapped: Tensor | None = None) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:
+                  swapped: Tensor | None = None) -> dict[str, Callable[[Trace], dict[str, Tensor]]]:
     """The pieces of work on a batch, each by its name, as functions of the trace; arguments as for
     `measure_batch`."""
     # (B,), (L + 1, B, T), (L, B)
@@ -346,8 +346,8 @@ def _batch_pieces(model: Transformer, maps: list, published_maps: list | None = 
     later = lambda l: None if swapped is None else (swapped[l - 1].nonzero()[:, 0] + 1).tolist()
     swap = lambda t, l: dict(swap_loss=_swap_row(model, t, l, later(l)))                  # (L, B)
     kinds, blocks = dict(skip=skip, linear=linear, swap=swap), range(1, len(model.blocks) + 1)
-    return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l) for kind, do in kinds.items()
-                              for l in blocks}
+    return dict(base=base) | {f'{kind}-{l}': lambda t, do=do, l=l: do(t, l)
+                              for kind, do in kinds.items() for l in blocks}
 
 def measure_batch(model: Transformer, windows: Tensor, maps: list, published_maps: list | None = None,
                   # gets a piece by name, or makes it
@@ -393,7 +393,7 @@ def n_probes(config: ScoreConfig, D: int) -> int:  # 0: exact
     return 0 if D <= _EXACT_WIDTH else _PROBES
 
 def _measure_jacobian(model: Transformer, l: int, h: Tensor, probes: int = 0, rows_at_once: int = 32,
-                     seed: int = 0) -> dict[str, Tensor]:
+                      seed: int = 0) -> dict[str, Tensor]:
     """What is kept of the Jacobian of block l on the stream of one sequence, (T, D): rows (R, D) and
     squares (R, T) of `_jacobian_rows`; with probes=0, exactly: R = D, and squares summed over rows, (1,
     T)."""
@@ -587,8 +587,8 @@ def needed_bytes(model: Transformer, B: int, N: int, T: int, as_published: bool 
                  probes: int | None = None) -> int:  # bytes; probes=0: exact Jacobians, None: by the width
     "A bound on the memory that scoring takes beyond the model."
     L, V, work = len(model.blocks), model.config.vocab_size, work_bytes(model, T)
-    # trace, work, logits
-    batch = B * (4 * T * (2 * L + 1) * model.config.d_model + work) + 12 * min(B * T * V, LOGITS_AT_ONCE + V)
+    batch = (B * (4 * T * (2 * L + 1) * model.config.d_model + work)  # trace, work
+             + 12 * min(B * T * V, LOGITS_AT_ONCE + V))               # logits
     summary = (8 * (N + 1) * (5 * N + 25 * L + 50) + 8 * (n_bootstrap + 1) * (5 * N + 5 * L) + 48 * N * T
                + 400 * L * L)
     if probes is None: probes = n_probes(ScoreConfig(), model.config.d_model)
@@ -606,8 +606,8 @@ def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory:
     """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32
     copies; None: that many sequences."""
     most = max(1, min(32, 4096 // T))
-    # small enough for its caches
-    if next(model.parameters()).device.type == 'cpu': most = max(1, min(most, 512 // T))
+    if next(model.parameters()).device.type == 'cpu':
+        most = max(1, min(most, 512 // T))  # small enough for its caches
     if memory is None: return MemoryPlan(config.batch_size, most)
     probes, n = n_probes(config, model.config.d_model), min(config.n_jacobian, N)
     need = lambda B: needed_bytes(model, B, N, T, as_published, config.n_bootstrap, n, probes)
@@ -615,17 +615,15 @@ def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory:
         raise ValueError(
             f'memory={memory} bytes cannot hold one sequence; this model needs at least {need(1)}')
     B = max(B for B in range(1, config.batch_size + 1) if need(B) <= memory)
-    copies = (memory - _fixed_bytes(model, N, T,
-                                    as_published) - _jacobian_bytes(model, T, n,
-                                                                    probes)) // work_bytes(model, T)
+    copies = (memory - _fixed_bytes(model, N, T, as_published)
+              - _jacobian_bytes(model, T, n, probes)) // work_bytes(model, T)
     return MemoryPlan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
 _MEASUREMENT = 3   # version of what the pieces of work measure
 
 def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                     plan: MemoryPlan,
-                    as_published: bool, swapped: Tensor) -> dict:
+                     plan: MemoryPlan, as_published: bool, swapped: Tensor) -> dict:
     "What a measurement depends on, for JSON."
     settings = {name: value for name, value in config.to_dict().items()
                 if name not in ('threshold', 'n_bootstrap', 'batch_size')}
@@ -634,15 +632,13 @@ def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, c
                 if not name.startswith('_')}
     tensors = dict(pairs=swapped, windows=windows, fit_windows=fit_windows)
     return dict(version=_MEASUREMENT, architecture=type(network).__name__, config=function, settings=settings,
-                plan=list(plan),
-                as_published=as_published,
+                plan=list(plan), as_published=as_published,
                 weights=tensor_hash([*network.named_parameters(), *network.named_buffers()]),
                 **{name: tensor_hash([(name, x)]) for name, x in tensors.items()})
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
 def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                 plan: MemoryPlan,
-                 as_published: bool = False, swapped: Tensor | None = None,
+                 plan: MemoryPlan, as_published: bool = False, swapped: Tensor | None = None,
                  c: Costs | None = None) -> dict[str, float]:
     "Costs of all parts of a measurement by name, in order; c=None: from the sizes of the model."
     L, D = len(model.blocks), model.config.d_model
@@ -684,8 +680,8 @@ def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig
 
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-            progress: bool = False,
-            plan: MemoryPlan | None = None, parts: Parts = Parts(), as_published: bool = False,
+            progress: bool = False, plan: MemoryPlan | None = None, parts: Parts = Parts(),
+            as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of
     `measure_batch`, joined; of _measured_jacobians; and the ranks of the fits, (L,)."""
@@ -727,8 +723,8 @@ def measured_costs(model: Transformer, windows: Tensor, copies: int) -> tuple[fl
             took[-1] += time.perf_counter()
         return min(took)
     one = seconds(lambda: block(h)) / B
-    loss, fitted = (seconds(do) / B / one for do in (lambda: sequence_loss(model, h, windows[:, 1:]),
-                                                     lambda: fit.add(h, h)))
+    loss, fitted = (seconds(do) / B / one
+                    for do in (lambda: sequence_loss(model, h, windows[:, 1:]), lambda: fit.add(h, h)))
     back = seconds(lambda: _jacobian_rows(block, h[0], signs.to(h), copies)) / len(signs) / one
     return one, Costs(loss, fitted, back)
 
@@ -741,8 +737,8 @@ def expected_seconds(model: Transformer, windows: Tensor, fit_windows: Tensor, c
     with untouched(model):
         model = scoring_model(model)
         one, costs = measured_costs(model, windows[:plan.sequences].to(device), plan.copies)
-    return one * sum(planned_work(model, windows, fit_windows, config, plan, as_published, swapped,
-                                  costs).values())
+    return one * sum(planned_work(model, windows, fit_windows, config, plan,
+                                  as_published, swapped, costs).values())
 
 # %% ../nbs/build/07_scores.ipynb #4db58beb
 def text_config(D: int, T: int) -> ScoreConfig:
@@ -751,8 +747,7 @@ def text_config(D: int, T: int) -> ScoreConfig:
     return ScoreConfig(n_fit=max(ScoreConfig.n_fit, -(-4 * D // T)))
 
 def _prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfig | None,
-                     length: int | None = None,
-                    tokenizer=None) -> tuple[Tensor, Tensor, ScoreConfig]:
+                     length: int | None = None, tokenizer=None) -> tuple[Tensor, Tensor, ScoreConfig]:
     """Sequences to score, sequences to fit on, and settings; data are ready sequences, (N, T + 1), or (N +
     M, T + 1) unless those to fit on are given, or text."""
     if not isinstance(data, Tensor):
@@ -767,8 +762,7 @@ def _prepare_windows(model, data, fit_windows: Tensor | None, config: ScoreConfi
     N = config.n_sequences
     if len(data) <= N:
         raise ValueError(f'windows holds {len(data)} sequences; n_sequences={N} are scored and the rest '
-                         f'fitted on, '
-                                        'so it must hold more, or fit_windows must be given')
+                         'fitted on, so it must hold more, or fit_windows must be given')
     return *without_repetitions(data[:N], data[N:]), config
 
 # %% ../nbs/build/07_scores.ipynb #87666152
@@ -798,7 +792,7 @@ def score_model(
     model, found = open_model(model)
     check_finite(model)
     windows, fit_windows, config = _prepare_windows(model, windows, fit_windows, config, length,
-                                                   lambda: tokenizer_of(model, found, tokenizer))
+                                                    lambda: tokenizer_of(model, found, tokenizer))
     check_windows(model, windows, fit_windows)
     _check_context(model, windows, fit_windows)
     swapped = choose_pairs(len(model.blocks), pairs, config.seed)
@@ -823,9 +817,9 @@ def all_estimates(m: dict[str, Tensor], smooth: dict[str, Tensor], config: Score
                                                 'permutation_without_block_1')}
     return first | shares | found | dict(final_variance_median=median_estimate(m['variance'][-1]))
 
-def estimate_scores(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig, windows: Tensor,
-              fit_windows: Tensor, D: int, pair_intervals: bool = False,
-              swapped: Tensor | None = None) -> dict:
+def estimate_scores(m: dict[str, Tensor], j: list[dict], ranks: Tensor, config: ScoreConfig,
+                    windows: Tensor, fit_windows: Tensor, D: int, pair_intervals: bool = False,
+                    swapped: Tensor | None = None) -> dict:
     "From the three results of `measure` to scores with intervals, as `score_model` gives them."
     every, n = choose_pairs(len(m['size']), 0), min(config.n_jacobian, len(windows))
     if swapped is None: swapped = every
@@ -880,11 +874,9 @@ def check_held_out(have: int, T: int, config: ScoreConfig):
     N, M = config.n_sequences, config.n_fit
     if have >= N + M: return
     name, value = ('n_fit', M) if have > N else ('n_sequences', N)
-    raise ValueError(f'{name}={value} is too many: scoring takes n_sequences={N} and n_fit={M} sequences of '
-                     f'T={T} tokens, '
-                     f'{(N + M) * T + 1:,} held-out tokens, and the text holds out {have} sequences. Give '
-                     f'more text, '
-                     'hold out more of it, or ask for fewer or shorter sequences')
+    raise ValueError(f'{name}={value} is too many: scoring takes n_sequences={N} and n_fit={M} sequences '
+                     f'of T={T} tokens, {(N + M) * T + 1:,} held-out tokens, and the text holds out {have} '
+                     'sequences. Give more text, hold out more of it, or ask for fewer or shorter sequences')
 
 def _check_context(model: Transformer, windows: Tensor, fit_windows: Tensor):
     """Raise a ValueError if sequences are longer than the model was made for: some models fail there,
@@ -903,7 +895,7 @@ FORMAT = SCORES_SCHEMA['properties']['format']['const']
 # %% ../nbs/build/07_scores.ipynb #b59ba7df
 _TRUE_NAMES = dict(jacobian_published='jacobian_per_sequence',
                    jacobian_published_error='jacobian_per_sequence_error',
-                  jacobian_deviation_published='jacobian_per_sequence')
+                   jacobian_deviation_published='jacobian_per_sequence')
 
 def with_true_names(record: dict) -> dict:  # what was scored before version 2 renamed, all else as it is
     "A record in which the Jacobian deviation per sequence is called that."

@@ -52,8 +52,8 @@ def sublayer_matrices(model) -> list[dict[str, list[Tensor]]]:
     return found
 
 def weight_density(matrices: list[Tensor], threshold: float = 0.1) -> float:
-    """Share of a sublayer's entries that are at or above a threshold, in units of each matrix's root mean
-    square."""
+    """Share of a sublayer's entries that are at or above a threshold,
+    in units of each matrix's root mean square."""
     small = sum(weight_sparsity(m, [threshold], relative=True).item() * m.numel() for m in matrices)
     return 1 - small / sum(m.numel() for m in matrices)
 
@@ -192,10 +192,9 @@ def routed_share(model, block) -> float:
         elif p.shape[0] == E: router = True
         else: always += p.numel()  # an expert that all tokens use
     if router and not routed:
-        raise ValueError(f'a block of {type(block).__name__} has a router for {E} experts, but none were '
-                         f'found; looked for '
-                                               'tensors with three axes and for modules named experts.0, '
-                                               'experts.1, ...')
+        raise ValueError(f'a block of {type(block).__name__} has a router for {E} experts, '
+                         'but none were found; looked for tensors with three axes '
+                         'and for modules named experts.0, experts.1, ...')
     return (routed * k / E + always) / (routed + always) if routed else 1.
 
 # %% ../nbs/build/08_sparsity.ipynb #54405bbc
@@ -243,9 +242,9 @@ def sparsity_of(model, tokens: Tensor) -> dict:
                    weights_below_0_1_rms=arrays['weights_below_relative'][2],
                    participation=pooled(participation),
                    kv_density=kv_share(model), expert_density=k / E if E else 1.,
-                   **{name: mean(name) for name in ('keys_for_90_percent', 'attention_entropy',
-                                                    'mass_on_first',
-                                                    'density_attention', 'density_feed_forward')})
+                   **{name: mean(name)
+                      for name in ('keys_for_90_percent', 'attention_entropy', 'mass_on_first',
+                                   'density_attention', 'density_feed_forward')})
     return dict(scalars=scalars, arrays=arrays)
 
 # %% ../nbs/build/08_sparsity.ipynb #c9edfcc4

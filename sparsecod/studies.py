@@ -197,16 +197,14 @@ SCALES['gpu'] = RunConfig(
     scale='gpu', data=DataConfig('site', vocab_size=16384, max_tokens=2 ** 26), new_text=True,
     model=ModelConfig(vocab_size=16384, d_model=512, n_heads=8, context_length=256, init_std=.04),  # likewise
     train=TrainConfig(steps=1832, tokens_per_step=2 ** 15, micro_batch_tokens=2 ** 15, lr=2e-3,
-                      checkpoint_every=250,
-                      precision='bf16', compile='on'))
+                      checkpoint_every=250, precision='bf16', compile='on'))
 
 # %% ../nbs/tools/05_studies.ipynb #9f5d9680
 SCALES['paper'] = RunConfig(
     scale='paper', data=DataConfig('fineweb-edu', tokenizer='EleutherAI/gpt-neox-20b'),
     model=preset('paper-L16'),
     train=TrainConfig(steps=19073, tokens_per_step=256 * 1024, micro_batch_tokens=16 * 1024, lr=1e-3,
-                      warmup_steps=1000,
-                      weight_decay=0.1, decay_groups='all', compile='on', log_every=100,
+                      warmup_steps=1000, weight_decay=0.1, decay_groups='all', compile='on', log_every=100,
                       checkpoint_every=500))
 
 def scale_config(scale: str | RunConfig) -> RunConfig:
@@ -300,13 +298,12 @@ def check_text(config: RunConfig, corpus: Corpus):
         text = dict(train='training', val='held-out')[split]
         if have[split] < need:
             raise ValueError(f'{field} needs {need:,} tokens of {text} text and there are {have[split]:,}; '
-                             f'give more text, change data.val_share={config.data.val_share}, or ask for '
-                             f'less')
+                             f'give more text, change data.val_share={config.data.val_share}, '
+                             'or ask for less')
     fit = len(score_windows(corpus, T, s)[1]) * T
     if fit <= D + 1:
         raise ValueError(f'score.n_fit={s.n_fit} gives {fit:,} tokens to fit affine maps on that are not '
-                         f'scored; '
-                         f'model.d_model={D} needs at least {D + 2}')
+                         f'scored; model.d_model={D} needs at least {D + 2}')
     documents = corpus.stats.get('val_documents', 2)
     if 'cloze' in config.measures and documents < 2:
         raise ValueError(f"measures='cloze' needs 2 held-out documents and there is {documents}; "
@@ -336,7 +333,7 @@ def check_folder(folder: str | Path, need: int = 0):
     if free < need:
         raise OSError(errno.ENOSPC,
                       f'{folder} has {free / 2**30:.3g} GB free and {need / 2**30:.3g} GB are needed; '
-                                    'make room or choose another folder')
+                      'make room or choose another folder')
 
 def check_file(path: str | Path):
     "Raise an error unless a file of this name can be written."
@@ -597,10 +594,8 @@ def _check_start(scale: str, out: str | Path, work: str | Path | None):  # work:
     n = int(os.environ.get('WORLD_SIZE') or 1)
     if n > 1:
         raise ValueError(f'WORLD_SIZE={n} must be 1: a study starts processes of its own, so start it once, '
-                         f'without '
-                         'torchrun or accelerate launch, and say with jobs (--jobs) how many runs go on at a '
-                         'time; '
-                         'to train one model on several processes use sparsecod train')
+                         'without torchrun or accelerate launch, and say with jobs (--jobs) how many runs go '
+                         'on at a time; to train one model on several processes use sparsecod train')
     if any((Path(out) / scale).glob('*.json')): return      # which may be all
     for folder in (Path(out) / scale, work_folder(out, work)): check_folder(folder)
 

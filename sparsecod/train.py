@@ -95,8 +95,7 @@ class TrainConfig(Config):
              'compile': one_of(('auto', 'on', 'off')), 'strategy': one_of(('auto', 'ddp', 'fsdp'))}
 
     def __post_init__(self):
-        # older files
-        if isinstance(self.compile, bool):
+        if isinstance(self.compile, bool):  # older files
             object.__setattr__(self, 'compile', 'on' if self.compile else 'off')
         check_fields(self)
         require((self.warmup_steps or 0) <= self.steps, self, 'warmup_steps',
@@ -119,8 +118,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str = 
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
-        decays = (decay_groups == 'all' or p.dim() > 1
-                  and (decay_groups == 'all_but_gains' or id(p) not in tables))
+        decays = (decay_groups == 'all'
+                  or p.dim() > 1 and (decay_groups == 'all_but_gains' or id(p) not in tables))
         group = groups[0 if decays else 1]
         group['params'].append(p)
         group['names'].append(name)
@@ -205,18 +204,17 @@ def is_set(name: str) -> bool:
 
 def find_world() -> PartialState:
     "This process's device, and its place among the processes that were launched together."
-    # its ways to divide
+    # accelerate's own ways to divide a model
     for name in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM'):
         if is_set(name):
-            raise ValueError(f'{name}={os.environ[name]} must not be set: accelerate launch only starts the '
-                             f'processes; '
-                             "strategy='fsdp' of the training (--set train.strategy=fsdp) divides the model "
-                             "among them")
+            raise ValueError(f"{name}={os.environ[name]} must not be set: "
+                             "accelerate launch only starts the processes; strategy='fsdp' of the training "
+                             "(--set train.strategy=fsdp) divides the model among them")
     launched = int(os.environ.get('WORLD_SIZE') or 1)
-    # processes cannot share Apple's
+    # processes cannot share Apple's GPU
     gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
-    advice = (
-        'start all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process')
+    advice = ('start all of them with torchrun or accelerate launch, '
+              'or unset WORLD_SIZE to train in one process')
     if launched > 1 and not os.environ.get('MASTER_ADDR'):
         raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find '
                            f'each other; {advice}')
@@ -347,7 +345,7 @@ def _divide(model: Transformer, world: PartialState):
     if not hasattr(dcp, 'HuggingFaceStorageWriter'):
         raise ImportError("strategy='fsdp' needs a newer PyTorch, whose processes can save their shares: pip "
                           "install -U torch")
-    # of views that blocks return, which we leave as they are
+    # it warns of views that blocks return, which we leave as they are
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
     mesh = init_device_mesh(world.device.type, (world.num_processes,))
     for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
@@ -389,8 +387,7 @@ def decide_execution(run: Run, say: Callable[[str], None] = lambda text: None, t
     if not (run.execution.compiled and alone): return
     if missing := missing_compiler() if device.type == 'cpu' else None:
         raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks '
-                         f'{missing}; '
-                         'install it, or start the run anew with resume=False')
+                         f'{missing}; install it, or start the run anew with resume=False')
     use_compiler_cache()
     run.loss = CompiledLoss(run.model)
 
@@ -419,8 +416,8 @@ def training_step(run: Run, watch: StreamWatch | None = None,
     windows = step_windows(run)                                                             # (n, T + 1)
     sequences = min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
     execution = run.execution
-    # one graph for all steps
-    if execution.compiled and watch is None: watch = StreamWatch(run.model.config, windows.device)
+    if execution.compiled and watch is None:  # one graph for all steps
+        watch = StreamWatch(run.model.config, windows.device)
     with torch.no_grad():
         if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
     with compiler_errors_in_short():
@@ -448,8 +445,8 @@ def _read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
         raise ValueError(f'{type(error).__name__}: {error}') from None
 
 def _run_id(label: dict) -> str:
-    """A short name for what a run computes. Fields at their default do not count, so a new field changes no
-    name."""
+    """A short name for what a run computes. Fields at their default do not count,
+    so a new field changes no name."""
     def plain(f, value):
         return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
     parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
@@ -603,7 +600,7 @@ def _load_shares(run: Run, folder: Path):
         state |= {f'exp_avg:{name}': torch.zeros_like(p), f'exp_avg_sq:{name}': torch.zeros_like(p),
                   f'step:{name}': torch.zeros(())}
     with torch.no_grad(), warnings.catch_warnings():
-        # not used: one process reads the shares of several
+        # torch.distributed is not used: one process reads the shares of several
         warnings.filterwarnings('ignore', 'torch.distributed is')
         dcp.load(dict(run.model.named_parameters()) | state,
                  storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
@@ -670,9 +667,8 @@ def _pick_up(run: Run) -> Path | None:  # the checkpoint to continue from; None:
     start = 0 if best is None else _step_of(best)
     if problems or lost:
         said = [*problems] + [f'the records of steps {_shortened(lost)} are lost'] * bool(lost)
-        warnings.warn(f'{log} is damaged: {_shortened(said)}; the run goes on after step {start}, and '
-                      f'resume=False would '
-                      'begin it anew', stacklevel=2)
+        warnings.warn(f'{log} is damaged: {_shortened(said)}; the run goes on after step {start}, '
+                      'and resume=False would begin it anew', stacklevel=2)
         if log.exists(): set_aside(log)
     for path in checkpoints(run.folder):
         if best is None or _step_of(path) > start: set_aside(path)
@@ -717,9 +713,8 @@ def _run_files(folder: Path) -> list[Path]:
             raise ValueError(f'{path} is a symbolic link, which no training makes; nothing was changed: '
                              'put what it leads to in its place, or choose another folder')
     if found and read_label(folder) is None:
-        raise ValueError(f'{folder} holds {", ".join(path.name for path in found)}, but no config.json of a '
-                         f'training; '
-                         'nothing was erased: choose another folder')
+        raise ValueError(f'{folder} holds {", ".join(path.name for path in found)}, '
+                         'but no config.json of a training; nothing was erased: choose another folder')
     return found
 
 def _remove(path: Path):
@@ -741,8 +736,8 @@ def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, c
     mine = _run_files(folder)                         # raises if somebody else's files stand in the way
     if not resume:
         world.wait_for_everyone()
-        for path in sorted(mine,
-                           key=lambda path: path.name == 'config.json') if world.is_main_process else ():
+        for path in (sorted(mine, key=lambda path: path.name == 'config.json')
+                     if world.is_main_process else ()):
             _remove(path)
         world.wait_for_everyone()
     found = read_label(folder)
@@ -755,8 +750,7 @@ def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, c
         for path in _run_files(folder):
             if path.is_dir() != (path.name in ('checkpoints', 'model')):
                 warnings.warn(f'{path} is {"a folder" if path.is_dir() else "a file"}, which no training '
-                              f'makes of it; '
-                              f'it is now {set_aside(path).name}', stacklevel=2)
+                              f'makes of it; it is now {set_aside(path).name}', stacklevel=2)
     world.wait_for_everyone()
 
 # %% ../nbs/build/05_train.ipynb #b814bea6
@@ -783,8 +777,8 @@ class _StopSignal:
 
     def ask(self, number, frame):
         "Raise the flag."
-        # a launcher repeats a signal at once
-        if number == signal.SIGINT and time.monotonic() > self.since + 1: raise KeyboardInterrupt
+        if number == signal.SIGINT and time.monotonic() > self.since + 1:
+            raise KeyboardInterrupt  # a launcher repeats a signal at once
         self.asked, self.since = True, min(self.since, time.monotonic())
 
     def __exit__(self, *error):
@@ -797,9 +791,8 @@ def _say_lost(run: Run):
     except RuntimeError as error:
         if run.world.num_processes == 1 or not (isinstance(error, DistError) or 'gloo' in str(error)): raise
         said = ' '.join(str(error).split())[:160]
-        raise RuntimeError(f'another process of this run has ended or cannot be reached ({said}); with the '
-                           f'same command '
-                           'the run continues from its last checkpoint') from None
+        raise RuntimeError(f'another process of this run has ended or cannot be reached ({said}); '
+                           'with the same command the run continues from its last checkpoint') from None
 
 # %% ../nbs/build/05_train.ipynb #022cafc1
 def _run_steps(run: Run, stop: _StopSignal, bar: tqdm) -> str:
@@ -814,8 +807,8 @@ def _run_steps(run: Run, stop: _StopSignal, bar: tqdm) -> str:
         if watch or diverged:
             record = log_step(run, measured, watch)
             loss = math.nan if record['loss'] is None else record['loss']
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, lr {record['lr']:.2g}, {record['tokens_per_s']:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {record['lr']:.2g}, "
+                                f"{record['tokens_per_s']:,.0f} tok/s", refresh=False)
         bar.update()
         if diverged: return 'diverged'
         if run.step == run.config.steps: return 'finished'
@@ -864,8 +857,7 @@ _ENDINGS, _MODEL_FILES = ('finished', 'diverged'), ('config.json', 'model.safete
 def _finish(run: Run, status: str) -> TrainResult:
     "Save the final model and the result of a run that has ended for good."
     result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step,
-                  seconds=run.seconds,
-                  execution=run.execution._asdict())
+                  seconds=run.seconds, execution=run.execution._asdict())
     model = run.model if status == 'interrupted' else _whole_model(run)
     if status != 'interrupted' and run.world.is_main_process:
         logged = {record['step'] for record in read_log(run.folder)}
@@ -926,8 +918,7 @@ def _ended_result(folder: Path, world: PartialState) -> TrainResult | None:
 # %% ../nbs/build/05_train.ipynb #60361c99
 @usual_torch()
 def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: str | Path,
-          resume: bool = True,
-          progress: bool = True, tracker: str | None = None) -> TrainResult:
+          resume: bool = True, progress: bool = True, tracker: str | None = None) -> TrainResult:
     """Train a model on a Corpus, from the beginning or from where an earlier call stopped; resume=False
     erases what that has left. Log, checkpoints and the final model go into the folder; a tracker,
     tensorboard or wandb, shows the log as well."""
@@ -948,8 +939,7 @@ def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: 
         run = start_run(model_config, train_config, corpus, folder, world)
         _restore(run)
         with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None,
-                   dynamic_ncols=True,
-                   disable=not (progress and world.is_main_process)) as bar,
+                   dynamic_ncols=True, disable=not (progress and world.is_main_process)) as bar,
               _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker),
               kept_memory() if device == 'cpu' else nullcontext()):
             decide_execution(run, lambda text: bar.write(text, file=sys.stderr) if progress else None)
