@@ -81,7 +81,7 @@ test-all: chromium lint  ## Run all tests: chapters, tools, studies, docs, pytes
 	@echo '== Are the docs in order?'
 	$(ONE_CORE) $(BIN)/python tests/docs_check.py --pages _preview --check
 	@echo '== Tests of the package and the project'
-	$(ONE_CORE) $(BIN)/python -m pytest -n logical --dist loadfile --preview _preview
+	$(ONE_CORE) $(BIN)/python -m pytest -n logical --dist loadfile --preview=_preview
 
 # nbdev looks for _quarto.yml in nbs/, so it gets a copy of the one at the root, made anew each time. It would write README.md
 # anew from the home page if that is newer; ours is written by hand, so make it the newer one. tests/ has the processors of settings.ini.
