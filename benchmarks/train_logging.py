@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsecod.core import ModelConfig
-from sparsecod.train import StreamWatch, TrainConfig, find_world, start_run, training_step, log_step
+from sparsecod.train import StreamWatch, TrainConfig, find_world, log_step, start_run, training_step
 
 
 class RandomCorpus:

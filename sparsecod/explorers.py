@@ -24,7 +24,7 @@ from .figures import METRICS, finished, label_variants, learnt_little, logarithm
 from .figures import results_folder
 from .integrity import check_stamp, read_json
 from .studies import SCALES, STUDIES, by_variant, over_seeds, read_metric
-from .theory import CLOSED_FORMS, gate_gain, gate_moments, expected_jacobian_deviation, mean_interval
+from .theory import CLOSED_FORMS, expected_jacobian_deviation, gate_gain, gate_moments, mean_interval
 from .theory import simulate_jacobian, simulate_stream, stream_variance
 
 # %% ../nbs/tools/08_explorers.ipynb #35c8c499

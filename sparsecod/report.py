@@ -27,8 +27,8 @@ import pandas as pd
 from .claims import HEADS, ledger_cells, number, verdict_counts
 from .explorers import BLUE, GREY, ORANGE, TEMPLATES, Explorer, results_explorer, surgery_explorer
 from .explorers import template_text
-from .figures import DEPTH, SETTINGS, VARIANT, by_setting, varied_fields, finished, flat_config
-from .figures import label, runs_text, span
+from .figures import DEPTH, SETTINGS, VARIANT, by_setting, finished, flat_config
+from .figures import label, runs_text, span, varied_fields
 from .figures import varied_field
 from .integrity import Damaged, read_object, write_text
 from .scores import SCORES_SCHEMA, scores_frame, with_true_names

@@ -1235,6 +1235,8 @@ def _source_variants(base: RunConfig) -> dict[str, dict]:
 # %% ../nbs/tools/05_studies.ipynb #488d0c01
 _GROWTHS = dict(growth='variance_median', growth_mean='variance_mean',
                 growth_without_first='variance_without_first')   # metric: array of h_0 .. h_L
+# mean of blocks 2..L
+_LATER = {f'{cost}_without_block_1': cost for cost in ('linear_loss_increase', 'skip_loss_increase')}
 _CLOZE = dict(accuracy='accuracy_mutual_information', accuracy_plain='accuracy',
               accuracy_normalised='accuracy_normalised')         # metric: name in a record
 
@@ -1242,9 +1244,10 @@ def _metric_place(record: dict, name: str):  # name: see read_metric
     "Look a metric up in a record."
     if name == 'val_loss': return record['final'].get(name)
     if name in _CLOZE: return (record.get('cloze') or {}).get(_CLOZE[name])
+    arrays = (record.get('scores') or {}).get('arrays') or {}
+    if name in _LATER: return (costs := arrays.get(_LATER[name])) and float(np.mean(costs[1:]))
     if name in (*_GROWTHS, 'first_variance'):
-        # (L + 1,)
-        v = ((record.get('scores') or {}).get('arrays') or {}).get(_GROWTHS.get(name, 'variance_median'))
+        v = arrays.get(_GROWTHS.get(name, 'variance_median'))      # (L + 1,)
         return v and (v[1] if name == 'first_variance' else v[-1] / v[1] if v[1] else None)
     if '@' in name:   # measured at another length; 'common' is the middle one, the scale's own
         (name, length), found = name.split('@'), record.get('lengths') or {}

@@ -18,4 +18,5 @@ def root() -> Path:
 def pytest_addoption(parser):
     parser.addoption('--site', type=Path, metavar='FOLDER',
                      help='tests/test_site.py looks at these rendered pages instead of a preview')
-    parser.addoption('--preview', type=Path, metavar='FOLDER', help='it takes the preview from here, and makes none')
+    parser.addoption('--preview', type=Path, metavar='FOLDER',
+                     help='tests/test_site.py looks at the preview in this folder and makes none')

@@ -13,8 +13,9 @@ lead to what the page means, that scripts and drawings arrive as they were store
 what Python gives now. Nothing is skipped: what is needed and not there ends the check with a sentence that
 says what to do.
 
-The second form writes the pages into a folder, to be read in a browser, and checks them only if asked. That is a preview and not the page
-that Quarto makes: text, formulas, figures, explorers and links are the site's, the layout is not.
+The second form writes the pages into a folder, to be read in a browser, and checks them only if asked. That
+is a preview and not the page that Quarto makes: text, formulas, figures, explorers and links are the site's,
+the layout is not.
 
 Pandoc comes in the package pypandoc-binary, node in playwright, and KaTeX in jupyterlab.
 """

@@ -1122,3 +1122,14 @@ def test_a_record_says_how_its_model_was_trained_and_not_how_it_is_asked_for(tmp
 @pytest.mark.parametrize('change', [{'measures': ('nonsense',)}, {'lengths': (0,)}, {'n_questions': 0}])
 def test_bad_measures_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))): vary(SHORT, change)
+
+
+def test_costs_without_block_1_are_means_of_the_others():
+    record = dict(scores=dict(arrays=dict(linear_loss_increase=[90., 1, 2, 6], skip_loss_increase=[7., -1])))
+    cost = lambda name, r=record: read_metric(r, f'{name}_loss_increase_without_block_1')
+    assert cost('linear') == dict(value=3., low=3., high=3.) and cost('skip')['value'] == -1
+    assert cost('linear', dict(scores=dict(arrays={}))) is None and cost('skip', {}) is None
+    for r in load_results(ROOT / 'results', 'desk', 'gqa'):   # the mean of all blocks is what the record has
+        costs = r['scores']['arrays']['skip_loss_increase']
+        whole = (costs[0] + (len(costs) - 1) * cost('skip', r)['value']) / len(costs)
+        assert whole == pytest.approx(read_metric(r, 'skip_loss_increase')['value'], rel=1e-4)

@@ -8,13 +8,10 @@ import torch
 from sparsecod.core import NORMS, ModelConfig, Transformer, initial_update_variance
 from sparsecod.layers import Attention, rope_angles
 from sparsecod.theory import (
-    CLOSED_FORMS, SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, coherence, gate_gain,
-    gate_moments,
-    gaussian_dependence, expected_jacobian_deviation, magnitude_mask, mask_weight_dependence, masked_power,
-    masked_std,
-    masked_updates, mean_interval,
-    measure_averaging, own_update_variance, predict_variance, random_stack, relative_update,
-    simulate_jacobian,
+    CLOSED_FORMS, SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, coherence,
+    expected_jacobian_deviation, gate_gain, gate_moments, gaussian_dependence, magnitude_mask,
+    mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval, measure_averaging,
+    own_update_variance, predict_variance, random_stack, relative_update, simulate_jacobian,
     simulate_stream, stream_variance, update_variance, variance_budget, weighted_variance)
 
 CONFIG = ModelConfig(vocab_size=64, n_layers=6, d_model=64, init_std=0.11)
