@@ -936,7 +936,7 @@ def start_long(panel, expect, steps=None):
     if steps:
         panel.get_by_label('steps', exact=True).fill(steps)
         panel.get_by_label('steps', exact=True).press('Tab')
-        expect(panel.get_by_text(re.compile('[1-9] (hours|days)')).first).to_be_visible()
+        expect(panel.get_by_text(re.compile(r'\d (hours|days)')).first).to_be_visible()
     panel.get_by_role('button', name='start', exact=True).click()
     expect(panel.get_by_text('Press start again')).to_be_visible()
     panel.get_by_role('button', name='start', exact=True).click()
