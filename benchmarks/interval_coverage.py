@@ -36,28 +36,28 @@ def measured_pool(a):
                       progress=False).model
     windows = corpus.sample_windows('val', a.pool + 64, a.context, seed=0)
     config = scores.ScoreConfig(n_sequences=a.pool, n_jacobian=a.pool, batch_size=50)
-    kept, join = [], scores.join_jacobians
+    kept, join = [], scores._join_jacobians
     def keep(parts):
         kept.append(parts)
         return join(parts)
-    scores.join_jacobians = keep
+    scores._join_jacobians = keep
     try:
         with scores.untouched(model):
             measured, jacobians, _ = scores.measure(model, windows[:a.pool], windows[a.pool:], config)
-    finally: scores.join_jacobians = join
+    finally: scores._join_jacobians = join
     return measured, jacobians, kept, corpus.fingerprint
 
 
 def usefulness(m, V):
     "Shares of useful blocks at two thresholds."
-    return {f'usefulness at {threshold:g}': scores.usefulness_scores(m, V, threshold)['usefulness']
+    return {f'usefulness at {threshold:g}': scores._usefulness_scores(m, V, threshold)['usefulness']
             for threshold in (scores.ScoreConfig.threshold, EDGE)}
 
 
 def smooth_scores(m, jacobians, W, W_few):
     "All scalars but usefulness and the median, for each row of weights."
     return (scores.intervention_scores(m, W)[0] | scores.stream_scores(m['variance'], W)[0]
-            | scores.jacobian_scores(jacobians, W_few)[0])
+            | scores._jacobian_scores(jacobians, W_few)[0])
 
 
 def drawn(m, rows):
@@ -69,7 +69,7 @@ def intervals(m, jacobians, n):
     "As `score_model` makes them."
     N = len(m['loss'])
     smooth = smooth_scores(m, jacobians, leave_one_out(N), leave_one_out(n))
-    found = {name: jackknife_estimate(x, -float('inf') if name in scores.SIGNED else 0.)
+    found = {name: jackknife_estimate(x, -float('inf') if name in scores._SIGNED else 0.)
              for name, x in smooth.items()}
     found |= {name: estimate(x)
               for name, x in usefulness(m, resamples(N, scores.ScoreConfig.n_bootstrap)).items()}
@@ -98,7 +98,7 @@ def covered(a, measured, jacobians, parts):
         rows, few = (torch.randint(a.pool, (n,), generator=g)
                      for n in (config.n_sequences, config.n_jacobian))
         some, J = (drawn(measured, rows),
-                   [scores.join_jacobians([block[i] for i in few.tolist()]) for block in parts])
+                   [scores._join_jacobians([block[i] for i in few.tolist()]) for block in parts])
         kinds = ([intervals(some, J, len(few))]
                  + ([bootstrap_intervals(some, J, len(few), draw)] if draw < a.bootstrap_draws else []))
         for found, hit in zip(kinds, hits):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sparsecod.cloze import (
-    CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, encode_pairs,
-    evaluate_tasks, find_gaps,
-    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, read_off, reading, right_answers,
-    score_texts, wilson,
+    _CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, _encode_pairs,
+    evaluate_tasks, _find_gaps,
+    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, _right_answers,
+    _score_texts, _wilson,
     without_context, _write_task)
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
@@ -70,7 +70,7 @@ def test_questions_are_cut_from_held_out_documents_only(corpus, questions):
 
 def test_form_of_the_questions(questions):
     for q in questions:
-        assert (len(set(q.choices)) == len(q.choices) == 4 and len(q.context) <= CONTEXT
+        assert (len(set(q.choices)) == len(q.choices) == 4 and len(q.context) <= _CONTEXT
                 and not q.context[-1].isspace())
         for choice in q.choices:
             newline, line = choice[0], choice[1:]
@@ -109,9 +109,9 @@ def test_too_little_text_is_an_error(corpus):
 
 def test_long_lines_give_contexts_that_start_with_a_word():
     paragraph = ' '.join(f'word{i}' for i in range(100))
-    (gap,) = find_gaps(f'{paragraph}\n{paragraph}\n')['']
+    (gap,) = _find_gaps(f'{paragraph}\n{paragraph}\n')['']
     context = f'{paragraph}\n'[gap.start:gap.middle]
-    assert (context.startswith('word') and CONTEXT - 10 < len(context) <= CONTEXT
+    assert (context.startswith('word') and _CONTEXT - 10 < len(context) <= _CONTEXT
             and gap.middle == len(paragraph))
 
 
@@ -167,7 +167,7 @@ def test_equal_logits_count_tokens(corpus, questions):
     model = small_model(corpus)
     torch.nn.init.zeros_(model.head.weight)
     scores = answer_scores(model, corpus.tokenizer, questions[:10])
-    counts = [[n for _, n in encode_pairs(corpus.tokenizer, [(q.context, choice) for choice in q.choices])]
+    counts = [[n for _, n in _encode_pairs(corpus.tokenizer, [(q.context, choice) for choice in q.choices])]
               for q in questions[:10]]
     assert (np.allclose(scores, -np.array(counts) * math.log(corpus.vocab_size), rtol=1e-5)
             and len(set(map(tuple, counts))) > 1)
@@ -184,9 +184,9 @@ def test_who_knows_the_text_is_always_right(corpus, questions):
         for row, t in picked.nonzero().tolist():
             m = next(seen)
             for y in known.get(tuple(tokens[row, max(0, t - 19):t + 1].tolist()), ()): logits[m, y] = 30.
-        return read_off(logits, targets)
+        return _read_off(logits, targets)
     found = continuation_scores(read,
-                                encode_pairs(corpus.tokenizer, [(q.context, choice) for q in questions
+                                _encode_pairs(corpus.tokenizer, [(q.context, choice) for q in questions
                                                                 for choice in q.choices]), T=512)
     scores = found[:, 0].view(-1, 4)
     assert accuracy(scores, questions)['value'] == accuracy(scores, questions, normalised=True)['value'] == 1
@@ -210,8 +210,8 @@ def test_pieces_score_every_token_once_as_lm_eval_does():
 def test_a_continuation_longer_than_the_context_is_scored_completely(corpus):
     model = small_model(corpus, T=5)
     torch.nn.init.zeros_(model.head.weight)
-    texts = encode_pairs(corpus.tokenizer, [('abc', 'defghijklmnopqrstuvwxyz' * 3)])
-    assert texts[0][1] > 20 and math.isclose(score_texts(model, texts)[0, 0],
+    texts = _encode_pairs(corpus.tokenizer, [('abc', 'defghijklmnopqrstuvwxyz' * 3)])
+    assert texts[0][1] > 20 and math.isclose(_score_texts(model, texts)[0, 0],
                                              -texts[0][1] * math.log(corpus.vocab_size), rel_tol=1e-5)
 
 
@@ -245,8 +245,8 @@ def test_accuracy_of_hand_made_scores():
           Question('c', ('\na', '\nb'), 0), Question('c', ('\na', '\nb'), 1)]
     # per character: -.8 and -1. in the first two; then ties
     scores = torch.tensor([[-2.4, -2.], [-2.4, -2.], [-1., -1.], [-1., -1.]])
-    assert right_answers(scores, qs).tolist() == [False, True, True, False]
-    assert right_answers(scores, qs, normalised=True).tolist() == [True, False, True, False]
+    assert _right_answers(scores, qs).tolist() == [False, True, True, False]
+    assert _right_answers(scores, qs, normalised=True).tolist() == [True, False, True, False]
     assert (accuracy(scores, qs)['value'] == .5 and accuracy(scores, qs)['chance'] == .5
             and accuracy(scores, qs)['n'] == 4)
 
@@ -262,9 +262,9 @@ def test_random_scores_give_chance(questions):
 @pytest.mark.parametrize('hits, n', [(0, 10), (1, 10), (250, 1000), (10, 10)])
 def test_wilson_against_scipy(hits, n):
     from scipy.stats import binomtest, norm
-    theirs = binomtest(hits, n).proportion_ci(.95, method='wilson')
-    assert (np.allclose(wilson(hits / n, n, norm.ppf(.975)), theirs)
-            and np.allclose(wilson(hits / n, n), theirs, atol=1e-4))
+    theirs = binomtest(hits, n).proportion_ci(.95, method='_wilson')
+    assert (np.allclose(_wilson(hits / n, n, norm.ppf(.975)), theirs)
+            and np.allclose(_wilson(hits / n, n), theirs, atol=1e-4))
 
 
 def test_measurement_for_the_record(corpus):
@@ -292,13 +292,13 @@ def test_lm_eval_agrees_question_by_question(corpus, questions):
     theirs = sorted(found['samples']['cloze'], key=lambda sample: sample['doc_id'])
     scores = answer_scores(model, corpus.tokenizer, questions)
     gain = scores - answer_scores(model, corpus.tokenizer, without_context(questions))
-    ours = dict(acc=right_answers(scores, questions), acc_norm=right_answers(scores, questions, True),
-                acc_mutual_info=right_answers(gain, questions))
+    ours = dict(acc=_right_answers(scores, questions), acc_norm=_right_answers(scores, questions, True),
+                acc_mutual_info=_right_answers(gain, questions))
     rows = {row['metric']: row for row in found['results']}
     assert set(rows) == set(ours) and model.training
     for metric, right in ours.items():
         assert [sample[metric] == 1 for sample in theirs] == right.tolist() and 0 < right.mean() < 1
-        low, high = wilson(right.mean(), len(questions))
+        low, high = _wilson(right.mean(), len(questions))
         assert rows[metric] == dict(task='cloze', metric=metric, value=right.mean(),
                                     stderr=rows[metric]['stderr'], n=60, low=low, high=high, chance=.25)
         assert math.isclose(rows[metric]['stderr'], right.std(ddof=1) / 60 ** .5)
@@ -367,7 +367,7 @@ def test_an_empty_continuation_has_no_score(corpus, context):
         _lm_eval_model(model,
                        corpus.tokenizer).loglikelihood([instance.Instance('loglikelihood', {}, (context, ''),
                                                                           0)])
-    with pytest.raises(ValueError, match='continuation'): encode_pairs(corpus.tokenizer, [(context, '')])
+    with pytest.raises(ValueError, match='continuation'): _encode_pairs(corpus.tokenizer, [(context, '')])
 
 
 def test_a_limit_and_a_missing_task(corpus, questions):

@@ -11,7 +11,7 @@ import sparsecod.compilation as compilation
 from sparsecod.compilation import CompiledLoss, LinearCrossEntropy, choose_execution, chunk_losses
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus
-from sparsecod.layers import AttentionInBlocks
+from sparsecod.layers import _AttentionInBlocks
 from sparsecod.train import StreamWatch, TrainConfig, accumulate_gradients, train
 
 SMALL = dict(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12)
@@ -92,7 +92,7 @@ def test_attention_in_blocks_is_attention(T):
     torch.manual_seed(T)
     heads = [torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3)]
     wanted, found = (functional.scaled_dot_product_attention(*heads, is_causal=True),
-                     AttentionInBlocks.apply(*heads))
+                     _AttentionInBlocks.apply(*heads))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     slope = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(found, heads, slope), torch.autograd.grad(wanted, heads, slope)):

@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional
 
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.corrections import (JUDGED_BY, TRAPS, AffineBlock, affine_ratios, auxiliary_weights,
-                                   branch_variances, causal_from_states, choices, _chosen_scores,
+from sparsecod.corrections import (_JUDGED_BY, _TRAPS, AffineBlock, affine_ratios, _auxiliary_weights,
+                                   _branch_variances, causal_from_states, choices, _chosen_scores,
                                    closing_table, combine, context_rows, corrections, corrections_table,
-                                   decay_rows, decaying, full_block_runs, gate_rows,
-                                   last_variances, mean_score, mean_with_sink, ordered, padded_loss,
-                                   permutation_score, ratio, rounding, row,
-                                   _seen_and_unseen, states, with_block, with_embeddings_scaled, with_gates)
+                                   decay_rows, decaying, _full_block_runs, gate_rows,
+                                   _last_variances, mean_score, mean_with_sink, ordered, _padded_loss,
+                                   _permutation_score, ratio, rounding, row,
+                                   _seen_and_unseen, states, _with_block, _with_embeddings_scaled, _with_gates)
 from sparsecod.data import Corpus
 from sparsecod.scores import ScoreConfig, causal_ratio, score_model, skip_effects, trace, update_sizes
 from sparsecod.studies import load_results
@@ -62,7 +62,7 @@ def corpus(): return Corpus.from_texts([f'def f{i}(x): return x + {i * 37 % 101}
 # ---- rows
 
 def test_every_trap_has_a_name_and_a_main_quantity():
-    assert list(TRAPS) == list(JUDGED_BY) == list(range(1, 14)) and all(TRAPS.values())
+    assert list(_TRAPS) == list(_JUDGED_BY) == list(range(1, 14)) and all(_TRAPS.values())
 
 
 @pytest.mark.parametrize('published, ours, expected', [(2, 1, 2), (1, 2, .5), (-3, -1, 3), (0, 0, 1),
@@ -103,7 +103,7 @@ def test_intervals_are_over_models():
 
 def test_the_largest_effect_comes_first_in_either_direction():
     rows = [row(13, 'loss', .99, 1), row(11, 'loss', .1, 1), row(5, 'causal score', 3, 1),
-            row(1, JUDGED_BY[1], -1, 1), row(3, 'another quantity', 99, 1)]
+            row(1, _JUDGED_BY[1], -1, 1), row(3, 'another quantity', 99, 1)]
     assert [c['trap'] for c in ordered(rows)] == [11, 5, 13, 1]
     assert closing_table(rows).count('\n') == 1 + 4
 
@@ -118,7 +118,7 @@ def test_tables_choose_traps():
 def test_an_affine_block_is_not_useful_unless_transposed(model):
     torch.manual_seed(1)
     A, b = torch.randn(D, D) / 4, torch.randn(D)
-    affine, hidden = (with_block(model, 3, AffineBlock(M, b)) for M in (A, (A + A.T) / 2))
+    affine, hidden = (_with_block(model, 3, AffineBlock(M, b)) for M in (A, (A + A.T) / 2))
     found = affine_ratios(affine, written_by(affine, 16, 1), written_by(affine, 48, 2))
     assert (found['ours'][2] == pytest.approx(1, abs=1e-3)
             and found['same tokens'][2] == pytest.approx(1, abs=1e-3))
@@ -145,10 +145,10 @@ def test_scores_agree_with_score_model(model, windows, fit_windows):
     found = affine_ratios(model, windows, fit_windows)
     for name, array in dict(ours='usefulness_ratio', both='usefulness_ratio_as_published').items():
         assert found[name].tolist() == pytest.approx(s['arrays'][array], rel=1e-5)
-    assert permutation_score(model, windows) == pytest.approx(s['scalars']['permutation']['value'], rel=1e-5)
+    assert _permutation_score(model, windows) == pytest.approx(s['scalars']['permutation']['value'], rel=1e-5)
     assert mean_score(causal_from_states(model, windows)) == pytest.approx(s['scalars']['causal']['value'],
                                                                            rel=1e-4)
-    assert last_variances(model, windows)[0] == pytest.approx(s['scalars']['final_variance']['value'],
+    assert _last_variances(model, windows)[0] == pytest.approx(s['scalars']['final_variance']['value'],
                                                               rel=1e-5)
     chosen = _chosen_scores(model, windows, fit_windows, torch.ones(1, 16).double())
     assert {k: v.item() for k, v in chosen.items()} == pytest.approx({k: s['scalars'][k]['value']
@@ -157,7 +157,7 @@ def test_scores_agree_with_score_model(model, windows, fit_windows):
 
 def test_replacing_a_block_leaves_the_model_alone(model):
     block = model.blocks[1]
-    changed = with_block(model, 2, AffineBlock(torch.zeros(D, D), torch.zeros(D)))
+    changed = _with_block(model, 2, AffineBlock(torch.zeros(D, D), torch.zeros(D)))
     assert (model.blocks[1] is block and changed.blocks[1] is not block
             and isinstance(changed.blocks[1], AffineBlock))
 
@@ -208,7 +208,7 @@ def test_the_shift_and_the_norm_act_together_on_the_last_column(windows, seed):
 
 def test_an_identity_block_has_no_effect_unless_shifted(windows):
     wide = make_model(3, d_model=64, n_heads=4, n_layers=6, init_std=.02)
-    idle = with_block(wide, 2, AffineBlock(torch.zeros(64, 64), torch.zeros(64)))
+    idle = _with_block(wide, 2, AffineBlock(torch.zeros(64, 64), torch.zeros(64)))
     assert causal_from_states(idle, windows)[1, 2:].tolist() == [0] * 4
     shifted = causal_from_states(idle, windows, shifted=True)[1, 2:-1]
     assert (shifted - 2 ** .5).abs().max() < .2
@@ -224,7 +224,7 @@ def test_the_norm_touches_the_last_column_only(model, windows):
 def test_the_norm_hides_the_size_of_the_stream(model, windows, factor):
     scaled = AffineBlock(torch.eye(D) * (factor - 1), torch.zeros(D))
     same = AffineBlock(torch.zeros(D, D), torch.zeros(D))
-    (before, after), (big, hidden) = (last_variances(with_block(model, L, b), windows)
+    (before, after), (big, hidden) = (_last_variances(_with_block(model, L, b), windows)
                                       for b in (same, scaled))
     assert (big / before == pytest.approx(factor ** 2, rel=1e-4)
             and hidden / after == pytest.approx(1, rel=1e-3))
@@ -233,10 +233,10 @@ def test_the_norm_hides_the_size_of_the_stream(model, windows, factor):
 # ---- 5
 
 def test_bf16_drowns_small_updates(model, windows):
-    quiet, loud = (rounding(with_embeddings_scaled(model, c), windows) for c in (1, 4096))
+    quiet, loud = (rounding(_with_embeddings_scaled(model, c), windows) for c in (1, 4096))
     assert loud['size'] > 100 * quiet['size']
     assert quiet['bf16'] == pytest.approx(quiet['fp32'], rel=.05) and loud['bf16'] > 10 * loud['fp32']
-    exact = mean_score(causal_from_states(with_embeddings_scaled(model, 4096).double(), windows))
+    exact = mean_score(causal_from_states(_with_embeddings_scaled(model, 4096).double(), windows))
     assert loud['fp32'] == pytest.approx(exact, rel=.05)          # fp32 is still right there
     assert next(model.parameters()).dtype == torch.float32
 
@@ -257,8 +257,8 @@ def test_compounded_weights_are_what_a_weight_divided_in_a_loop_gives(blocks):
     for _ in range(blocks):
         weight = weight / blocks
         expected.append(weight)
-    assert auxiliary_weights(blocks, compounded=True).tolist() == pytest.approx(expected)
-    assert auxiliary_weights(blocks).sum().item() == pytest.approx(1)
+    assert _auxiliary_weights(blocks, compounded=True).tolist() == pytest.approx(expected)
+    assert _auxiliary_weights(blocks).sum().item() == pytest.approx(1)
 
 
 # ---- 9 and 10
@@ -272,7 +272,7 @@ def test_a_sink_is_diluted():
 
 def test_gates_scale_the_branch(windows):
     mixture = make_model(4, n_experts=8, experts_per_token=2, init_std=.004)
-    published, matched, renormalised = (branch_variances(with_gates(mixture, g), windows)[0]
+    published, matched, renormalised = (_branch_variances(_with_gates(mixture, g), windows)[0]
                                         for g in ('published', 'scale_matched', 'renormalised'))
     assert ((matched / renormalised).item() == pytest.approx(4, rel=1e-4)
             and (renormalised / published).item() == pytest.approx(16, rel=.15))
@@ -317,7 +317,7 @@ def test_block_evaluations_of_full_forward_passes(blocks, windows):
     for s in range(1, blocks + 1): states(model, windows[:1], s)  # as many blocks run around an affine map
     for _ in range(blocks - 1): states(model, windows[:1])  # partial skips
     for i in range(blocks * (blocks - 1) // 2): states(model, windows[:1])                         # swaps
-    assert len(calls) == full_block_runs(blocks)
+    assert len(calls) == _full_block_runs(blocks)
 
 
 def test_the_divisor(model, windows):
@@ -326,7 +326,7 @@ def test_the_divisor(model, windows):
     total = functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:-1].flatten(),
                                      reduction='sum').item()
     B = len(windows)
-    assert padded_loss(total / (B * (T - 1)), T) == pytest.approx(total / (B * T), rel=1e-6)
+    assert _padded_loss(total / (B * (T - 1)), T) == pytest.approx(total / (B * T), rel=1e-6)
 
 
 # ---- all together
@@ -339,7 +339,7 @@ def test_corrections_repeat_and_leave_the_model_alone(corpus):
     train = TrainConfig(steps=6, tokens_per_step=32, seed=5)
     first, second = (corrections(model, corpus, train, mixtures, n_sequences=8, n_fit=12, n_pool=8, n_loss=16)
                      for _ in range(2))
-    assert json.dumps(first) == json.dumps(second) and {r['trap'] for r in first} == set(TRAPS) - {6, 8}
+    assert json.dumps(first) == json.dumps(second) and {r['trap'] for r in first} == set(_TRAPS) - {6, 8}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len({(r['trap'], r['quantity']) for r in first}) == len(first)
 
@@ -372,7 +372,7 @@ def test_the_record_keeps_the_known_answers(record):
 def test_every_trap_is_in_the_closing_table(record, root):
     records = load_results(root / 'results', 'laptop')
     rows = record['rows'] + decay_rows(records) + context_rows(records) + gate_rows(records)
-    assert sorted(c['trap'] for c in ordered(rows)) == list(TRAPS)
+    assert sorted(c['trap'] for c in ordered(rows)) == list(_TRAPS)
     assert {c['n'] for c in ordered(rows)} == {3}
 
 

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from sparsecod import moe
 from sparsecod.core import ModelConfig, Transformer, block_loss
-from sparsecod.moe import (GATES, MixtureOfExperts, balance_loss, expert_ends, experts_compiled,
+from sparsecod.moe import (GATES, MixtureOfExperts, balance_loss, _expert_ends, experts_compiled,
                            experts_grouped, experts_loop, route,
                            router_z_loss)
 
@@ -101,12 +101,12 @@ def test_renormalised_gates_sum_to_one_and_published_ones_do_not():
 @pytest.mark.parametrize('experts, E', [([0, 0, 3], 4), ([2], 3), ([1, 1, 1, 0, 0], 2)])
 def test_rows_of_each_expert_end_where_the_counts_say(experts, E):
     experts = torch.tensor(experts)
-    assert expert_ends(experts, E).tolist() == torch.bincount(experts, minlength=E).cumsum(0).tolist()
+    assert _expert_ends(experts, E).tolist() == torch.bincount(experts, minlength=E).cumsum(0).tolist()
 
 
 def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
     "On a GPU a compiled step multiplies with grouped_mm; here the same graph runs on a CPU."
-    monkeypatch.setattr(moe, 'products_of',
+    monkeypatch.setattr(moe, '_products_of',
                         lambda x, gate: lambda rows, ends, ws: functional.grouped_mm(rows, ws, offs=ends))
     torch.manual_seed(0)
     x, routing = torch.randn(33, 16, dtype=torch.bfloat16), route(torch.randn(33, 4), 2)
@@ -122,7 +122,7 @@ def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
 @pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True),
                                             (torch.bfloat16, 12, False)])
 def test_a_gpu_gets_grouped_products_in_bf16_only(dtype, D, fits):
-    assert moe.fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'),
+    assert moe._fits_grouped(torch.empty(5, D, dtype=dtype, device='meta'),
                             torch.empty(4, D, 8, device='meta')) is fits
 
 
@@ -136,7 +136,7 @@ def test_products_of_all_experts_are_those_of_each(counts):
                      torch.randn(len(counts), 8, 6, requires_grad=True))
     ends = torch.tensor(counts).cumsum(0).int()
     wanted = torch.cat([part @ weight for part, weight in zip(rows.split(counts), weights)])
-    found = moe.expert_products(rows, ends, weights)
+    found = moe._expert_products(rows, ends, weights)
     torch.testing.assert_close(found, wanted)
     slope = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(found, (rows, weights), slope),

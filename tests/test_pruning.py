@@ -18,8 +18,8 @@ from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import check_stamp
 from sparsecod.pruning import (CRITERIA, add_influence, angular_distance, block_influence, _choose_removal,
                                _cut_config, greedy_order, influence_scores,
-                               loss_frame, loss_without, parse_spans, prune, rank_agreement, removals,
-                               span_loss, sublayer_losses)
+                               loss_frame, loss_without, _parse_spans, prune, _rank_agreement, removals,
+                               _span_loss, _sublayer_losses)
 from sparsecod.scores import SCORES_SCHEMA, ScoreConfig, score_model, scores_frame, trace
 from test_adapters import FAMILIES, L, MORE, T, V, tiny
 
@@ -105,15 +105,15 @@ def test_spans_sublayers_and_checkpoints_equal_a_model_edited_by_hand(family, tm
     for n, l in ((1, 1), (2, 2), (3, 1)):
         same = list(getattr(network.config, 'layer_types', None) or [0])
         if len(set(same)) == 1:
-            assert torch.allclose(span_loss(model, t, l, n), own_loss(by_hand(network, range(l, l + n))),
+            assert torch.allclose(_span_loss(model, t, l, n), own_loss(by_hand(network, range(l, l + n))),
                                   rtol=1e-4)
-        assert torch.allclose(span_loss(model, t, l, n),
+        assert torch.allclose(_span_loss(model, t, l, n),
                               loss_without(model, WINDOWS, range(l, l + n), batch_size=2), rtol=1e-5)
     if family in STRANGE:
-        with pytest.raises(ValueError, match='block 1'): sublayer_losses(model, t, 1)
+        with pytest.raises(ValueError, match='block 1'): _sublayer_losses(model, t, 1)
         return
     for l in (1, L):
-        found = sublayer_losses(model, t, l)
+        found = _sublayer_losses(model, t, l)
         for name, attention in (('attention', True), ('feed_forward', False)):
             assert torch.allclose(found[name], own_loss(silent(network, l, attention)), rtol=1e-4)
     assert (found['attention'] - found['feed_forward']).abs().max() > 1e-4
@@ -189,7 +189,7 @@ def test_scores_with_intervals(model):
         [(own(model, [l, l + 1]) - base).mean().item() for l in range(1, 6)], abs=1e-5)
     want = stats.spearmanr(found['arrays']['block_influence'], [x.mean() for x in skip]).statistic
     assert found['scalars']['influence_rank_agreement']['value'] == pytest.approx(want)
-    assert rank_agreement(torch.tensor([1., 2, 3]), torch.tensor([9., 4, 1])) == -1
+    assert _rank_agreement(torch.tensor([1., 2, 3]), torch.tensor([9., 4, 1])) == -1
 
 
 def test_scores_with_influence(model, tmp_path):
@@ -382,4 +382,4 @@ def test_nothing_is_written_over_and_no_text_used_twice(model, tmp_path):
             and not any((tmp_path / 'folder').iterdir()))
     with pytest.raises(ValueError, match='held_out'):
         prune(model, tmp_path / 'new', WINDOWS[:2], WINDOWS, blocks=1)
-    assert parse_spans(' 2 - 3,5', 5) == [2, 3, 5]
+    assert _parse_spans(' 2 - 3,5', 5) == [2, 3, 5]

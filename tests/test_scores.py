@@ -31,7 +31,7 @@ from sparsecod.measures import at_length, compare_with_theory
 from sparsecod.parts import Parts
 from sparsecod.scores import (SCORES_SCHEMA, AffineFit, ScoreConfig, choose_pairs, fit_blocks,
                               jacobian_deviation, jacobian_estimate, _jacobian_products, n_probes,
-                              needed_bytes, pair_errors, pair_mean, pair_weights, plan_memory,
+                              needed_bytes, _pair_errors, pair_mean, _pair_weights, plan_memory,
                               _root_of_mean, score_model, scores_frame, skip_effects, swap_losses,
                               text_config, token_variances, trace, update_sizes)
 from sparsecod.sparsity import measure_sparsity
@@ -803,7 +803,7 @@ def test_memory_stays_within_its_bound(kind):
         assert live.most <= memory
         used.append(live.most)
         with Live() as live:
-            scores_module.estimate_scores(*found, config, w, fit, m.config.d_model, pair_intervals=True)
+            scores_module._estimate_scores(*found, config, w, fit, m.config.d_model, pair_intervals=True)
         assert live.most <= memory
         held = score_model(m, w, fit, config, progress=False, memory=memory)['scalars']
         for name, s in plain.items():
@@ -850,7 +850,7 @@ def test_the_intervals_are_within_the_bound():
         measured, *rest = scores_module.measure(m, w[:2], fit, config, swapped=choose_pairs(L))
     # as of N sequences
     many = {name: torch.cat(N // 2 * [x], 1 if name == 'variance' else -1) for name, x in measured.items()}
-    with Live() as live: scores_module.estimate_scores(many, *rest, config, w, fit, 16, pair_intervals=True)
+    with Live() as live: scores_module._estimate_scores(many, *rest, config, w, fit, 16, pair_intervals=True)
     print(f'{live.most} of {memory} bytes')
     assert live.most <= memory < 8 * 1001 * 5 * L * L
 
@@ -1305,12 +1305,12 @@ def test_sampled_pairs_have_no_bias_and_state_their_error():
     draws = [choose_pairs(20, 50, seed) for seed in range(1500)]
     for part in (0, 1):  # all pairs; those without block 1
         true = pair_mean(costs[part:, part:])
-        found = torch.stack([(pair_weights(c) * costs)[part:].sum() / (190, 171)[part] for c in draws])
-        errors = torch.stack([pair_errors(costs, c)[part] for c in draws])
+        found = torch.stack([(_pair_weights(c) * costs)[part:].sum() / (190, 171)[part] for c in draws])
+        errors = torch.stack([_pair_errors(costs, c)[part] for c in draws])
         assert abs(found.mean() - true) < 4 * found.std() / 1500 ** .5 and found.std() > .02 * true
         assert errors.square().mean().sqrt() / found.std() == pytest.approx(1, abs=.12)
-    assert ((pair_errors(costs, choose_pairs(20, 0)) == 0).all()
-            and torch.equal(pair_weights(choose_pairs(20, 0)), choose_pairs(20, 0).double()))
+    assert ((_pair_errors(costs, choose_pairs(20, 0)) == 0).all()
+            and torch.equal(_pair_weights(choose_pairs(20, 0)), choose_pairs(20, 0).double()))
 
 
 def test_scores_with_some_pairs():
@@ -1327,8 +1327,8 @@ def test_scores_with_some_pairs():
     values = torch.tensor([[x or 0. for x in row] for row in whole]).double()
     for k, name in enumerate(('permutation', 'permutation_without_block_1')):
         got = some['scalars'][name]
-        assert got['value'] == pytest.approx(((pair_weights(chosen) * values)[k:].sum() / (36, 28)[k]).item())
-        assert got['error'] == pytest.approx(pair_errors(values, chosen)[k].item()) and got['error'] > 0
+        assert got['value'] == pytest.approx(((_pair_weights(chosen) * values)[k:].sum() / (36, 28)[k]).item())
+        assert got['error'] == pytest.approx(_pair_errors(values, chosen)[k].item()) and got['error'] > 0
         assert (got['low'] <= max(0, got['value'] - 1.96 * got['error'])
                 and got['high'] >= got['value'] + 1.96 * got['error'])
     assert {n: s for n, s in every['scalars'].items()
@@ -1343,7 +1343,7 @@ def test_only_the_chosen_pairs_are_run(tmp_path):
     seen.clear()
     scores_module.measure_batch(model, w, maps, swapped=chosen)
     for hook in hooks: hook.remove()
-    costs = scores_module.batch_costs(9, swapped=chosen)
+    costs = scores_module._batch_costs(9, swapped=chosen)
     assert (len(seen) == sum(costs.values()) < scores_module.block_runs(9)
             and costs['swap-1'] == 9 * chosen[0].sum())
     score_model(model, w, fit, SETTINGS, progress=False, resume=tmp_path, pairs=20)

@@ -14,9 +14,9 @@ from sparsecod.adapters import adapt
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.layers import attention_weights, rope_angles
 from sparsecod.scores import scoring_model, untouched
-from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass,
+from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, _keys_for_mass,
                                 measure_sparsity,
-                                participation, routed_share, sparsity_bytes, sparsity_of, weight_sparsity)
+                                participation, _routed_share, sparsity_bytes, _sparsity_of, weight_sparsity)
 
 
 def model(**changes):
@@ -44,8 +44,8 @@ def test_relative_measures_ignore_scale(factor):
 def test_keys_for_mass_of_a_hand_made_row():
     p = torch.zeros(1, 1, 4, 4)
     p[0, 0, 3] = torch.tensor([.5, .05, .3, .15])     # .5 + .3 = .8 is not enough, with .15 it is
-    assert keys_for_mass(p, .9)[0, 0, 3] == 3 / 4
-    assert keys_for_mass(p, .5)[0, 0, 3] == 1 / 4
+    assert _keys_for_mass(p, .9)[0, 0, 3] == 3 / 4
+    assert _keys_for_mass(p, .5)[0, 0, 3] == 1 / 4
 
 
 def test_attention_sparsity_looks_at_the_maps_that_the_model_uses():
@@ -145,7 +145,7 @@ def test_maps_seen_from_outside_are_those_that_the_network_returns(family):
     with torch.no_grad(): theirs = network(STOCK_TOKENS, output_attentions=True).attentions
     for l, p in enumerate(theirs):
         assert torch.allclose(found['first'][l], p[..., 1:, 0].double().mean((0, 2)), atol=1e-5)
-        assert torch.allclose(found['keys'][l], keys_for_mass(p)[..., 1:].double().mean((0, 2)), atol=1e-5)
+        assert torch.allclose(found['keys'][l], _keys_for_mass(p)[..., 1:].double().mean((0, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize('family', ['Llama', 'Gemma2', 'GPT2', 'Mixtral', 'Olmoe', 'Qwen3Moe'])
@@ -182,7 +182,7 @@ def test_attention_is_put_back_after_an_interruption(monkeypatch):
     "Also while a traceback keeps all frames alive, as a notebook does."
     network = tiny('Llama')
     def stop(*_): raise KeyboardInterrupt
-    monkeypatch.setattr(sparsity_module, 'head_sparsity', stop)
+    monkeypatch.setattr(sparsity_module, '_head_sparsity', stop)
     try: measure_sparsity(network, STOCK_TOKENS)
     except KeyboardInterrupt: kept = sys.exc_info()[2]
     assert kept is not None and network.config._attn_implementation == 'sdpa'
@@ -204,15 +204,15 @@ def test_experts_in_a_list_are_counted():
     stacked = tiny('Mixtral')
     listed = copy.deepcopy(stacked)
     for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4)
-    assert routed_share(adapt_without_check(stacked),
-                        stacked.model.layers[0]) == routed_share(adapt_without_check(listed),
+    assert _routed_share(adapt_without_check(stacked),
+                        stacked.model.layers[0]) == _routed_share(adapt_without_check(listed),
                                                                  listed.model.layers[0]) == .5
     for layer in listed.model.layers: layer.mlp = ListedExperts(32, 40, 4, ['specialists'])
     with pytest.raises(ValueError, match='has a router for 4 experts, but none were found'):
-        routed_share(adapt_without_check(listed), listed.model.layers[0])
+        _routed_share(adapt_without_check(listed), listed.model.layers[0])
     dense = copy.deepcopy(stacked)
     dense.model.layers[0].mlp = nn.Sequential(nn.Linear(32, 40))  # some mixtures begin with a dense block
-    assert routed_share(adapt_without_check(dense), dense.model.layers[0]) == 1
+    assert _routed_share(adapt_without_check(dense), dense.model.layers[0]) == 1
 
 
 def test_attention_that_cannot_be_seen_is_refused(monkeypatch):
@@ -232,6 +232,6 @@ def test_memory_stays_within_its_bound(kind, T):
     if kind in FAMILIES: m, V = adapt(tiny(kind, max_position_embeddings=128)), 61
     else: m, V = model(context_length=128, **dict(experts=dict(n_experts=4)).get(kind, {})), 61
     tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
-    with untouched(m), Live() as live: sparsity_of(scoring_model(m), tokens)
+    with untouched(m), Live() as live: _sparsity_of(scoring_model(m), tokens)
     print(f'{kind}, T={T}: {live.most} of {sparsity_bytes(m, T)} bytes')
     assert live.most <= sparsity_bytes(m, T)

@@ -8,7 +8,7 @@ import torch
 from sparsecod.core import NORMS, ModelConfig, Transformer, initial_update_variance
 from sparsecod.layers import Attention, rope_angles
 from sparsecod.theory import (
-    CLOSED_FORMS, SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, coherence,
+    CLOSED_FORMS, _SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, coherence,
     expected_jacobian_deviation, gate_gain, gate_moments, gaussian_dependence, magnitude_mask,
     mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval, measure_averaging,
     own_update_variance, predict_variance, random_stack, relative_update, simulate_jacobian,
@@ -28,7 +28,7 @@ def harmonic(l):
 # ---------------------------------------------------------------- known answers
 
 @pytest.mark.parametrize('norm', CLOSED_FORMS)
-@pytest.mark.parametrize('sublayers', SUBLAYER_KINDS)
+@pytest.mark.parametrize('sublayers', _SUBLAYER_KINDS)
 def test_nothing_grows_without_connections(norm, sublayers):
     v = stream_variance(config(norm), p=0.0, v0=0.3, sublayers=sublayers)
     assert v == [0.3] * 7
