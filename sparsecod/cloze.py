@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Question', 'held_out_texts', 'make_questions', 'pieces', 'batches', 'continuation_scores', 'reading', 'answer_scores',
-           'accuracy', 'without_context', 'measure_cloze', 'need_lm_eval', 'evaluate_tasks']
+           'right_answers', 'accuracy', 'without_context', 'measure_cloze', 'need_lm_eval', 'evaluate_tasks']
 
 # %% ../nbs/build/10_cloze.ipynb #b8021c8c
 import importlib.metadata
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -216,7 +217,7 @@ def answer_scores(model: Transformer, tokenizer: Tokenizer, questions: list[Ques
     return _score_texts(model, texts, batch_tokens)[:, 0].view(len(questions), -1)
 
 # %% ../nbs/build/10_cloze.ipynb #754be179
-def _right_answers(scores: Tensor, questions: list[Question],
+def right_answers(scores: Tensor, questions: list[Question],
                   normalised: bool = False) -> np.ndarray:  # bool, (n,)
     """Which questions are answered rightly by scores, (n, n_choices), normalised by characters or not; of
     equal ones the first counts."""
@@ -225,17 +226,13 @@ def _right_answers(scores: Tensor, questions: list[Question],
     return np.asarray(scores).argmax(1) == [q.answer for q in questions]
 
 # %% ../nbs/build/10_cloze.ipynb #f7f463de
-def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    "Wilson's interval for a share of n trials, z standard deviations to each side: its low and its high end."
-    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** .5
-    return max(0., (middle - half) / (1 + z * z / n)), min(1., (middle + half) / (1 + z * z / n))
-
 def accuracy(scores: Tensor, questions: list[Question], normalised: bool = False) -> dict:
     """Share of questions that are answered rightly, with the ends of Wilson's 95 % interval over questions;
     n, and chance."""
-    share, n = float(_right_answers(scores, questions, normalised).mean()), len(questions)
-    low, high = _wilson(share, n)
-    return dict(value=share, low=low, high=high, n=n, chance=sum(1 / len(q.choices) for q in questions) / n)
+    hits, n = int(right_answers(scores, questions, normalised).sum()), len(questions)
+    low, high = map(float, binomtest(hits, n).proportion_ci(method='wilson'))
+    chance = sum(1 / len(q.choices) for q in questions) / n
+    return dict(value=hits / n, low=low, high=high, n=n, chance=chance)
 
 # %% ../nbs/build/10_cloze.ipynb #4df20d24
 def without_context(questions: list[Question]) -> list[Question]:
@@ -381,7 +378,8 @@ def _share_columns(out: dict, task: str, metric: str, value: float) -> dict:
     if metric not in _SHARES or not samples or config['output_type'] != 'multiple_choice':
         return dict(low=None, high=None, chance=None)
     passes = 1 + any(m['metric'] == 'acc_mutual_info' for m in config['metric_list'])    # over each choice
-    low, high = _wilson(value, len(samples))
+    hits, n = round(value * len(samples)), len(samples)
+    low, high = map(float, binomtest(hits, n).proportion_ci(method='wilson'))
     return dict(low=low, high=high, chance=float(np.mean([passes / len(s['resps']) for s in samples])))
 
 def _result_rows(out: dict) -> list[dict]:

@@ -426,7 +426,8 @@ def _mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dic
         sums = [(_auxiliary_weights(L, c) * balance).sum() for c in (True, False)]
         rows.append(row(7, f'weighted sum of balancing losses, {gates.replace("_", "-")} gates', *sums,
                         'in units of w', dict(balance=balance)))
-        changed = {g: _branch_variances(_with_gates(model, g), windows) for g in ('published', 'renormalised')}
+        changed = {other: _branch_variances(_with_gates(model, other), windows)
+                   for other in ('published', 'renormalised')}
         rows.append(row(10, f'branch, trained with {gates.replace("_", "-")} gates',
                         changed['published'].mean(), changed['renormalised'].mean(),
                         'variance of the feed-forward update, mean over blocks; same weights, gates '

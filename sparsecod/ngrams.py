@@ -63,7 +63,8 @@ class KneserNey:
                 triples = _merge_counts(triples, np.concatenate([t for _, t in found]))
                 waiting = []
         if not len(pairs[0]): raise ValueError('no windows: tables need at least one pair of tokens')
-        self.pairs, self.triples = _make_level(*pairs, V), _make_level(*triples, V) if len(triples[0]) else None
+        self.pairs = _make_level(*pairs, V)
+        self.triples = _make_level(*triples, V) if len(triples[0]) else None
         self.singles = _make_level(*np.unique(pairs[0] % V, return_counts=True), V)  # after how many tokens
         kinds = np.unique(triples[0] % V ** 2, return_counts=True)  # (u, w) after how many
         self.continuations = _make_level(*kinds, V) if len(triples[0]) else None

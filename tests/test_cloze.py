@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from sparsecod.cloze import (
     _CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, _encode_pairs,
     evaluate_tasks, _find_gaps,
-    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, _right_answers,
-    _score_texts, _wilson,
-    without_context, _write_task)
+    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, right_answers,
+    _score_texts, without_context, _write_task)
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.studies import SCALES
@@ -245,8 +245,8 @@ def test_accuracy_of_hand_made_scores():
           Question('c', ('\na', '\nb'), 0), Question('c', ('\na', '\nb'), 1)]
     # per character: -.8 and -1. in the first two; then ties
     scores = torch.tensor([[-2.4, -2.], [-2.4, -2.], [-1., -1.], [-1., -1.]])
-    assert _right_answers(scores, qs).tolist() == [False, True, True, False]
-    assert _right_answers(scores, qs, normalised=True).tolist() == [True, False, True, False]
+    assert right_answers(scores, qs).tolist() == [False, True, True, False]
+    assert right_answers(scores, qs, normalised=True).tolist() == [True, False, True, False]
     assert (accuracy(scores, qs)['value'] == .5 and accuracy(scores, qs)['chance'] == .5
             and accuracy(scores, qs)['n'] == 4)
 
@@ -257,14 +257,6 @@ def test_random_scores_give_chance(questions):
         found = accuracy(torch.rand(len(questions), 4, generator=generator), questions)
         inside += found['low'] <= found['chance'] <= found['high']
     assert found['chance'] == .25 and 180 <= inside                                 # 190 expected
-
-
-@pytest.mark.parametrize('hits, n', [(0, 10), (1, 10), (250, 1000), (10, 10)])
-def test_wilson_against_scipy(hits, n):
-    from scipy.stats import binomtest, norm
-    theirs = binomtest(hits, n).proportion_ci(.95, method='_wilson')
-    assert (np.allclose(_wilson(hits / n, n, norm.ppf(.975)), theirs)
-            and np.allclose(_wilson(hits / n, n), theirs, atol=1e-4))
 
 
 def test_measurement_for_the_record(corpus):
@@ -292,13 +284,13 @@ def test_lm_eval_agrees_question_by_question(corpus, questions):
     theirs = sorted(found['samples']['cloze'], key=lambda sample: sample['doc_id'])
     scores = answer_scores(model, corpus.tokenizer, questions)
     gain = scores - answer_scores(model, corpus.tokenizer, without_context(questions))
-    ours = dict(acc=_right_answers(scores, questions), acc_norm=_right_answers(scores, questions, True),
-                acc_mutual_info=_right_answers(gain, questions))
+    ours = dict(acc=right_answers(scores, questions), acc_norm=right_answers(scores, questions, True),
+                acc_mutual_info=right_answers(gain, questions))
     rows = {row['metric']: row for row in found['results']}
     assert set(rows) == set(ours) and model.training
     for metric, right in ours.items():
         assert [sample[metric] == 1 for sample in theirs] == right.tolist() and 0 < right.mean() < 1
-        low, high = _wilson(right.mean(), len(questions))
+        low, high = binomtest(int(right.sum()), len(questions)).proportion_ci(method='wilson')
         assert rows[metric] == dict(task='cloze', metric=metric, value=right.mean(),
                                     stderr=rows[metric]['stderr'], n=60, low=low, high=high, chance=.25)
         assert math.isclose(rows[metric]['stderr'], right.std(ddof=1) / 60 ** .5)
