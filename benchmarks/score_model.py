@@ -235,11 +235,13 @@ def commit():
 
 
 def processor():
-    "The name of the processor."
+    "The name of the processor, and on x86 its family and model: one name stands for many."
     info = Path('/proc/cpuinfo')
-    names = [line.split(':', 1)[1].strip() for line in info.read_text(encoding='utf-8').splitlines()
-             if line.startswith('model name')] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in lines)}
+    if 'model name' not in found: return platform.processor() or platform.machine()
+    kind = [f'{key.split()[-1]} {found[key]}' for key in ('cpu family', 'model') if key in found]
+    return ', '.join([found['model name'], *kind])
 
 
 def show(results, a):

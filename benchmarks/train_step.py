@@ -32,7 +32,7 @@ from sparsecod.train import StreamWatch, TrainConfig, make_optimizer
 SIZES = dict(small=dict(n_layers=8, d_model=64, n_heads=4, context_length=128),
              medium=dict(n_layers=8, d_model=128, n_heads=2, context_length=128),
              large=dict(n_layers=8, d_model=256, n_heads=4, context_length=256))
-BARS = dict(small=1.5, medium=1.7, large=2.6)  # times the faster eager step
+BARS = dict(small=1.5, medium=1.7, large=2.6)  # times the faster eager step in fp32
 # kept: compiled, memory kept
 MODES = (('fp32', 'eager'), ('bf16', 'eager'), ('fp32', 'compiled'), ('bf16', 'compiled'), ('bf16', 'kept'))
 WAYS = tuple((owner, *mode) for owner in ('ours', 'llama') for mode in MODES)
@@ -110,8 +110,22 @@ def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
                                 for way in WAYS}
 
 
+def product_speeds(n: int = 1024, repeats: int = 9) -> dict:
+    "GFLOP/s of square matrix products on one thread, by precision: what bounds a step on this machine."
+    torch.set_num_threads(1)
+    speeds = {}
+    for name, kind in dict(fp32=torch.float32, bf16=torch.bfloat16).items():
+        a, b, times = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind), []
+        for _ in range(repeats):
+            start = time.process_time()
+            a @ b
+            times.append(time.process_time() - start)
+        speeds[name] = 2 * n ** 3 / statistics.median(times) / 1e9
+    return speeds
+
+
 def summary(speeds: dict) -> dict:
-    "Our fastest against the faster eager step and against the peer's fastest."
+    "Our fastest against the faster eager step in fp32 and against the peer's fastest."
     def best(*words):
         return max(v['tokens_per_s'] for k, v in speeds.items() if all(w in k.split() for w in words))
     eager, ours, peer = (max(best('eager', 'fp32', 'ours'), best('eager', 'fp32', 'llama')),
@@ -136,7 +150,7 @@ if __name__ == '__main__':
         for way, v in speeds.items():
             print(f"{name:7} {way:20} {v['tokens_per_s']:8,.0f} tokens a second, second loss {v['loss']:.4f}",
                   flush=True)
-        print(f"{name:7} {found[name]['times_eager']:.2f} times the faster eager step (bar {BARS[name]}), "
+        print(f"{name:7} {found[name]['times_eager']:.2f} times the faster eager fp32 step (bar {BARS[name]}), "
               f"{found[name]['times_peer']:.2f} times the peer's fastest", flush=True)
     if options.out:
         if options.out.exists():  # sizes may be measured one after the other
@@ -144,6 +158,6 @@ if __name__ == '__main__':
             if earlier['commit'] == commit(): found = earlier['sizes'] | found
         record = dict(sizes={name: found[name] for name in SIZES if name in found}, rounds=options.rounds,
                       tokens=options.tokens, threads=1, torch=torch.__version__,
-                      python=platform.python_version(), hardware=processor(), busy=os.getloadavg()[0],
-                      commit=commit())
+                      python=platform.python_version(), hardware=processor(), products=product_speeds(),
+                      busy=os.getloadavg()[0], commit=commit())
         write_text(options.out, json.dumps(stamp(record), indent=1))
