@@ -14,7 +14,7 @@ from sparsecod.adapters import adapt
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.layers import attention_weights, rope_angles
 from sparsecod.scores import scoring_model, untouched
-from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, _keys_for_mass,
+from sparsecod.sparsity import (attention_sparsity, effective_density, expert_loads, keys_for_mass,
                                 measure_sparsity,
                                 participation, _routed_share, sparsity_bytes, _sparsity_of, weight_sparsity)
 
@@ -41,11 +41,11 @@ def test_relative_measures_ignore_scale(factor):
     assert math.isclose(participation(W), participation(factor * W), rel_tol=1e-5)
 
 
-def test_keys_for_mass_of_a_hand_made_row():
+def testkeys_for_mass_of_a_hand_made_row():
     p = torch.zeros(1, 1, 4, 4)
     p[0, 0, 3] = torch.tensor([.5, .05, .3, .15])     # .5 + .3 = .8 is not enough, with .15 it is
-    assert _keys_for_mass(p, .9)[0, 0, 3] == 3 / 4
-    assert _keys_for_mass(p, .5)[0, 0, 3] == 1 / 4
+    assert keys_for_mass(p, .9)[0, 0, 3] == 3 / 4
+    assert keys_for_mass(p, .5)[0, 0, 3] == 1 / 4
 
 
 def test_attention_sparsity_looks_at_the_maps_that_the_model_uses():
@@ -145,7 +145,7 @@ def test_maps_seen_from_outside_are_those_that_the_network_returns(family):
     with torch.no_grad(): theirs = network(STOCK_TOKENS, output_attentions=True).attentions
     for l, p in enumerate(theirs):
         assert torch.allclose(found['first'][l], p[..., 1:, 0].double().mean((0, 2)), atol=1e-5)
-        assert torch.allclose(found['keys'][l], _keys_for_mass(p)[..., 1:].double().mean((0, 2)), atol=1e-5)
+        assert torch.allclose(found['keys'][l], keys_for_mass(p)[..., 1:].double().mean((0, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize('family', ['Llama', 'Gemma2', 'GPT2', 'Mixtral', 'Olmoe', 'Qwen3Moe'])
