@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import sparsecod.moe as moe
-from sparsecod.configuration import Config, is_kind
+from sparsecod.configuration import Config, _is_kind
 from sparsecod.core import (NORMS, PRESETS, ModelConfig, Placement, Stack, Transformer, flops_per_token,
                             next_tokens, param_counts, preset)
 from sparsecod.data import DataConfig
@@ -152,7 +152,7 @@ def test_what_is_allowed_stays_allowed():
                                                  ((1,), (1, 2, 3), (1, None))),
                                                  (Config, (ModelConfig(),), ({}, Config))])
 def test_annotations_are_taken_strictly(kind, right, wrong):
-    assert [is_kind(value, kind) for value in (*right, *wrong)] == [True] * len(right) + [False] * len(wrong)
+    assert [_is_kind(value, kind) for value in (*right, *wrong)] == [True] * len(right) + [False] * len(wrong)
 
 
 @pytest.mark.parametrize('field, value', [('n_heads', 3), ('n_kv_heads', 3), ('n_heads', 64)])
