@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'can_be_scored', 'unwrap', 'Layout', 'find_decoder', 'find_layout', 'take_stream', 'first_stream',
-           'block_arguments', 'read_out', 'Wrapper', 'AdaptedModel', 'check_logits', 'why_not_weights', 'adapt',
+           'block_arguments', 'read_out', 'Wrapper', 'AdaptedModel', 'check_logits', 'why_not_weights', 'adapt', 'need',
            'is_gguf', 'find_folder', 'check_weights', 'load_network', 'load_model', 'run_label', 'find_tokenizer',
            'open_model']
 
 # %% ../nbs/build/06_adapters.ipynb #3a8a9e11
+import importlib
 import inspect
 import re
 import sys
@@ -365,6 +366,11 @@ def adapt(model):
     return adapted
 
 # %% ../nbs/build/06_adapters.ipynb #b8490a80
+def need(module: str, extra: str, why: str):  # the module
+    "Import an optional library, or raise an ImportError that says why, and how to get it."
+    try: return importlib.import_module(module)
+    except ImportError as error: raise ImportError(f"{why}: pip install 'sparsecod[{extra}]'") from error
+
 def is_gguf(place: Path) -> bool:
     "Whether this is a file that holds a whole model."
     return place.suffix == '.gguf' and place.is_file()
@@ -430,10 +436,8 @@ def check_weights(folder: Path):
 # %% ../nbs/build/06_adapters.ipynb #b7d9e214
 def _gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; None if all are floats
     "Types in which a GGUF file holds its weights, with their shares, if they were quantised."
-    try: from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError(f"gguf is needed to open {file}: pip install 'sparsecod[gguf]'") from error
-    try: weights = GGUFReader(file).tensors
+    gguf = need('gguf', 'gguf', f'gguf is needed to open {file}')
+    try: weights = gguf.GGUFReader(file).tensors
     except (IndexError, KeyError, OSError, ValueError) as error:
         raise ValueError(f'{file} is damaged or was not copied completely: {error}') from error
     sizes = Counter()
@@ -443,17 +447,16 @@ def _gguf_types(file: Path) -> str | None:  # such as 'Q4_1 79 %, Q8_0 21 %'; No
     return ', '.join(f'{name} {share:.0f} %' for name, share in shares.items() if share >= .5)
 
 # %% ../nbs/build/06_adapters.ipynb #a56c4505
-def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  # in fp32 and evaluation mode
-    "Load a checkpoint of the transformers library."
-    try: import transformers
-    except ImportError as error:
-        raise ImportError(f"transformers is needed to open {folder}: pip install 'sparsecod[hf]'") from error
+def load_network(folder: Path, trust_remote_code: bool = False,
+                 dtype: torch.dtype = torch.float32) -> nn.Module:
+    "Load a checkpoint of the transformers library, in evaluation mode."
+    transformers = need('transformers', 'hf', f'transformers is needed to open {folder}')
     place, gguf = (folder.parent, dict(gguf_file=folder.name)) if is_gguf(folder) else (folder, {})
     # versions with it could leave the weights packed as well
     if gguf and hasattr(transformers, 'GgufConfig'):
         gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
     try: network, found = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, **gguf)
     except (OSError, RuntimeError, ValueError) as error:
         programs = not gguf and 'auto_map' in read_object(folder / 'config.json') and not trust_remote_code
@@ -463,10 +466,11 @@ def load_network(folder: Path, trust_remote_code: bool = False) -> nn.Module:  #
                            'trust_remote_code=True)' * programs) from error
     if lacking := sorted(found['missing_keys']):
         raise ValueError(f'{folder} lacks {len(lacking)} weights of {type(network).__name__}, the first of '
-                         f'them {lacking[0]}')
+                         f'them {lacking[0]} (missing_keys)')
     if unused := sorted(found['unexpected_keys']):
         raise ValueError(f'{folder} has {len(unused)} weights that its config.json gives no place in a '
-                         f'{type(network).__name__}, the first of them {unused[0]}; if they may be left out, '
+                         f'{type(network).__name__} (unexpected_keys), the first of them {unused[0]}; '
+                         'if they may be left out, '
                          'load it with AutoModelForCausalLM and hand in that')
     return network
 
