@@ -44,6 +44,8 @@ def template_text(name: str) -> markupsafe.Markup:
     "A file of sparsecod/templates as it is."
     return markupsafe.Markup(TEMPLATES.loader.get_source(TEMPLATES, name)[0])
 
+TEMPLATES.globals['file'] = template_text
+
 # %% ../nbs/tools/08_explorers.ipynb #ffb74212
 class Explorer:
     "A chart with controls, a sentence and tables; a notebook shows it."
@@ -68,14 +70,13 @@ class Explorer:
         data = json.dumps(self.data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
         self.html = TEMPLATES.get_template('explorer.html').render(
             name=name, title=title, tables=tables, description=description, note=note,
-            data=markupsafe.Markup(data),
-            css=template_text('explorer.css'), js=template_text('explorer.js'))
+            data=markupsafe.Markup(data))
 
     def page(self) -> str:
         "A document of its own, to be saved and opened from disk."
-        body = markupsafe.Markup(self.html)
-        return TEMPLATES.get_template('page.html').render(title=self.title, body=body,
-                                                          vega=template_text('vega.js'))
+        return TEMPLATES.get_template('page.html').render(title=self.title, body=self)
+
+    def __html__(self): return self.html    # for templates
 
     def __repr__(self): return f'Explorer({self.title!r})'
 
