@@ -140,7 +140,6 @@ def _stock_block(block: dict[str, Tensor], config: ModelConfig, l: int) -> dict[
         made['mlp.gate_up_proj.weight'] = torch.cat(stacked)                                    # (2F, D)
     return made
 
-# %% ../nbs/tools/10_exchange.ipynb #b24c4a29
 def _take(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:  # names without the prefix
     "The weights whose names begin with a prefix, which leave the dictionary."
     names = [name for name in weights if name.startswith(prefix)]
@@ -190,7 +189,6 @@ def _check_family(config):
     raise ValueError(f'model_type={family!r} cannot become a Transformer: {reason}; allowed are '
                      f'{", ".join(_CLASSES)}, not quantised')
 
-# %% ../nbs/tools/10_exchange.ipynb #929afe6c
 def _check_settings(config):
     """Raise a ValueError that names the first switch of a stock configuration that makes it another
     function than ours."""
@@ -233,7 +231,6 @@ def _own_experts(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
                          'the token, which cannot be expressed in a Transformer; allowed is 0')
     return made | {'feed_forward.shared.down.weight': _fold(block.pop(_SHARED_DOWN), 1 / shared)}  # (D, F)
 
-# %% ../nbs/tools/10_exchange.ipynb #400174b0
 def _own_block(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     "The weights of one block as our block holds them; names without blocks.l. Those used leave the block."
     D_h = config.d_model // config.n_heads
@@ -292,7 +289,6 @@ def _own_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
         return tokenizer
     except ValueError as error: warnings.warn(f'the model comes without a tokenizer: {error}', stacklevel=3)
 
-# %% ../nbs/tools/10_exchange.ipynb #ec34bdf8
 _CHAT, _GENERATION, _MORE_CHATS = 'chat_template.jinja', 'generation_config.json', 'additional_chat_templates'
 
 def files_beside(folder: Path) -> dict[str, bytes]:  # name: content
@@ -355,7 +351,6 @@ def _record_facts(record: dict) -> dict:  # keys as in run_facts
     facts |= dict(provenance=provenance, corpus=corpus, train=config.get('train'), data=config.get('data'))
     return facts | {name: record.get(name) for name in ('final', 'status', 'step', 'tokens')}
 
-# %% ../nbs/tools/10_exchange.ipynb #e55eae36
 def _refuse_other_record(known: dict, told: dict):
     "Raise a ValueError if the record is of another run."
     if 'corpus' in known and 'corpus' in told and known['corpus'] != told['corpus']:
@@ -368,7 +363,6 @@ def _refuse_other_record(known: dict, told: dict):
                 raise ValueError(f'the record is of another run: {part}.{name}={theirs[name]!r} there, '
                                  f'{ours[name]!r} in the folder')
 
-# %% ../nbs/tools/10_exchange.ipynb #0435d278
 def run_facts(folder: str | Path | None = None, record: dict | None = None) -> dict:
     """All that is known about a model, for its card: model, train, data, corpus, status, step, tokens,
     final, scores, score, scored_on, tasks, provenance."""
@@ -394,7 +388,6 @@ def _public_name(name: str) -> str:  # the same, unless it is a place on this ma
              and not place.endswith(('.json', '.txt', '.jsonl', '.parquet')))
     return name if on_hub and plain else 'a local file or folder'
 
-# %% ../nbs/tools/10_exchange.ipynb #7656ed89
 def _training_rows(facts: dict) -> list[tuple]:  # what, and its value; empty if nothing is recorded
     "All that is known about how a model was trained."
     if not facts.get('train') and not facts.get('tokens'): return []
@@ -414,31 +407,15 @@ def _training_rows(facts: dict) -> list[tuple]:  # what, and its value; empty if
     shown = lambda name, value: f'{value:,}' if isinstance(value, int) and 'tokens' in name.split() else value
     return [(name, 'not recorded' if value is None else shown(name, value)) for name, value in rows.items()]
 
-# %% ../nbs/tools/10_exchange.ipynb #c70aefca
-_SCORE_WORDS = dict(val_loss='loss on held-out text, nats a token',
-                    final_variance='variance of the last stream', jacobian_deviation='Jacobian deviation',
-                    causal='causal score', permutation='permutation score',
-                    usefulness='usefulness, share of blocks',
-                    linear_loss_increase='loss added by a linear replacement of a block, nats',
-                    skip_loss_increase='loss added by skipping a block, nats')
-
 def model_card(config: ModelConfig, facts: dict | None = None, library: str = 'sparsecod',
                name: str = 'A sparsecod model', license: str | None = None):
     """A huggingface_hub.ModelCard that says what the model is, how it was trained, what was measured and
     what was not. Facts are from run_facts; a license is such as 'apache-2.0'."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     facts = facts or {}
-    final, tasks = facts.get('final') or {}, facts.get('tasks') or ()
+    final = facts.get('final') or {}
     found = ({'val_loss': final['val_loss']} if final.get('val_loss') else {}) | (facts.get('scores') or {})
     scores = {of: s for of, s in found.items() if isinstance(s, dict) and s.get('value') is not None}
-    number = lambda x: '-' if x is None else f'{x:.4g}'
-    ends = lambda s: '-' if s.get('low') is None else f"{number(s['low'])} to {number(s['high'])}"
-    words = _SCORE_WORDS | dict(loss='loss on the scored sequences, nats a token')
-    asked = {r['task'] for r in tasks}
-    missing = [said for of, said in _SCORE_WORDS.items() if of not in scores]
-    if 'cloze' not in asked: missing.append('accuracy on cloze questions from held-out text')
-    missing += ['accuracy on public benchmarks' + (' other than those above' if asked - {'cloze'} else ''),
-                'bias, toxicity or safety of what the model writes', 'loss on text unlike that of its corpus']
     source = _public_name((facts.get('data') or {}).get('source') or 'not recorded')
     results = [EvalResult(task_type='text-generation', dataset_type=source,
                           dataset_name=f"{source}, held-out split, corpus {facts.get('corpus')}",
@@ -447,16 +424,12 @@ def model_card(config: ModelConfig, facts: dict | None = None, library: str = 's
     data = ModelCardData(library_name=library, pipeline_tag='text-generation', tags=['sparsecod'],
                          license=license, model_name=name, eval_results=results)
     template = resources.files('sparsecod').joinpath('templates/card.md').read_text(encoding='utf-8')
-    rows = [(words.get(of, of.replace('_', ' ')), number(s['value']), ends(s)) for of, s in scores.items()]
     return ModelCard.from_template(
         data, template_str=template, name=name, license=license, counts=param_counts(config),
         config=config.to_dict(), training=_training_rows(facts), scored_on=facts.get('scored_on'),
         stored=_CLASSES[stock_family(config)] if library == 'transformers' else None,
-        n=(facts.get('score') or {}).get('n_sequences'), missing=missing, scores=rows,
-        tasks=[(r['task'], r['metric'].replace('_', ' '), number(r['value']), ends(r),
-                number(r.get('chance')), r.get('n') or '-') for r in tasks])
+        n=(facts.get('score') or {}).get('n_sequences'), scores=scores, tasks=facts.get('tasks') or ())
 
-# %% ../nbs/tools/10_exchange.ipynb #87b4ee4d
 def _find_record(folder: Path) -> dict:
     "The record of a run of a study, or the scores in its folder, if they are where they usually are."
     scale = _json_if_there(folder / 'run.json').get('scale')

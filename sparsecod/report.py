@@ -100,9 +100,9 @@ def _listed(numbers: list[int], one=str, span: str = '{} to {}') -> str:
     words = [w for run in runs for w in ([span.format(run[0], run[-1])] if len(run) > 2 else run)]
     return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
-def names(blocks: list[int], noun: str = 'block') -> str:  # such as "blocks 1, 3 and 5 to 9"
+def names(blocks: list[int]) -> str:  # such as "blocks 1, 3 and 5 to 9"
     "A list of blocks in words."
-    return f"{noun}{'s' if len(blocks) > 1 else ''} {_listed(blocks)}"
+    return f"block{'s' if len(blocks) > 1 else ''} {_listed(blocks)}"
 
 def _pairs_text(starts: list[int]) -> str:  # such as "1–2 and 4–5", or "each pair from 2–3 to 9–10"
     "Pairs of neighbours in words."
@@ -337,13 +337,15 @@ class _Charts:
     "Linked charts side by side, each with a table of its numbers and words that say what it shows."
     def __init__(self): self.charts, self.tables, self.said = [], [], {}
 
-    def add(self, chart, view: str, title: str, **columns):
+    def add(self, chart, view: str, title: str, text: str, **columns):
         self.charts.append(chart.properties(title=title))
         self.tables.append(dict(title=title, view=view, columns=columns | _ENDS))
+        if text: self.said[title] = text
 
-    def bars(self, name: str, title: str, unit: str, rows: list[dict], base: float = 0., lines: tuple = (),
-             **kind):
+    def bars(self, name: str, title: str, unit: str, rows: list[dict], text: str = '', base: float = 0.,
+             lines: tuple = (), **kind):
         "Bars by block, beside each other where they are of several kinds: kind='what the kinds are'."
+        if not rows: return
         middle, values = _few_large([r['value'] - base for r in rows]), [r['value'] for r in rows]
         scale = alt.Scale(zero=not base)
         if middle and not base: scale = alt.Scale(type='symlog', constant=middle)
@@ -360,10 +362,11 @@ class _Charts:
         whiskers, tip = any(r['low'] is not None for r in rows), _tips(block='block', value=unit, **_ENDS)
         chart = _barred([r | dict(base=base) for r in rows], x, y, name, whiskers, lines, y2=alt.Y2('base'),
                         tooltip=tip, **look)
-        self.add(chart.properties(width='container', height=190), name, title, **kind, block='block',
+        if lines: text += f' Dashed: {", ".join(map(_few, lines))}.'
+        self.add(chart.properties(width='container', height=190), name, title, text, **kind, block='block',
                  value=unit)
 
-    def streams(self, name: str, title: str, rows: list[dict], kind: str, colours: list):
+    def streams(self, name: str, title: str, rows: list[dict], kind: str, colours: list, text: str = ''):
         "Variance of the streams: a line for each kind."
         if not any(r['value'] > 0 for r in rows): return
         here = alt.Chart(alt.Data(values=[r for r in rows if r['value'] > 0]))
@@ -379,10 +382,11 @@ class _Charts:
         size = alt.condition(_ON, alt.value(140), alt.value(30))
         point = here.mark_point(filled=True, opacity=1).encode(x, y, kinds, size=size, tooltip=tip)
         chart = alt.layer(here.mark_line().encode(x, y, kinds), whisker, point.properties(name=name))
-        self.add(chart.properties(width='container', height=190), name, title, kind=kind, block='stream',
-                 value='variance')
+        self.add(chart.properties(width='container', height=190), name, title, text, kind=kind,
+                 block='stream', value='variance')
 
-    def heat(self, name: str, title: str, down: str, across: str, rows: list[dict], others: list[dict] = []):
+    def heat(self, name: str, title: str, text: str, down: str, across: str, rows: list[dict],
+             others: list[dict] = []):
         "A heat map of pairs of blocks, with the shades of another one; what is not defined stays empty."
         if not rows: return
         sizes = [r['value'] for r in [*rows, *others] if r['value'] > 0]
@@ -400,7 +404,7 @@ class _Charts:
             alt.Color('value:Q', title=None, scale=scale, legend=legend),
             stroke=alt.condition(touched, alt.value(ORANGE), alt.value(None)),
             tooltip=_tips(i=down, j=across, value='value', **_ENDS))
-        self.add(chart.properties(name=name, width=270, height=270), name, title, i=down, j=across,
+        self.add(chart.properties(name=name, width=270, height=270), name, title, text, i=down, j=across,
                  value='value')
 
     def explorer(self, name: str, title: str, L: int, what: str, made: dict = {}) -> Explorer:
@@ -425,29 +429,24 @@ def _score_explorer(scores: dict, sparsity: dict | None = None, made: dict = {})
     def bars(score):
         title, text, unit, base = _BARS[score]
         lines = (_threshold_of(scores),) if score == 'usefulness_ratio' else ()
-        if not (rows := _estimate_rows(_by_layer(scores, score))): return
-        drawn.bars(score, title, unit, rows, base, lines)
-        drawn.said[title] = text + (f' Dashed: {", ".join(map(_few, lines))}.' if lines else '')
+        drawn.bars(score, title, unit, _estimate_rows(_by_layer(scores, score)), text, base, lines)
     def heat(score):
-        title, text, *axes = _HEATS[score]
-        if L > 1 and len(pairs := _by_layer(scores, score)) == L and (rows := _pair_rows(pairs)):
-            drawn.heat(score, title, *axes, rows)
-            drawn.said[title] = text
+        pairs = _by_layer(scores, score)
+        if L > 1 and len(pairs) == L: drawn.heat(score, *_HEATS[score], _pair_rows(pairs))
     for score in _LEFT_OUT: bars(score)
     heat('angular_distance')
     for score in list(_BARS)[len(_LEFT_OUT):]: bars(score)
     found = [r for kind, score in _STREAMS.items() if len(es := _by_layer(scores, score)) == L + 1
              for r in _estimate_rows(es, 0, kind=kind)]
-    if any(r['value'] > 0 for r in found):
-        drawn.streams('streams', 'Variance by layer', found, 'statistic', [BLUE, ORANGE, GREY])
-        drawn.said['Variance by layer'] = 'variance over channels of the stream, before the final norm.'
+    drawn.streams('streams', 'Variance by layer', found, 'statistic', [BLUE, ORANGE, GREY],
+                  'variance over channels of the stream, before the final norm.')
     shares = (sparsity or {}).get('arrays', {})
     found = [r for kind in ('attention', 'feed_forward')
              for r in _estimate_rows([Estimate(_clean(x)) for x in shares.get(f'density_{kind}') or []],
                                      kind=kind.replace('_', '-'))]
-    if found and max(r['block'] for r in found) == L:
-        drawn.bars('density', 'Effective density', 'density', found, kind='sublayer')
-        drawn.said['Effective density'] = 'share of active connections of both sublayers.'
+    if max((r['block'] for r in found), default=0) == L:
+        drawn.bars('density', 'Effective density', 'density', found,
+                   'share of active connections of both sublayers.', kind='sublayer')
     for score in list(_HEATS)[1:]: heat(score)
     if not drawn.charts: return None
     return drawn.explorer('sce-scores', 'Scores by block', L,
@@ -623,18 +622,16 @@ def _comparison_explorer(a: dict, b: dict, called: list[str]) -> Explorer:
     of_both = lambda score, first=1: [r for kind, s in both.items()
                                       for r in _estimate_rows(_by_layer(s, score), first, kind=kind)]
     for score, (title, text, unit, base) in _BARS.items():
-        if not (rows := of_both(score)): continue
-        drawn.bars(score, title, unit, rows, base, kind='model')
-        drawn.said[title] = text
-        if found := _estimate_rows(_layer_differences(a, b, score)):
-            drawn.bars(f'{score}_difference', f'{title}, B minus A', unit, found)
+        drawn.bars(score, title, unit, of_both(score), text, base, kind='model')
+        drawn.bars(f'{score}_difference', f'{title}, B minus A', unit,
+                   _estimate_rows(_layer_differences(a, b, score)))
     for what, score in list(_STREAMS.items())[:2]:
         drawn.streams(score, f'Variance, {what}', of_both(score, 0), 'model', [BLUE, GREY])
     for score, (title, text, *axes) in _HEATS.items():
         maps = [_pair_rows(_by_layer(s, score)) for s in (a, b)]
         if any(maps): drawn.said[title] = text
         for kind, rows, others in zip('AB', maps, maps[::-1]):
-            drawn.heat(f'{score}_{kind}', f'{title}, {kind}', *axes, rows, others)
+            drawn.heat(f'{score}_{kind}', f'{title}, {kind}', '', *axes, rows, others)
     return drawn.explorer('sce-comparison', 'Both models by block', max(map(_n_blocks, (a, b))),
                           'Charts of the scores of two models')
 
