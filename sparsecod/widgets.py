@@ -97,10 +97,10 @@ def _curves(runs: list[BenchRun]) -> str:   # runs with records in their logs
 
 _BARS = {'skip_loss_increase': 'Cost of leaving a block out (nats)',
          'linear_loss_increase': 'Cost of an affine map in its place (nats)',
-        'jacobian_per_token': 'Deviation of its Jacobian from the identity'}
+         'jacobian_per_token': 'Deviation of its Jacobian from the identity'}
 _DENSITIES = {'weights': lambda s: 1 - s['weights_below_0_1_rms'],
               'keys for 90 %\nof attention': lambda s: s['keys_for_90_percent'],
-             'K/V heads': lambda s: s['kv_density'], 'experts': lambda s: s['expert_density']}
+              'K/V heads': lambda s: s['kv_density'], 'experts': lambda s: s['expert_density']}
 
 def _findings(run: BenchRun, others: list[BenchRun]) -> str:   # the others share the scales of their bars
     "What a run with a record has shown, as HTML."
@@ -200,8 +200,6 @@ def _state_text(training: Training) -> str:
         if run.log: said += (f'; held-out loss <span class="loss">{run.log[-1]["val_loss"]:.3f}</span> nats, '
                              f'{spell(run.seconds / run.step * (run.config.train.steps - run.step))} left')
     return f'<p class="says" role="status">{said}</p>'
-
-
 
 class _TrainPanel(_Panel):
     "The bench: fields, buttons, pictures, and the runs so far."
