@@ -445,9 +445,11 @@ def load_network(folder: Path, trust_remote_code: bool = False,
                  dtype: torch.dtype = torch.float32) -> nn.Module:
     "Load a checkpoint of the transformers library, in evaluation mode."
     transformers = need('transformers', 'hf', f'transformers is needed to open {folder}')
-    place, gguf = (folder.parent, dict(gguf_file=folder.name)) if is_gguf(folder) else (folder, {})
-    if gguf and hasattr(transformers, 'GgufConfig'):  # such versions could leave the weights packed
-        gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
+    place, stored, gguf = folder, None, {}
+    if is_gguf(folder):
+        place, stored, gguf = folder.parent, _gguf_types(folder), dict(gguf_file=folder.name)
+        if hasattr(transformers, 'GgufConfig'):  # such versions could leave the weights packed
+            gguf['quantization_config'] = transformers.GgufConfig(dequantize=True)
     try: network, found = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, **gguf)
@@ -465,16 +467,14 @@ def load_network(folder: Path, trust_remote_code: bool = False,
                          f'{type(network).__name__} (unexpected_keys), the first of them {unused[0]}; '
                          'if they may be left out, '
                          'load it with AutoModelForCausalLM and hand in that')
+    network.quantised = stored
     return network
 
 # %% ../nbs/build/06_adapters.ipynb #693eebf1
 def load_model(folder: str | Path, trust_remote_code: bool = False) -> nn.Module:
     "Load a saved model, in fp32 and evaluation mode."
     folder = Path(folder)
-    if is_gguf(folder):
-        stored, network = _gguf_types(folder), load_network(folder)
-        network.quantised = stored
-        return network
+    if is_gguf(folder): return load_network(folder)
     settings = read_object(folder / 'config.json')
     if settings.get('is_encoder_decoder'): raise ValueError(f'{folder} cannot be adapted: {_ENCODER_DECODER}')
     check_weights(folder)

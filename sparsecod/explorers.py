@@ -183,14 +183,8 @@ def stored_points(start: str | Path = '.') -> dict:
 # %% ../nbs/tools/08_explorers.ipynb #03167e85
 _OCTAVES, _FINE = (-16, 2), 16    # range of log2 s2, and parts of an octave
 
-def _gate_table() -> dict[str, list[float]]:
-    "What the gate does to normal inputs, by log2 of their variance."
-    variances = [2 ** (k / _FINE) for k in range(_OCTAVES[0] * _FINE, _OCTAVES[1] * _FINE + 1)]
-    return dict(square=_trim([gate_moments(s2).mean_square / s2 for s2 in variances], 7),
-                gain=_trim([gate_gain(s2) for s2 in variances], 7))
-
 def _between(of: str) -> str:
-    "A value of that table, between two of its numbers."
+    "What the gate does to normal inputs, by log2 of their variance, between two numbers of a table."
     return (f'(gate.{of}[floor(datum.at{{s}})] * (1 - datum.at{{s}} % 1) '
             f'+ gate.{of}[floor(datum.at{{s}}) + 1] * (datum.at{{s}} % 1))')
 
@@ -257,11 +251,14 @@ def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5
     text = lambda s: (f'{_scale_at(s):.3g}' + {10: ', as published', 0: ', our laptop models'}.get(s, '')
                       + (', simulated' if s in _SCALED and simulated['points'] else ''))
     scales = {_scale_at(s): text(s) for s in _STEPS}
+    variances = [2 ** (k / _FINE) for k in range(_OCTAVES[0] * _FINE, _OCTAVES[1] * _FINE + 1)]
+    gate = dict(square=_trim([gate_moments(s2).mean_square / s2 for s2 in variances], 7),
+                gain=_trim([gate_gain(s2) for s2 in variances], 7))
     params = [_chosen('norm', norm, _NORM_NAMES, 'Norm placement'),
               _chosen('sigma', _scale_at(step), scales, 'Initial scale σ at D = 64'),
               alt.param('p', value=p, bind=_slider(0.05, 1, 'Density p', 0.05)),
               alt.param('L', value=L, bind=_slider(2, _DEEPEST, 'Depth L')),
-              alt.param('gate', value=_gate_table()), alt.param('names', value=_NORM_NAMES)]
+              alt.param('gate', value=gate), alt.param('names', value=_NORM_NAMES)]
     left = _variance_chart('variance', 'v', 0, 'Stream variance by layer', 'layer l')
     right = _variance_chart('jacobian', 'j', 1, 'Jacobian deviation ‖J − I‖ / D by block', 'block l')
     charts = alt.concat(left, right, columns=2).add_params(*params)
