@@ -101,7 +101,7 @@ def test_out_and_in_again_it_is_the_same_function(kind):
 def test_the_comparison_sees_each_step(monkeypatch):
     "Leaving out any folding or reordering is noticed by the test above."
     import sparsecod.exchange as exchange
-    for name, wrong, kind in (('fold', lambda w, factor: w, ALL['scaled']),
+    for name, wrong, kind in (('_fold', lambda w, factor: w, ALL['scaled']),
                               ('interleave', lambda w, D_h: w, ALL['peri']),
                               ('_expert_factors', lambda c: (1, 1), ALL['published_40_3_of_5']),
                               ('_expert_factors', lambda c: (1, 1), ALL['scale_matched_0_3_of_5'])):
@@ -873,7 +873,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, tmp_path
     (tmp_path / 'file').write_text('', encoding='utf-8')
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/notes.txt').write_text('', encoding='utf-8')
-    monkeypatch.setattr('sparsecod.exchange.open_saved', lambda *args: pytest.fail('work was done'))
+    monkeypatch.setattr('sparsecod.exchange._open_saved', lambda *args: pytest.fail('work was done'))
     monkeypatch.setattr('sparsecod.exchange.to_hf', lambda *args: pytest.fail('work was done'))
     for name in ('file', 'file/out', 'file/a/b', 'full'):
         with pytest.raises(OSError, match=name.split('/')[0]): export_folder(run, tmp_path / name)

@@ -121,7 +121,7 @@ def test_the_stored_dots_can_be_made_again(points):
     again = ex._simulate_points(0.25, 5, 'layernorm_scaling', n_jacobian=2)
     assert [m for m, _ in again['variance']] == pytest.approx([m for m, _ in stored['variance']], rel=1e-3)
     assert {(s['p'], s['step'], s['norm'])
-            for s in points['points']} == set(product(ex.DENSITIES, ex._SCALED, CLOSED_FORMS))
+            for s in points['points']} == set(product(ex._DENSITIES, ex._SCALED, CLOSED_FORMS))
 
 
 @pytest.mark.parametrize('bad', [dict(L=1), dict(L=65), dict(p=0.0), dict(p=0.33), dict(p=1.05),
@@ -237,7 +237,7 @@ def test_the_formulas_on_the_screen_are_those_of_the_theory(browser, saved, poin
             assert numbers(e.says())[:6] == pytest.approx(told, rel=6e-3)
             stored = [s for s in points['points'] if (s['p'], s['step'], s['norm']) == (p, step, norm)]
             dots = e.table('Simulated variance')
-            assert len(dots) == (min(L, ex.SIMULATED_DEPTH) + 1 if stored else 0)
+            assert len(dots) == (min(L, ex._SIMULATED_DEPTH) + 1 if stored else 0)
             for (_, mean, half), s in zip(dots, stored[0]['variance'] if stored else []):
                 assert close(mean, s[0]) and close(half, s[1])
         check(32, 0.5, 10, 'pre_ln')
@@ -276,7 +276,7 @@ def test_results_follow_their_controls(browser, saved, made, records):
         for study, metric, curve in views:
             e.control('study').select_option(f'{study}: {STUDIES[study].question}')
             e.control('metric').select_option(ex.metric_text(metric)[0])
-            e.control('curve').select_option(ex.CURVES[curve][0])
+            e.control('curve').select_option(ex._CURVES[curve][0])
             e.press('pick_row', 'End')                      # the slider ends where the study does
             mine = [s for s in data['settings'] if s['study'] == study]
             assert (e.control('pick_row').input_value() == str(len(mine))
@@ -321,7 +321,7 @@ def test_floors_are_drawn_where_a_loss_is_shown(records, browser, tmp_path):
         assert drawn() == 4
         e.control('metric').select_option('Usefulness')
         assert drawn() == 2
-        e.control('curve').select_option(ex.CURVES['variance_mean'][0])
+        e.control('curve').select_option(ex._CURVES['variance_mean'][0])
         assert drawn() == 0
 
 

@@ -111,7 +111,7 @@ def test_tables_hold_the_scores(scores, text):
     with open_page(text) as page:
         tables, arrays = shown(page), scores['arrays']
         # an older file lacks what came later
-        drawn = {name: title for name, (title, *_) in pages.BARS.items() if name in arrays}
+        drawn = {name: title for name, (title, *_) in pages._BARS.items() if name in arrays}
         assert len(drawn) >= 3
         for name, title in drawn.items():
             ends = scores['intervals'][name]

@@ -469,11 +469,11 @@ def test_affine_maps_are_those_of_one_pass_however_often_it_was_abandoned():
         expected = fit_blocks(s.model.eval(), FIT, 8)
         def check():
             calls.append(1)
-            if len(calls) % 4 == 0: raise surgery.Abandoned
+            if len(calls) % 4 == 0: raise surgery._Abandoned
         s.check = check
         for _ in range(20):
             try: s.fit(len(expected))
-            except surgery.Abandoned: pass
+            except surgery._Abandoned: pass
         assert len(s.maps) == len(expected) and len(calls) < 40, 'a block was fitted again'
         for found, own in zip(s.maps, expected):
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:2], own[:2]))
@@ -486,10 +486,10 @@ def test_abandoned_work_leaves_no_lie():
     s = Surgery(model, WINDOWS, FIT, batch_size=4)
     def check():
         calls.append(1)
-        if len(calls) % 5 == 0: raise surgery.Abandoned
+        if len(calls) % 5 == 0: raise surgery._Abandoned
     for plan in (s.plan, s.plan.skip(2), s.plan.swap(1, 4)):
         s.check = check
-        with pytest.raises(surgery.Abandoned):
+        with pytest.raises(surgery._Abandoned):
             while True: s.losses(plan), s.kept.clear(), s.known.clear()
         s.check = lambda: None
         assert s.loss(plan) == Surgery(model, WINDOWS, FIT, batch_size=4).loss(plan)
