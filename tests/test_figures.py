@@ -24,11 +24,11 @@ def close_figures():
 
 
 DRAW = {
-    **{f'variance {k}': lambda r, ax, k=k: figures.plot_variance(r, k, ax) for k in figures.STATISTICS},
+    **{f'variance {k}': lambda r, ax, k=k: figures.plot_variance(r, k, ax) for k in figures._STATISTICS},
     **{f'final variance {k}': lambda r, ax, k=k: figures.plot_final_variance(r, k, ax)
-       for k in figures.STATISTICS},
-    **{f'updates {k}': lambda r, ax, k=k: figures.plot_updates(r, k, ax) for k in figures.UPDATES},
-    **{f'jacobian {k}': lambda r, ax, k=k: figures.plot_jacobian(r, k, ax) for k in figures.JACOBIANS},
+       for k in figures._STATISTICS},
+    **{f'updates {k}': lambda r, ax, k=k: figures.plot_updates(r, k, ax) for k in ('attention', 'feed_forward')},
+    **{f'jacobian {k}': lambda r, ax, k=k: figures.plot_jacobian(r, k, ax) for k in ('per_token', 'per_sequence')},
     **{f'score {k}': lambda r, ax, k=k: figures.plot_score(r, k, ax)
        for k in ('causal', 'usefulness', 'final_variance', 'val_loss')},
     'loss': lambda r, ax: figures.plot_loss(r, ax),
@@ -234,9 +234,9 @@ def test_published_numbers_are_those_of_the_ledger(claim):
             and {f'paper-L{L}' for L in found} <= set(PRESETS))
 
 
-@pytest.mark.parametrize('draw', [figures.plot_published_peak, figures.plot_published_jacobian])
-def test_published_ends_are_a_line_a_depth(draw):
-    lines = [line.get_ydata() for line in draw().get_lines()]
+@pytest.mark.parametrize('name', ['peak', 'jacobian'])
+def test_published_ends_are_a_line_a_depth(name):
+    lines = [line.get_ydata() for line in figures.plot_published(name).get_lines()]
     assert len(lines) == 2 and all(first > last for first, last in lines)
 
 
@@ -425,9 +425,9 @@ def test_diverged_runs_leave_their_seed_out_and_are_counted():
     assert (list(changed['G=2']['by_seed']) == [2] and changed['G=2']['n'] == 1
             and np.isnan(changed['G=2']['low']))
     assert (list(changed['G=2, matched']['by_seed']) == [0, 2]
-            and figures._change_text(changed['G=2, matched']) == '')
-    assert (figures._change_text(changed['G=4']) == 'diverged'
-            and figures._change_text(changed['G=2']) == '1 of 3 diverged')
+            and changed['G=2, matched']['missing'] == '')
+    assert (changed['G=4']['missing'] == 'diverged'
+            and changed['G=2']['missing'] == '1 of 3 diverged')
     assert 'G=4, matched' not in changed
 
 
