@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['STYLE', 'OKABE_ITO', 'MARKERS', 'DEPTH', 'VARIANT', 'SETTINGS', 'FLOORS', 'METRICS', 'use_style', 'label',
            'flat_config', 'varied_fields', 'varied_field', 'by_setting', 'label_variants', 'looks', 'finished',
-           'plot_variance', 'plot_updates', 'plot_curve', 'plot_final_variance', 'draw_floors', 'plot_loss',
-           'plot_jacobian', 'estimates', 'metric_text', 'plot_score', 'plot_published', 'plot_pairs', 'pair_parts',
-           'plot_parts', 'plot_distance', 'plot_usefulness', 'plot_thresholds', 'headline_figure', 'span', 'folded',
-           'estimate_text', 'estimates_table', 'published_table', 'verdict_text', 'runs_text', 'results_folder',
-           'page_records', 'learnt_little', 'study_cells', 'study_table', 'published_columns', 'beside_table',
-           'plot_study', 'seed_changes', 'plot_changes', 'changes_table', 'plot_scatter', 'correlation_table',
-           'plot_lengths']
+           'plot_variance', 'plot_updates', 'draw_floors', 'plot_curve', 'plot_jacobian', 'estimates', 'metric_text',
+           'plot_score', 'plot_published', 'plot_pairs', 'pair_parts', 'plot_parts', 'plot_distance', 'plot_usefulness',
+           'plot_thresholds', 'headline_figure', 'span', 'folded', 'estimate_text', 'estimates_table',
+           'published_table', 'verdict_text', 'runs_text', 'results_folder', 'page_records', 'learnt_little',
+           'study_cells', 'study_table', 'published_columns', 'plot_study', 'seed_changes', 'plot_changes',
+           'changes_table', 'plot_scatter', 'correlation_table', 'plot_lengths']
 
 # %% ../nbs/tools/07_figures.ipynb #108bec8f
 import json
@@ -183,9 +182,10 @@ def _nothing(ax, why: str = 'nothing to draw'):
     ax.text(.5, .5, why, transform=ax.transAxes, ha='center', color='#777777')
     return ax
 
-def _draw_series(ax, series: dict, records: list[dict], by: str = DEPTH, markers: bool = True):
-    """A line a setting, with a band from the lowest to the highest seed; a setting keeps its colour in
-    every figure."""
+def _draw_series(ax, records: list[dict], line: Callable[[dict], dict], by: str, markers: bool = True) -> dict:
+    """The series of a line, see _series, with a band from the lowest to the highest seed; a setting keeps
+    its colour in every figure."""
+    series = _series(records, line, by)
     for value, look in looks(list(by_setting(records, by)), by).items():
         if (s := series.get(value)) is None: continue
         ax.plot(s.x, s.mean, **look | ({} if markers else dict(marker=None)), label=label(value, by))
@@ -193,11 +193,12 @@ def _draw_series(ax, series: dict, records: list[dict], by: str = DEPTH, markers
     # a flat legend leaves room for curves
     if series: _legend(ax, by, ncols=1 if markers or len(series) < 4 else 2)
     else: _nothing(ax)
+    return series
 
 def _draw_layers(ax, records: list[dict], line, by: str, x: str, **texts):
     "Something by layer, block or distance: whole numbers on the x axis."
     ax = ax or plt.subplots()[1]
-    _draw_series(ax, _series(records, line, by), records, by)
+    _draw_series(ax, records, line, by)
     ax.set(xlabel=x, **texts)
     ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     return ax
@@ -229,30 +230,6 @@ def plot_updates(records: list[dict], part: str, ax=None, by: str = DEPTH):
                         title=titles[part])
 
 # %% ../nbs/tools/07_figures.ipynb #cbb47709
-@use_style()
-def plot_curve(records: list[dict], name: str, ax=None, by: str = DEPTH):
-    """A quantity of the training log against step: a line a setting, a band over seeds, diverged runs by
-    themselves."""
-    ax, groups = ax or plt.subplots()[1], by_setting(records, by)
-    _draw_series(ax, _series(records, lambda r: _curve(r, name), by), records, by, markers=False)
-    for value, look in looks(list(groups), by).items():
-        for r in groups[value]:
-            points = _curve(r, name)
-            if r['status'] == 'finished' or not points: continue
-            ax.plot(list(points), list(points.values()), '--', color=look['color'], lw=1, marker='x',
-                    markevery=[-1], label=f'{label(value, by)}, seed {r["seed"]}: diverged')
-            _legend(ax, by)
-    ax.set(xlabel='training step', ylabel=name)
-    return ax
-
-@use_style()
-def plot_final_variance(records: list[dict], statistic: str = 'mean', ax=None, by: str = DEPTH):
-    "Variance of the last layer's stream (mean, median or without_first) against training step."
-    ax = plot_curve(records, f'variance_{statistic}', ax, by)
-    ax.set(ylabel='variance of $h_L$', yscale='log',
-           title=f'Final-layer variance in training\n({_STATISTICS[statistic]})')
-    return ax
-
 FLOORS = dict(frequencies='token frequencies', pairs='table of token pairs', triples='table of token triples')
 
 def _floor_losses(records: list[dict], names: Iterable[str]) -> dict[str, list[float]]:
@@ -278,12 +255,29 @@ def _add_floors(ax, floors: dict, by: str):
     draw_floors(ax, floors)
     if floors: _legend(ax, by)
 
+# quantity of the training log: axis, title, scale
+_CURVES = {f'variance_{name}': ('variance of $h_L$', f'Final-layer variance in training\n({text})', 'log')
+           for name, text in _STATISTICS.items()}
+_CURVES |= dict(loss=('training loss (nats a token)', 'Loss during training', 'linear'),
+                lr=('learning rate', 'Learning rate', 'linear'))
+
 @use_style()
-def plot_loss(records: list[dict], ax=None, by: str = DEPTH):
-    "Training loss against step, with the losses of tables of frequencies, pairs and triples of tokens."
-    ax = plot_curve(records, 'loss', ax, by)
-    _add_floors(ax, _floor_losses(records, FLOORS), by)
-    ax.set(ylabel='training loss (nats a token)', title='Loss during training')
+def plot_curve(records: list[dict], name: str, ax=None, by: str = DEPTH):
+    """A quantity of the training log against step, such as loss or variance_mean (of the last layer): a line
+    a setting, a band over seeds, diverged runs by themselves. The loss has those of tables of frequencies,
+    pairs and triples of tokens beside it."""
+    ax, groups = ax or plt.subplots()[1], by_setting(records, by)
+    _draw_series(ax, records, lambda r: _curve(r, name), by, markers=False)
+    for value, look in looks(list(groups), by).items():
+        for r in groups[value]:
+            points = _curve(r, name)
+            if r['status'] == 'finished' or not points: continue
+            ax.plot(list(points), list(points.values()), '--', color=look['color'], lw=1, marker='x',
+                    markevery=[-1], label=f'{label(value, by)}, seed {r["seed"]}: diverged')
+            _legend(ax, by)
+    if name == 'loss': _add_floors(ax, _floor_losses(records, FLOORS), by)
+    ylabel, title, scale = _CURVES.get(name, (name, '', 'linear'))
+    ax.set(xlabel='training step', ylabel=ylabel, title=title, yscale=scale)
     return ax
 
 # %% ../nbs/tools/07_figures.ipynb #38236f7b
@@ -583,8 +577,8 @@ def _useful_shares(record: dict) -> dict[float, float]:
 @use_style()
 def plot_thresholds(records: list[dict], ax=None, by: str = DEPTH):
     "Usefulness against the threshold: a line a setting, a band over seeds."
-    ax, series, ticks = ax or plt.subplots()[1], _series(records, _useful_shares, by), [.001, .01, .1, 1]
-    _draw_series(ax, series, records, by, markers=False)
+    ax, ticks = ax or plt.subplots()[1], [.001, .01, .1, 1]
+    series = _draw_series(ax, records, _useful_shares, by, markers=False)
     ax.axvline(records[0]['config']['score']['threshold'] - 1, color='#555555', ls='--', lw=1.2)
     ax.set(xscale='log', xlabel='threshold of the loss ratio (dashed: the published one)',
            ylabel='share of useful blocks', ylim=(-.03, 1.03), title='Usefulness by threshold')
@@ -744,15 +738,19 @@ def study_cells(runs: list[dict], names: list[str]) -> tuple[dict, dict, str]:  
                 + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in over else '.'))
     return rows, titles, says + note
 
-def study_table(study: str | Study, records: list[dict], names: list[str],
-                base: RunConfig | None = None) -> str:
-    "Estimates with intervals over seeds, a row a variant, as Markdown."
+def study_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None,
+                paper: bool = False) -> str:
+    """Estimates with intervals over seeds, a row a variant, as Markdown; with `paper`, its numbers beside
+    ours, and last the rows that only it has."""
     runs = label_variants(study, records, base)
-    rows, titles, note = study_cells(runs, names)
-    table = markdown_table([VARIANT, *next(iter(rows.values()))],
-                           [[titles[v], *cells.values()] for v, cells in rows.items()])
+    ours, marked, note = study_cells(runs, names)
+    theirs, titles = published_columns(study, names) if paper else {}, list(next(iter(ours.values())))
+    row = lambda v: [marked.get(v, v), *(ours.get(v, {}).get(t, '') for t in titles),
+                     *(column.get(v, '') for column in theirs.values())]
+    labels = dict.fromkeys([*ours, *(v for column in theirs.values() for v in column)])
     every = study_named(study).changes(base or scale_config(runs[0]['scale']))
-    missing = ', '.join(name for name in every if name not in rows)
+    missing = ', '.join(name for name in every if name not in ours and not paper)
+    table = markdown_table([VARIANT, *titles, *theirs], map(row, labels))
     return f'{table}\n\n{note}' + (f' Not run: {missing}.' if missing else '')
 
 # %% ../nbs/tools/07_figures.ipynb #dd2d7d5d
@@ -764,16 +762,6 @@ def published_columns(study: str | Study, names: list[str]) -> dict[str, dict]:
     columns = {f'paper: {title(name)}': {v: f'{row[name]:g}' for v, row in rows.items() if name in row}
                for name in names}
     return {title: column for title, column in columns.items() if column}
-
-def beside_table(study: str | Study, records: list[dict], names: list[str],
-                 base: RunConfig | None = None) -> str:
-    "Our estimates and the paper's numbers side by side; rows that only the paper has come last."
-    ours, marked, note = study_cells(label_variants(study, records, base), names)
-    paper, titles = published_columns(study, names), list(next(iter(ours.values())))
-    theirs = [v for v in dict.fromkeys(v for column in paper.values() for v in column) if v not in ours]
-    row = lambda v: [marked.get(v, v), *(ours.get(v, {}).get(t, '') for t in titles),
-                     *(column.get(v, '') for column in paper.values())]
-    return markdown_table([VARIANT, *titles, *paper], [row(v) for v in [*ours, *theirs]]) + f'\n\n{note}'
 
 # %% ../nbs/tools/07_figures.ipynb #2eb9b70c
 def _small_axes(n: int, height: float = 3.0):
@@ -912,8 +900,7 @@ def plot_lengths(records: list[dict], name: str, by: str = VARIANT, ax=None):
     """A metric against the length at which it was evaluated, such as val_loss: a line a setting, a band
     over seeds."""
     ax, groups, floors = ax or plt.subplots()[1], by_setting(records, by), _floors_of(records, name)
-    series = _series(records, lambda r: _at_lengths(r, name), by)
-    _draw_series(ax, series, records, by)
+    series = _draw_series(ax, records, lambda r: _at_lengths(r, name), by)
     for value, look in looks(list(groups), by).items():
         own = _setting(groups[value][0], 'model.context_length')
         if value in series and own in series[value].x:

@@ -920,83 +920,64 @@ def _own_gpus() -> list[str]:
     return (os.environ.get('CUDA_VISIBLE_DEVICES')
             or ','.join(map(str, range(torch.cuda.device_count())))).split(',')
 
-@dataclass
-class _Supervisor:
-    "Runs jobs in a number of processes at a time."
-    waiting: list[_Job]  # longest first
-    slots: int           # processes at a time
-    start: Callable[[_Job, int], subprocess.Popen]   # of a job and its slot
-    title: str           # of the progress bar
-    parting: str = 'stopping; every run at work saves a checkpoint'
+def _outcome(job: _Job, seconds: float) -> str:
+    "What a run that has ended found, in words."
+    record = read_record(job.record)
+    if record is None: return 'no record'
+    loss = record['final']['val_loss']
+    said = f"held-out loss {loss['value']:.3f}" if loss else f"diverged at step {record['step']}"
+    return f'{said}, {seconds:.0f} s'
 
-    def __post_init__(self):
-        # slot -> (job, process, start); name -> complaint; jobs
-        self.active, self.failed, self.finished = {}, {}, []
+def _stop(processes: list[subprocess.Popen]):
+    "Ask workers to stop and wait until they have saved; a second interrupt kills them."
+    for p in processes:
+        with suppress(OSError): p.stdin.close()     # see _worker
+    try:
+        for p in processes: p.wait()
+    finally:
+        for p in processes: p.kill()
 
-    def fill(self):
-        "Start a job in every free slot."
-        for slot in range(self.slots):
-            if self.waiting and slot not in self.active:
-                job = self.waiting.pop(0)
-                self.active[slot] = job, self.start(job, slot), time.perf_counter()
-
-    def stop(self):
-        "Ask all workers to stop and wait until they have saved; a second interrupt kills them."
-        processes = [process for _, process, _ in self.active.values()]
-        for p in processes:
-            with suppress(OSError): p.stdin.close()     # see _worker
-        try:
-            for p in processes: p.wait()
-        finally:
-            for p in processes: p.kill()
-
-    def collect(self, display: _Progress):
-        "Take in the workers that have ended."
-        for slot, (job, process, start) in list(self.active.items()):
-            if (code := process.poll()) is None: continue
-            process.stdin.close()
-            del self.active[slot]
-            text = (job.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
-            for line in text.splitlines():
-                if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
-            if code:
-                self.failed[job.name] = _complaint(text, code)
-                display.say(f'{job.name} failed: {self.failed[job.name]}')
-                continue
-            self.finished.append(job)
-            said, record = 'no record', read_record(job.record)
-            if record:
-                loss = record['final']['val_loss']
-                said = f"held-out loss {loss['value']:.3f}" if loss else f"diverged at step {record['step']}"
-                said += f', {time.perf_counter() - start:.0f} s'
-            display.say(f'{job.name}: {said}')
-
-    def show(self, display: _Progress, done: float, n_done: int):
-        "Show how far everything is; `done` operations of `n_done` runs were done before."
-        runs, cost = [], done + sum(job.cost for job in self.finished)
-        for job, _, _ in self.active.values():
-            (step, remark), steps = _progress_of(job), job.config.train.steps
-            runs.append(f"{job.name.rsplit('-', 1)[0]} step {step}/{steps} {remark}".rstrip())
-            cost += 0.95 * job.cost * step / steps      # the rest is scoring
-        n_done += len(self.finished)
-        total = n_done + len(self.failed) + len(self.active) + len(self.waiting)
-        display.update(cost, '; '.join(runs), f'{self.title}, {n_done} of {total} runs done')
-
-    def supervise(self, display: _Progress, done: float, n_done: int):
-        "Run all jobs; Ctrl-C stops them with their checkpoints saved."
-        try:
-            while self.waiting or self.active:
-                self.fill()
-                self.show(display, done, n_done)
-                time.sleep(0.5)
-                self.collect(display)
-            self.show(display, done, n_done)
-        except KeyboardInterrupt:
-            display.say(self.parting)
-            raise
-        finally:
-            self.stop()
-            display.close()
+def _supervise(every: list[_Job], waiting: list[_Job], slots: int,
+               start: Callable[[_Job, int], subprocess.Popen], title: str, progress: bool,
+               parting: str) -> dict[str, str]:
+    """Run those that wait, in so many processes at a time; gives what failed, name -> why. Ctrl-C stops
+    them with their checkpoints saved."""
+    active, failed, total = {}, {}, sum(job.cost for job in every)       # slot -> (job, process, start)
+    done, n_done = total - sum(job.cost for job in waiting), len(every) - len(waiting)
+    display = _Progress(title, total, done, progress)
+    try:
+        while True:
+            for slot in range(slots):
+                if waiting and slot not in active:
+                    job = waiting.pop(0)
+                    active[slot] = job, start(job, slot), time.perf_counter()
+            runs, cost = [], done
+            for job, _, _ in active.values():
+                (step, remark), steps = _progress_of(job), job.config.train.steps
+                runs.append(f"{job.name.rsplit('-', 1)[0]} step {step}/{steps} {remark}".rstrip())
+                cost += 0.95 * job.cost * step / steps      # the rest is scoring
+            display.update(cost, '; '.join(runs), f'{title}, {n_done} of {len(every)} runs done')
+            if not active: return failed
+            time.sleep(0.5)
+            for slot, (job, process, began) in list(active.items()):
+                if (code := process.poll()) is None: continue
+                process.stdin.close()
+                del active[slot]
+                text = (job.work / 'stderr.txt').read_text(errors='replace', encoding='utf-8')
+                for line in text.splitlines():
+                    if 'Warning: ' in line: display.say(f"{job.name}: {line.split('Warning: ')[1]}")
+                if code:
+                    failed[job.name] = _complaint(text, code)
+                    display.say(f'{job.name} failed: {failed[job.name]}')
+                else:
+                    done, n_done = done + job.cost, n_done + 1
+                    display.say(f'{job.name}: {_outcome(job, time.perf_counter() - began)}')
+    except KeyboardInterrupt:
+        display.say(parting)
+        raise
+    finally:
+        _stop([process for _, process, _ in active.values()])
+        display.close()
 
 # %% ../nbs/tools/05_studies.ipynb #7c10a0e2
 class _ClusterRun:
@@ -1086,24 +1067,23 @@ def run_study(study: str | Study, scale: str | RunConfig = 'laptop', seeds: int 
         waiting.append(job)
     waiting.sort(key=lambda job: -job.cost)
     if waiting:
-        total, missing = (sum(job.cost for job in some) for some in (every, waiting))
-        gpus, n_done = _own_gpus(), len(every) - len(waiting)
+        gpus = _own_gpus()
         slots = len(waiting) if on else min(len(waiting), jobs or len(gpus) or n_cores())
         models = sum(4 * param_counts(job.config.model)['total'] for job in waiting)   # kept, in fp32
         check_folder(work, models + sum(sorted(training_bytes(job.config) for job in waiting)[-slots:]))
         threads = max(1, n_cores() // slots) if slots > 1 else None
+        parting = 'stopping; every run at work saves a checkpoint'
         def start(job, slot):
             gpu = dict(CUDA_VISIBLE_DEVICES=gpus[slot % len(gpus)]) if gpus else {}
             return _start_worker(job.orders(out, work, threads), job.work, **gpu)
-        s = _Supervisor(waiting, slots, start, f'{study.name} at {base.scale}')
         if on:
             handed = _hand_over(waiting, out, work, on, jobs)
-            s.start = lambda job, slot: handed[job.name]
-            s.parting = f'the jobs on {on.split()[0]} go on; the same command follows them'
-        s.supervise(_Progress(s.title, total, total - missing, progress), total - missing, n_done)
+            start = lambda job, slot: handed[job.name]
+            parting = f'the jobs on {on.split()[0]} go on; the same command follows them'
+        failed = _supervise(every, waiting, slots, start, f'{study.name} at {base.scale}', progress, parting)
         # by another process, perhaps
         done = {job.name for job in every if job.record.exists()}
-        failed = {name: why for name, why in s.failed.items() if name not in done}
+        failed = {name: why for name, why in failed.items() if name not in done}
         if failed: raise RunsFailed(failed)
     return [read_record(job.record) for job in every]
 

@@ -587,13 +587,17 @@ def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, 'kill', lambda *a: pytest.fail('a signal was sent'))
     monkeypatch.setattr(subprocess.Popen, 'terminate', lambda self: pytest.fail('a signal was sent'))
     place = _locate(LONG, tmp_path, progress=False)
-    orders = place.orders(tmp_path, tmp_path / '.work', 1)
-    s = module._Supervisor([place], 1, lambda job, slot: module._start_worker(orders, job.work), 'title')
-    s.fill()
-    process = s.active[0][1]
-    wait_for(lambda: list(place.work.glob('checkpoints/step-*')), process)
-    s.stop()
-    assert process.returncode == 130 and list(place.work.glob('checkpoints/step-*')), (
+    orders, processes, sleep = place.orders(tmp_path, tmp_path / '.work', 1), [], time.sleep
+    def start(job, slot):
+        processes.append(module._start_worker(orders, job.work))
+        return processes[0]
+    def interrupted(seconds):
+        if list(place.work.glob('checkpoints/step-*')): raise KeyboardInterrupt
+        sleep(seconds)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(module.time, 'sleep', interrupted)
+        module._supervise([place], [place], 1, start, 'title', False, 'stopping')
+    assert processes[0].returncode == 130 and list(place.work.glob('checkpoints/step-*')), (
         place.work / 'stderr.txt').read_text(encoding='utf-8')
 
 
@@ -636,8 +640,11 @@ def test_each_gpu_gets_runs_of_its_own(named, gpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, '_start_worker',
                         lambda orders, folder, **environment: started.append(
                             environment['CUDA_VISIBLE_DEVICES']))
-    monkeypatch.setattr(module._Supervisor, 'supervise',
-                        lambda self, *rest: (slots.append(self.slots), self.fill()))
+    def begin(every, waiting, at_once, start, *rest):
+        slots.append(at_once)
+        for slot in range(at_once): start(waiting[slot], slot)
+        return {}
+    monkeypatch.setattr(module, '_supervise', begin)
     study = Study('four', '?', lambda base: {f'L={L}': {'model.n_layers': L} for L in (1, 2, 3, 4)})
     # there are no records
     with pytest.warns(UserWarning): run_study(study, QUICK, 1, tmp_path, progress=False)
