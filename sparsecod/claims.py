@@ -475,7 +475,8 @@ def correlations(study: str | Study, records: list[dict], pairs: Iterable[tuple[
 
 LINKS = [  # statement, metrics, side
     ('lower effective density goes with lower growth of the variance', 'density', 'growth', +1),
-    ('lower growth of the variance goes with blocks that depend more on earlier ones', 'growth', 'causal', -1),
+    ('lower growth of the variance goes with blocks that depend more on earlier ones', 'growth', 'causal',
+     -1),
     ('lower growth of the variance goes with lower loss', 'growth', 'val_loss', +1),
     ('lower effective density goes with lower variance of the last layer', 'density', 'final_variance', +1),
     ('lower variance goes with more useful blocks', 'final_variance', 'usefulness', -1),
@@ -563,9 +564,10 @@ def _():
 def _():
     moe = preset('paper-recipe')
     dense = moe.replace(n_experts=0, d_ff=moe.experts_per_token * moe.d_expert)  # of the active width
-    total, active, before = param_counts(moe)['total'], param_counts(moe)['active'], param_counts(dense)['total']
-    return (f'{total / 1e9:.2f}B in all, of which {active / 1e9:.2f}B active, against {before / 1e9:.2f}B',
-            total < 1.1 * before)
+    ours, before = param_counts(moe), param_counts(dense)['total']
+    said = '{:.2f}B in all, of which {:.2f}B active, against {:.2f}B'
+    return (said.format(ours['total'] / 1e9, ours['active'] / 1e9, before / 1e9),
+            ours['total'] < 1.1 * before)
 
 @_sum('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one '
       'sink token would give.', 'context study, figure', 'T=256: 30000 to T=4096: 700',
@@ -594,8 +596,8 @@ def _():
     share = _halved('linear')[0]
     return f'half the density leaves {share:.2f}', abs(share - .5) < .05
 
-@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, is '
-      'proportional to the density.', 'control', '',
+@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, '
+      'is proportional to the density.', 'control', '',
       'agrees if half the density leaves half the variance of both, within 0.05', control=True)
 def _():
     shares = _halved('block')
@@ -603,13 +605,13 @@ def _():
     return said, max(abs(share - .5) for share in shares) < .05
 
 @_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2',
-      'no numbers given', 'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random '
-      'weights and masks, linear sublayers)')
+      'no numbers given', 'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add '
+      '(random weights and masks, linear sublayers)')
 def _(): return _growth(False)
 
 @_sum('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the "
-      'stream, which is what a block sees through its norm.', 'control', '', 'agrees if a density of 0.25 takes '
-      '5 % or more off that in units of the stream after block 16', control=True)
+      'stream, which is what a block sees through its norm.', 'control', '', 'agrees if a density of 0.25 '
+      'takes 5 % or more off that in units of the stream after block 16', control=True)
 def _(): return _growth(True)
 
 # %% ../nbs/tools/06_claims.ipynb #87dea778
@@ -685,8 +687,8 @@ def _statistic_text(row: dict) -> str:
         notes.append(f"{floor['of'] - floor['passed']} of {floor['of']} runs above their floor")
     if 'q' in s: notes.append(f"q = {s['q']:.2g}")
     rest = ''.join(f'; {note}' for note in notes)
-    if s['n'] == 0:
-        return ('not defined: the metric is the same in all runs' if s['seeds'] else 'no complete seed') + rest
+    if s['n'] == 0 and s['seeds']: return 'not defined: the metric is the same in all runs' + rest
+    if s['n'] == 0: return 'no complete seed' + rest
     if s['n'] == 1: return f"{number(s['value'])} (1 seed, no interval{rest})"
     return f"{number(s['value'])} [{number(s['low'])}, {number(s['high'])}] ({s['n']} seeds{rest})"
 

@@ -182,7 +182,7 @@ def _nothing(ax, why: str = 'nothing to draw'):
     ax.text(.5, .5, why, transform=ax.transAxes, ha='center', color='#777777')
     return ax
 
-def _draw_series(ax, records: list[dict], line: Callable[[dict], dict], by: str, markers: bool = True) -> dict:
+def _draw_series(ax, records: list[dict], line: Callable[[dict], dict], by: str, markers=True) -> dict:
     """The series of a line, see _series, with a band from the lowest to the highest seed; a setting keeps
     its colour in every figure."""
     series = _series(records, line, by)
@@ -587,32 +587,27 @@ def plot_thresholds(records: list[dict], ax=None, by: str = DEPTH):
     return ax
 
 # %% ../nbs/tools/07_figures.ipynb #6c7d009d
-_SCORES = ('causal', 'permutation', 'usefulness')
-
-def _draw_scores(ax, points: dict[str, dict]):
-    """Several scores against depth in one panel, told apart by colour and marker: score -> depth -> value,
-    low and high."""
-    places = _spread(ax, sorted({x for found in points.values() for x in found}), DEPTH)
-    ax.set_ylabel('score')
-    for (name, found), color, marker in zip(points.items(), OKABE_ITO, MARKERS):
-        if found:
-            _draw_points(ax, _cut_share(found, name, ax), places, color=color, marker=marker, label=name)
-    if not any(points.values()): return _nothing(ax)
-    ax.set_ylim(-.05, max(1.05, 1.05 * max(e['value'] for found in points.values() for e in found.values())))
-    ax.legend()
-
 @use_style()
 def headline_figure(records: list[dict], path: str | Path | None = None):
     "The scores of a depth study, ours beside the paper's, saved as .svg or .png (None: not saved)."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    ours = {name: estimates(records, name) for name in _SCORES}
-    _draw_scores(left, ours)
-    seeds = f' ({_seeds_text(ours[_SCORES[0]])})' if any(ours.values()) else ''
-    left.set_title(f'Ours: scores by depth{seeds}')
-    theirs = {name: {x: dict(value=y, low=y, high=y) for x, y in _published(name).items()}
-              for name in _SCORES}
-    _draw_scores(_paper_axes(right, '', ''), theirs)
-    right.set_title('Paper: scores by depth')
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    names = 'causal', 'permutation', 'usefulness'
+    ours = {name: estimates(records, name) for name in names}
+    theirs = {name: {L: dict(value=y, low=y, high=y) for L, y in _published(name).items()} for name in names}
+    for ax, points in zip((axes[0], _paper_axes(axes[1], '', '')), (ours, theirs)):
+        every = [e['value'] for found in points.values() for e in found.values()]
+        places = _spread(ax, sorted({L for found in points.values() for L in found}), DEPTH)
+        ax.set_ylabel('score')
+        for (name, found), color, marker in zip(points.items(), OKABE_ITO, MARKERS):
+            if found:
+                _draw_points(ax, _cut_share(found, name, ax), places, color=color, marker=marker, label=name)
+        if not every: _nothing(ax)
+        else:
+            ax.set_ylim(-.05, 1.05 * max(1, *every))
+            ax.legend()
+    seeds = f' ({_seeds_text(ours[names[0]])})' if any(ours.values()) else ''
+    axes[0].set_title(f'Ours: scores by depth{seeds}')
+    axes[1].set_title('Paper: scores by depth')
     if path is None: return fig
     path = Path(path)
     if path.suffix not in ('.svg', '.png'): raise ValueError(f'path={str(path)!r} must end in .svg or .png')
@@ -734,8 +729,8 @@ def study_cells(runs: list[dict], names: list[str]) -> tuple[dict, dict, str]:  
     if over == {'sequences'}:
         says = 'One seed: the intervals are over held-out sequences and say nothing about other seeds.'
     else:
-        says = ('Means over seeds with 95 % intervals (Student), geometric means for variances'
-                + ('; with one seed, the interval is over held-out sequences.' if 'sequences' in over else '.'))
+        end = '; with one seed, the interval is over held-out sequences.' if 'sequences' in over else '.'
+        says = 'Means over seeds with 95 % intervals (Student), geometric means for variances' + end
     return rows, titles, says + note
 
 def study_table(study: str | Study, records: list[dict], names: list[str], base: RunConfig | None = None,
@@ -803,7 +798,8 @@ def _draw_changes(ax, runs: list[dict], name: str, against: str):
     found, (title, unit), color = seed_changes(runs, name, against), metric_text(name), OKABE_ITO[0]
     ax.axvline(0, color='#444444', lw=1)
     for y, c in enumerate(found.values()):
-        ax.text(.02, y - .12, c['missing'], transform=ax.get_yaxis_transform(), color=OKABE_ITO[1], fontsize=9)
+        ax.text(.02, y - .12, c['missing'], transform=ax.get_yaxis_transform(), color=OKABE_ITO[1],
+                fontsize=9)
         if not c['n']: continue
         ax.plot(list(c['by_seed'].values()), [y + .24] * c['n'], 'o', color=color, mfc='none', ms=4, mew=.8)
         reach = [[c['value'] - c['low']], [c['high'] - c['value']]] if c['n'] > 1 else None

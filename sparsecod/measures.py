@@ -54,7 +54,7 @@ def compare_with_theory(model: Transformer, tokens: Tensor) -> dict:
     """Measured and predicted stream variance (means over positions 1..T-1), and how the assumptions fail,
     on tokens (B, T). Lists over the layers; predictions are missing for a mixture of experts."""
     tokens = tokens.to(next(model.parameters()).device)
-    budget = {name: x.mean(1).tolist() for name, x in variance_budget(model, tokens).items()}   # L numbers each
+    budget = {name: x.mean(1).tolist() for name, x in variance_budget(model, tokens).items()}   # L each
     v0, density = budget['before'][0], effective_density(model, tokens)
     found = dict(measured=[v0, *budget['after']], attention=budget['attention'],
                  feed_forward=budget['feed_forward'], covariance=budget['covariance'],
