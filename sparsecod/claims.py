@@ -23,16 +23,14 @@ import pandas as pd
 from scipy.stats import false_discovery_control, linregress, spearmanr, t, ttest_1samp
 
 from .core import param_counts, preset
-from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed
-from .studies import read_metric
+from .studies import SIZES, RunConfig, Study, by_variant, load_results, logarithmic, passed, read_metric
 from .studies import scale_config, study_named, summarise, t_interval, variant_keys
 from .theory import stream_variance, update_variance
 
 # %% ../nbs/tools/06_claims.ipynb #725d783c
-def judge(values: list[float], side: int,
-          bound: float = 0.0) -> dict:  # side: +1 if the claim says above the bound, -1 if below
-    """Hold the interval of the statistic, one number a seed, against the claim: verdict, value, low, high,
-    n and p."""
+def judge(values: list[float], side: int, bound: float = 0.0) -> dict:
+    """Hold the interval of the statistic, one number a seed, against the claim that it lies above the bound
+    (side +1) or below (-1): verdict, value, low, high, n and p."""
     mean, low, high = map(float, t_interval(values))
     alike = len(values) > 1 and low == high  # equal numbers say nothing about how far seeds scatter
     p = float(ttest_1samp(values, bound).pvalue) if len(values) > 1 and not alike else None
@@ -43,11 +41,13 @@ def judge(values: list[float], side: int,
 # %% ../nbs/tools/06_claims.ipynb #1d1993f1
 def _log_depth(run: dict) -> float: return math.log2(run['config']['model']['n_layers'])
 
+def _by_log_depth(runs: list[dict], metric: str) -> list[tuple[float, float]]:
+    return [(_log_depth(r), m['value']) for r in runs if (m := read_metric(r, metric))]
+
 def trend(metric: str, log: bool = False) -> Callable[[list[dict]], float | None]:
     "Statistic: slope of a metric, or of its binary logarithm, against log2 of the depth."
     def statistic(runs):
-        found = [(_log_depth(r), m['value']) for r in runs if (m := read_metric(r, metric))]
-        if log: found = [(x, y) for x, y in found if 0 < y < math.inf]
+        found = [(x, y) for x, y in _by_log_depth(runs, metric) if not log or 0 < y < math.inf]
         if len(found) < 2: return None
         x, y = zip(*found)
         return float(linregress(x, np.log2(y) if log else y).slope)
@@ -81,7 +81,7 @@ def _relative_update(record: dict) -> list[float]:
 
 def _gain_shrinks(runs: list[dict]) -> float | None:
     "Statistic: fall of the loss a doubling of depth, first step minus last step."
-    found = sorted((_log_depth(r), m['value']) for r in runs if (m := read_metric(r, 'val_loss')))
+    found = sorted(_by_log_depth(runs, 'val_loss'))
     gains = [(y0 - y1) / (x1 - x0) for (x0, y0), (x1, y1) in zip(found, found[1:])]
     return gains[0] - gains[-1] if len(gains) > 1 else None
 
@@ -93,8 +93,8 @@ def _peak_and_end(record: dict) -> list[float]:
 def _time_of_peak(runs: list[dict]) -> float:
     "Statistic: when the last layer's variance is largest, as a share of the training, in the deepest model."
     curve = _deepest(runs)['curve']
-    return max((v[-1], step) for v, step in zip(curve['variance_mean'], curve['step'])
-               if v)[1] / curve['step'][-1]
+    peak = max((v[-1], step) for v, step in zip(curve['variance_mean'], curve['step']) if v)
+    return peak[1] / curve['step'][-1]
 
 def _fall_from_peak(runs: list[dict]) -> float | None:
     """Statistic: doublings of the last layer's variance from its peak to the end of training, in the
@@ -150,35 +150,31 @@ def _complete_seeds(study: str | Study, records: list[dict], base: RunConfig | N
 # scale: the commit with its primary endpoints, older than its runs
 REGISTERED = dict(desk='12381b087a7aea381b1734c74f07e7a56d80d7b8')
 
-def _ends(span: Callable[[dict], list[float]], group: list[dict]) -> list[float]:
-    "First and last number of what a claim shows of one variant, mean over seeds; empty if there is none."
-    found = [span(r) for r in group if r['status'] == 'finished']
-    return [float(np.mean([f[i] for f in found])) for i in (0, -1)] if found else []
-
 def _claim_row(claim: Claim, records: list[dict], base: RunConfig | None = None) -> dict:
     "Judge a claim by the runs that there are: a row of the ledger."
     scale = base or (scale_config(records[0]['scale']) if records else None)
     complete = _complete_seeds(claim.study, records, base, claim.needs)
     runs = [run for seed in complete.values() for run in seed]
     values = [v for seed in complete.values() if (v := claim.statistic(seed)) is not None]
-    groups, summary = (by_variant(claim.study, records, base),
-                       summarise(claim.study, records, [claim.metric], base))
+    groups = by_variant(claim.study, records, base)
+    summary = summarise(claim.study, records, [claim.metric], base)
     labels = list(variant_keys(study_named(claim.study), scale)) if records else []
     out = [f"{label}, seed {r['seed']} (diverged)" for label in _needed(labels, claim.needs) or []
            for r in groups.get(label, []) if r['status'] == 'diverged']  # their seeds do not count
+    def ends(group):   # first and last number of what is shown of one variant, mean over seeds
+        found = [claim.span(r) for r in group if r['status'] == 'finished']
+        return [float(np.mean([numbers[i] for numbers in found])) for i in (0, -1)] if found else []
     found = judge(values, claim.side, claim.bound) | dict(seeds=len(complete))
     floor = dict(passed=sum(map(passed, runs)), of=len(runs))
-    verdict = ('untrained' if floor['passed'] < floor['of'] else
-               'units' if claim.metric.partition('@')[0] in SIZES and not claim.ratio and values
-               else found['verdict'])
+    in_units = claim.metric.partition('@')[0] in SIZES and not claim.ratio and values
+    verdict = ('untrained' if floor['passed'] < floor['of'] else 'units' if in_units else found['verdict'])
     side = 'above' if claim.side > 0 else 'below'
     return dict(id=claim.id, statement=claim.statement, source=claim.source,
-                control=claim.source == 'control',
-                published=claim.published, study=claim.study, metric=claim.metric,
+                control=claim.source == 'control', published=claim.published, study=claim.study,
+                metric=claim.metric,
                 ours={label: row[claim.metric] for label, row in summary.items() if claim.metric in row},
-                spans={label: _ends(claim.span, group) for label, group in groups.items()} if claim.span
-                else None,
-                left_out=out, statistic=found, direction=found['verdict'], verdict=verdict, floor=floor,
+                spans=claim.span and {label: ends(group) for label, group in groups.items()}, left_out=out,
+                statistic=found, direction=found['verdict'], verdict=verdict, floor=floor,
                 registered=REGISTERED.get(scale.scale) if scale and claim.primary else None,
                 rule=f'{claim.rule}; confirmed if {side} {claim.bound:.3g} (95 % interval over seeds)')
 
@@ -190,36 +186,35 @@ def _table(names: tuple[str, ...], rows: dict[str, tuple]) -> dict[str, dict[str
 _SOURCE_COLUMNS = ('perplexity', 'usefulness', 'final_variance')
 PUBLISHED = dict(
     depth=_table(('causal', 'permutation', 'usefulness', 'final_variance'), {
-        'L=12': (.355, .985, 1.0, 420), 'L=16': (.336, .713, .813, 600), 'L=24': (.289, .438, .625, 830),
-        'L=32': (.259, .306, .562, 1250)}),
+        'L=12': (.355, .985, 1.0, 420), 'L=16': (.336, .713, .813, 600),
+        'L=24': (.289, .438, .625, 830), 'L=32': (.259, .306, .562, 1250)}),
     decay=_table(_SOURCE_COLUMNS, {
         'λ=0': (15.63, .75, 320), 'λ=0.01, all': (15.20, .75, 290), 'λ=0.1, all': (14.83, .81, 117),
         'λ=1, all': (15.55, .69, 0), 'λ=3, all': (773.42, .63, 0)}),
     context=_table(_SOURCE_COLUMNS, {
         'T=256': (18.51, .69, 3e4), 'T=512': (15.71, .75, 8e3), 'T=1024': (14.77, .75, 2.6e3),
         'T=2048': (14.51, .81, 1.35e3), 'T=4096': (14.52, .81, 7e2), 'T=8192': (16.30, .75, 70)}),
-    gqa=_table(_SOURCE_COLUMNS,
-               {'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
+    gqa=_table(_SOURCE_COLUMNS, {
+        'G=1': (14.52, .81, 220), 'G=4': (14.50, .87, 122), 'G=16': (14.47, .87, 103)}),
     moe=_table(_SOURCE_COLUMNS, {
         'dense, 1B': (14.52, .81, 220), 'gates as published, 7B of which 1B active': (13.82, .94, 75),
         'dense, 400M': (17.56, .87), 'gates as published, 2B of which 400M active': (15.89, .94)}),
     ladder=_table(('accuracy', 'usefulness'), {
         'L=16': (.401, .75), 'L=32': (.395, .53), '+ T=4096': (.400, .59), '(+ T=8192)': (.395, .53),
-        '+ λ=0.3': (.414, .63),
-        '(+ λ=0.6)': (.410, .63), '(+ λ=1)': (.385, .53), '+ G=2': (.421, .66), '+ MoE': (.441, .75)}))
+        '+ λ=0.3': (.414, .63), '(+ λ=0.6)': (.410, .63), '(+ λ=1)': (.385, .53), '+ G=2': (.421, .66),
+        '+ MoE': (.441, .75)}))
 
 # %% ../nbs/tools/06_claims.ipynb #b8e009b0
 def _by_depth(metric: str, statement: str, source: str = 'control', published: str = '') -> Claim:
     "A claim that a variance grows, or that another metric falls, the deeper the model."
     log = logarithmic(metric)
     return Claim(f"depth-{metric.replace('_', '-')}", f'The deeper the model, {statement}.', source,
-                 published, 'depth', metric,
-                 trend(metric, log), +1 if log else -1,
+                 published, 'depth', metric, trend(metric, log), +1 if log else -1,
                  f"{'doublings' if log else 'change'} of {metric} for each doubling of L")
 
+_TRAINING = 'depth study, variance over training'
 CLAIMS = [
-    replace(_by_depth('growth', "the more the stream's variance grows from block 1 to the last",
-                      'depth study, variance over training',
+    replace(_by_depth('growth', "the more the stream's variance grows from block 1 to the last", _TRAINING,
                       'v_L, L=12: 420, L=16: 600, L=24: 830, L=32: 1250'),
             rule='doublings of v_L / v_1 (median over tokens) for each doubling of L', primary=True),
     _by_depth('growth_mean', 'the larger that growth, of the mean over tokens'),
@@ -230,44 +225,38 @@ CLAIMS = [
     _by_depth('final_variance_without_first', 'the larger that variance without position 0'),
     Claim('depth-variance-decay',
           "The last layer's variance peaks during training and ends more than 10 % below its peak.",
-          'depth study, variance over training', 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250',
-          'depth',
-          'final_variance', _fall_from_peak, -1,
-          'doublings from peak to end of training in the deepest model',
+          _TRAINING, 'peak to end, L=12: 1700 to 420, L=32: 10000 to 1250', 'depth', 'final_variance',
+          _fall_from_peak, -1, 'doublings from peak to end of training in the deepest model',
           bound=math.log2(.9), span=_peak_and_end, ratio=True),
-    Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.',
-          'depth study, variance over training', 'steps 2,000 to 3,000 of 19,073', 'depth', 'final_variance',
-          _time_of_peak, -1, 'time of the peak as a share of all steps in the deepest model', bound=.2,
-          ratio=True),
+    Claim('depth-variance-peak', 'That peak lies in the first fifth of the training.', _TRAINING,
+          'steps 2,000 to 3,000 of 19,073', 'depth', 'final_variance', _time_of_peak, -1,
+          'time of the peak as a share of all steps in the deepest model', bound=.2, ratio=True),
     Claim('depth-relative-update', 'Later blocks add less to the stream, relative to its size.',
-          'argument, step 1', '', 'depth',
-          'final_variance', _along_blocks(_relative_update), -1,
-          "Fisher's z of the rank correlation of update / stream "
-          '(standard deviations) with the block in the deepest model', span=_relative_update, ratio=True)]
+          'argument, step 1', '', 'depth', 'final_variance', _along_blocks(_relative_update), -1,
+          "Fisher's z of the rank correlation of update / stream (standard deviations) with the block in the "
+          'deepest model', span=_relative_update, ratio=True)]
 
-# %% ../nbs/tools/06_claims.ipynb #772dd815
 for kind, metric, form, source, published in (
         ('published', 'jacobian_per_sequence', 'per sequence', 'depth study, Jacobians',
          'first to last layer, L=12: 0.014 to 0.0065, L=32: 0.008 to 0.002'),
         ('per-token', 'jacobian_deviation', 'per token', 'control', '')):
     by_block = lambda record, name=f"jacobian_{form.replace(' ', '_')}": record['scores']['arrays'][name]
-    CLAIMS += [Claim(f'depth-jacobian-{kind}-layers',
-                     f'Later blocks are closer to the identity (Jacobian deviation, {form}).',
-                     source, published, 'depth', metric, _along_blocks(by_block), -1,
-                     "Fisher's z of the rank correlation of the deviation with the block in the deepest "
-                     "model", span=by_block),
-               Claim(f'depth-jacobian-{kind}-mean',
-                     f'The deeper the model, the closer its blocks are to the identity on average ({form}).',
-                     source, published, 'depth', metric, trend(metric, log=True), -1,
-                     f'doublings of {metric} for each doubling of L')]
+    CLAIMS += [
+        Claim(f'depth-jacobian-{kind}-layers',
+              f'Later blocks are closer to the identity (Jacobian deviation, {form}).', source, published,
+              'depth', metric, _along_blocks(by_block), -1, "Fisher's z of the rank correlation of the "
+              'deviation with the block in the deepest model', span=by_block),
+        Claim(f'depth-jacobian-{kind}-mean',
+              f'The deeper the model, the closer its blocks are to the identity on average ({form}).', source,
+              published, 'depth', metric, trend(metric, log=True), -1,
+              f'doublings of {metric} for each doubling of L')]
 
 _SCORES = 'depth study, table of scores'
 CLAIMS += [
     _by_depth('causal', 'the less its blocks depend on a skipped earlier block', _SCORES,
               'L=12: 0.355, L=16: 0.336, L=24: 0.289, L=32: 0.259'),
-    _by_depth('causal_max',
-              'the less its blocks depend on a skipped earlier block at later tokens, by the largest effect '
-              '(Csordás et al.)'),
+    _by_depth('causal_max', 'the less its blocks depend on a skipped earlier block at later tokens, by the '
+              'largest effect (Csordás et al.)'),
     _by_depth('permutation', 'the less it matters if two blocks are swapped', _SCORES,
               'L=12: 0.985, L=16: 0.713, L=24: 0.438, L=32: 0.306'),
     _by_depth('usefulness', 'the smaller the share of blocks that an affine map cannot replace', _SCORES,
@@ -283,11 +272,10 @@ for metric, what in dict(causal='the less they depend on a skipped earlier one',
 
 CLAIMS += [
     Claim('depth-loss', 'The deeper the model, the lower its held-out loss.', 'control', '', 'depth',
-          'val_loss',
-          trend('val_loss'), -1, 'change of the loss for each doubling of L'),
+          'val_loss', trend('val_loss'), -1, 'change of the loss for each doubling of L'),
     Claim('depth-loss-gain', 'The first doubling of the depth takes more off the loss than the last.',
-          'control', '', 'depth',
-          'val_loss', _gain_shrinks, +1, 'gain of the first doubling minus gain of the last (nats)')]
+          'control', '', 'depth', 'val_loss', _gain_shrinks, +1,
+          'gain of the first doubling minus gain of the last (nats)')]
 
 # %% ../nbs/tools/06_claims.ipynb #b6ffe242
 def contrast(metric: str, log: bool = False) -> Callable[[list[dict]], float | None]:
@@ -325,9 +313,8 @@ def _about(study: str, metric: str, statement: str, side: int, needs: tuple, pub
     are no published numbers."""
     log = logarithmic(metric)
     return Claim(f"{study}-{re.sub('[_@]', '-', metric)}{name}", statement,
-                 f'{study} study' if published else 'control', published,
-                 study, metric, contrast(metric, log), side,
-                 f"{'log2 ratio' if log else 'change'} of {metric}", needs=needs)
+                 f'{study} study' if published else 'control', published, study, metric,
+                 contrast(metric, log), side, f"{'log2 ratio' if log else 'change'} of {metric}", needs=needs)
 
 def _source_claims(study: str, what: str, needs: tuple, published: dict[str, str] = {}, name: str = '',
                    metrics: Iterable[str] = _SOURCE_METRICS, primary: bool = False) -> list[Claim]:
@@ -364,6 +351,10 @@ _DECAY_STEPS = [  # first and second λ, what happens to the loss, side, id
     ('λ=0', 'λ=1', 'Weight decay of 1, against none, still lowers the held-out loss', -1, 'much'),
     ('λ=1', 'λ=3', 'Weight decay of 3, against 1, raises the held-out loss', +1, 'collapse')]
 
+_OVERSHOOT = [  # metric, what happens to it, published
+    ('usefulness', 'makes fewer blocks useful', 'λ=0.1: 0.81, λ=1: 0.69'),
+    ('final_variance', 'lowers the variance of the last layer', 'λ=0.1: 117, λ=1: about 0')]
+
 for where, ending, published, suffix in (('on all parameters', '-all', True, ', all'),
                                          ('on the matrices', '', False, '')):
     at = lambda *labels: tuple(label if label == 'λ=0' else label + suffix for label in labels)
@@ -371,40 +362,30 @@ for where, ending, published, suffix in (('on all parameters', '-all', True, ', 
     numbers = dict(final_variance='λ=0: 320, λ=0.1: 117', usefulness='λ=0: 0.75, λ=0.1: 0.81',
                    val_loss='perplexity λ=0: 15.63, λ=0.1: 14.83',
                    weights_below_0_01='no numbers given', density='no numbers given') if published else {}
+    metrics = (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density')
     CLAIMS += _source_claims('decay', f'Weight decay of 0.1 {where}, against none,', at('λ=0', 'λ=0.1'),
-                             numbers, ending,
-                             (*_SOURCE_METRICS, 'weights_below_0_01', 'weights_below_0_1_rms', 'density'),
-                             primary=published)
+                             numbers, ending, metrics, primary=published)
     CLAIMS += [_about('decay', 'val_loss', f'{text} ({where}).', side, at(x, y),
                       said(f'perplexity {x}: {_PERPLEXITY[x]:.2f}, {y}: {_PERPLEXITY[y]:.2f}'),
-                      f'-{name}{ending}')
-               for x, y, text, side, name in _DECAY_STEPS]
+                      f'-{name}{ending}') for x, y, text, side, name in _DECAY_STEPS]
     CLAIMS += [_about('decay', metric, f'Weight decay of 1, against 0.1, {effect} ({where}).', -1,
-                      at('λ=0.1', 'λ=1'),
-                      said(numbers), f'-overshoot{ending}')
-               for metric, effect, numbers in (('usefulness', 'makes fewer blocks useful',
-                                                'λ=0.1: 0.81, λ=1: 0.69'),
-                                               ('final_variance', 'lowers the variance of the last layer',
-                                                'λ=0.1: 117, λ=1: about 0'))]
+                      at('λ=0.1', 'λ=1'), said(numbers), f'-overshoot{ending}')
+               for metric, effect, numbers in _OVERSHOOT]
 
 # %% ../nbs/tools/06_claims.ipynb #634085c6
-_CONTEXT_METRICS = (*_SOURCE_METRICS, 'final_variance_median', 'final_variance_without_first',
-                    'val_loss@common',
-                    'final_variance@common', 'final_variance_median@common',
-                    'final_variance_without_first@common',
-                    'keys_for_90_percent', 'density')
+_VARIANCES = ('final_variance', 'final_variance_median', 'final_variance_without_first')
+_CONTEXT_METRICS = (*_SOURCE_METRICS, *_VARIANCES[1:], 'val_loss@common',
+                    *(f'{name}@common' for name in _VARIANCES), 'keys_for_90_percent', 'density')
 
 CLAIMS += _source_claims('context', 'A longer context, with the sequences of a step fixed,',
                          ('T={short}, sequences fixed', 'T={long}, sequences fixed'), dict(
     final_variance='at step 2400, T=256: 30000, T=1024: 2600, T=4096: 700',
     usefulness='T=256: 0.69, T=1024: 0.75, T=4096: 0.81', keys_for_90_percent='no numbers given',
-    density='no numbers given',
-    val_loss='perplexity T=256: 18.51, T=1024: 14.77, T=4096: 14.52'), metrics=_CONTEXT_METRICS)
+    density='no numbers given', val_loss='perplexity T=256: 18.51, T=1024: 14.77, T=4096: 14.52'),
+                         metrics=_CONTEXT_METRICS)
 CLAIMS += _source_claims('context', 'A longer context, with the tokens of a step fixed,',
-                         ('T={short}', 'T={long}'), {},
-                         '-tokens-fixed', _CONTEXT_METRICS, primary=True)
+                         ('T={short}', 'T={long}'), {}, '-tokens-fixed', _CONTEXT_METRICS, primary=True)
 
-# %% ../nbs/tools/06_claims.ipynb #275ff9f1
 CLAIMS += _source_claims('gqa', 'Sharing keys and values among all heads', (0, -2), dict(
     final_variance='T=4096, G=1: 220, G=4: 122, G=16: 103', usefulness='G=1: 0.81, G=4: 0.87, G=16: 0.87',
     val_loss='perplexity G=1: 14.52, G=4: 14.50, G=16: 14.47'), primary=True)
@@ -421,12 +402,13 @@ CLAIMS += _source_claims('moe', 'A mixture of experts with renormalised gates', 
 CLAIMS += _source_claims('moe', 'A mixture of experts with scale-matched gates', (0, 3),
                          name='-scale-matched')
 
-_norms = {'pre-LN': 'pre-ln', 'LayerNorm Scaling': 'layernorm-scaling', 'Peri-LN': 'peri-ln'}
-for i, (norm, name) in list(enumerate(_norms.items()))[1:]:
-    CLAIMS += _source_claims('remedies', f'{norm} instead of pre-LN', (0, i), name=f'-{name}')
-for i, (norm, name) in enumerate(_norms.items()):
-    CLAIMS += _source_claims('remedies', f'With {norm}, the recipe of sparsity', (i, i + 3),
-                             name=f'-sparse-{name}')
+_NORMS = 'pre-LN', 'LayerNorm Scaling', 'Peri-LN'
+_IDS = [norm.lower().replace(' ', '-') for norm in _NORMS]
+for i in (1, 2):
+    CLAIMS += _source_claims('remedies', f'{_NORMS[i]} instead of pre-LN', (0, i), name=f'-{_IDS[i]}')
+for i in (0, 1, 2):
+    CLAIMS += _source_claims('remedies', f'With {_NORMS[i]}, the recipe of sparsity', (i, i + 3),
+                             name=f'-sparse-{_IDS[i]}')
 
 for what, needs, name in (('weight decay of 0.1 on all parameters', (0, 2), 'decay-all'),
                           ('weight decay of 0.1 on the matrices', (0, 1), 'decay'),
@@ -459,25 +441,24 @@ _RUNG_USEFULNESS = [  # what is done, side, indices of two rungs, published usef
 CLAIMS += [_about('ladder', 'accuracy', text, side, needs, published, f'-{name}')
            for text, side, needs, published, name in _RUNGS]
 CLAIMS += [_about('ladder', 'usefulness', f"{what} makes {'more' if side > 0 else 'fewer'} blocks useful.",
-                  side, needs, published,
-                  f'-{name}') for what, side, needs, published, name in _RUNG_USEFULNESS]
-CLAIMS += [_about('ladder', 'val_loss',
-                  'A context of eight times the length, against four times, raises the held-out loss at its '
-                  'own length.', +1, (2, 3), 'study of context, perplexity T=4096: 14.52, T=8192: 16.30',
-                  '-context-overshoot')]
+                  side, needs, published, f'-{name}')
+           for what, side, needs, published, name in _RUNG_USEFULNESS]
+CLAIMS.append(_about('ladder', 'val_loss', 'A context of eight times the length, against four times, raises '
+                     'the held-out loss at its own length.', +1, (2, 3),
+                     'study of context, perplexity T=4096: 14.52, T=8192: 16.30', '-context-overshoot'))
 CLAIMS += _source_claims('ladder', 'The whole recipe', (1, 8), dict(usefulness='0.53 to 0.75'), '-recipe',
                          ('usefulness', 'final_variance', 'linear_loss_increase', 'causal', 'permutation',
-                          'val_loss@common',
-                          'final_variance@common'))
+                          'val_loss@common', 'final_variance@common'))
 
 # %% ../nbs/tools/06_claims.ipynb #4fe6ecd3
 def _metric_correlation(x: str, y: str) -> Callable[[list[dict]], float | None]:
     "Statistic: Fisher's z of the rank correlation of two metrics across runs."
     def statistic(runs):
-        pairs = [(a['value'], b['value']) for r in runs if (a := read_metric(r, x))
-                 and (b := read_metric(r, y))]
-        return (None if len(pairs) < 4
-                else _fisher(rank_correlation([b for _, b in pairs], [a for a, _ in pairs])))
+        pairs = [(a['value'], b['value']) for r in runs
+                 if (a := read_metric(r, x)) and (b := read_metric(r, y))]
+        if len(pairs) < 4: return None
+        xs, ys = zip(*pairs)
+        return _fisher(rank_correlation(ys, xs))
     return statistic
 
 def correlations(study: str | Study, records: list[dict], pairs: Iterable[tuple[str, str]],
@@ -507,8 +488,7 @@ LINKS = [  # statement, metrics, side
     ('lower effective density goes with blocks that depend more on earlier ones', 'density', 'causal', -1)]
 
 CLAIMS += [Claim(f'sources-{x}-{y}'.replace('_', '-'), f'Across the runs of all four sources, {text}.',
-                 'argument, steps 2 to 4',
-                 'no numbers given', 'sources', y, _metric_correlation(x, y), side,
+                 'argument, steps 2 to 4', 'no numbers given', 'sources', y, _metric_correlation(x, y), side,
                  f"Fisher's z of the rank correlation of {x} and {y} across variants within a seed", needs=())
            for text, x, y, side in LINKS]
 
@@ -517,18 +497,16 @@ _CHECKS = []   # functions that do a sum, and give a row of the ledger
 
 def _sum(id: str, statement: str, source: str, published: str, rule: str, control: bool = False):
     "Note a statement of the page, beside the function that checks it: what we get, and whether it agrees."
-    def row(ours: str, agrees: bool) -> dict:
+    def row(compute):
+        ours, agrees = compute()
         verdict = 'confirmed' if agrees else 'contradicted'
         return dict(id=id, statement=statement, source=source, control=control, published=published,
-                    rule=rule, study=None,
-                    metric=None, ours=ours, spans=None, left_out=[], statistic=None, verdict=verdict,
-                    direction=verdict,
-                    floor=None, registered=None)
-    return lambda compute: _CHECKS.append(lambda: row(*compute()))
+                    rule=rule, study=None, metric=None, ours=ours, spans=None, left_out=[], statistic=None,
+                    verdict=verdict, direction=verdict, floor=None, registered=None)
+    return lambda compute: _CHECKS.append(lambda: row(compute))
 
 @_sum('page-size-ratio', 'The L = 32 model has 2.56 times the parameters of the L = 12 model.',
-      'published page', '2.56',
-      'agrees if some consistent count gives 2.56 within 0.01')
+      'published page', '2.56', 'agrees if some consistent count gives 2.56 within 0.01')
 def _():
     small, large = (param_counts(preset(f'paper-L{L}')) for L in (12, 32))
     counts = {'all': ('total',), 'blocks': ('blocks',), 'blocks and embedding': ('blocks', 'embedding')}
@@ -537,7 +515,6 @@ def _():
     said = ', '.join(f'{what}: {ratio:.2f}' for what, ratio in ratios.items())
     return said, any(abs(r - 2.56) < .01 for r in ratios.values())
 
-# %% ../nbs/tools/06_claims.ipynb #ea0c02c3
 _USEFULNESS = {int(row.removeprefix('L=')): found['usefulness'] for row, found in PUBLISHED['depth'].items()}
 
 @_sum('page-usefulness-counts', 'Each usefulness score is a whole number of useful blocks divided by L.',
@@ -575,32 +552,26 @@ def _():
     return said, max(places.values()) - min(places.values()) < .005
 
 @_sum('page-largest-group', 'G = 16 is a group size of grouped-query attention.', 'GQA study, table',
-      'G = 16',
-      'agrees if it leaves more than one key/value head to the 16-head model')
+      'G = 16', 'agrees if it leaves more than one key/value head to the 16-head model')
 def _():
     heads = preset('paper-L16').n_heads // 16
     return f'{heads} key/value head: multi-query attention', heads > 1
 
 # %% ../nbs/tools/06_claims.ipynb #742c678e
-@_sum('page-recipe-size',
-      "The recipe's gain is one of sparsity at equal size: its last rung has no more parameters than the one "
-      'before.', 'recipe ladder', '42.1 to 44.1',
-      'agrees if the total parameters of the mixture do not exceed those of the dense '
-      'model by more than a tenth', control=True)
+@_sum('page-recipe-size', "The recipe's gain is one of sparsity at equal size: its last rung has no more "
+      'parameters than the one before.', 'recipe ladder', '42.1 to 44.1', 'agrees if the total parameters of '
+      'the mixture do not exceed those of the dense model by more than a tenth', control=True)
 def _():
     moe = preset('paper-recipe')
     dense = moe.replace(n_experts=0, d_ff=moe.experts_per_token * moe.d_expert)  # of the active width
-    total, active, before = (param_counts(moe)['total'], param_counts(moe)['active'],
-                             param_counts(dense)['total'])
-    return (f'{total / 1e9:.2f}B in all, of which {active / 1e9:.2f}B active, against {before / 1e9:.2f}B',
-            total < 1.1 * before)
+    ours, before = param_counts(moe), param_counts(dense)['total']
+    said = '{:.2f}B in all, of which {:.2f}B active, against {:.2f}B'
+    return (said.format(ours['total'] / 1e9, ours['active'] / 1e9, before / 1e9),
+            ours['total'] < 1.1 * before)
 
-@_sum('page-dilution',
-      'The published fall of the variance with T is steeper than 1/T, which dilution of one sink token would '
-      'give.',
-      'context study, figure', 'T=256: 30000 to T=4096: 700',
-      'agrees if the slope of log variance against log T lies below -1.1',
-      control=True)
+@_sum('page-dilution', 'The published fall of the variance with T is steeper than 1/T, which dilution of one '
+      'sink token would give.', 'context study, figure', 'T=256: 30000 to T=4096: 700',
+      'agrees if the slope of log variance against log T lies below -1.1', control=True)
 def _():
     steep = linregress(np.log([256, 512, 1024, 2048, 4096]), np.log([3e4, 8e3, 2.6e3, 1.35e3, 7e2])).slope
     return f'slope {steep:.2f}', steep < -1.1
@@ -625,25 +596,23 @@ def _():
     share = _halved('linear')[0]
     return f'half the density leaves {share:.2f}', abs(share - .5) < .05
 
-@_sum('theory-proportional-blocks',
-      'The variance that attention and SwiGLU add, with a mask on each matrix, is proportional to the '
-      'density.', 'control', '', 'agrees if half the density leaves half the variance of both, within 0.05',
-      control=True)
+@_sum('theory-proportional-blocks', 'The variance that attention and SwiGLU add, with a mask on each matrix, '
+      'is proportional to the density.', 'control', '',
+      'agrees if half the density leaves half the variance of both, within 0.05', control=True)
 def _():
     shares = _halved('block')
     said = 'half the density leaves {:.2f} (attention) and {:.2f} (feed-forward)'.format(*shares)
     return said, max(abs(share - .5) for share in shares) < .05
 
-_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2',
-     'no numbers given',
-     'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add (random weights and masks, '
-     'linear sublayers)')(
-    lambda: _growth(False))
-_sum('theory-relative-growth',
-     "A lower density slows the growth of the stream's variance relative to the stream, which is what a "
-     'block sees through its norm.', 'control', '',
-     'agrees if a density of 0.25 takes 5 % or more off that in units of the stream '
-     'after block 16', control=True)(lambda: _growth(True))
+@_sum('theory-growth', "A lower density slows the growth of the stream's variance.", 'argument, step 2',
+      'no numbers given', 'agrees if a density of 0.25 takes 5 % or more off what blocks 17 to 32 add '
+      '(random weights and masks, linear sublayers)')
+def _(): return _growth(False)
+
+@_sum('theory-relative-growth', "A lower density slows the growth of the stream's variance relative to the "
+      'stream, which is what a block sees through its norm.', 'control', '', 'agrees if a density of 0.25 '
+      'takes 5 % or more off that in units of the stream after block 16', control=True)
+def _(): return _growth(True)
 
 # %% ../nbs/tools/06_claims.ipynb #87dea778
 _LEAST_SEEDS = 3   # for a verdict on a primary endpoint
@@ -663,15 +632,14 @@ def _correct(rows: list[dict]) -> list[dict]:
 def ledger(records: list[dict], study: str | None = None, base: RunConfig | None = None) -> list[dict]:
     """Every claim with the published numbers, ours from records of one scale, and the verdict; study None:
     all claims, and the sums."""
-    scales = {r['scale'] for r in records}
+    scales = sorted({r['scale'] for r in records})
     if len(scales) > 1:
-        raise ValueError(
-            f'the records are of several scales: {", ".join(sorted(scales))}; a ledger is for one')
-    scale = base or (scale_config(records[0]['scale']) if records else None)
-    about = lambda c: not scale or _needed(list(variant_keys(study_named(c.study), scale)),
-                                           c.needs) is not None
-    rows = _correct([_claim_row(c, records, base) for c in CLAIMS if about(c)
-                     and (study in (None, c.study) or c.primary)])
+        raise ValueError(f'the records are of several scales: {", ".join(scales)}; a ledger is for one')
+    scale = base or (scale_config(scales[0]) if scales else None)
+    def can_be_judged(c):
+        return not scale or _needed(list(variant_keys(study_named(c.study), scale)), c.needs) is not None
+    rows = _correct([_claim_row(c, records, base) for c in CLAIMS
+                     if (study in (None, c.study) or c.primary) and can_be_judged(c)])
     if study is None: return rows + [check() for check in _CHECKS]
     return [row for row in rows if row['study'] == study]
 
@@ -686,12 +654,10 @@ def beside_record(records: list[dict], recorded: list[dict], study: str | Study)
         ratio = logarithmic(name)
         scale, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
         mine, known = (scale([m['value'] for r in runs[label] if r['status'] == 'finished'
-                              and (m := read_metric(r, name))])
-                       for runs in (ours, theirs))
+                              and (m := read_metric(r, name))]) for runs in (ours, theirs))
         if not len(mine) or len(known) < 2: continue
-        middle, reach = known.mean(), (t.ppf(.975, len(known) - 1) * known.std(ddof=1)
-                                       * (1 / len(known) + 1 / len(mine)) ** .5)
-        away = mine.mean() - middle
+        middle, root = known.mean(), (1 / len(known) + 1 / len(mine)) ** .5
+        away, reach = mine.mean() - middle, t.ppf(.975, len(known) - 1) * known.std(ddof=1) * root
         verdict = ('agrees' if abs(away) <= reach else f'differs by {back(away) - 1:+.0%}' if ratio
                    else f'differs by {away:+.2g}')
         numbers = map(float, back([mine.mean(), middle, middle - reach, middle + reach]))
@@ -714,18 +680,17 @@ def _ours_text(row: dict) -> str:
 
 def _statistic_text(row: dict) -> str:
     "The statistic with its interval and the number of seeds."
-    s = row['statistic']
+    s, floor = row['statistic'], row['floor']
     if s is None: return 'arithmetic'
-    without = f"; without {', '.join(row['left_out'])}" if row['left_out'] else ''
-    floor = row['floor']
+    notes = [f"without {', '.join(row['left_out'])}"] if row['left_out'] else []
     if floor['passed'] < floor['of']:
-        without += f"; {floor['of'] - floor['passed']} of {floor['of']} runs above their floor"
-    if 'q' in s: without += f"; q = {s['q']:.2g}"
-    if s['n'] == 0:
-        why = 'not defined: the metric is the same in all runs' if s['seeds'] else 'no complete seed'
-        return why + without
-    if s['n'] == 1: return f"{number(s['value'])} (1 seed, no interval{without})"
-    return f"{number(s['value'])} [{number(s['low'])}, {number(s['high'])}] ({s['n']} seeds{without})"
+        notes.append(f"{floor['of'] - floor['passed']} of {floor['of']} runs above their floor")
+    if 'q' in s: notes.append(f"q = {s['q']:.2g}")
+    rest = ''.join(f'; {note}' for note in notes)
+    if s['n'] == 0 and s['seeds']: return 'not defined: the metric is the same in all runs' + rest
+    if s['n'] == 0: return 'no complete seed' + rest
+    if s['n'] == 1: return f"{number(s['value'])} (1 seed, no interval{rest})"
+    return f"{number(s['value'])} [{number(s['low'])}, {number(s['high'])}] ({s['n']} seeds{rest})"
 
 HEADS = ('verdict', 'claim', 'published', 'ours', 'statistic')
 
@@ -734,28 +699,27 @@ def ledger_cells(row: dict) -> tuple[str, ...]:
     claim = ('control: ' if row['control'] else '') + row['statement']
     return row['verdict'], claim, row['published'] or '-', _ours_text(row), _statistic_text(row)
 
-def ledger_table(rows: list[dict], width: int | None = None) -> str:  # width None: the terminal's, 100 to 160
-    "The ledger as a table for the terminal, and a line that counts the verdicts."
+def ledger_table(rows: list[dict], width: int | None = None) -> str:
+    "The ledger as a table for the terminal (width None: its own, 100 to 160), and a count of the verdicts."
     width = width or min(160, max(100, shutil.get_terminal_size((120, 24)).columns))
     # 13 for the verdict, 12 between columns
-    sizes = [13, *(int((width - 25) * share) for share in (.36, .2, .22, .22))]
-    lines = []
+    sizes, lines = [13, *(int((width - 25) * share) for share in (.36, .2, .22, .22))], []
     for row in [HEADS, *map(ledger_cells, rows)]:
         for texts in zip_longest(*map(textwrap.wrap, row, sizes), fillvalue=''):
-            lines.append('   '.join(text.ljust(size) for text, size in zip(texts, sizes)).rstrip())
+            lines.append('   '.join(map(str.ljust, texts, sizes)).rstrip())
         lines.append('-' * width)
     return '\n'.join([*lines, *textwrap.wrap(verdict_counts(rows), width)])
 
 def verdict_counts(rows: list[dict]) -> str:
     "How many rows got which verdict: the paper's claims, our controls, and the sums."
-    kind = (lambda row: 'sums' if row['study'] is None else 'our controls' if row['control']
-            else "the paper's claims")
-    counts = Counter((kind(row), row['verdict']) for row in rows)
+    counts = {"the paper's claims": Counter(), 'our controls': Counter(), 'sums': Counter()}
+    for row in rows:
+        kind = 'our controls' if row['control'] else "the paper's claims"
+        counts['sums' if row['study'] is None else kind][row['verdict']] += 1
     verdicts = ('confirmed', 'contradicted', 'open', 'untrained', 'units')
-    return '; '.join(f'{kind}: ' + ', '.join(f'{counts[kind, v]} {v}' for v in verdicts if counts[kind, v]
-                                             or kind != 'sums')
-                     for kind in ("the paper's claims", 'our controls', 'sums')
-                     if any(of == kind for of, _ in counts))
+    return '; '.join(f'{kind}: ' + ', '.join(f'{found[v]} {v}' for v in verdicts
+                                             if found[v] or kind != 'sums')
+                     for kind, found in counts.items() if found)
 
 def floor_note(records: list[dict]) -> str:
     "What a page must say of the runs of a study before it says anything else, as Markdown."
@@ -779,9 +743,9 @@ def markdown_table(header: Iterable, rows: Iterable[Iterable]) -> str:
 def ledger_markdown(rows: list[dict]) -> str:
     "The ledger as a Markdown table."
     def rule(row):
-        if not row['study']: return row['rule']
-        return (f"primary, registered in {row['registered'][:7]}; " if row['registered']
-                else 'exploratory; ') + row['rule']
+        commit = row['registered']
+        kind = f'primary, registered in {commit[:7]}; ' if commit else 'exploratory; ' if row['study'] else ''
+        return kind + row['rule']
     return markdown_table([*HEADS, 'rule'], [(*ledger_cells(row), rule(row)) for row in rows])
 
 def standing_ledger(folder: str | Path) -> list[dict]:
@@ -795,19 +759,19 @@ def standing_ledger(folder: str | Path) -> list[dict]:
     return [judged.get(row['id'], row) for row in small]
 
 _HEADLINES = ('depth-growth', 'depth-causal', 'depth-linear-loss-increase', 'depth-loss', 'decay-growth-all',
-              'context-growth-tokens-fixed',
-             'gqa-growth', 'moe-growth', 'sources-density-growth', 'theory-proportional',
-             'theory-relative-growth')
+              'context-growth-tokens-fixed', 'gqa-growth', 'moe-growth', 'sources-density-growth',
+              'theory-proportional', 'theory-relative-growth')
 
 def headlines(rows: list[dict]) -> list[dict]:
     "The rows that carry the argument, of a ledger of all studies."
-    return sorted((row for row in rows if row['id'] in _HEADLINES),
-                  key=lambda row: _HEADLINES.index(row['id']))
+    found = {row['id']: row for row in rows}
+    return [found[id] for id in _HEADLINES if id in found]
 
 def short_markdown(rows: list[dict]) -> str:
     "Verdict, claim and statistic, without the published numbers and ours by variant, as Markdown."
-    scale = lambda row: f"; scale {row['scale']}" if 'scale' in row else ''
-    rule = lambda row: f"{row['rule'].split('; confirmed')[0]}: {_statistic_text(row)}{scale(row)}"
-    statistic = lambda row: rule(row) if row['study'] else f"{_ours_text(row)} (arithmetic)"
+    def statistic(row):
+        if not row['study']: return f'{_ours_text(row)} (arithmetic)'
+        scale = f"; scale {row['scale']}" if 'scale' in row else ''
+        return f"{row['rule'].split('; confirmed')[0]}: {_statistic_text(row)}{scale}"
     return markdown_table(['verdict', 'claim', 'statistic, 95 % interval over seeds'],
                           [(*ledger_cells(row)[:2], statistic(row)) for row in rows])

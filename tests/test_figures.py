@@ -1,4 +1,5 @@
 "Figures: what they draw, and what they refuse."
+import functools
 from copy import deepcopy
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,13 @@ from sparsecod.claims import CLAIMS, PUBLISHED, ledger
 from sparsecod.core import PRESETS
 from sparsecod.studies import SCALES, STUDIES, by_variant, load_results
 from synthetic import depth_study, interval, record, variants
+
+
+def plot_loss(records, ax=None, by=figures.DEPTH): return figures.plot_curve(records, 'loss', ax, by)
+
+
+def plot_final_variance(records, statistic='mean', ax=None, by=figures.DEPTH):
+    return figures.plot_curve(records, f'variance_{statistic}', ax, by)
 
 
 @pytest.fixture(scope='module')
@@ -24,14 +32,14 @@ def close_figures():
 
 
 DRAW = {
-    **{f'variance {k}': lambda r, ax, k=k: figures.plot_variance(r, k, ax) for k in figures.STATISTICS},
-    **{f'final variance {k}': lambda r, ax, k=k: figures.plot_final_variance(r, k, ax)
-       for k in figures.STATISTICS},
-    **{f'updates {k}': lambda r, ax, k=k: figures.plot_updates(r, k, ax) for k in figures.UPDATES},
-    **{f'jacobian {k}': lambda r, ax, k=k: figures.plot_jacobian(r, k, ax) for k in figures.JACOBIANS},
+    **{f'variance {k}': lambda r, ax, k=k: figures.plot_variance(r, k, ax) for k in figures._STATISTICS},
+    **{f'final variance {k}': lambda r, ax, k=k: plot_final_variance(r, k, ax)
+       for k in figures._STATISTICS},
+    **{f'updates {k}': lambda r, ax, k=k: figures.plot_updates(r, k, ax) for k in ('attention', 'feed_forward')},
+    **{f'jacobian {k}': lambda r, ax, k=k: figures.plot_jacobian(r, k, ax) for k in ('per_token', 'per_sequence')},
     **{f'score {k}': lambda r, ax, k=k: figures.plot_score(r, k, ax)
        for k in ('causal', 'usefulness', 'final_variance', 'val_loss')},
-    'loss': lambda r, ax: figures.plot_loss(r, ax),
+    'loss': lambda r, ax: plot_loss(r, ax),
     'distance': lambda r, ax: figures.plot_distance(r, 'permutation', ax),
     'parts': lambda r, ax: figures.plot_parts(r, 'causal', ax),
     'thresholds': lambda r, ax: figures.plot_thresholds(r, ax),
@@ -214,10 +222,10 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(records):
         figures.plot_variance(mixed)
     other = deepcopy(records[:2])
     other[1]['provenance']['corpus_fingerprint'] = 'another'
-    with pytest.raises(ValueError, match='differ in corpus'): figures.plot_loss(other)
+    with pytest.raises(ValueError, match='differ in corpus'): plot_loss(other)
 
 
-@pytest.mark.parametrize('call', [figures.plot_variance, figures.plot_loss, figures.headline_figure,
+@pytest.mark.parametrize('call', [figures.plot_variance, plot_loss, figures.headline_figure,
                                   lambda r: figures.plot_score(r, 'causal')])
 def test_no_records(call):
     with pytest.raises(ValueError, match='no records to show: run a study first'): call([])
@@ -234,9 +242,9 @@ def test_published_numbers_are_those_of_the_ledger(claim):
             and {f'paper-L{L}' for L in found} <= set(PRESETS))
 
 
-@pytest.mark.parametrize('draw', [figures.plot_published_peak, figures.plot_published_jacobian])
-def test_published_ends_are_a_line_a_depth(draw):
-    lines = [line.get_ydata() for line in draw().get_lines()]
+@pytest.mark.parametrize('name', ['peak', 'jacobian'])
+def test_published_ends_are_a_line_a_depth(name):
+    lines = [line.get_ydata() for line in figures.plot_published(name).get_lines()]
     assert len(lines) == 2 and all(first > last for first, last in lines)
 
 
@@ -307,6 +315,9 @@ def gqa(): return variants()
 LABELS = list(STUDIES['gqa'].changes(SCALES['laptop']))
 
 
+beside_table = functools.partial(figures.study_table, paper=True)
+
+
 def cells(table):
     "A Markdown table as a list of dictionaries."
     head, _, *rows = [[c.strip() for c in line.strip('|').split(' | ')]
@@ -336,8 +347,8 @@ def test_what_was_measured_afterwards_does_not_set_runs_apart(gqa):
     assert list(figures.by_setting(figures.label_variants('gqa', more), 'variant')) == LABELS
 
 
-BY_VARIANT = {'variance': figures.plot_variance, 'loss': figures.plot_loss,
-              'thresholds': figures.plot_thresholds, 'training': figures.plot_final_variance,
+BY_VARIANT = {'variance': figures.plot_variance, 'loss': plot_loss,
+              'thresholds': figures.plot_thresholds, 'training': plot_final_variance,
               'score': lambda r, by: figures.plot_score(r, 'causal', by=by),
               'parts': lambda r, by: figures.plot_parts(r, by=by),
               'distance': lambda r, by: figures.plot_distance(r, by=by), 'jacobian': figures.plot_jacobian,
@@ -425,9 +436,9 @@ def test_diverged_runs_leave_their_seed_out_and_are_counted():
     assert (list(changed['G=2']['by_seed']) == [2] and changed['G=2']['n'] == 1
             and np.isnan(changed['G=2']['low']))
     assert (list(changed['G=2, matched']['by_seed']) == [0, 2]
-            and figures._change_text(changed['G=2, matched']) == '')
-    assert (figures._change_text(changed['G=4']) == 'diverged'
-            and figures._change_text(changed['G=2']) == '1 of 3 diverged')
+            and changed['G=2, matched']['missing'] == '')
+    assert (changed['G=4']['missing'] == 'diverged'
+            and changed['G=2']['missing'] == '1 of 3 diverged')
     assert 'G=4, matched' not in changed
 
 
@@ -473,7 +484,7 @@ def test_partial_studies_are_drawn_and_listed(records):
     for call in (figures.plot_study, figures.plot_changes): call('gqa', records, NAMES).canvas.draw()
     figures.plot_scatter('gqa', records, 'density_attention', 'final_variance').figure.canvas.draw()
     figures.plot_lengths(figures.label_variants('gqa', records), 'val_loss').figure.canvas.draw()
-    for call in (figures.study_table, figures.beside_table, figures.changes_table):
+    for call in (figures.study_table, beside_table, figures.changes_table):
         assert {row[next(iter(row))] for row in cells(call('gqa', records, NAMES))} >= {
             r['variant'] for r in figures.label_variants('gqa', records)} - {'G=1'}
 
@@ -510,14 +521,14 @@ def test_models_that_learnt_less_than_token_frequencies_get_a_dagger():
         if r['variant'] in losses:
             next(x for x in records if x['name'] == r['name'])['final'] = r['final'] | dict(
                 val_loss=interval(losses[r['variant']][r['seed']], .1), unigram_loss=6.4)
-    for text in (figures.study_table('gqa', records, NAMES), figures.beside_table('gqa', records, NAMES)):
+    for text in (figures.study_table('gqa', records, NAMES), beside_table('gqa', records, NAMES)):
         assert [row['variant'] for row in cells(text)][:5] == ['G=1', 'G=2 †', 'G=2, matched', 'G=4 †',
                                                                'G=4, matched †']
         note = text.split('\n\n')[1]
         assert (note.count('†') == 1 and 'not below 6.4 nats a token' in note
                 and '(G=4: 1 of 3 seeds)' in note and note.endswith('.'))
     assert ('†' not in figures.study_table('gqa', variants(), NAMES)
-            + figures.beside_table('gqa', variants(), NAMES))
+            + beside_table('gqa', variants(), NAMES))
     assert not figures.learnt_little(record(2, diverged=True))
 
 
@@ -536,7 +547,7 @@ def test_the_recorded_models_that_learnt_little_are_marked(root):
 
 def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
     names = ['val_loss', 'perplexity', 'usefulness', 'final_variance']
-    table = cells(figures.beside_table('gqa', gqa, names))
+    table = cells(beside_table('gqa', gqa, names))
     paper = PUBLISHED['gqa']
     assert [row['variant'] for row in table] == LABELS + [name for name in paper if name not in LABELS]
     for row in table:
@@ -545,7 +556,7 @@ def test_published_numbers_stand_beside_ours_and_are_labelled(gqa):
                           for n in names[1:]]
         assert (row['Perplexity'] == '') == (row['variant'] not in LABELS)
     assert 'paper: Held-out loss' not in table[0]
-    assert 'paper:' not in figures.beside_table('gqa', gqa, ['causal'])
+    assert 'paper:' not in beside_table('gqa', gqa, ['causal'])
 
 
 def test_correlation_table():
@@ -604,7 +615,7 @@ def with_floors(records: list[dict], pairs: list[float], triples: float = 3.52) 
             for i, r in enumerate(records)]
 
 
-@pytest.mark.parametrize('draw', [figures.plot_loss, lambda r: figures.plot_score(r, 'val_loss'),
+@pytest.mark.parametrize('draw', [plot_loss, lambda r: figures.plot_score(r, 'val_loss'),
                                   lambda r: figures.plot_lengths(figures.label_variants('gqa', r),
                                                                  'val_loss')],
                          ids=['loss', 'score', 'lengths'])

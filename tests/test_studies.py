@@ -24,11 +24,11 @@ from sparsecod.claims import (CLAIMS, REGISTERED, _CHECKS, _complete_seeds, _cor
                               judge, ledger, ledger_markdown, ledger_table, rank_correlation,
                               _statistic_text, verdict_counts)
 from sparsecod.integrity import check_stamp, read_json
-from sparsecod.studies import (_DEPTHS, MEASURES, PUBLISHED_DECAY, SCALES, SOURCES, STUDIES, Progress,
-                               RunConfig, RunsFailed, Study, by_variant, _changed_fields,
+from sparsecod.studies import (_DEPTHS, _MEASURES, PUBLISHED_DECAY, SCALES, STUDIES, _Progress, RunConfig,
+                               RunsFailed, Study, by_variant, _changed_fields,
                                identity, load_results, _locate, over_seeds, equivalent_decay, read_metric,
                                run, run_name, run_study, _source_setting,
-                               scale_config, summarise, t_interval, variant_key, vary, work_folder,
+                               scale_config, summarise, t_interval, variant_key, vary, _work_folder,
                                write_record)
 from sparsecod.train import decay_product
 from synthetic import ends_early, record as made_up_record
@@ -131,9 +131,9 @@ def test_scales_and_studies():
 
 
 def test_work_never_goes_into_results(tmp_path):
-    assert work_folder('runs') == Path('runs/.work')
-    assert work_folder(tmp_path / 'results') == tmp_path / 'runs' / '.work'
-    assert work_folder('results', 'here') == Path('here')
+    assert _work_folder('runs') == Path('runs/.work')
+    assert _work_folder(tmp_path / 'results') == tmp_path / 'runs' / '.work'
+    assert _work_folder('results', 'here') == Path('here')
 
 
 # ---- runs and records
@@ -467,7 +467,7 @@ def test_four_processes_do_a_run_once(tmp_path):
 
 def test_a_run_at_work_is_not_erased(done):
     place = _locate(QUICK, done[0], progress=False)
-    with module.hold(place), pytest.raises(ValueError, match='in use'):
+    with module._hold(place), pytest.raises(ValueError, match='in use'):
         run(QUICK, done[0], force=True, progress=False)
     assert module.read_record(done[2]) == done[1]
 
@@ -587,28 +587,29 @@ def test_stopping_needs_no_signal_from_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, 'kill', lambda *a: pytest.fail('a signal was sent'))
     monkeypatch.setattr(subprocess.Popen, 'terminate', lambda self: pytest.fail('a signal was sent'))
     place = _locate(LONG, tmp_path, progress=False)
-    job = module.PlannedRun(place.work.name, LONG, place, 1.)
-    s = module.Supervisor([job], tmp_path, tmp_path / '.work', 1, 1, 'title')
-    s.fill()
-    process = s.active[0][1]
-    wait_for(lambda: list(place.work.glob('checkpoints/step-*')), process)
-    s.stop()
-    assert process.returncode == 130 and list(place.work.glob('checkpoints/step-*')), (
+    orders, processes, sleep = place.orders(tmp_path, tmp_path / '.work', 1), [], time.sleep
+    def start(job, slot):
+        processes.append(module._start_worker(orders, job.work))
+        return processes[0]
+    def interrupted(seconds):
+        if list(place.work.glob('checkpoints/step-*')): raise KeyboardInterrupt
+        sleep(seconds)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(module.time, 'sleep', interrupted)
+        module._supervise([place], [place], 1, start, 'title', False, 'stopping')
+    assert processes[0].returncode == 130 and list(place.work.glob('checkpoints/step-*')), (
         place.work / 'stderr.txt').read_text(encoding='utf-8')
 
 
-def test_every_end_of_a_process_is_put_into_words(tmp_path):
-    place = module.Place(QUICK, None, tmp_path / 'x.json', tmp_path)
-    (tmp_path / 'stderr.txt').write_text('', encoding='utf-8')
-    for code in (-9, -34, -63, 1, 0xC0000005):
-        assert str(abs(code)) in module._complaint(module.PlannedRun('x', QUICK, place, 1.), code)
+def test_every_end_of_a_process_is_put_into_words():
+    for code in (-9, -34, -63, 1, 0xC0000005): assert str(abs(code)) in module._complaint('', code)
 
 
 def test_plain_lines_now_and_then(capfd):
-    lines = Progress('title', 10., 0., every=0.0)
+    lines = _Progress('title', 10., 0., every=0.0)
     lines.update(5., 'L2 step 3/6 loss 4.00', 'depth at tiny, 1 of 2 runs done')
     assert '50%] depth at tiny, 1 of 2 runs done; L2 step 3/6 loss 4.00' in capfd.readouterr().err
-    quiet = Progress('title', 10., 0., show=False, every=0.0)
+    quiet = _Progress('title', 10., 0., show=False, every=0.0)
     quiet.update(5., '', '')
     quiet.say('a line')
     assert capfd.readouterr().err == ''
@@ -616,7 +617,7 @@ def test_plain_lines_now_and_then(capfd):
 
 def test_bars_follow_the_runs(capfd, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    bars = Progress('depth', 10., 2.)
+    bars = _Progress('depth', 10., 2.)
     bars.update(4., 'first step 1/6; second starting', 'depth, 0 of 3')
     bars.update(8., 'third step 2/6 loss 4.00', 'depth, 2 of 3')
     assert bars.study.n == 8
@@ -639,8 +640,11 @@ def test_each_gpu_gets_runs_of_its_own(named, gpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, '_start_worker',
                         lambda orders, folder, **environment: started.append(
                             environment['CUDA_VISIBLE_DEVICES']))
-    monkeypatch.setattr(module.Supervisor, 'supervise',
-                        lambda self, *rest: (slots.append(self.slots), self.fill()))
+    def begin(every, waiting, at_once, start, *rest):
+        slots.append(at_once)
+        for slot in range(at_once): start(waiting[slot], slot)
+        return {}
+    monkeypatch.setattr(module, '_supervise', begin)
     study = Study('four', '?', lambda base: {f'L={L}': {'model.n_layers': L} for L in (1, 2, 3, 4)})
     # there are no records
     with pytest.warns(UserWarning): run_study(study, QUICK, 1, tmp_path, progress=False)
@@ -662,8 +666,7 @@ def test_a_cluster_makes_what_is_missing_once(done, tmp_path, capfd):
 
 def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkeypatch):
     submitit = pytest.importorskip('submitit')
-    place = _locate(QUICK, tmp_path, progress=False)
-    job, handed = module.PlannedRun(place.work.name, QUICK, place, 1.), []
+    job, handed = _locate(QUICK, tmp_path, progress=False), []
     class Waiting(submitit.LocalJob):
         def done(self, force_check=False): return self.job_id == 'there'
     def map_array(self, function, *lists):
@@ -676,7 +679,7 @@ def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkey
     assert give() == give() == 'here' and len(handed) == 1
     for text in (json.dumps(stamp(dict(cluster='local', job='there'))),
                  json.dumps(stamp(dict(cluster='slurm', job='here'))), '{'):
-        (place.work / 'job.json').write_text(text, encoding='utf-8')     # done, of another cluster, damaged
+        (job.work / 'job.json').write_text(text, encoding='utf-8')     # done, of another cluster, damaged
         handed.clear()
         assert give() == 'here' and len(handed) == 1
 
@@ -684,23 +687,21 @@ def test_a_run_that_waits_in_the_queue_is_not_handed_over_again(tmp_path, monkey
 def test_a_job_that_has_to_leave_saves_and_would_go_on(tmp_path):
     pytest.importorskip('submitit')
     place = _locate(LONG, tmp_path, progress=False)
-    orders, task = (module.PlannedRun(place.work.name, LONG, place,
-                                      1.).orders(tmp_path, tmp_path / '.work', 1),
-                    module.ClusterRun())
+    orders, task = place.orders(tmp_path, tmp_path / '.work', 1), module._ClusterRun()
     task.process = module._start_worker(orders, place.work)
     wait_for(lambda: list(place.work.glob('checkpoints/step-*')), task.process)
     again = task.checkpoint(orders, str(place.work))
     assert task.process.returncode == 130 and again.args == (orders, str(place.work))
-    assert isinstance(again.function, module.ClusterRun) and not vars(again.function)
+    assert isinstance(again.function, module._ClusterRun) and not vars(again.function)
 
 
 @pytest.mark.parametrize('on', ['nowhere', 'local nonsense=3', 'slurm'])
 def test_a_cluster_that_cannot_be_used_is_refused(on, tmp_path, monkeypatch):
     pytest.importorskip('submitit')
     monkeypatch.setenv('PATH', '/nowhere')
-    place = _locate(QUICK, tmp_path, progress=False)
+    job = _locate(QUICK, tmp_path, progress=False)
     with pytest.raises(ValueError, match=on.split()[0]):
-        module._hand_over([module.PlannedRun('x', QUICK, place, 1.)], tmp_path, tmp_path, on, None)
+        module._hand_over([job], tmp_path, tmp_path, on, None)
 
 
 # ---- intervals and statistics
@@ -961,7 +962,7 @@ def test_studies_of_the_sources_vary_one_thing_and_share_their_baseline(scale):
     ladder = list(STUDIES['ladder'].changes(base).values())
     # a rung keeps what the one before had
     assert all(set(ladder[i]) <= set(ladder[j]) for i, j in ((1, 2), (2, 4), (4, 7), (7, 8)))
-    every = {variant_key(c) for name in SOURCES for _, c in STUDIES[name].runs(base)}
+    every = {variant_key(c) for name in ('decay', 'context', 'gqa', 'moe') for _, c in STUDIES[name].runs(base)}
     assert ({variant_key(c) for _, c in STUDIES['sources'].runs(base)} == every
             and len(STUDIES['sources'].runs(base)) == len(every))
 
@@ -1065,7 +1066,7 @@ def test_every_study_runs_at_tiny_size(name, tmp_path_factory, monkeypatch):
     assert all(r['status'] == 'finished' and r['scores']['scalars'] and r['sparsity']['scalars']
                for r in records)
     if name not in ('depth', 'training'):
-        assert all(set(r['config']['measures']) == set(MEASURES) <= set(r) and len(r['lengths']) == 3
+        assert all(set(r['config']['measures']) == set(_MEASURES) <= set(r) and len(r['lengths']) == 3
                    for r in records)
         assert all(r['cloze']['accuracy']['low'] <= r['cloze']['accuracy']['value'] for r in records)
     assert list(by_variant(name, records, SHORT)) == list(STUDIES[name].changes(SHORT))
