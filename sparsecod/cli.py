@@ -15,13 +15,26 @@ import sys
 import textwrap
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sparsecod import adapters, bench, claims, cloze, core, data, exchange, figures, integrity, parts
+    from sparsecod import pruning, report, resources, scores, sparsity, studies, train, windows
 
 # %% ../nbs/tools/11_cli.ipynb #94beb461
+class _Late:
+    "A module of this package, imported when something of it is first asked for."
+    def __init__(self, name: str): self.name = name
+    def __getattr__(self, what: str): return getattr(import_module(f'sparsecod.{self.name}'), what)
+
+for _name in ('adapters bench claims cloze core data exchange figures integrity parts pruning report '
+              'resources scores sparsity studies train windows').split(): globals()[_name] = _Late(_name)
+
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
@@ -139,12 +152,11 @@ def _named_options(options: dict):   # option that was typed: path of its field
 
 def _train_config(args):
     "The scale's configuration with all that was asked to be different."
-    from sparsecod.studies import scale_config, vary
     asked, fields = vars(args), _SHORT | _SPARSITY
     options = {name: path for name, (path, *_) in fields.items() if asked[path] is not None}
     changes = {path: asked[path] for path in options.values()} | dict(args.set)
     with _named_options(options | {f'--set {path}': path for path, _ in args.set}):
-        return vary(scale_config(args.scale), {'scale': 'own'} | changes)
+        return studies.vary(studies.scale_config(args.scale), {'scale': 'own'} | changes)
 
 @_command('train one model', 'Train one model, or continue a training that was interrupted.',
           ('folder', dict(help='where log, checkpoints and the model go; the model ends up in FOLDER/model')),
@@ -159,26 +171,23 @@ def _train_config(args):
 def _do_train(args) -> int | None:
     config = _train_config(args)
     if args.show: return print(config.to_json())
-    from sparsecod.studies import check_folder, check_training, fit_vocabulary, held_out, label_folder
-    check_folder(args.folder)
+    studies.check_folder(args.folder)
     _tell_format(config.data.source)
-    from sparsecod.data import prepare
-    from sparsecod.train import evaluate, find_world, train
-    main = find_world().is_main_process  # of all processes that were launched, one talks
-    corpus = prepare(config.data, progress=main and not args.quiet)
-    config = fit_vocabulary(config, corpus)
-    check_training(config, corpus, Path(args.folder))
+    main = train.find_world().is_main_process  # of all processes that were launched, one talks
+    corpus = data.prepare(config.data, progress=main and not args.quiet)
+    config = studies.fit_vocabulary(config, corpus)
+    studies.check_training(config, corpus, Path(args.folder))
     with redirect_stdout(StringIO()):  # a finished model is loaded, and that prints
-        result = train(config.model, config.train, corpus, args.folder, resume=not args.restart,
-                       progress=not args.quiet, tracker=args.tracker)
+        result = train.train(config.model, config.train, corpus, args.folder, resume=not args.restart,
+                             progress=not args.quiet, tracker=args.tracker)
     if main:
-        label_folder(args.folder, config, corpus)
+        studies.label_folder(args.folder, config, corpus)
         print(f"{result.status} at step {result.step} of {config.train.steps}, {result.tokens:,} tokens, "
               f"{result.seconds:.0f} s")
     if result.status == 'interrupted': raise KeyboardInterrupt
     if result.status == 'diverged': return 1
     if not main: return None
-    loss = evaluate(result.model, held_out(config, corpus)[0]).mean().item()
+    loss = train.evaluate(result.model, studies.held_out(config, corpus)[0]).mean().item()
     print(f"held-out loss {loss:.3f} nats a token; by token frequencies alone {corpus.unigram_loss():.3f}")
     print(f"the model is in {Path(args.folder) / 'model'}")
 
@@ -218,30 +227,28 @@ def _is_local(source: str | None) -> bool:
 
 def _tell_format(source: str | None):
     "Warn about a file that is read as plain text although it has a structure of its own."
-    from sparsecod.data import ROW_SUFFIXES, TEXT_SUFFIXES
     suffix = Path(source or '').suffix.lower()
-    if _is_local(source) and Path(source).is_file() and suffix not in ('', *TEXT_SUFFIXES, *ROW_SUFFIXES):
+    known = '', *data.TEXT_SUFFIXES, *data.ROW_SUFFIXES
+    if _is_local(source) and Path(source).is_file() and suffix not in known:
         warnings.warn(f'{source} is read as plain text, with all that is no prose in it; files of rows, of '
-                      f'which one field is read, end in {" ".join(ROW_SUFFIXES)}', stacklevel=2)
+                      f'which one field is read, end in {" ".join(data.ROW_SUFFIXES)}', stacklevel=2)
 
 def _own_subject(folder: Path, model, tokenizer, args) -> _Subject:
     "A model of ours: as its training says, with what was asked to be different."
-    from sparsecod.data import DataConfig
-    from sparsecod.studies import SCALES, RunConfig, read_run, vary
-    if (folder / 'run.json').exists(): config = read_run(folder, model.config)
+    if (folder / 'run.json').exists(): config = studies.read_run(folder, model.config)
     else:
-        data = DataConfig(vocab_size=model.config.vocab_size)
+        text = data.DataConfig(vocab_size=model.config.vocab_size)
         files = (place / 'tokenizer.json' for place in (folder / 'model', folder, folder.parent))
-        if tokenizer: data = DataConfig(tokenizer=next(str(file) for file in files if file.is_file()))
+        if tokenizer: text = data.DataConfig(tokenizer=next(str(file) for file in files if file.is_file()))
         else:
             print(f"{folder} does not say how its text was tokenised; a new tokenizer of the same size is "
                   "trained, so the scores are of that text and not of the model's own", file=sys.stderr)
-        config = RunConfig(model.config, data, SCALES['laptop'].train)
+        config = studies.RunConfig(model.config, text, studies.SCALES['laptop'].train)
     changes = {'data.source': args.data} if args.data and args.data != config.data.source else {}
     if args.text_field: changes['data.text_field'] = args.text_field
     if changes and (folder / 'tokenizer.json').exists():
         changes['data.tokenizer'] = str(folder / 'tokenizer.json')
-    config = vary(config, changes)
+    config = studies.vary(config, changes)
     foreign = 'data.source' in changes and tokenizer is not None and _is_local(args.data)
     return _Subject(model, tokenizer, config.data, foreign, config.score, model.config.context_length, folder,
                     dict(config=config.to_dict()))
@@ -249,29 +256,25 @@ def _own_subject(folder: Path, model, tokenizer, args) -> _Subject:
 # %% ../nbs/tools/11_cli.ipynb #1cc6e42e
 def _stock_subject(source: str, model, tokenizer, args) -> _Subject:
     "A model from elsewhere, with the text that was asked for."
-    from sparsecod.adapters import find_folder
-    from sparsecod.data import DataConfig
-    from sparsecod.windows import DEFAULT_LENGTH
-    place, c = find_folder(source, args.trust_remote_code), model.config
+    place, c = adapters.find_folder(source, args.trust_remote_code), model.config
     if tokenizer is None:
         raise ValueError(f'{source} has no tokenizer.json, so no text can be cut into its tokens; '
                          f'save_pretrained of a fast tokenizer writes one')
-    data = DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
-                      text_field=args.text_field or 'text')
-    length = min(DEFAULT_LENGTH, c.context_length or DEFAULT_LENGTH)
+    text = data.DataConfig(args.data or 'stdlib', tokenizer=str(place), val_share=.5, max_tokens=2**22,
+                           text_field=args.text_field or 'text')
+    length = min(windows.DEFAULT_LENGTH, c.context_length or windows.DEFAULT_LENGTH)
     folder = (Path(source).with_suffix('') if place.is_file() else Path(source) if Path(source).is_dir()
               else Path(source.replace('/', '--')))
-    about = dict(model=str(source), architecture=c.architecture, data=data.to_dict())
+    about = dict(model=str(source), architecture=c.architecture, data=text.to_dict())
     if c.quantised: about |= dict(quantised=c.quantised)
-    return _Subject(model, tokenizer, data, _is_local(args.data), None, length, folder, about)
+    return _Subject(model, tokenizer, text, _is_local(args.data), None, length, folder, about)
 
-def _check_rows(data):
+def _check_rows(text):   # a DataConfig
     "Raise a ValueError unless text is read from a field of rows."
-    from sparsecod.data import ROW_SUFFIXES, expand_alias, open_source
-    if expand_alias(data).source.startswith('hf:'): return
-    if not any(Path(path).suffix.lower() in ROW_SUFFIXES for path, *_ in open_source(data).stamp):
-        raise ValueError(f'--text-field {data.text_field} names a field of rows, and {data.source} has none; '
-                         f'allowed with it are files that end in {" or ".join(ROW_SUFFIXES)}, '
+    if data.expand_alias(text).source.startswith('hf:'): return
+    if not any(Path(path).suffix.lower() in data.ROW_SUFFIXES for path, *_ in data.open_source(text).stamp):
+        raise ValueError(f'--text-field {text.text_field} names a field of rows, and {text.source} has none; '
+                         f'allowed with it are files that end in {" or ".join(data.ROW_SUFFIXES)}, '
                          'and Hugging Face data, hf:NAME')
 
 def _find_subject(args) -> _Subject:
@@ -281,25 +284,21 @@ def _find_subject(args) -> _Subject:
     if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', args.device) or args.device.startswith('cuda') and not cuda:
         raise ValueError(f"device={args.device!r} is not available here; allowed are cpu{', cuda' * cuda}")
     _tell_format(args.data)
-    from sparsecod.adapters import open_model
-    from sparsecod.core import Transformer
-    from sparsecod.train import read_result
     folder = Path(args.model)
     if folder.name == 'model' and (folder.parent / 'run.json').exists(): folder = folder.parent
-    if (folder / 'result.json').exists() and read_result(folder)['status'] == 'diverged':
+    if (folder / 'result.json').exists() and train.read_result(folder)['status'] == 'diverged':
         raise ValueError(f'{folder} holds a training that diverged: there is nothing to score')
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows a bar of its own
-        model, tokenizer = open_model(folder if folder.exists() else args.model, args.trust_remote_code,
-                                      args.device)
-    if isinstance(model, Transformer): subject = _own_subject(folder, model, tokenizer, args)
+        model, tokenizer = adapters.open_model(folder if folder.exists() else args.model,
+                                               args.trust_remote_code, args.device)
+    if isinstance(model, core.Transformer): subject = _own_subject(folder, model, tokenizer, args)
     else: subject = _stock_subject(args.model, model, tokenizer, args)
     if args.text_field: _check_rows(subject.data)
     return subject
 
 def _fitting_corpus(subject: _Subject, args):
     "The corpus of a configuration, whose tokens the model must know."
-    from sparsecod.data import prepare
-    corpus, known = prepare(subject.data, progress=not args.quiet), subject.model.config.vocab_size
+    corpus, known = data.prepare(subject.data, progress=not args.quiet), subject.model.config.vocab_size
     if corpus.vocab_size > known:
         raise ValueError(f'the corpus has {corpus.vocab_size} tokens and the model knows {known}: not the '
                          'tokenizer it was trained with')
@@ -314,9 +313,8 @@ def _length(subject: _Subject, args) -> int:
 
 def _score_settings(subject: _Subject, args):
     "How to score, with what was asked to be different."
-    from sparsecod.scores import text_config
     T = _length(subject, args)
-    score = subject.score or text_config(subject.model.config.d_model, T)
+    score = subject.score or scores.text_config(subject.model.config.d_model, T)
     asked = dict(n_sequences=args.sequences, n_fit=args.fit, seed=args.seed,
                  jacobian_probes=args.jacobian_probes)
     if args.sequences: asked['n_jacobian'] = min(args.sequences, score.n_jacobian)
@@ -325,22 +323,19 @@ def _score_settings(subject: _Subject, args):
 def _sequences_of(subject: _Subject, score, T: int, args) -> tuple:
     """Text for a model: sequences to score, (N, T + 1), others to fit on, (M, T + 1), and what the file
     says of them."""
-    from sparsecod.parts import tensor_hash
-    from sparsecod.windows import text_windows
-    from sparsecod.studies import score_windows
     if subject.whole:
-        both = text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences, score.n_fit,
-                            score.seed, subject.data.text_field)
-        return *both, dict(corpus=tensor_hash(zip(('windows', 'fit_windows'), both)),
+        both = windows.text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences,
+                                    score.n_fit, score.seed, subject.data.text_field)
+        return *both, dict(corpus=parts.tensor_hash(zip(('windows', 'fit_windows'), both)),
                            held_out='all of the text')
     corpus = _fitting_corpus(subject, args)
-    return *score_windows(corpus, T, score), dict(corpus=corpus.fingerprint, held_out='the validation split')
+    about = dict(corpus=corpus.fingerprint, held_out='the validation split')
+    return *studies.score_windows(corpus, T, score), about
 
 # %% ../nbs/tools/11_cli.ipynb #be973669
 def _check_target(path: str | Path, option: str):
     "Raise an error unless a file can be written."
-    from sparsecod.studies import check_file
-    try: check_file(path)
+    try: studies.check_file(path)
     except OSError as error: raise type(error)(error.errno, f'{option}: {error.strerror}') from error
     if option == '--json' and Path(path).suffix in ('.html', '.parts'):
         raise ValueError(
@@ -348,10 +343,8 @@ def _check_target(path: str | Path, option: str):
 
 def _write_scores(target: Path, result: dict, subject: _Subject) -> list[str]:
     "Write scores and their page, and say so."
-    from sparsecod.report import score_table, write_page
-    from sparsecod.parts import write_whole
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
+    parts.write_whole(target, lambda path: path.write_text(json.dumps(result, indent=1), encoding='utf-8'))
     page, name = target.with_suffix('.html'), subject.about.get('model') or subject.folder.name
     c, settings = subject.model.config, result['settings']
     facts = dict(architecture=getattr(c, 'architecture', 'sparsecod Transformer'), blocks=c.n_layers,
@@ -360,42 +353,38 @@ def _write_scores(target: Path, result: dict, subject: _Subject) -> list[str]:
                  text=subject.data.source,
                  sequences=f"{settings['n_sequences']} of {settings['T']} tokens to score, "
                            f"{settings['n_fit']} others to fit affine maps on", weights=subject.rounded)
-    write_page(page, result, title=Path(name).name if Path(name).exists() else name,
-               about={name: str(fact) for name, fact in facts.items() if fact},
-               sparsity=result.get('sparsity'))
-    return [score_table(result), f'written to {target} and {page}']
+    report.write_page(page, result, title=Path(name).name if Path(name).exists() else name,
+                      about={name: str(fact) for name, fact in facts.items() if fact},
+                      sparsity=result.get('sparsity'))
+    return [report.score_table(result), f'written to {target} and {page}']
 
-def _sparsity_within(model, tokens,
-                     memory: int) -> tuple:  # tokens (N, T), bytes; sparsity or None, and lines on why
-    "The sparsity of a model, as far as it can be measured."
-    from sparsecod.sparsity import measure_sparsity, sparsity_bytes
-    need = sparsity_bytes(model, tokens.shape[1])
+def _sparsity_within(model, tokens, memory: int) -> tuple:  # tokens (N, T), bytes
+    "The sparsity of a model, or None if it cannot be measured, and lines on why."
+    need = sparsity.sparsity_bytes(model, tokens.shape[1])
     if need > memory:
         return None, [f'sparsity was not measured: it takes {need / 2**30:.2g} GB beside the model']
-    try: return measure_sparsity(model, tokens), []
+    try: return sparsity.measure_sparsity(model, tokens), []
     except ValueError as error: return None, [f'sparsity was not measured: {error}']
 
 def _plan_work(subject: _Subject, to_score, to_fit, score, args) -> int:   # bytes
     """The bound of the working memory: what was asked for, or the default, or what one sequence takes. Says
     what it is, how many pairs are swapped, and how long all will take."""
-    from sparsecod.bench import spell
-    from sparsecod.pruning import step_seconds
-    from sparsecod.scores import choose_pairs, expected_seconds, n_probes, needed_bytes
     model, L = subject.model, len(subject.model.blocks)
-    least = needed_bytes(model, 1, len(to_score), to_score.shape[1] - 1, args.as_published, score.n_bootstrap,
-                         score.n_jacobian, n_probes(score, model.config.d_model))
+    least = scores.needed_bytes(model, 1, len(to_score), to_score.shape[1] - 1, args.as_published,
+                                score.n_bootstrap, score.n_jacobian,
+                                scores.n_probes(score, model.config.d_model))
     memory = args.memory or max(int(_DEFAULT_GIGABYTES * 2**30), least)
-    swapped, every = choose_pairs(L, args.pairs, score.seed).sum().item(), L * (L - 1) // 2
+    swapped, every = scores.choose_pairs(L, args.pairs, score.seed).sum().item(), L * (L - 1) // 2
     if args.quiet: return memory
     print(f'working memory beside the model: at most {memory / 2**30:.3g} GB (one sequence at a time takes '
           f'{least / 2**30:.2g}; --memory sets the bound)', file=sys.stderr)
     if swapped < every:
         print(f'{swapped} of {every} pairs of blocks are swapped, neighbours and others drawn at random; '
               '--pairs 0 swaps all', file=sys.stderr)
-    seconds = expected_seconds(model, to_score, to_fit, score, memory, args.as_published, args.pairs)
+    seconds = scores.expected_seconds(model, to_score, to_fit, score, memory, args.as_published, args.pairs)
     # each block once more, its attention, its feed-forward layer
-    seconds += 3 * step_seconds(model, to_score)
-    print(f'time for all that is to be measured: {spell(seconds)}', file=sys.stderr)
+    seconds += 3 * pruning.step_seconds(model, to_score)
+    print(f'time for all that is to be measured: {bench.spell(seconds)}', file=sys.stderr)
     return memory
 
 @_command('score the layers of any causal language model',
@@ -428,33 +417,32 @@ def _do_score(args):
     if args.dtype: subject.model.to(getattr(torch, args.dtype))
     target = Path(args.json or subject.folder / 'scores.json')
     if not args.json: _check_target(target, '--json')
-    from sparsecod.pruning import add_influence, loss_frame
-    from sparsecod.scores import FORMAT, SCORES_SCHEMA, plan_memory, score_model, scores_frame
     score, T = _score_settings(subject, args)
     to_score, to_fit, text = _sequences_of(subject, score, T, args)
     parts = target.with_suffix('.parts')
     if args.force: shutil.rmtree(parts, ignore_errors=True)
     memory = _plan_work(subject, to_score, to_fit, score, args)
-    scores = score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts,
-                         args.as_published, pair_intervals=True, pairs=args.pairs)
-    B = plan_memory(subject.model, len(to_score), T, score, memory, args.as_published).sequences
-    scores = add_influence(scores, subject.model, to_score, batch_size=B, resume=parts / 'influence',
-                           progress=not args.quiet)
-    about = {'$schema': SCORES_SCHEMA['$id'], 'format': FORMAT} | subject.about | text | dict(memory=memory)
-    about |= {'config': subject.about.get('config', {}) | {'score': score.to_dict()}
-              | ({'dtype': args.dtype} if args.dtype else {})}
-    _write_scores(target, about | scores | dict(sparsity=None), subject)
-    sparsity, notes = _sparsity_within(subject.model, to_score[:, :-1], memory)
-    lines = _write_scores(target, about | scores | dict(sparsity=sparsity), subject)
+    found = scores.score_model(subject.model, to_score, to_fit, score, not args.quiet, memory, parts,
+                               args.as_published, pair_intervals=True, pairs=args.pairs)
+    B = scores.plan_memory(subject.model, len(to_score), T, score, memory, args.as_published).sequences
+    found = pruning.add_influence(found, subject.model, to_score, batch_size=B, resume=parts / 'influence',
+                                  progress=not args.quiet)
+    config = subject.about.get('config', {}) | dict(score=score.to_dict())
+    if args.dtype: config['dtype'] = args.dtype
+    about = ({'$schema': scores.SCORES_SCHEMA['$id'], 'format': scores.FORMAT} | subject.about | text
+             | dict(memory=memory, config=config) | found)
+    _write_scores(target, about | dict(sparsity=None), subject)
+    density, notes = _sparsity_within(subject.model, to_score[:, :-1], memory)
+    lines = _write_scores(target, about | dict(sparsity=density), subject)
     shutil.rmtree(parts, ignore_errors=True)
-    if error := scores['scalars']['permutation'].get('error'):
-        notes.append(f"permutation: from {scores['settings']['pairs']} pairs, with a standard error of "
+    if error := found['scalars']['permutation'].get('error'):
+        notes.append(f"permutation: from {found['settings']['pairs']} pairs, with a standard error of "
                      f"{error:.2g} from their choice")
     if args.csv:
-        scores_frame(scores).to_csv(target.with_suffix('.csv'), index=False)
+        scores.scores_frame(found).to_csv(target.with_suffix('.csv'), index=False)
         notes.append(f"table: {target.with_suffix('.csv')}")
     if args.losses:
-        loss_frame(subject.model, to_score).to_csv(target.with_suffix('.losses.csv'), index=False)
+        pruning.loss_frame(subject.model, to_score).to_csv(target.with_suffix('.losses.csv'), index=False)
         notes.append(f"losses: {target.with_suffix('.losses.csv')}")
     if subject.rounded: notes.append(f'weights: {subject.rounded}')
     print('\n'.join(lines + notes))
@@ -468,24 +456,21 @@ def _do_score(args):
           _option('--out', 'FILE', 'where the page goes', default='compare.html'),
           _flag('--csv', 'also write all numbers as one table, beside the page'))
 def _do_compare(args):
-    from sparsecod.integrity import write_text
-    from sparsecod.report import (comparison_frame, comparison_page, comparison_table, file_names, mismatches,
-                                  read_scores)
     out, files = Path(args.out), [args.A, args.B]
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f'{file} is no file; sparsecod score writes files of scores')
         if out.resolve() == Path(file).resolve():
             raise ValueError(f'--out {out} is one of the files that are compared')
-    a, b = map(read_scores, files)
+    a, b = map(report.read_scores, files)
     _check_target(out, '--out')
-    called = file_names(files)
-    write_text(out, comparison_page(a, b, called))
-    print(f'A: {called[0]}', f'B: {called[1]}', *mismatches(a, b), '', sep='\n')
+    called = report.file_names(files)
+    integrity.write_text(out, report.comparison_page(a, b, called))
+    print(f'A: {called[0]}', f'B: {called[1]}', *report.mismatches(a, b), '', sep='\n')
     print(f"{'score':29s} {'A':>9s} {'B':>9s} {'B - A':>10s}  95 % interval of the difference")
-    for row in comparison_table(a, b):
+    for row in report.comparison_table(a, b):
         print(f"{row['name']:29s} {row['a']:>9s} {row['b']:>9s} {row['difference']:>10s}  {row['interval']}")
-    if args.csv: comparison_frame(a, b).to_csv(out.with_suffix('.csv'), index=False)
+    if args.csv: report.comparison_frame(a, b).to_csv(out.with_suffix('.csv'), index=False)
     print(f'written to {out}' + (f" and {out.with_suffix('.csv')}" if args.csv else ''))
 
 # %% ../nbs/tools/11_cli.ipynb #b4e737bc
@@ -504,31 +489,26 @@ def _do_compare(args):
           _option('--seed', _whole, 'of the choice of sequences and of what is drawn at random', default=0),
           _option('--dtype', None, 'type of the written weights', 'as in the model', choices=_DTYPES))
 def _do_prune(args):
-    from sparsecod.bench import spell
-    from sparsecod.pruning import check_removal, prune, step_seconds
-    from sparsecod.studies import check_folder
     out = Path(args.out)
     if out.exists() or out.is_symlink(): raise FileExistsError(f'{out} exists; name a folder that does not')
     if (args.blocks, args.spans, args.budget) == (None,) * 3:
         raise ValueError('say what goes: --blocks N, --spans A-B,C or --budget X')
-    check_folder(out.absolute().parent)
+    studies.check_folder(out.absolute().parent)
     subject = _find_subject(args)
     with _named_options({f'--{name}': name for name in ('blocks', 'spans', 'budget', 'by')}):
-        check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
+        pruning.check_removal(len(subject.model.blocks), args.blocks, args.spans, args.budget, args.by)
     import torch
-    from sparsecod.adapters import AdaptedModel, find_folder
-    from sparsecod.scores import ScoreConfig
-    settings = ScoreConfig(n_sequences=args.sequences, n_fit=args.choose, n_jacobian=1, seed=args.seed)
+    settings = scores.ScoreConfig(n_sequences=args.sequences, n_fit=args.choose, n_jacobian=1, seed=args.seed)
     held_out, choose_on, text = _sequences_of(subject, settings, _length(subject, args), args)
-    stock = isinstance(subject.model, AdaptedModel)
+    stock = isinstance(subject.model, adapters.AdaptedModel)
     if args.by == 'greedy' and not args.spans and not args.quiet:
-        print(f'choosing takes {spell(step_seconds(subject.model, choose_on))} for each block that goes',
-              file=sys.stderr)
+        seconds = pruning.step_seconds(subject.model, choose_on)
+        print(f'choosing takes {bench.spell(seconds)} for each block that goes', file=sys.stderr)
     with redirect_stderr(StringIO()) if args.quiet else nullcontext():   # transformers shows bars of its own
-        record = prune(subject.model, out, choose_on, held_out, args.blocks, args.spans, args.budget, args.by,
-                       find_folder(args.model, args.trust_remote_code) if stock else None, subject.tokenizer,
-                       getattr(torch, args.dtype) if args.dtype else None, seed=args.seed,
-                       progress=not args.quiet)
+        source = adapters.find_folder(args.model, args.trust_remote_code) if stock else None
+        record = pruning.prune(subject.model, out, choose_on, held_out, args.blocks, args.spans, args.budget,
+                               args.by, source, subject.tokenizer, args.dtype and getattr(torch, args.dtype),
+                               seed=args.seed, progress=not args.quiet)
     print('\n'.join([*_prune_lines(record), f'written to {out}']))
 
 def _prune_lines(record: dict) -> list[str]:
@@ -567,22 +547,20 @@ def _result_lines(rows: list[dict]) -> list[str]:
           _option('--limit', _count, 'questions of each task to answer', 'all'),
           _option('--out', 'FILE', 'where results go', 'FOLDER/eval.json'))
 def _do_eval(args):
-    from sparsecod.cloze import evaluate_tasks, make_questions, need_lm_eval
-    from sparsecod.integrity import write_text
-    need_lm_eval()
+    cloze.need_lm_eval()
     if args.out: _check_target(args.out, '--out')
     subject = _find_subject(args)
     target = Path(args.out or subject.folder / 'eval.json')
     if not args.out: _check_target(target, '--out')
     asked = 'cloze' in args.tasks
     corpus = _fitting_corpus(subject, args) if asked or subject.tokenizer is None else None
-    questions = make_questions(corpus, args.questions) if asked else None
-    found = evaluate_tasks(subject.model, corpus.tokenizer if corpus else subject.tokenizer, args.tasks,
-                           questions, args.limit, progress=args.debug)
+    questions = cloze.make_questions(corpus, args.questions) if asked else None
+    found = cloze.evaluate_tasks(subject.model, corpus.tokenizer if corpus else subject.tokenizer, args.tasks,
+                                 questions, args.limit, progress=args.debug)
     target.parent.mkdir(parents=True, exist_ok=True)
     about = subject.about | dict(corpus=corpus.fingerprint if corpus else None, tasks=args.tasks,
                                  questions=len(questions or []))
-    write_text(target, json.dumps(about | found, indent=1))
+    integrity.write_text(target, json.dumps(about | found, indent=1))
     print('\n'.join([*_result_lines(found['results']), f'written to {target}']))
 
 # %% ../nbs/tools/11_cli.ipynb #9865eb9e
@@ -597,15 +575,12 @@ def _do_eval(args):
           _option('--record', 'FILE', 'record of the run, for the model card', 'none'),
           _flag('--overwrite', 'replace an earlier export'))
 def _do_export(args):
-    from sparsecod.exchange import export_folder
     record = None
     if args.record:
-        from sparsecod.integrity import read_json
-        from sparsecod.studies import check_record
         path = Path(args.record).absolute()
-        try: record = check_record(read_json(path), path)
+        try: record = studies.check_record(integrity.read_json(path), path)
         except ValueError as error: raise ValueError(f'--record {path} cannot be used: {error}') from error
-    print(f'written to {export_folder(args.folder, args.out, args.format, args.overwrite, record)}')
+    print(f'written to {exchange.export_folder(args.folder, args.out, args.format, args.overwrite, record)}')
 
 # %% ../nbs/tools/11_cli.ipynb #202a0453
 # minutes that one seed takes one core at scale laptop, as recorded
@@ -625,11 +600,11 @@ _SUMMARY = ('val_loss', 'final_variance', 'jacobian_deviation', 'causal', 'permu
 
 def _summary_lines(study: str, records: list[dict]) -> list[str]:
     "The summary of a study as a table."
-    from sparsecod.claims import number
-    from sparsecod.studies import summarise
-    table = summarise(study, records, _SUMMARY)
+    table = studies.summarise(study, records, _SUMMARY)
     def row(name, cells): return f'{name:22s}' + ''.join(f'{cell:>32}' for cell in cells)
-    def interval(m): return f"{number(m['value'])} [{number(m['low'])}, {number(m['high'])}]" if m else '-'
+    def interval(m):
+        value, low, high = (claims.number(m[end]) for end in ('value', 'low', 'high')) if m else ('', '', '')
+        return f'{value} [{low}, {high}]' if m else '-'
     return [row(study, table),
             *(row(name, [interval(found.get(name)) for found in table.values()]) for name in _SUMMARY),
             row('seeds', [max((m['n'] for m in found.values()), default=0) for found in table.values()]),
@@ -637,13 +612,12 @@ def _summary_lines(study: str, records: list[dict]) -> list[str]:
 
 def _run_studies(names: list[str], args):
     "Run studies one after the other; the first error of runs that failed, or None."
-    from sparsecod.studies import RunsFailed, run_study
     problem = None
     for name in names:
         try:
-            run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force,
+            studies.run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force,
                       not args.quiet, args.on)
-        except RunsFailed as error: problem = problem or error
+        except studies.RunsFailed as error: problem = problem or error
     return problem
 
 _STUDY = 'study', dict(help='name of the study, see below')
@@ -651,10 +625,9 @@ _STUDY = 'study', dict(help='name of the study, see below')
 @_command('run a study', 'Run what is missing of a study and print its summary.', _STUDY, *_RUNNING,
           after=_about_studies)
 def _do_study(args):
-    from sparsecod.studies import load_results, study_named
-    study_named(args.study)
+    studies.study_named(args.study)
     problem = _run_studies([args.study], args)
-    print('\n'.join(_summary_lines(args.study, load_results(args.out, args.scale, args.study))))
+    print('\n'.join(_summary_lines(args.study, studies.load_results(args.out, args.scale, args.study))))
     if problem: raise problem
 
 _MACHINE = {                                    # option: field of Machine, kind, help, default
@@ -673,14 +646,13 @@ _MACHINE = {                                    # option: field of Machine, kind
           _option('--json', 'FILE', 'write the table, sizes in bytes', 'none'),
           _option('--csv', 'FILE', 'the same as comma-separated values', 'none'), after=_about_studies)
 def _do_plan(args):
-    from sparsecod.resources import Machine, needs_lines, study_needs
     for name in ('json', 'csv'):
         if vars(args)[name]: _check_target(vars(args)[name], f'--{name}')
     fields = {option: field for option, (field, *_) in _MACHINE.items()}
     given = {field: vars(args)[field] for field in fields.values() if vars(args)[field] is not None}
-    with _named_options(fields): machine = Machine(**given)
-    needs = study_needs(args.study, args.scale, args.seeds, machine, args.out)
-    print('\n'.join(needs_lines(args.study, args.scale, needs, machine)))
+    with _named_options(fields): machine = resources.Machine(**given)
+    needs = resources.study_needs(args.study, args.scale, args.seeds, machine, args.out)
+    print('\n'.join(resources.needs_lines(args.study, args.scale, needs, machine)))
     if args.json: needs.to_json(args.json, orient='records', indent=1, force_ascii=False)
     if args.csv: needs.to_csv(args.csv, index=False)
 
@@ -691,13 +663,11 @@ def _do_plan(args):
           _option('--study', 'NAME', 'name of the study, see below, or all', default='main'), *_RUNNING,
           after=_about_studies)
 def _do_reproduce(args) -> int | None:
-    from sparsecod.resources import Machine, needs_lines, study_needs
-    from sparsecod.studies import STUDIES, study_named
-    every, machine = args.study == 'all', Machine()
-    names = list(STUDIES) if every else [study_named(args.study).name]
+    every, machine = args.study == 'all', resources.Machine()
+    names = list(studies.STUDIES) if every else [studies.study_named(args.study).name]
     for name in names if args.scale not in ('tiny', 'laptop') and not args.quiet else ():    # it takes hours
-        needs = study_needs(name, args.scale, args.seeds, machine, args.out)
-        print(*needs_lines(name, args.scale, needs, machine),
+        needs = resources.study_needs(name, args.scale, args.seeds, machine, args.out)
+        print(*resources.needs_lines(name, args.scale, needs, machine),
               'Runs that are recorded already are not made again.\n', sep='\n', flush=True)
     problem = _run_studies(names, args)
     code = (_show_main(args.out, args.scale) if args.study == 'main'
@@ -713,34 +683,30 @@ def _do_reproduce(args) -> int | None:
           _option('--out', 'FILE', 'where the report goes', 'RESULTS/<scale>/report.html'),
           _flag('--markdown', 'print the ledger as a Markdown table, with the rules'))
 def _do_report(args) -> int | None:
-    from sparsecod.studies import scale_config, study_named
-    scale_config(args.scale)
-    study = None if args.study == 'all' else study_named(args.study).name
+    studies.scale_config(args.scale)
+    study = None if args.study == 'all' else studies.study_named(args.study).name
     return _show_results(args.results, args.scale, study, args.out, args.markdown)
 
 def _show_results(folder: str, scale: str, study: str | None, out: str | None = None,
                   markdown: bool = False) -> int | None:
     """Print the ledger, write the report of each study (None: of all with records; further ones with the
     study in their names), and return 1 if some records cannot be used."""
-    from sparsecod.claims import ledger, ledger_markdown, ledger_table
-    from sparsecod.figures import DEPTH, label_variants
-    from sparsecod.report import write_report
-    from sparsecod.studies import STUDIES, by_variant, one_corpus, read_records
-    found, damaged = read_records(Path(folder) / scale)
-    records, path = one_corpus(found), Path(out or Path(folder) / scale / 'report.html')
+    found, damaged = studies.read_records(Path(folder) / scale)
+    records, path = studies.one_corpus(found), Path(out or Path(folder) / scale / 'report.html')
     if not records:
         useless = f' that can be used ({len(damaged)} are damaged)' if damaged else ''
         raise ValueError(
             f'there are no records in {Path(folder) / scale}{useless}; sparsecod study makes some')
     _check_target(path, '--out')
-    rows = ledger(records, study)
-    print(ledger_markdown(rows) if markdown else ledger_table(rows))
-    names = [study] if study else [name for name in STUDIES if by_variant(name, records)]
-    written = [] if names else [write_report(records, path, ledger(records))]
+    rows = claims.ledger(records, study)
+    print(claims.ledger_markdown(rows) if markdown else claims.ledger_table(rows))
+    names = [study] if study else [name for name in studies.STUDIES if studies.by_variant(name, records)]
+    written = [] if names else [report.write_report(records, path, claims.ledger(records))]
     for name in names:
         file = path.with_name(f'{path.stem}-{name}{path.suffix}') if written else path
-        written.append(write_report(label_variants(name, records), file, ledger(records, name),
-                                    STUDIES[name].question, DEPTH if name == 'depth' else 'variant'))
+        written.append(report.write_report(figures.label_variants(name, records), file,
+                                           claims.ledger(records, name), studies.STUDIES[name].question,
+                                           figures.DEPTH if name == 'depth' else 'variant'))
     for file in written: print(f'report: {file}', file=sys.stderr if markdown else sys.stdout)
     if not damaged: return None
     print(f'sparsecod: {len(damaged)} of {len(found) + len(damaged)} records were left out: '
@@ -749,29 +715,28 @@ def _show_results(folder: str, scale: str, study: str | None, out: str | None = 
 
 def _show_main(folder: str, scale: str):
     "Print and report the runs of the main job beside the recorded ones, and then the recorded ledger."
-    from sparsecod.claims import beside_record, headlines, standing_ledger
-    from sparsecod.figures import label_variants, results_folder
-    from sparsecod.report import write_report
-    from sparsecod.studies import MAIN, load_results, passed
-    records = load_results(folder, scale, 'main')
+    records = studies.load_results(folder, scale, 'main')
     print(*_summary_lines('main', records), sep='\n')
-    print(f'{sum(map(passed, records))} of {len(records)} models are at least 0.1 nats below a table of '
-          f'token pairs that has read the same text')
-    try: recorded, rows = load_results(results_folder(), scale), standing_ledger(results_folder())
+    print(f'{sum(map(studies.passed, records))} of {len(records)} models are at least 0.1 nats below a table '
+          f'of token pairs that has read the same text')
+    try:
+        stored = figures.results_folder()
+        recorded, rows = studies.load_results(stored, scale), claims.standing_ledger(stored)
     except FileNotFoundError: recorded, rows = [], []        # not in a clone of the repository
-    beside = beside_record(records, recorded, MAIN)
+    beside = claims.beside_record(records, recorded, studies.MAIN)
     if len(beside):
         print('\nYour runs beside the recorded ones; from low to high is where 95 of 100 further seeds of '
               'the record are expected:\n')
         print(beside.to_string(index=False, float_format='{:.3g}'.format))
     else: print(f'\nThere are no recorded runs of scale {scale} to set these beside.')
     if rows: print('\nThe recorded ledger in short, of runs that are not yours:\n')
-    for row in headlines(rows):
+    for row in claims.headlines(rows):
         where = f" (scale {row['scale']})" if row['study'] else ''
         line = f"{row['verdict']:13s} {'control: ' * bool(row['control'])}{row['statement']}{where}"
         print(textwrap.fill(line, 110, subsequent_indent=' ' * 14))
     path = Path(folder) / scale / 'report.html'
-    write_report(label_variants('main', records), path, rows or None, MAIN.question, 'variant', beside=beside)
+    report.write_report(figures.label_variants('main', records), path, rows or None, studies.MAIN.question,
+                        'variant', beside=beside)
     print(f'report: {path}')
 
 # %% ../nbs/tools/11_cli.ipynb #c576e7d9
@@ -785,8 +750,7 @@ def _do_lab(args):
     missing = [module for module in ('jupyterlab', 'ipywidgets') if find_spec(module) is None]
     if missing:
         raise ImportError(f"{' and '.join(missing)} missing: pip install jupyterlab 'sparsecod[widgets]'")
-    from sparsecod.figures import results_folder
-    root = results_folder().parent
+    root = figures.results_folder().parent
     if not (root / args.page).is_file(): raise FileNotFoundError(f'--page {args.page} is no file in {root}')
     os.execv(sys.executable, [sys.executable, '-m', 'jupyterlab', f'--ServerApp.root_dir={root}',
                               f'--LabApp.default_url=/lab/tree/{args.page}', *args.options])

@@ -499,12 +499,12 @@ def _write_corpus(items: Iterable[_Document], config: DataConfig, folder: Path,
     seal(folder, {"fingerprint": meta["fingerprint"]})
     return meta
 
-def _count_left_out(stats: dict, left_out: dict) -> str:
+def _count_left_out(stats: dict, left_out: dict, reasons: tuple = ("duplicates", *_PROBLEMS)) -> str:
     """What was left out of a corpus, in words: counts by reason, with the first file or row where left_out
     names it."""
     first = {reason: f" (first: {where})" for reason, where in left_out.items()}
-    reasons = [reason for reason in ("duplicates", *_PROBLEMS) if stats[reason]]
-    return ", ".join(f"{stats[reason]:,} {reason}{first.get(reason, '')}" for reason in reasons) or "none"
+    return ", ".join(f"{stats[reason]:,} {reason}{first.get(reason, '')}"
+                     for reason in reasons if stats[reason]) or "none"
 
 def _check_sides(stats: Counter, left_out: dict, config: DataConfig) -> None:
     "Raise a ValueError if one side of the split got no document."
@@ -576,11 +576,9 @@ def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tok
 
 def _tell_left_out(corpus) -> None:
     "Warn about documents of the user's own that could not be read, by number and first name."
-    unread = ({reason: corpus.stats[reason] for reason in ("duplicates", *_PROBLEMS)}
-              | {"duplicates": 0, "empty": 0})
-    if any(unread.values()) and not _is_python(corpus.config.source):
-        warnings.warn(f"source={corpus.config.source!r}: left out {_count_left_out(unread, corpus.left_out)}",
-                      stacklevel=3)
+    source, unread = corpus.config.source, _count_left_out(corpus.stats, corpus.left_out, _PROBLEMS[1:])
+    if unread != "none" and not _is_python(source):
+        warnings.warn(f"source={source!r}: left out {unread}", stacklevel=3)
 
 # %% ../nbs/build/04_data.ipynb #74d2afa3
 def count_tokens(tokens: np.ndarray, vocab_size: int, block: int = 2**22) -> np.ndarray:

@@ -79,7 +79,7 @@ class TrainConfig(Config):
     checkpoint_every: int = 200            # steps between checkpoints
     keep_checkpoints: int = 2              # newest checkpoints that are kept
     strategy: str = 'auto'  # of several processes: ddp (each holds the model), fsdp (a share of it), or auto
-    activation_checkpointing: bool | None = None  # compute blocks again going back; None: for memory's sake
+    activation_checkpointing: bool | None = None  # compute blocks once more; None: if memory asks for it
 
     RULES = {'steps tokens_per_step micro_batch_tokens lr eps clip log_every': POSITIVE,
              'checkpoint_every keep_checkpoints': POSITIVE, 'warmup_steps weight_decay': NOT_NEGATIVE,
@@ -216,25 +216,22 @@ def find_world() -> PartialState:
                            'one process') from error
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
-def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[float]]:
+def summarize_watch(watch: StreamWatch) -> dict[str, list[float]]:
     """Variances over the tokens of all processes: mean, median, and mean without position 0 for the L + 1
     streams; means for the L updates. Where there is any, what blocks add to the loss, `auxiliary`, and the
     load of each block's busiest expert (1: an even share)."""
-    several, c = world.num_processes > 1, watch.config
-    def gathered(per_layer):
-        x = torch.stack(per_layer, 1)                                       # (B / processes, layers, T)
-        return gather(x) if several else x                                  # (B, layers, T)
-    def average(x): return reduce(x, 'mean') if several else x
-    stream = gathered(watch.stream)                                         # (B, L + 1, T)
+    c = watch.config
+    kept = watch.stream, watch.attention, watch.feed_forward
+    stream, attention, feed_forward = (gather(torch.stack(x, 1)) for x in kept)     # (B, L + 1 or L, T) each
     found = dict(variance_mean=stream.mean((0, 2)).tolist(),
                  variance_median=stream.transpose(0, 1).flatten(1).median(1).values.tolist(),
                  variance_without_first=stream[:, :, 1:].mean((0, 2)).tolist(),
-                 attention_variance=gathered(watch.attention).mean((0, 2)).tolist(),
-                 feed_forward_variance=gathered(watch.feed_forward).mean((0, 2)).tolist())
+                 attention_variance=attention.mean((0, 2)).tolist(),
+                 feed_forward_variance=feed_forward.mean((0, 2)).tolist())
     if isinstance(watch.auxiliary, Tensor):
-        found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()
+        found['auxiliary'] = reduce(watch.auxiliary / watch.sequences, 'mean').item()
     if watch.load:
-        load = average(torch.stack(watch.load))                             # (L, E)
+        load = reduce(torch.stack(watch.load), 'mean')                      # (L, E)
         found['busiest_expert'] = (load.amax(1) * c.n_experts / c.experts_per_token).tolist()
     return found
 
@@ -478,7 +475,7 @@ def _log_step(run: Run, measured: dict, watch: StreamWatch | None) -> dict:
     run.mark = run.step, run.seconds
     record = dict(step=run.step, tokens=run.step * run.config.tokens_per_step, **measured, tokens_per_s=speed)
     if watch is not None:
-        record |= summarize_watch(watch, run.world)
+        record |= summarize_watch(watch)
         record['loss'] -= record.get('auxiliary', 0.0)  # the log states the cross-entropy
     record, path = without_infinities(record), run.folder / 'log.jsonl'
     if not run.world.is_main_process: return record

@@ -234,7 +234,7 @@ def test_watch_reports_the_variance_of_every_layer():
     model, windows, watch = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, 0), StreamWatch(MODEL)
     watch.see_embedding(model.embed(windows[:, :-1]))
     model(windows[:, :-1], targets=windows[:, 1:], watch=watch)
-    summary = summarize_watch(watch, find_world())
+    summary = summarize_watch(watch)
     assert [len(v) for v in summary.values()] == [3, 3, 3, 2, 2]
     with torch.no_grad(): streams = [model.run(model.embed(windows[:, :-1]), stop=l) for l in range(3)]
     for l, h in enumerate(streams):
