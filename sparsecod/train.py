@@ -595,11 +595,11 @@ def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None,
     "The newest checkpoint that is sound, or an older one if fewer records are lost with it."
     best, lost = None, []
     for path in reversed(checkpoints(run.folder)):
-        step, whole = _step_of(path), () if any(path.glob(_SHARES)) else ('model.safetensors',
-                                                                          'optimizer.safetensors')
+        step, state = _step_of(path), path / 'state.json'
+        whole = () if any(path.glob(_SHARES)) else ('model.safetensors', 'optimizer.safetensors')
         try:
-            _check_folder(path, step, run.label, ('state.json', *whole))
-            check_identity(path / 'state.json', read_object(path / 'state.json'), dict(step=step))
+            _check_folder(path, step, run.label, (*whole, state.name))
+            check_identity(state, read_object(state), dict(step=step))
         except Damaged as error:
             warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one '
                           f'before it', stacklevel=2)
@@ -825,12 +825,8 @@ def load_result(folder: str | Path, device='cpu') -> TrainResult | None:
     "The result of a run that has finished or diverged, read from its folder."
     folder = Path(folder)
     if not (folder / 'result.json').exists(): return None
-    result, weights = read_result(folder), folder / 'model' / 'model.safetensors'
-    model = Transformer(_read_configs(read_label(folder))[0])
-    try: load_model(model, str(weights))
-    except FileNotFoundError: raise Damaged(f'{weights} is missing') from None
-    except (SafetensorError, RuntimeError) as error:
-        raise Damaged(f'{weights} is damaged ({error})') from error
+    result, model = read_result(folder), Transformer(_read_configs(read_label(folder))[0])
+    load_model(model, str(folder / 'model' / 'model.safetensors'))
     return TrainResult(model.to(device), _read_log(folder), folder=folder, **result)
 
 def _ended_result(folder: Path, world: PartialState) -> TrainResult | None:
