@@ -74,8 +74,7 @@ def field_value(config: RunConfig, path: str):
     return getattr(getattr(config, part) if part else config, name)
 
 def read_config(base: RunConfig, texts: dict[str, str]) -> RunConfig:
-    """The run that the fields describe, by path, `base` for all that has no field; a ValueError names the
-    field that is wrong."""
+    "The run that fields describe by path, else as in `base`; a ValueError names the wrong field."
     changes = {}
     for path, text in texts.items():
         whole = isinstance(field_value(base, path), int)

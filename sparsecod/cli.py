@@ -51,8 +51,7 @@ def _command(help: str, description: str, *rows, after=str):
     return add
 
 def _option(name: str, kind, help: str, shown: str = '', default=None, **more) -> tuple[str, dict]:
-    """An option, of a type or with a word for the text that it takes. Its help names the default, or says
-    what is taken without it (shown)."""
+    "An option of a type, or with a word for its text; its help names the default, or what it is (shown)."
     word = kind if isinstance(kind, str) else _WORDS.get(kind)
     return name, dict(type=str if kind == word else kind, metavar=word, default=default,
                       help=f'{help} (default: {shown or default})'.replace('%', '%%')) | more
@@ -321,8 +320,7 @@ def _score_settings(subject: _Subject, args):
     return score.replace(**{name: value for name, value in asked.items() if value is not None}), T
 
 def _sequences_of(subject: _Subject, score, T: int, args) -> tuple:
-    """Text for a model: sequences to score, (N, T + 1), others to fit on, (M, T + 1), and what the file
-    says of them."""
+    "Sequences to score, (N, T + 1), others to fit on, (M, T + 1), and what the file says of them."
     if subject.whole:
         both = windows.text_windows(subject.data.source, subject.tokenizer, T, score.n_sequences,
                                     score.n_fit, score.seed, subject.data.text_field)
@@ -367,8 +365,7 @@ def _sparsity_within(model, tokens, memory: int) -> tuple:  # tokens (N, T), byt
     except ValueError as error: return None, [f'sparsity was not measured: {error}']
 
 def _plan_work(subject: _Subject, to_score, to_fit, score, args) -> int:   # bytes
-    """The bound of the working memory: what was asked for, or the default, or what one sequence takes. Says
-    what it is, how many pairs are swapped, and how long all will take."""
+    "Say how much is to be done and how long it will take; gives the bound of the working memory."
     model, L = subject.model, len(subject.model.blocks)
     least = scores.needed_bytes(model, 1, len(to_score), to_score.shape[1] - 1, args.as_published,
                                 score.n_bootstrap, score.n_jacobian,
@@ -616,7 +613,7 @@ def _run_studies(names: list[str], args):
     for name in names:
         try:
             studies.run_study(name, args.scale, args.seeds, args.out, args.jobs, args.work, args.force,
-                      not args.quiet, args.on)
+                              not args.quiet, args.on)
         except studies.RunsFailed as error: problem = problem or error
     return problem
 
@@ -630,26 +627,24 @@ def _do_study(args):
     print('\n'.join(_summary_lines(args.study, studies.load_results(args.out, args.scale, args.study))))
     if problem: raise problem
 
-_MACHINE = {                                    # option: field of Machine, kind, help, default
-    '--card': ('card', 'NAME', 'cards that the runs would go on, such as H100', 'this machine'),
-    '--gpus': ('gpus', int, 'how many of these cards', '1'),
-    '--utilisation': ('utilisation', float, 'share of their peak that is reached', '0.4'),
-    '--tokens-per-second': ('tokens_per_second', float, "training speed of the scale's own model",
-                            'measured')}
+_MACHINE = [                # options that set a field of Machine
+    _option('--card', 'NAME', 'cards that the runs would go on, such as H100', 'this machine'),
+    _option('--gpus', int, 'how many of these cards', '1'),
+    _option('--utilisation', float, 'share of their peak that is reached', '0.4'),
+    _option('--tokens-per-second', float, "training speed of the scale's own model", 'measured')]
 
 @_command('what a study needs',
           'Runs, parameters, tokens, operations, memory, disk and hours of a study, on this machine (whose '
           'speed is recorded or measured) or on cards of a kind. Nothing is run.',
-          _STUDY, _SCALE, _option('--seeds', _count, 'runs of each variant', default=1),
-          *(_option(name, *row) for name, (_, *row) in _MACHINE.items()),
+          _STUDY, _SCALE, _option('--seeds', _count, 'runs of each variant', default=1), *_MACHINE,
           _option('--out', 'DIR', 'where records of earlier runs are, for their speed', default='runs'),
           _option('--json', 'FILE', 'write the table, sizes in bytes', 'none'),
           _option('--csv', 'FILE', 'the same as comma-separated values', 'none'), after=_about_studies)
 def _do_plan(args):
+    asked, fields = vars(args), {name: name[2:].replace('-', '_') for name, _ in _MACHINE}
     for name in ('json', 'csv'):
-        if vars(args)[name]: _check_target(vars(args)[name], f'--{name}')
-    fields = {option: field for option, (field, *_) in _MACHINE.items()}
-    given = {field: vars(args)[field] for field in fields.values() if vars(args)[field] is not None}
+        if asked[name]: _check_target(asked[name], f'--{name}')
+    given = {field: asked[field] for field in fields.values() if asked[field] is not None}
     with _named_options(fields): machine = resources.Machine(**given)
     needs = resources.study_needs(args.study, args.scale, args.seeds, machine, args.out)
     print('\n'.join(resources.needs_lines(args.study, args.scale, needs, machine)))

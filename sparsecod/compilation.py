@@ -32,8 +32,7 @@ from .integrity import Damaged, check_stamp, read_json, stamp, write_text
 _LOGITS_IN_CACHE = 2 ** 20  # numbers; 4 MiB in fp32
 
 def chunk_losses(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies in nats, (n,), and their derivatives by the logits, (n, V), from a few normalised
-    streams (n, D)."""
+    "Losses in nats, (n,), and derivatives by the logits, (n, V), of a few normalised streams (n, D)."
     logits = (h @ weight.t()).float()                                         # (n, V)
     total = logits.logsumexp(-1, keepdim=True)                                # (n, 1)
     losses = (total - logits.gather(1, targets[:, None])).squeeze(1)          # (n,)
@@ -136,8 +135,7 @@ def _kept_trial(file: Path) -> dict:
     return kept if kept.get('trial') == file.stem and 'plain' in kept else {}
 
 def _allowed_ways(precision: str, compile: str, missing: str | None) -> tuple:
-    """Pairs of precision and whether to compile, from the fields of a TrainConfig; `missing` as from
-    `missing_compiler`."""
+    "The pairs of precision and whether to compile that the fields of a TrainConfig allow."
     precisions = ('fp32', 'bf16') if precision == 'auto' else (precision,)
     compiling = dict(on=(True,), off=(False,), auto=(False,) if missing else (False, True))[compile]
     return tuple((p, c) for p in precisions for c in compiling)
@@ -169,8 +167,7 @@ def kept_memory():
 
 @contextmanager
 def compiler_errors_in_short():
-    """A failure of the compiler as one sentence that says what can be done; its own message may have
-    thousands of lines."""
+    "A failure of the compiler in a sentence that says what can be done, not in thousands of lines."
     try: yield
     except Exception as error:
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
@@ -245,8 +242,7 @@ def _run_trial(model, windows, allowed, file: Path, watch, say, missing: str | N
     return Execution(*best, why)
 
 def kept_speed(model_config: ModelConfig, config, device: torch.device) -> float | None:
-    """Tokens a second that a trial has found for a model in training, the updates not counted; None: there
-    was no trial."""
+    "Tokens a second that a trial has found for a model, without updates; None: there was no trial."
     T = model_config.context_length
     tokens = min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step) // T * T
     allowed = _allowed_ways(config.precision, config.compile, missing_compiler(device))

@@ -77,15 +77,13 @@ _LONG_RUN = re.compile("|".join("(?:%s){%d}" % (kind, _LONGEST_WORD)
                                 for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]|_")))
 
 def _cut_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """Bound the length of a word, as the time to learn merges grows with its square; a text with a longer
-    word comes in pieces."""
+    "Texts in pieces without very long words: the time to learn merges grows with a word's square."
     for text in texts:
         ends = [0, *(run.end() for run in _LONG_RUN.finditer(text)), len(text)]
         yield from (text[start:end] for start, end in zip(ends, ends[1:]))
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer: EOS, 256 bytes and vocab_size - 257 merges, fewer if the text runs
-    out of repeated pairs."""
+    "Train byte-level BPE: EOS, 256 bytes, vocab_size - 257 merges (fewer if no more pairs are repeated)."
     import tokenizers as hf
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -109,19 +107,17 @@ def _find_eos(backend, settings: dict, name: str) -> str:
     raise ValueError(f"eos_token=None, but tokenizer={name!r} has no end-of-document token that we know; "
                      f"set eos_token to one of its tokens, for example one of {some}")
 
-def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
-    """Load a tokenizer from a folder with tokenizer.json, such a file, a GGUF file, or the Hub;
-    eos_token=None: as it declares."""
+def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:  # None: as it declares
+    "A tokenizer from a folder with tokenizer.json, such a file, a GGUF file or the Hub."
     from tokenizers import Tokenizer as Backend
-    path, settings_file = Path(os.path.expanduser(name)), None
+    path, settings, settings_file = Path(os.path.expanduser(name)), {}, None
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if file.suffix == ".gguf" and file.is_file():
             from transformers import AutoTokenizer
             found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            backend, declared = found.backend_tokenizer, dict(eos_token=found.eos_token)
-            return Tokenizer(backend, eos_token or _find_eos(backend, declared, name))
-        if file.is_file():
+            backend, settings = found.backend_tokenizer, dict(eos_token=found.eos_token)
+        elif file.is_file():
             backend, settings_file = Backend.from_file(str(file)), file.with_name("tokenizer_config.json")
         else:
             from huggingface_hub import hf_hub_download
@@ -133,7 +129,7 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Tokenizer:
         raise ValueError(f"tokenizer={name!r} must be 'bpe', a folder with a tokenizer.json, "
                          "such a file, a GGUF file, or a name that can be fetched from the Hugging Face Hub: "
                          f"{error}") from error
-    settings = read_json(settings_file) if settings_file and settings_file.is_file() else {}
+    if settings_file and settings_file.is_file(): settings = read_json(settings_file)
     return Tokenizer(backend, eos_token or _find_eos(backend, settings, name))
 
 # %% ../nbs/build/04_data.ipynb #f8bef7d7
@@ -157,8 +153,7 @@ def _to_document(raw: bytes, consumed: int, where: str) -> _Document:
 
 # %% ../nbs/build/04_data.ipynb #ca5b9254
 def cut(raw: bytes, limit: int) -> Iterator[bytes]:
-    """Pieces of at most `limit` (4 or more) bytes, cut behind line ends where possible and never inside a
-    character."""
+    "Pieces of at most `limit` (4 or more) bytes, cut behind line ends if possible, never inside a character."
     start = 0
     while len(raw) - start > limit:
         end = raw.rfind(b"\n", start, start + limit) + 1
@@ -181,8 +176,7 @@ def _text_items(path: Path, limit: int, where: str) -> Iterator[_Document]:
     yield _to_document(rest, len(rest), where)
 
 def row_items(rows: Iterable[tuple], field: str, limit: int, where: str) -> Iterator[_Document]:
-    """Documents of at most `limit` bytes out of pairs: a row as a dict, or None if it is broken, and the
-    bytes read for it."""
+    "Documents of at most `limit` bytes from pairs: a row as a dict (None: broken), and its size in bytes."
     checked = False
     for number, (row, consumed) in enumerate(rows, 1):
         is_row, place = isinstance(row, dict), f"{where}, row {number}"
@@ -236,8 +230,7 @@ ROW_SUFFIXES = (".jsonl", ".parquet")
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 def _walk(root: Path, suffixes: tuple, skip: tuple = ()) -> list[tuple[str, Path]]:
-    """Files below a folder, as pairs of the name relative to it and the path; without hidden ones and
-    folders to skip."""
+    "Names and paths of the files below a folder, without hidden ones and folders to skip."
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
@@ -251,19 +244,17 @@ def _is_python(source: str) -> bool:
     return source in ("stdlib", "site") or source.startswith("site:")
 
 def _python_folders(source: str) -> list[Path]:
-    """Folders of the standard library for 'stdlib', with those of all packages for 'site', or only of
-    packages for 'site:NAMES'."""
+    "Folders of 'stdlib', of 'site' with those of all packages, or of the packages in 'site:NAMES'."
     packages = [Path(p) for p in dict.fromkeys(sys.path)
                 if Path(p).name in _PACKAGE_FOLDERS and os.path.isdir(p)]
     _, named, names = source.partition(":")
     if not named: return [Path(sysconfig.get_path("stdlib")), *(packages if source == "site" else ())]
-    found = {name: next((p / name for p in packages if name and (p / name).is_dir()), None)
-             for name in names.split(",")}
-    for name, folder in found.items():
-        if folder is None:
-            raise ValueError(
-                f"source={source!r} names {name!r}, which is not the folder of an installed package")
-    return list(found.values())
+    folders = []
+    for name in dict.fromkeys(names.split(",")):
+        found = [p / name for p in packages if name and (p / name).is_dir()]
+        if not found: raise ValueError(f"source={source!r} names {name!r}, which is no folder of a package here")
+        folders.append(found[0])
+    return folders
 
 # %% ../nbs/build/04_data.ipynb #8cabb467
 def content_id(text: str) -> bytes:
@@ -284,8 +275,7 @@ def _folders_below(root: str) -> Iterator[str]:
             if os.path.isdir(path): (links if os.path.islink(path) else real).append(path)
 
 def matching_files(pattern: str) -> set[Path]:
-    """Files that match a pattern with * ? [] and ** for any number of folders, also where links lead in
-    circles."""
+    "Files that match a pattern with * ? [] and ** for any folders; links may lead in circles."
     parts = Path(pattern).parts
     if "**" not in parts: return {Path(p) for p in glob.glob(pattern) if os.path.isfile(p)}
     i = parts.index("**")
@@ -294,8 +284,7 @@ def matching_files(pattern: str) -> set[Path]:
     return {path for folder in folders for path in matching_files(os.path.join(glob.escape(folder), *rest))}
 
 def _list_files(source: str) -> list[tuple[str, Path]]:
-    """Names and paths of the files of 'stdlib', 'site', 'site:NAMES', a file, folder or pattern, shuffled
-    by the hash of the name."""
+    "Names and paths of the files of a source, shuffled by the hash of the name."
     path, suffixes = Path(os.path.expanduser(source)), TEXT_SUFFIXES + ROW_SUFFIXES
     if _is_python(source):
         skip, named = (*_PACKAGE_FOLDERS, "__pycache__"), ":" in source
@@ -320,8 +309,7 @@ ALIASES = {"fineweb-edu": {"source": "hf:HuggingFaceFW/fineweb-edu", "subset": "
                            "max_tokens": 5_000_000_000}}
 
 def _hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
-    """Rows of a Hugging Face dataset 'hf:NAME' or 'hf:NAME@REVISION', or of a local folder 'hf:FOLDER',
-    streamed."""
+    "Rows of 'hf:NAME', 'hf:NAME@REVISION' or a local 'hf:FOLDER', streamed."
     from datasets import load_dataset
     name, _, revision = source.removeprefix("hf:").partition("@")
     try:
@@ -430,8 +418,7 @@ def unique_documents(items: Iterable[_Document], config: DataConfig, stats: Coun
 
 def _fit_tokenizer(documents: Iterator[_Document],
         config: DataConfig) -> tuple[Tokenizer, Iterator[_Document]]:
-    """Load the tokenizer of a config, or train it on the first training documents; returned with all
-    documents again."""
+    "Load the tokenizer, or train it on the first training documents; with all documents again."
     if config.tokenizer != "bpe": return load_tokenizer(config.tokenizer, config.eos_token), documents
     head, sample, n_bytes = [], [], 0
     for document in documents:
@@ -481,8 +468,7 @@ _FORMAT = 1  # raise it when the same config would give other tokens
 
 def _write_corpus(items: Iterable[_Document], config: DataConfig, folder: Path,
         advance=lambda document, n_tokens: None) -> dict:
-    """Write the tokens of a source, and what describes them, into an empty folder, and seal it; returns the
-    contents of meta.json."""
+    "Write and seal a source's tokens and what describes them in an empty folder; gives meta.json."
     counted = [f"{side}_{what}" for side in ("train", "val") for what in ("documents", "bytes", "tokens")]
     stats, left_out = Counter(dict.fromkeys([*counted, "duplicates", *_PROBLEMS], 0)), {}
     tokenizer, documents = _fit_tokenizer(unique_documents(items, config, stats, left_out), config)
@@ -500,8 +486,7 @@ def _write_corpus(items: Iterable[_Document], config: DataConfig, folder: Path,
     return meta
 
 def _count_left_out(stats: dict, left_out: dict, reasons: tuple = ("duplicates", *_PROBLEMS)) -> str:
-    """What was left out of a corpus, in words: counts by reason, with the first file or row where left_out
-    names it."""
+    "What a corpus leaves out, in words: counts by reason, with the first place where it is known."
     first = {reason: f" (first: {where})" for reason, where in left_out.items()}
     return ", ".join(f"{stats[reason]:,} {reason}{first.get(reason, '')}"
                      for reason in reasons if stats[reason]) or "none"
@@ -563,8 +548,7 @@ def shuffled(places: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/build/04_data.ipynb #c1f7699d
 def _read_entry(folder: Path, fingerprint: str | None = None) -> tuple[dict, Tokenizer]:
-    """Check every file of a stored corpus, and read what describes it; `Damaged` if it is not what was
-    written."""
+    "Check every file of a stored corpus and read what describes it; `Damaged` if not as written."
     names = ("meta.json", "tokenizer.json", "train.bin", "val.bin")
     check_seal(folder, fingerprint and {"fingerprint": fingerprint}, names)
     meta = read_json(folder / "meta.json")
@@ -589,8 +573,7 @@ def count_tokens(tokens: np.ndarray, vocab_size: int, block: int = 2**22) -> np.
     return counts
 
 def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
-    """Cross-entropy in nats of validation counts, (V,), under the frequencies of training counts, (V,), one
-    added to each."""
+    "Cross-entropy in nats of validation counts, (V,), by the frequencies of training counts + 1, (V,)."
     p = (train_counts + 1) / (train_counts + 1).sum()                                    # (V,)
     return float(-(val_counts * np.log(p)).sum() / val_counts.sum())
 
@@ -644,13 +627,12 @@ class Corpus:
         return self.windows(split, shuffled(np.arange(n), available, order_key(seed, -1 % 2**64)), T)
 
     def unigram_loss(self) -> float:
-        "Loss in nats per token on the validation split of a model that knows only the training frequencies."
+        "Cross-entropy in nats of validation counts, (V,), by the frequencies of training counts + 1, (V,)."
         return unigram_loss(*(count_tokens(tokens, self.vocab_size) for tokens in (self.train, self.val)))
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], **fields) -> "Corpus":
-        """A small corpus in memory from documents and fields of DataConfig: milliseconds, no cache, no
-        files left."""
+        "A small corpus in memory from documents and fields of DataConfig: no cache, no files left."
         config = DataConfig(**{"source": "texts", "vocab_size": 300, "val_share": 0.2,
                                "max_document_bytes": 512, **fields})
         rows, limit = (({config.text_field: text}, 0) for text in texts), config.max_document_bytes or 2**20
@@ -670,8 +652,7 @@ class Corpus:
 
 # %% ../nbs/build/04_data.ipynb #d5efa59a
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where corpora are kept: the argument, else $SPARSECOD_CACHE, else sparsecod in $XDG_CACHE_HOME or
-    ~/.cache."""
+    "Where corpora are kept: the argument, $SPARSECOD_CACHE, or sparsecod in $XDG_CACHE_HOME or ~/.cache."
     standard = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sparsecod")
     folder = os.path.expanduser(cache_dir or os.environ.get("SPARSECOD_CACHE") or standard)
     if not folder.startswith("~"): return Path(folder)

@@ -93,8 +93,7 @@ def seal(folder: Path, identity: dict, names: tuple | None = None):
     write_text(folder / MANIFEST, json.dumps(stamp(dict(identity=identity, files=files)), indent=1))
 
 def check_identity(where: Path, found: dict, wanted: dict | None):
-    """Raise `Damaged` for the first entry in which an identity is not what it should be (None: anything);
-    `where` it was found, for the error."""
+    "Raise `Damaged` for the first entry that is not as wanted (None: anything); `where`: for the error."
     for name, value in (wanted or {}).items():
         if found.get(name) != json.loads(json.dumps(value)):
             raise Damaged(f'{where} belongs to something else: {name}={found.get(name)!r} there, '

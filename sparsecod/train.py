@@ -107,8 +107,7 @@ def sequences_per_step(config: TrainConfig, T: int, processes: int = 1) -> int:
 
 # %% ../nbs/build/05_train.ipynb #ab7c85af
 def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str = 'matrices') -> list[dict]:
-    """AdamW's parameter groups with params, their names and weight_decay: first the parameters that decay,
-    then the others."""
+    "AdamW's parameter groups with params, names and weight_decay: first the one that decays."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
@@ -167,8 +166,7 @@ def channel_variance(x: Tensor) -> Tensor:  # x: stream or update, (B, T, D); gi
 
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
-    """Called after each block with its output; keeps variances, one number a token, and what blocks add to
-    the loss."""
+    "Called after each block: keeps the variances of its output, and what blocks add to the loss."
     def __init__(self, config: ModelConfig, device='cpu'):
         self.config, self.auxiliary = config, 0.0  # sum over all sequences of what blocks add to the loss
         self.sequences = torch.zeros((), device=device)  # seen; a compiler takes plain numbers for constants
@@ -264,8 +262,7 @@ class Run:
 
 # %% ../nbs/build/05_train.ipynb #5d21a0b2
 def _saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = True) -> int:
-    """Bytes that an uncompiled forward pass keeps for the backward pass; fake=False: really do it, not
-    count shapes only."""
+    "Bytes that an uncompiled forward pass keeps for the way back, by shapes or (fake=False) in fact."
     kept, tensors = {}, []
     with FakeTensorMode() if fake else torch.enable_grad():
         model = Transformer(config)
@@ -282,8 +279,7 @@ def _saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = T
     return sum(kept.values())
 
 def _activation_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> int:
-    """Bytes on each card that a forward pass keeps, and the largest piece of logits with its gradients; as
-    `memory_bytes`."""
+    "Bytes on a card that a forward pass keeps, and the largest piece of logits; as `memory_bytes`."
     m, t = config.model, config.train
     B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
     count = bf16 or m.n_experts > 0  # fake experts run in bf16 only
@@ -301,8 +297,7 @@ def memory_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) 
                 ddp=20 * P['total'] + shared, fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
 
 def _choose_strategy(model_config: ModelConfig, config: TrainConfig, world: PartialState) -> tuple[str, bool]:
-    """How processes share a model, 'single', 'ddp' or 'fsdp', and whether blocks are computed again: the
-    first that fits."""
+    "How processes share a model, and whether blocks are computed again: the first way that fits."
     n, again = world.num_processes, config.activation_checkpointing
     ways = ('single',) if n == 1 else ('ddp', 'fsdp') if config.strategy == 'auto' else (config.strategy,)
     *choices, last = ((way, keep_less) for keep_less in ((False, True) if again is None else (again,))
@@ -411,8 +406,7 @@ def _read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
         raise ValueError(f'{type(error).__name__}: {error}') from None
 
 def _run_id(label: dict) -> str:
-    """A short name for what a run computes. Fields at their default do not count,
-    so a new field changes no name."""
+    "A short name for what a run computes; fields at their default do not count, so a new one changes none."
     def plain(f, value):
         return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
     parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
@@ -669,8 +663,7 @@ def _run_files(folder: Path) -> list[Path]:
 
 def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool,
                  world: PartialState):
-    """Make the folder of a run ready: erased unless to be resumed, and checked against the configuration
-    and the corpus."""
+    "Make the folder of a run ready: check what is in it, and erase it unless it is to be resumed."
     mine = _run_files(folder)                         # raises if somebody else's files stand in the way
     found = read_label(folder) if resume else None
     if found and (other := _other_run(found, _make_label(model_config, config, corpus.fingerprint))):
@@ -706,8 +699,7 @@ def _lock_folder(folder: Path, world: PartialState):
 # %% ../nbs/build/05_train.ipynb #daafae3a
 @contextmanager
 def _stop_signals():
-    """Meanwhile, SIGINT and SIGTERM only add their time to the list that this gives; a SIGINT a second later
-    interrupts at once."""
+    "Meanwhile, signals to stop only go into this list; a SIGINT a second later interrupts at once."
     asked = []
     def ask(number, frame):
         if number == signal.SIGINT and asked and time.monotonic() > asked[0] + 1:
@@ -770,8 +762,7 @@ class TrainResult:
 # %% ../nbs/build/05_train.ipynb #f8592a78
 @contextmanager
 def usual_torch():
-    """PyTorch as it starts: gradients on, fp32, the CPU unless said otherwise. The caller's settings come
-    back."""
+    "PyTorch as it starts: gradients on, fp32, on the CPU by default. The caller's settings come back."
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with (torch.inference_mode(False), torch.enable_grad(),
           nullcontext() if device.type == 'cpu' else torch.device('cpu')):
