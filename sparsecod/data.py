@@ -252,7 +252,9 @@ def _python_folders(source: str) -> list[Path]:
     folders = []
     for name in dict.fromkeys(names.split(",")):
         found = [p / name for p in packages if name and (p / name).is_dir()]
-        if not found: raise ValueError(f"source={source!r} names {name!r}, which is no folder of a package here")
+        if not found:
+            raise ValueError(
+                f"source={source!r} names {name!r}, which is not the folder of an installed package")
         folders.append(found[0])
     return folders
 
