@@ -22,9 +22,11 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .integrity import read_json, write_text
+
 if TYPE_CHECKING:
-    from sparsecod import adapters, bench, claims, cloze, core, data, exchange, figures, integrity, parts
-    from sparsecod import pruning, report, resources, scores, sparsity, studies, train, windows
+    from sparsecod import adapters, bench, claims, cloze, core, data, exchange, figures, parts, pruning
+    from sparsecod import report, resources, scores, sparsity, studies, train, windows
 
 # %% ../nbs/tools/11_cli.ipynb #94beb461
 class _Late:
@@ -32,8 +34,8 @@ class _Late:
     def __init__(self, name: str): self.name = name
     def __getattr__(self, what: str): return getattr(import_module(f'sparsecod.{self.name}'), what)
 
-for _name in ('adapters bench claims cloze core data exchange figures integrity parts pruning report '
-              'resources scores sparsity studies train windows').split(): globals()[_name] = _Late(_name)
+for _name in ('adapters bench claims cloze core data exchange figures parts pruning report resources '
+              'scores sparsity studies train windows').split(): globals()[_name] = _Late(_name)
 
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
@@ -462,7 +464,7 @@ def _do_compare(args):
     a, b = map(report.read_scores, files)
     _check_target(out, '--out')
     called = report.file_names(files)
-    integrity.write_text(out, report.comparison_page(a, b, called))
+    write_text(out, report.comparison_page(a, b, called))
     print(f'A: {called[0]}', f'B: {called[1]}', *report.mismatches(a, b), '', sep='\n')
     print(f"{'score':29s} {'A':>9s} {'B':>9s} {'B - A':>10s}  95 % interval of the difference")
     for row in report.comparison_table(a, b):
@@ -557,7 +559,7 @@ def _do_eval(args):
     target.parent.mkdir(parents=True, exist_ok=True)
     about = subject.about | dict(corpus=corpus.fingerprint if corpus else None, tasks=args.tasks,
                                  questions=len(questions or []))
-    integrity.write_text(target, json.dumps(about | found, indent=1))
+    write_text(target, json.dumps(about | found, indent=1))
     print('\n'.join([*_result_lines(found['results']), f'written to {target}']))
 
 # %% ../nbs/tools/11_cli.ipynb #9865eb9e
@@ -575,7 +577,7 @@ def _do_export(args):
     record = None
     if args.record:
         path = Path(args.record).absolute()
-        try: record = studies.check_record(integrity.read_json(path), path)
+        try: record = studies.check_record(read_json(path), path)
         except ValueError as error: raise ValueError(f'--record {path} cannot be used: {error}') from error
     print(f'written to {exchange.export_folder(args.folder, args.out, args.format, args.overwrite, record)}')
 
