@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsecod.core import ModelConfig
-from sparsecod.train import StreamWatch, TrainConfig, find_world, log_step, start_run, training_step
+from sparsecod.train import StreamWatch, TrainConfig, find_world, _log_step, start_run, training_step
 
 
 class RandomCorpus:
@@ -34,7 +34,7 @@ def timed_step(run, logged):
     watch = StreamWatch(run.model.config) if logged else None
     measured, _ = training_step(run, watch)
     run.step += 1
-    if logged: log_step(run, measured, watch)
+    if logged: _log_step(run, measured, watch)
     return time.perf_counter() - start
 
 

@@ -23,11 +23,9 @@ def flush(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
-
 def draft_name(path: Path) -> Path:
     "A name beside a file or folder for what is being written by this process and nobody else."
     return path.with_name(f'{path.name}.{os.getpid()}.draft')
-
 
 def write_text(path: Path, text: str):
     "Create a file or replace its content at once; an error names the file and leaves the old content."
@@ -40,7 +38,6 @@ def write_text(path: Path, text: str):
         draft.unlink(missing_ok=True)
         raise type(error)(error.errno, f'{path} could not be written: {error.strerror}') from error
     flush(path.parent)
-
 
 @contextmanager
 def atomic_folder(target: Path):
@@ -62,11 +59,9 @@ def atomic_folder(target: Path):
 class Damaged(ValueError):
     "A file or folder that is not what was written there, or belongs to something else."
 
-
 def checksum(path: Path) -> str:
     "SHA-256 of a file, 64 hexadecimal digits."
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
-
 
 def read_json(path: Path):
     "The content of a JSON file; `Damaged` if it cannot be read or is no JSON."
@@ -75,55 +70,39 @@ def read_json(path: Path):
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f'{path} cannot be read as JSON ({type(error).__name__}: {error})') from error
 
-
 def read_object(path: Path) -> dict:
     "The dictionary in a JSON file; `Damaged` if it cannot be read or holds something else."
     value = read_json(path)
     if isinstance(value, dict): return value
     raise Damaged(f'{path} holds a {type(value).__name__}; allowed is a JSON object')
 
-
 def set_aside(path: Path) -> Path:
     "Rename a file or folder, so that it counts no more and nothing is lost; returns its new name."
-    taken = [path.with_name(f'{path.name}.damaged')]
-    while taken[-1].exists(): taken.append(path.with_name(f'{path.name}.damaged-{len(taken) + 1}'))
-    path.rename(taken[-1])
-    return taken[-1]
+    n, moved = 1, path.with_name(f'{path.name}.damaged')
+    while moved.exists(): n, moved = n + 1, path.with_name(f'{path.name}.damaged-{n + 1}')
+    return path.rename(moved)
 
-# %% ../nbs/tools/01_integrity.ipynb #df02465b
 MANIFEST = 'manifest.json'
 
-
-def seal(
-    folder: Path,     # with the files, all written
-    identity: dict,   # of which run, corpus or model the folder is: plain values that JSON can hold
-    names: tuple | None = None,  # of the files that are sealed; None: all
-):
-    "Write the manifest of a folder: its identity, and a checksum for each file in it."
-    found = (p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()
-             and p.name != MANIFEST)
-    files = {name: checksum(folder / name) for name in sorted(found if names is None else names)}
+def seal(folder: Path, identity: dict, names: tuple | None = None):
+    """Write the manifest of a folder: its identity (of which run, corpus or model it is, in plain values that
+    JSON can hold), and a checksum for each file in it, or for the named ones."""
+    every = (p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
+    if names is None: names = [p.relative_to(folder).as_posix() for p in every]
+    files = {name: checksum(folder / name) for name in sorted(names)}
     write_text(folder / MANIFEST, json.dumps(stamp(dict(identity=identity, files=files)), indent=1))
 
-
-def check_identity(
-    where: Path,          # what is checked, for the error
-    found: dict,          # its identity
-    wanted: dict | None,  # what the identity should hold; None: anything
-):
-    "Raise `Damaged` for the first entry that differs."
+def check_identity(where: Path, found: dict, wanted: dict | None):
+    "Raise `Damaged` for the first entry that is not as wanted (None: anything); `where`: for the error."
     for name, value in (wanted or {}).items():
         if found.get(name) != json.loads(json.dumps(value)):
             raise Damaged(f'{where} belongs to something else: {name}={found.get(name)!r} there, '
                           f'{name}={value!r} expected')
 
-
-def check_seal(
-    folder: Path,                  # as `seal` left it
-    identity: dict | None = None,  # what its identity should hold; None: anything
-    names: tuple = (),             # files that it must have
-) -> dict:                         # its identity
-    "Compare a folder with its manifest; `Damaged` names the first file that does not match."
+def check_seal(folder: Path, identity: dict | None = None, names: tuple = ()) -> dict:
+    """Compare a folder with its manifest; `Damaged` names the first file that does not match. Its identity
+    should hold what is given, None for anything, and it must have the files that are named; returns its
+    identity."""
     path = folder / MANIFEST
     manifest = check_stamp(read_json(path), path)
     found, files = manifest.get('identity'), manifest.get('files')
@@ -144,12 +123,10 @@ def content_checksum(content: dict) -> str:
     text = json.dumps(plain, sort_keys=True, separators=(',', ':'), ensure_ascii=False)
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
-
 def stamp(content: dict) -> dict:
     "A copy of a dictionary, as JSON would give it back, with its checksum."
     plain = json.loads(json.dumps(content))
     return {**plain, 'checksum': content_checksum(plain)}
-
 
 def check_stamp(content, where: str | Path) -> dict:
     "The dictionary itself, if its checksum is right; else `Damaged`."

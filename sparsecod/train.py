@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['DECAY_GROUPS', 'FREE_FIELDS', 'TrainConfig', 'sequences_per_step', 'parameter_groups', 'make_optimizer',
            'learning_rate', 'decay_product', 'accumulate_gradients', 'channel_variance', 'StreamWatch', 'is_set',
-           'find_world', 'summarize_watch', 'summarize_experts', 'Run', 'saved_bytes', 'activation_bytes',
-           'memory_bytes', 'choose_strategy', 'start_run', 'decide_execution', 'step_windows', 'Measured',
-           'training_step', 'logs_at', 'without_infinities', 'log_step', 'read_log', 'checkpoints', 'read_label',
-           'TrainResult', 'usual_torch', 'read_result', 'load_result', 'train', 'evaluate']
+           'find_world', 'summarize_watch', 'Run', 'memory_bytes', 'start_run', 'training_step', 'logs_at',
+           'without_infinities', 'checkpoints', 'read_label', 'TrainResult', 'usual_torch', 'read_result',
+           'load_result', 'train', 'evaluate']
 
 # %% ../nbs/build/05_train.ipynb #16201200
 import json
@@ -28,7 +27,6 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,13 +47,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .compilation import CompiledLoss, Execution, choose_execution, compiler_errors_in_short
-from .compilation import missing_compiler
-from .compilation import kept_memory, plain_execution, use_compiler_cache
+from .compilation import kept_memory, missing_compiler, plain_execution, use_compiler_cache
 from .configuration import NOT_NEGATIVE, POSITIVE, SEED, Config, check_fields, one_of, require
-from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss, full_precision
-from .core import param_counts
+from .core import LOGITS_AT_ONCE, BlockOutput, ModelConfig, Transformer, block_loss
+from .core import full_precision, param_counts
 from .integrity import Damaged, atomic_folder, check_identity, check_seal, check_stamp, checksum
-from .integrity import content_checksum, read_json, seal, set_aside, stamp, write_text
+from .integrity import content_checksum, read_json, read_object, seal, set_aside, stamp, write_text
 from .moe import expert_load
 
 # %% ../nbs/build/05_train.ipynb #8253d595
@@ -66,8 +63,7 @@ class TrainConfig(Config):
     "How a model is trained. Sizes are in tokens and in steps; one step is one update of the weights."
     steps: int                             # updates of the weights
     tokens_per_step: int = 4096            # targets a step, over all sequences and processes; a multiple of T
-    # targets a forward pass in one process; None: the whole step at once
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None  # targets a forward pass in one process; None: the whole step
     lr: float = 3e-3                       # peak learning rate
     min_lr_ratio: float = 0.1              # last learning rate divided by the peak
     warmup_steps: int | None = None        # steps of linear warm-up; None: a twentieth of all steps
@@ -78,21 +74,20 @@ class TrainConfig(Config):
     clip: float = 1.0                      # largest norm of the gradient
     precision: str = 'auto'                # of matrix products: fp32, bf16, or auto, what is fastest
     compile: str = 'auto'                  # whether to compile the step: on, off, or auto, if that is fastest
-    seed: int = 0  # of the initial weights, the order of the data, and any other randomness
+    seed: int = 0                          # of the initial weights, the order of the data, and all randomness
     log_every: int = 10                    # steps between records in the log
     checkpoint_every: int = 200            # steps between checkpoints
     keep_checkpoints: int = 2              # newest checkpoints that are kept
     strategy: str = 'auto'  # of several processes: ddp (each holds the model), fsdp (a share of it), or auto
-    # compute blocks again in the backward pass; None: if memory asks for it
-    activation_checkpointing: bool | None = None
+    activation_checkpointing: bool | None = None  # compute blocks once more; None: if memory asks for it
 
     RULES = {'steps tokens_per_step micro_batch_tokens lr eps clip log_every': POSITIVE,
              'checkpoint_every keep_checkpoints': POSITIVE, 'warmup_steps weight_decay': NOT_NEGATIVE,
              'min_lr_ratio': ((lambda ratio: 0 <= ratio <= 1), 'must lie between 0 and 1'),
              'betas': ((lambda betas: all(0 <= b < 1 for b in betas)), 'must be two numbers in [0, 1)'),
              'decay_groups': one_of(DECAY_GROUPS), 'precision': one_of(('auto', 'fp32', 'bf16')),
-             'seed': SEED,
-             'compile': one_of(('auto', 'on', 'off')), 'strategy': one_of(('auto', 'ddp', 'fsdp'))}
+             'seed': SEED, 'compile': one_of(('auto', 'on', 'off')),
+             'strategy': one_of(('auto', 'ddp', 'fsdp'))}
 
     def __post_init__(self):
         if isinstance(self.compile, bool):  # older files
@@ -104,17 +99,15 @@ class TrainConfig(Config):
 # %% ../nbs/build/05_train.ipynb #9ab18ed8
 def sequences_per_step(config: TrainConfig, T: int, processes: int = 1) -> int:
     "Sequences that hold `tokens_per_step` targets; a step that does not divide evenly is an error."
-    require(config.tokens_per_step % (T * processes) == 0, config, 'tokens_per_step',
-            f'must be a multiple of the context length {T}'
-            + (f' x {processes} processes' if processes > 1 else ''))
-    require((config.micro_batch_tokens or T) % T == 0, config, 'micro_batch_tokens',
-            f'must be a multiple of the context length {T}')
+    allowed = f'must be a multiple of the context length {T}'
+    require((config.micro_batch_tokens or T) % T == 0, config, 'micro_batch_tokens', allowed)
+    if processes > 1: allowed += f' x {processes} processes'
+    require(config.tokens_per_step % (T * processes) == 0, config, 'tokens_per_step', allowed)
     return config.tokens_per_step // T
 
 # %% ../nbs/build/05_train.ipynb #ab7c85af
 def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str = 'matrices') -> list[dict]:
-    """AdamW's parameter groups with params, their names and weight_decay: first the parameters that decay,
-    then the others."""
+    "AdamW's parameter groups with params, names and weight_decay: first the one that decays."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = [dict(params=[], names=[], weight_decay=decay) for decay in (weight_decay, 0.0)]
     for name, p in model.named_parameters():
@@ -173,12 +166,10 @@ def channel_variance(x: Tensor) -> Tensor:  # x: stream or update, (B, T, D); gi
 
 # %% ../nbs/build/05_train.ipynb #effba067
 class StreamWatch:
-    """Called after each block with its output; keeps variances, one number a token, and what blocks add to
-    the loss."""
+    "Called after each block: keeps the variances of its output, and what blocks add to the loss."
     def __init__(self, config: ModelConfig, device='cpu'):
         self.config, self.auxiliary = config, 0.0  # sum over all sequences of what blocks add to the loss
-        # seen; a tensor, because a compiler takes numbers for constants
-        self.sequences = torch.zeros((), device=device)
+        self.sequences = torch.zeros((), device=device)  # seen; a compiler takes plain numbers for constants
         self.stream, self.attention, self.feed_forward = [], [], []   # L + 1, L and L tensors of (B, T)
         self.load = []                                                # L tensors of (E,)
 
@@ -191,9 +182,8 @@ class StreamWatch:
         B = len(out.stream)
         if l == 1: self.sequences += B
         if len(self.attention) < self.config.n_layers:  # the first micro-batch
-            self.stream.append(channel_variance(out.stream))
-            self.attention.append(channel_variance(out.attention))
-            self.feed_forward.append(channel_variance(out.feed_forward))
+            for kept, x in ((self.stream, out.stream), (self.attention, out.attention),
+                            (self.feed_forward, out.feed_forward)): kept.append(channel_variance(x))
             if out.routing is not None: self.load.append(expert_load(out.routing))
         self.auxiliary += B * block_loss(self.config, out, B)
 
@@ -204,54 +194,42 @@ def is_set(name: str) -> bool:
 
 def find_world() -> PartialState:
     "This process's device, and its place among the processes that were launched together."
-    # accelerate's own ways to divide a model
     for name in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_MEGATRON_LM'):
-        if is_set(name):
+        if is_set(name):     # accelerate's own ways to divide a model
             raise ValueError(f"{name}={os.environ[name]} must not be set: "
                              "accelerate launch only starts the processes; strategy='fsdp' of the training "
                              "(--set train.strategy=fsdp) divides the model among them")
     launched = int(os.environ.get('WORLD_SIZE') or 1)
     # processes cannot share Apple's GPU
     gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
-    advice = ('start all of them with torchrun or accelerate launch, '
-              'or unset WORLD_SIZE to train in one process')
-    if launched > 1 and not os.environ.get('MASTER_ADDR'):
-        raise RuntimeError(f'WORLD_SIZE={launched}, but MASTER_ADDR is not set, so processes cannot find '
-                           f'each other; {advice}')
-    try: world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
+    try:
+        if launched > 1 and not os.environ.get('MASTER_ADDR'): raise RuntimeError('MASTER_ADDR is not set')
+        world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
+        if launched == world.num_processes: return world
+        raise RuntimeError(f'this process is one of {world.num_processes}')
     except (ValueError, RuntimeError) as error:
         if launched == 1: raise
-        raise RuntimeError(
-            f'WORLD_SIZE={launched}, but the processes do not find each other ({error}); {advice}') from error
-    if launched != world.num_processes:
-        raise RuntimeError(
-            f'WORLD_SIZE={launched}, but this process is one of {world.num_processes}; {advice}')
-    return world
+        raise RuntimeError(f'WORLD_SIZE={launched}, but processes do not find each other ({error}); start '
+                           'all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in '
+                           'one process') from error
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
-def summarize_watch(watch: StreamWatch, world: PartialState) -> dict[str, list[float]]:
+def summarize_watch(watch: StreamWatch) -> dict[str, list[float]]:
     """Variances over the tokens of all processes: mean, median, and mean without position 0 for the L + 1
-    streams; means for the L updates."""
-    def gathered(per_layer):
-        x = torch.stack(per_layer, 1)  # (B / processes, layers, T)
-        return gather(x) if world.num_processes > 1 else x                                  # (B, layers, T)
-    stream = gathered(watch.stream)                                                           # (B, L + 1, T)
-    return dict(variance_mean=stream.mean((0, 2)).tolist(),
-                variance_median=stream.transpose(0, 1).flatten(1).median(1).values.tolist(),
-                variance_without_first=stream[:, :, 1:].mean((0, 2)).tolist(),
-                attention_variance=gathered(watch.attention).mean((0, 2)).tolist(),
-                feed_forward_variance=gathered(watch.feed_forward).mean((0, 2)).tolist())
-
-# %% ../nbs/build/05_train.ipynb #dc9a7e9f
-def summarize_experts(watch: StreamWatch, world: PartialState) -> dict:
-    """What blocks add to the loss, if anything, and if there are experts the load of each block's busiest
-    (1: an even share)."""
-    c, found = watch.config, {}
-    def average(x): return reduce(x, 'mean') if world.num_processes > 1 else x
+    streams; means for the L updates. Where there is any, what blocks add to the loss, `auxiliary`, and the
+    load of each block's busiest expert (1: an even share)."""
+    c = watch.config
+    kept = watch.stream, watch.attention, watch.feed_forward
+    stream, attention, feed_forward = (gather(torch.stack(x, 1)) for x in kept)     # (B, L + 1 or L, T) each
+    found = dict(variance_mean=stream.mean((0, 2)).tolist(),
+                 variance_median=stream.transpose(0, 1).flatten(1).median(1).values.tolist(),
+                 variance_without_first=stream[:, :, 1:].mean((0, 2)).tolist(),
+                 attention_variance=attention.mean((0, 2)).tolist(),
+                 feed_forward_variance=feed_forward.mean((0, 2)).tolist())
     if isinstance(watch.auxiliary, Tensor):
-        found['auxiliary'] = average(watch.auxiliary / watch.sequences).item()
+        found['auxiliary'] = reduce(watch.auxiliary / watch.sequences, 'mean').item()
     if watch.load:
-        load = average(torch.stack(watch.load))                                 # (L, E)
+        load = reduce(torch.stack(watch.load), 'mean')                      # (L, E)
         found['busiest_expert'] = (load.amax(1) * c.n_experts / c.experts_per_token).tolist()
     return found
 
@@ -282,10 +260,9 @@ class Run:
     @property
     def divided(self) -> bool: return isinstance(self.model, FSDPModule)
 
-# %% ../nbs/build/05_train.ipynb #5a7e0b01
-def saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = True) -> int:
-    """Bytes that an uncompiled forward pass keeps for the backward pass; fake=False: really do it, not
-    count shapes only."""
+# %% ../nbs/build/05_train.ipynb #5d21a0b2
+def _saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = True) -> int:
+    "Bytes that an uncompiled forward pass keeps for the way back, by shapes or (fake=False) in fact."
     kept, tensors = {}, []
     with FakeTensorMode() if fake else torch.enable_grad():
         model = Transformer(config)
@@ -301,44 +278,36 @@ def saved_bytes(config: ModelConfig, sequences: int, bf16: bool, fake: bool = Tr
             model(windows[:, :-1], targets=windows[:, 1:])
     return sum(kept.values())
 
-def activation_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> int:
-    """Bytes on each card that a forward pass keeps, and the largest piece of logits with its gradients; as
-    `memory_bytes`."""
+def _activation_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> int:
+    "Bytes on a card that a forward pass keeps, and the largest piece of logits; as `memory_bytes`."
     m, t = config.model, config.train
     B = max(1, min(t.micro_batch_tokens or t.tokens_per_step, t.tokens_per_step // gpus) // m.context_length)
     count = bf16 or m.n_experts > 0  # fake experts run in bf16 only
-    one, two = (saved_bytes(m.replace(n_layers=L), B, count) for L in (1, 2))
-    factor = 1 if count == bf16 else 2
-    kept = factor * one + (m.n_layers - 1) * (4 * B * m.context_length * m.d_model if again
-                                              else factor * (two - one))
-    return kept + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
+    one, two = ((1 if count == bf16 else 2) * _saved_bytes(m.replace(n_layers=L), B, count) for L in (1, 2))
+    a_block = 4 * B * m.context_length * m.d_model if again else two - one
+    return one + (m.n_layers - 1) * a_block + 12 * min(B * m.context_length * m.vocab_size, LOGITS_AT_ONCE)
 
 def memory_bytes(config, gpus: int = 1, bf16: bool = True, again: bool = False) -> dict[str, int]:
     """The most bytes that a training step needs on each card, compiled or not: 'single', 'ddp' and 'fsdp'.
     The config has model and training, as a RunConfig; `again`: blocks are computed again in the backward
     pass."""
-    P, m = param_counts(config.model), config.model
-    largest = max(P['blocks'] // m.n_layers, P['embedding'])  # fetched as one piece
-    shared = activation_bytes(config, gpus, bf16, again)
-    return dict(single=16 * P['total'] + activation_bytes(config, 1, bf16, again),
-                ddp=20 * P['total'] + shared,
-                fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
+    P, shared = param_counts(config.model), _activation_bytes(config, gpus, bf16, again)
+    largest = max(P['blocks'] // config.model.n_layers, P['embedding'])  # fetched as one piece
+    return dict(single=16 * P['total'] + _activation_bytes(config, 1, bf16, again),
+                ddp=20 * P['total'] + shared, fsdp=16 * P['total'] // gpus + 3 * 4 * largest + shared)
 
-# %% ../nbs/build/05_train.ipynb #5d21a0b2
-def choose_strategy(model_config: ModelConfig, config: TrainConfig, world: PartialState) -> tuple[str, bool]:
-    """How processes share a model, 'single', 'ddp' or 'fsdp', and whether blocks are computed again: the
-    first that fits."""
+def _choose_strategy(model_config: ModelConfig, config: TrainConfig, world: PartialState) -> tuple[str, bool]:
+    "How processes share a model, and whether blocks are computed again: the first way that fits."
     n, again = world.num_processes, config.activation_checkpointing
     ways = ('single',) if n == 1 else ('ddp', 'fsdp') if config.strategy == 'auto' else (config.strategy,)
-    choices = [(way, keep_less) for keep_less in ((False, True) if again is None else (again,))
-               for way in ways]
-    if world.device.type != 'cuda': return choices[0]
+    *choices, last = ((way, keep_less) for keep_less in ((False, True) if again is None else (again,))
+                      for way in ways)
+    if world.device.type != 'cuda': return (*choices, last)[0]
     room = 0.9 * torch.cuda.mem_get_info(world.device)[1]
+    run = SimpleNamespace(model=model_config, train=config)
     bf16 = plain_execution(config.precision, world.device).bf16
-    for way, keep_less in choices[:-1]:
-        if memory_bytes(SimpleNamespace(model=model_config, train=config), n, bf16, keep_less)[way] <= room:
-            return way, keep_less
-    return choices[-1]
+    return next(((way, keep_less) for way, keep_less in choices
+                 if memory_bytes(run, n, bf16, keep_less)[way] <= room), last)
 
 def _divide(model: Transformer, world: PartialState):
     "Give each process its share of every block, and of the rest; each block is fetched as one piece (FSDP2)."
@@ -361,75 +330,67 @@ def start_run(model_config: ModelConfig, config: TrainConfig, corpus, folder: Pa
     "A seeded model on its device, with its optimiser."
     torch.manual_seed(config.seed)
     model = placed = Transformer(model_config)
-    way, model.checkpointing = choose_strategy(model_config, config, world)
+    way, model.checkpointing = _choose_strategy(model_config, config, world)
     if way == 'fsdp': _divide(model, world)
     else: model.to(world.device)
     if way == 'ddp':
-        placed = DistributedDataParallel(model,
-                                         device_ids=None if world.device.type == 'cpu' else [world.device])
+        devices = None if world.device.type == 'cpu' else [world.device]
+        placed = DistributedDataParallel(model, device_ids=devices)
     return Run(model, placed, make_optimizer(model, config), world, config, corpus, folder)
 
 # %% ../nbs/build/05_train.ipynb #5589aa58
-def decide_execution(run: Run, say: Callable[[str], None] = lambda text: None, trial: bool = True):
+def _decide_execution(run: Run, say: Callable[[str], None]):
     "Decide how the steps of a run are computed, unless its checkpoint has said so."
-    config, device, alone = run.config, run.world.device, run.world.num_processes == 1
-    if run.execution == _UNDECIDED and alone and trial:
-        model, n = (run.model.config,
-                    min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step))
-        random, shape = (torch.Generator().manual_seed(0),
-                         (n // model.context_length, model.context_length + 1))
-        windows = torch.randint(model.vocab_size, shape, generator=random).to(device)      # (b, T + 1)
+    config, model, device = run.config, run.model.config, run.world.device
+    alone = run.world.num_processes == 1
+    if run.execution == _UNDECIDED and alone:
+        n = min(config.tokens_per_step, config.micro_batch_tokens or config.tokens_per_step)
+        windows = torch.randint(model.vocab_size, (n // model.context_length, model.context_length + 1),
+                                generator=torch.Generator().manual_seed(0)).to(device)     # (b, T + 1)
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
         run.execution = choose_execution(run.model, windows, passes, config.precision, config.compile,
                                          lambda: StreamWatch(model, device), say)
     elif run.execution == _UNDECIDED:  # a model that is wrapped for several processes is not compiled
         run.execution = plain_execution(config.precision, device)
     if not (run.execution.compiled and alone): return
-    if missing := missing_compiler() if device.type == 'cpu' else None:
+    if missing := missing_compiler(device):
         raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks '
                          f'{missing}; install it, or start the run anew with resume=False')
     use_compiler_cache()
     run.loss = CompiledLoss(run.model)
 
 # %% ../nbs/build/05_train.ipynb #b77b6211
-def step_windows(run: Run) -> Tensor:  # the windows of this process, (N / processes, T + 1)
+def _step_windows(run: Run) -> Tensor:  # the windows of this process, (N / processes, T + 1)
     "This process's share of the windows of the coming step; also seeds PyTorch's generators for it."
-    config, rank, processes = run.config, run.world.process_index, run.world.num_processes
+    config, rank, T = run.config, run.world.process_index, run.model.config.context_length
     torch.manual_seed(int(np.random.SeedSequence((config.seed, run.step, rank)).generate_state(1)[0]))
-    T = run.model.config.context_length
     windows = run.corpus.batch(run.step, config.tokens_per_step // T, T, config.seed)       # (N, T + 1)
-    return windows[rank::processes].to(run.world.device)                              # (N / processes, T + 1)
+    return windows[rank::run.world.num_processes].to(run.world.device)                # (N / processes, T + 1)
 
 # %% ../nbs/build/05_train.ipynb #449b7623
-class Measured(NamedTuple):
-    "What one step reports."
-    loss: float       # what is minimised, over all targets of the step, in nats, before the update
-    lr: float         # learning rate of the update
-    grad_norm: float  # norm of the gradient before clipping
-
 def training_step(run: Run, watch: StreamWatch | None = None,
-                  stop: Callable[[], bool] = lambda: False) -> tuple[Measured, bool]:
-    """One update of the weights, or none if loss or gradient are not finite: what was measured, and whether
-    any process was asked to stop. `run.step` is left to the caller."""
+                  stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], bool]:
+    """One update of the weights, or none if loss or gradient are not finite; `run.step` is left to the
+    caller. What was measured before it: the `loss` that is minimised, over all targets of the step, in nats;
+    `lr`; `grad_norm` before clipping. And whether any process was asked to stop."""
     config, lr = run.config, learning_rate(run.step, run.config)
     for group in run.optimizer.param_groups: group['lr'] = lr
-    windows = step_windows(run)                                                             # (n, T + 1)
+    windows = _step_windows(run)                                                             # (n, T + 1)
     sequences = min(len(windows), (config.micro_batch_tokens or windows.numel()) // (windows.shape[1] - 1))
-    execution = run.execution
-    if execution.compiled and watch is None:  # one graph for all steps
+    if run.execution.compiled and watch is None:  # one graph for all steps
         watch = StreamWatch(run.model.config, windows.device)
     with torch.no_grad():
         if watch is not None: watch.see_embedding(run.model.embed(windows[:sequences, :-1]))
     with compiler_errors_in_short():
-        loss = accumulate_gradients(run.loss or run.placed, windows, sequences, execution.bf16, watch)
+        loss = accumulate_gradients(run.loss or run.placed, windows, sequences, run.execution.bf16, watch)
     grad_norm = _whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)).item()
     shared = torch.stack([loss, loss.new_tensor(float(stop()))])                            # (2,)
     loss, stopping = reduce(shared, 'mean').tolist()
     if math.isfinite(loss) and math.isfinite(grad_norm): run.optimizer.step()
     run.optimizer.zero_grad()
-    return Measured(loss, lr, grad_norm), stopping > 0
+    return dict(loss=loss, lr=lr, grad_norm=grad_norm), stopping > 0
 
-# %% ../nbs/build/05_train.ipynb #2aee5afc
+# %% ../nbs/build/05_train.ipynb #b5aacb4f
 FREE_FIELDS = ('micro_batch_tokens', 'compile', 'checkpoint_every', 'keep_checkpoints', 'strategy',
                'activation_checkpointing')
 
@@ -445,8 +406,7 @@ def _read_configs(label: dict) -> tuple[ModelConfig, TrainConfig]:
         raise ValueError(f'{type(error).__name__}: {error}') from None
 
 def _run_id(label: dict) -> str:
-    """A short name for what a run computes. Fields at their default do not count,
-    so a new field changes no name."""
+    "A short name for what a run computes; fields at their default do not count, so a new one changes none."
     def plain(f, value):
         return float(value) if type(f.default) is float else value    # 0 and 0.0 are one number
     parts = [{f.name: plain(f, getattr(c, f.name)) for f in fields(c)
@@ -474,17 +434,16 @@ def without_infinities(value):
     if isinstance(value, (list, tuple)): return [without_infinities(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/build/05_train.ipynb #b915e011
 _TRACKERS = ('tensorboard', 'wandb')
 
 @contextmanager
 def _open_tracker(run: Run, name: str | None):
     "Let TensorBoard or Weights & Biases show the log too, through accelerate."
     if name and run.world.is_main_process:
-        options = dict(logging_dir=run.folder) if name == 'tensorboard' else dict(
-            id=run.id, name=run.folder.name, resume='allow', dir=str(run.folder))
-        run.tracker = LOGGER_TYPE_TO_CLASS[name]('tensorboard' if name == 'tensorboard' else 'sparsecod',
-                                                 **options)
+        wandb = dict(id=run.id, name=run.folder.name, resume='allow', dir=str(run.folder))
+        project, options = (('sparsecod', wandb) if name == 'wandb'
+                            else ('tensorboard', dict(logging_dir=run.folder)))
+        run.tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
         if hasattr(run.tracker, 'start'): run.tracker.start()  # accelerate 1.11 or newer
     try: yield
     finally:
@@ -503,29 +462,26 @@ def _log_line(record: dict, run: str) -> str:
     "A record as a line of the log."
     return json.dumps(stamp(record | dict(run=run))) + '\n'
 
-def log_step(run: Run, measured: Measured, watch: StreamWatch | None) -> dict:
+def _log_step(run: Run, measured: dict, watch: StreamWatch | None) -> dict:
     "Append one record to `log.jsonl`, and return it."
     step, seconds = run.mark
     speed = (run.step - step) * run.config.tokens_per_step / max(run.seconds - seconds, 1e-9)
     run.mark = run.step, run.seconds
-    record = dict(step=run.step, tokens=run.step * run.config.tokens_per_step, **measured._asdict(),
-                  tokens_per_s=speed)
+    record = dict(step=run.step, tokens=run.step * run.config.tokens_per_step, **measured, tokens_per_s=speed)
     if watch is not None:
-        record |= summarize_watch(watch, run.world) | summarize_experts(watch, run.world)
+        record |= summarize_watch(watch)
         record['loss'] -= record.get('auxiliary', 0.0)  # the log states the cross-entropy
-    record = without_infinities(record)
-    if run.world.is_main_process:
-        path = run.folder / 'log.jsonl'
-        with _say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file:
-            file.write(_log_line(record, run.id))
-        if run.tracker:
-            numbers = {f'{key}/{l}': x for key, values in record.items() if isinstance(values, list)
-                       for l, x in enumerate(values)}
-            run.tracker.log({key: x for key, x in (record | numbers).items() if isinstance(x, (int, float))},
-                            step=run.step)
+    record, path = without_infinities(record), run.folder / 'log.jsonl'
+    if not run.world.is_main_process: return record
+    with _say_where(path), open(path, 'a', encoding='utf-8', newline='\n') as file:
+        file.write(_log_line(record, run.id))
+    if run.tracker:
+        numbers = {f'{key}/{l}': x for key, values in record.items() if isinstance(values, list)
+                   for l, x in enumerate(values)}
+        run.tracker.log({key: x for key, x in (record | numbers).items() if isinstance(x, (int, float))},
+                        step=run.step)
     return record
 
-# %% ../nbs/build/05_train.ipynb #b5aacb4f
 def _read_records(path: Path, run: str) -> tuple[dict[int, dict], list[str]]:
     "What the log of a run holds, by step, in order, and what is wrong with other lines."
     records, problems = {}, []
@@ -542,18 +498,22 @@ def _read_records(path: Path, run: str) -> tuple[dict[int, dict], list[str]]:
             if number < len(lines): problems.append(f'{where} is no record')  # the last may be half written
     return dict(sorted(records.items())), problems
 
-def read_log(folder: str | Path) -> list[dict]:
+def _read_log(folder: Path) -> list[dict]:
     "The log of a run as a list of records; a damaged line is named and left out."
-    path, label = Path(folder) / 'log.jsonl', read_label(Path(folder))
+    path, label = folder / 'log.jsonl', read_label(folder)
     records, problems = _read_records(path, _run_id(label)) if label else ({}, [])
     if problems: warnings.warn(f'{path} is damaged: {_shortened(problems)}', stacklevel=2)
     return list(records.values())
+
+def _missing_steps(there, last: int, config: TrainConfig) -> list[int]:
+    "The steps up to the last one whose records are not there."
+    return [s for s in range(1, last + 1) if logs_at(s, config) and s not in there]
 
 def _shortened(items: list) -> str:
     "The first few of many, as text."
     return ', '.join(map(str, items[:5])) + (f' and {len(items) - 5} more' if len(items) > 5 else '')
 
-# %% ../nbs/build/05_train.ipynb #c4480ba2
+# %% ../nbs/build/05_train.ipynb #5d21a0b5
 def _optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     "The optimiser's state as one flat dictionary."
     return {f'{key}:{name}': value for group in optimizer.param_groups
@@ -568,22 +528,16 @@ def _load_optimizer_tensors(optimizer: torch.optim.AdamW, tensors: dict[str, Ten
         state[names.index(name)][key] = value.clone()
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
 
-# %% ../nbs/build/05_train.ipynb #096d16ce
 _FORMAT = 2  # of checkpoints and final models; what has another number is passed over
-_CHECKPOINT_FILES, _SHARES = (('model.safetensors', 'optimizer.safetensors', 'state.json'),
-                              'shard-*.safetensors')
+_SHARES = 'shard-*.safetensors'
 
 def checkpoints(folder: Path) -> list[Path]:  # folders checkpoints/step-00000200 and so on
     "The checkpoints of a run, oldest first."
-    found = [path for path in (folder / 'checkpoints').glob('step-*')
-             if re.fullmatch(r'step-\d{8,}', path.name)]
-    return sorted(found, key=_step_of)
+    found = (folder / 'checkpoints').glob('step-*')
+    return sorted((path for path in found if re.fullmatch(r'step-\d{8,}', path.name)), key=_step_of)
 
-def _step_of(checkpoint: Path) -> int:
-    "The step in the name of a checkpoint."
-    return int(checkpoint.name.removeprefix('step-'))
+def _step_of(checkpoint: Path) -> int: return int(checkpoint.name.removeprefix('step-'))
 
-# %% ../nbs/build/05_train.ipynb #5d21a0b5
 def _save_shares(run: Run, folder: Path | None):  # folder: of the checkpoint; known to the main process
     "Let every process write its share of weights and optimiser."
     folder, = broadcast_object_list([folder])
@@ -619,41 +573,32 @@ def _save_checkpoint(run: Run):
             save_model(run.model, str(draft / 'model.safetensors'))
             save_file(_optimizer_tensors(run.optimizer), draft / 'optimizer.safetensors')
         if not main: return
-        write_text(draft / 'state.json',
-                   json.dumps(dict(step=run.step, seconds=run.seconds, mark=run.mark,
-                                   execution=run.execution)))
+        state = dict(step=run.step, seconds=run.seconds, mark=run.mark, execution=run.execution)
+        write_text(draft / 'state.json', json.dumps(state))
         seal(draft, dict(format=_FORMAT, step=run.step, **run.label))
     older = [path for path in checkpoints(run.folder) if _step_of(path) < run.step]
     for old in older[:len(older) + 1 - run.config.keep_checkpoints]: shutil.rmtree(old)
 
-# %% ../nbs/build/05_train.ipynb #b9b5c285
+# %% ../nbs/build/05_train.ipynb #d8862ff6
 def _check_folder(folder: Path, step: int, label: dict, names: tuple):
     "Raise `Damaged` if a folder is not what a run has saved after a step."
     found = check_seal(folder, dict(format=_FORMAT, step=step), names)
     if other := _other_run(found, label): raise Damaged(f'{folder} belongs to another run: {other}')
 
-def _check_checkpoint(checkpoint: Path, label: dict):
-    "Raise `Damaged` if anything in a checkpoint is not as this run has saved it."
-    step, path = _step_of(checkpoint), checkpoint / 'state.json'
-    _check_folder(checkpoint, step, label,
-                  ('state.json',) if any(checkpoint.glob(_SHARES)) else _CHECKPOINT_FILES)
-    state = read_json(path)
-    if not isinstance(state, dict) or not {'step', 'seconds', 'mark'} <= set(state):
-        raise Damaged(f'{path} holds no state of a run')
-    if state['step'] != step:
-        raise Damaged(f'{path} is of another step: step={state["step"]!r} there, step={step} expected')
-
-# %% ../nbs/build/05_train.ipynb #d8862ff6
 def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None, list[int]]:
     "The newest checkpoint that is sound, or an older one if fewer records are lost with it."
     best, lost = None, []
     for path in reversed(checkpoints(run.folder)):
-        try: _check_checkpoint(path, run.label)
+        step, state = _step_of(path), path / 'state.json'
+        whole = () if any(path.glob(_SHARES)) else ('model.safetensors', 'optimizer.safetensors')
+        try:
+            _check_folder(path, step, run.label, (*whole, state.name))
+            check_identity(state, read_object(state), dict(step=step))
         except Damaged as error:
             warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one '
                           f'before it', stacklevel=2)
             continue
-        missing = [s for s in range(1, _step_of(path) + 1) if logs_at(s, run.config) and s not in records]
+        missing = _missing_steps(records, step, run.config)
         if best is None or len(missing) < len(lost): best, lost = path, missing
         if not lost: break
     return best, lost
@@ -665,9 +610,9 @@ def _pick_up(run: Run) -> Path | None:  # the checkpoint to continue from; None:
     records, problems = _read_records(log, run.id)
     best, lost = _choose_checkpoint(run, records)
     start = 0 if best is None else _step_of(best)
-    if problems or lost:
-        said = [*problems] + [f'the records of steps {_shortened(lost)} are lost'] * bool(lost)
-        warnings.warn(f'{log} is damaged: {_shortened(said)}; the run goes on after step {start}, '
+    if lost: problems.append(f'the records of steps {_shortened(lost)} are lost')
+    if problems:
+        warnings.warn(f'{log} is damaged: {_shortened(problems)}; the run goes on after step {start}, '
                       'and resume=False would begin it anew', stacklevel=2)
         if log.exists(): set_aside(log)
     for path in checkpoints(run.folder):
@@ -689,7 +634,7 @@ def _restore(run: Run):
     if state.get('execution'): run.execution = Execution(*state['execution'])
     run.world.wait_for_everyone()
 
-# %% ../nbs/build/05_train.ipynb #ecbc8e1d
+# %% ../nbs/build/05_train.ipynb #b814bea6
 _OWN_FILES = ('config.json', 'log.jsonl', 'result.json', 'checkpoints', 'model')
 
 def read_label(folder: Path) -> dict | None:  # folder: perhaps of a run
@@ -704,7 +649,6 @@ def read_label(folder: Path) -> dict | None:  # folder: perhaps of a run
         raise ValueError(f'{path} is not that of a training ({error}); choose another folder') from None
     return check_stamp(label, path)
 
-# %% ../nbs/build/05_train.ipynb #1648d4a8
 def _run_files(folder: Path) -> list[Path]:
     "Files and folders of a run; some with the same names that no run has made raise a ValueError."
     found = [folder / name for name in _OWN_FILES if (folder / name).exists() or (folder / name).is_symlink()]
@@ -717,43 +661,30 @@ def _run_files(folder: Path) -> list[Path]:
                          'but no config.json of a training; nothing was erased: choose another folder')
     return found
 
-def _remove(path: Path):
-    "Delete a file or a folder."
-    if path.is_dir(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
-
-def _drafts(folder: Path) -> list[Path]:
-    "What an earlier call of `train` had begun to write when it was killed."
-    own = '|'.join(re.escape(name) for name in _OWN_FILES if name != 'checkpoints')
-    found = [path for path in folder.iterdir() if re.fullmatch(rf'({own})(\.\d+)?\.draft', path.name)]
-    return found + [path for path in (folder / 'checkpoints').glob('step-*')
-                    if re.fullmatch(r'step-\d+(\.\d+)?\.draft', path.name)]
-
 def _open_folder(folder: Path, model_config: ModelConfig, config: TrainConfig, corpus, resume: bool,
                  world: PartialState):
-    """Make the folder of a run ready: erased unless to be resumed, and checked against the configuration
-    and the corpus."""
+    "Make the folder of a run ready: check what is in it, and erase it unless it is to be resumed."
     mine = _run_files(folder)                         # raises if somebody else's files stand in the way
-    if not resume:
-        world.wait_for_everyone()
-        for path in (sorted(mine, key=lambda path: path.name == 'config.json')
-                     if world.is_main_process else ()):
-            _remove(path)
-        world.wait_for_everyone()
-    found = read_label(folder)
+    found = read_label(folder) if resume else None
     if found and (other := _other_run(found, _make_label(model_config, config, corpus.fingerprint))):
         raise ValueError(f'{folder} holds another run: {other}; choose another folder, or resume=False to '
                          f'erase it and start afresh')
     world.wait_for_everyone()
     if world.is_main_process:
-        for path in _drafts(folder): _remove(path)
-        for path in _run_files(folder):
+        own = '|'.join(re.escape(name) for name in _OWN_FILES if name != 'checkpoints')
+        draft = re.compile(rf'({own}|checkpoints/step-\d+)(\.\d+)?\.draft')   # of a call that was killed
+        erased = [path for path in (*folder.iterdir(), *(folder / 'checkpoints').glob('step-*'))
+                  if draft.fullmatch(path.relative_to(folder).as_posix())]
+        if not resume: erased += sorted(mine, key=lambda path: path.name == 'config.json')
+        for path in erased:
+            if path.is_dir(): shutil.rmtree(path)
+            else: path.unlink(missing_ok=True)
+        for path in mine if resume else ():
             if path.is_dir() != (path.name in ('checkpoints', 'model')):
                 warnings.warn(f'{path} is {"a folder" if path.is_dir() else "a file"}, which no training '
                               f'makes of it; it is now {set_aside(path).name}', stacklevel=2)
     world.wait_for_everyone()
 
-# %% ../nbs/build/05_train.ipynb #b814bea6
 @contextmanager
 def _lock_folder(folder: Path, world: PartialState):
     "Hold the folder's lock, or raise a RuntimeError if another process holds it."
@@ -766,23 +697,19 @@ def _lock_folder(folder: Path, world: PartialState):
     finally: lock.release()
 
 # %% ../nbs/build/05_train.ipynb #daafae3a
-class _StopSignal:
-    """Between enter and exit, turns SIGINT and SIGTERM into the flag `asked`; a SIGINT a second later
-    interrupts at once."""
-    def __enter__(self):
-        self.asked, self.before, self.since = False, {}, math.inf
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        "Raise the flag."
-        if number == signal.SIGINT and time.monotonic() > self.since + 1:
+@contextmanager
+def _stop_signals():
+    "Meanwhile, signals to stop only go into this list; a SIGINT a second later interrupts at once."
+    asked = []
+    def ask(number, frame):
+        if number == signal.SIGINT and asked and time.monotonic() > asked[0] + 1:
             raise KeyboardInterrupt  # a launcher repeats a signal at once
-        self.asked, self.since = True, min(self.since, time.monotonic())
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
+        asked.append(time.monotonic())
+    main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try: yield asked
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
 @contextmanager
 def _say_lost(run: Run):
@@ -795,17 +722,17 @@ def _say_lost(run: Run):
                            'with the same command the run continues from its last checkpoint') from None
 
 # %% ../nbs/build/05_train.ipynb #022cafc1
-def _run_steps(run: Run, stop: _StopSignal, bar: tqdm) -> str:
+def _run_steps(run: Run, asked: list, bar: tqdm) -> str:   # asked: signals to stop, see _stop_signals
     "The training loop."
     while run.step < run.config.steps:
         start = time.perf_counter()
         watch = StreamWatch(run.model.config, run.world.device) if logs_at(run.step + 1, run.config) else None
-        measured, stopping = training_step(run, watch, lambda: stop.asked)
-        diverged = not (math.isfinite(measured.loss) and math.isfinite(measured.grad_norm))
+        measured, stopping = training_step(run, watch, lambda: bool(asked))
+        diverged = not (math.isfinite(measured['loss']) and math.isfinite(measured['grad_norm']))
         run.step += 1
         run.seconds += time.perf_counter() - start
         if watch or diverged:
-            record = log_step(run, measured, watch)
+            record = _log_step(run, measured, watch)
             loss = math.nan if record['loss'] is None else record['loss']
             bar.set_postfix_str(f"loss {loss:.3f}, lr {record['lr']:.2g}, "
                                 f"{record['tokens_per_s']:,.0f} tok/s", refresh=False)
@@ -832,11 +759,10 @@ class TrainResult:
     def __post_init__(self):
         self.model.trained_in = self.folder  # so that a model card can say how it was trained
 
-# %% ../nbs/build/05_train.ipynb #e46e6e67
+# %% ../nbs/build/05_train.ipynb #f8592a78
 @contextmanager
 def usual_torch():
-    """PyTorch as it starts: gradients on, fp32, the CPU unless said otherwise. The caller's settings come
-    back."""
+    "PyTorch as it starts: gradients on, fp32, on the CPU by default. The caller's settings come back."
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with (torch.inference_mode(False), torch.enable_grad(),
           nullcontext() if device.type == 'cpu' else torch.device('cpu')):
@@ -858,22 +784,18 @@ def _finish(run: Run, status: str) -> TrainResult:
     "Save the final model and the result of a run that has ended for good."
     result = dict(status=status, step=run.step, tokens=run.step * run.config.tokens_per_step,
                   seconds=run.seconds, execution=run.execution._asdict())
-    model = run.model if status == 'interrupted' else _whole_model(run)
+    model, log = run.model if status == 'interrupted' else _whole_model(run), run.folder / 'log.jsonl'
     if status != 'interrupted' and run.world.is_main_process:
-        logged = {record['step'] for record in read_log(run.folder)}
-        lost = [s for s in range(1, run.step + 1) if logs_at(s, run.config) and s not in logged]
-        if lost:
-            warnings.warn(f"{run.folder / 'log.jsonl'} lacks the records of steps {_shortened(lost)}",
-                          stacklevel=2)
+        lost = _missing_steps({record['step'] for record in _read_log(run.folder)}, run.step, run.config)
+        if lost: warnings.warn(f'{log} lacks the records of steps {_shortened(lost)}', stacklevel=2)
         with _say_where(run.folder / 'model'), atomic_folder(run.folder / 'model') as draft:
             model.save_pretrained(draft)
             seal(draft, dict(format=_FORMAT, step=run.step, **run.label), _MODEL_FILES)
-        known = dict(run=run.id, log=checksum(run.folder / 'log.jsonl'))
-        write_text(run.folder / 'result.json', json.dumps(stamp(result | known), indent=1))
+        stored = stamp(result | dict(run=run.id, log=checksum(log)))
+        write_text(run.folder / 'result.json', json.dumps(stored, indent=1))
     run.world.wait_for_everyone()
-    return TrainResult(model, read_log(run.folder), folder=run.folder, **result)
+    return TrainResult(model, _read_log(run.folder), folder=run.folder, **result)
 
-# %% ../nbs/build/05_train.ipynb #c79f8c13
 def read_result(folder: Path) -> dict:  # status, step, tokens, seconds
     "How a run ended; a ValueError names the file if result, log or model are not as the run has left them."
     path, label = folder / 'result.json', read_label(folder)
@@ -894,15 +816,10 @@ def load_result(folder: str | Path, device='cpu') -> TrainResult | None:
     "The result of a run that has finished or diverged, read from its folder."
     folder = Path(folder)
     if not (folder / 'result.json').exists(): return None
-    result, weights = read_result(folder), folder / 'model' / 'model.safetensors'
-    model = Transformer(_read_configs(read_label(folder))[0])
-    try: load_model(model, str(weights))
-    except FileNotFoundError: raise Damaged(f'{weights} is missing') from None
-    except (SafetensorError, RuntimeError) as error:
-        raise Damaged(f'{weights} is damaged ({error})') from error
-    return TrainResult(model.to(device), read_log(folder), folder=folder, **result)
+    result, model = read_result(folder), Transformer(_read_configs(read_label(folder))[0])
+    load_model(model, str(folder / 'model' / 'model.safetensors'))
+    return TrainResult(model.to(device), _read_log(folder), folder=folder, **result)
 
-# %% ../nbs/build/05_train.ipynb #f8592a78
 def _ended_result(folder: Path, world: PartialState) -> TrainResult | None:
     "The result of a run that has ended; a damaged one is reported and set aside."
     try: return load_result(folder, world.device)
@@ -940,11 +857,10 @@ def train(model_config: ModelConfig, train_config: TrainConfig, corpus, folder: 
         _restore(run)
         with (tqdm(total=run.config.steps, initial=run.step, desc=folder.name, unit='step', leave=None,
                    dynamic_ncols=True, disable=not (progress and world.is_main_process)) as bar,
-              _StopSignal() as stop, _say_lost(run), _open_tracker(run, tracker),
+              _stop_signals() as asked, _say_lost(run), _open_tracker(run, tracker),
               kept_memory() if device == 'cpu' else nullcontext()):
-            decide_execution(run, lambda text: bar.write(text, file=sys.stderr) if progress else None)
-            status = _run_steps(run, stop, bar)
-            return _finish(run, status)
+            _decide_execution(run, lambda text: bar.write(text, file=sys.stderr) if progress else None)
+            return _finish(run, _run_steps(run, asked, bar))
 
 # %% ../nbs/build/05_train.ipynb #a9000fed
 @torch.no_grad()

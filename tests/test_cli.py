@@ -16,7 +16,7 @@ import torch
 
 import sparsecod
 from sparsecod import cli
-from sparsecod.cli import OPTIONS, SCALE_NAMES, SPARSITY_OPTIONS, _MINUTES, main, parser, setting
+from sparsecod.cli import _MINUTES, _SCALE_NAMES, _SHORT, _SPARSITY, main, parser, _setting
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
 from sparsecod.studies import MAIN, _PILOTS, SCALES, STUDIES, RunConfig, by_variant, load_results, read_run
@@ -60,11 +60,11 @@ def test_every_option_says_what_it_is_for():
 
 
 def test_help_names_what_there_is(type_in):
-    assert set(re.findall(r'\w+', SCALE_NAMES)) - {'or'} == set(SCALES)
+    assert set(re.findall(r'\w+', _SCALE_NAMES)) - {'or'} == set(SCALES)
     code, text, _ = type_in('--help')
     assert code == 0 and all(command in text for command in COMMANDS)
     config = SCALES['laptop'].to_dict()
-    for path, _, _ in OPTIONS.values():
+    for path, _, _ in (_SHORT | _SPARSITY).values():
         part, _, name = path.rpartition('.')
         assert name in (config[part] if part else config)
 
@@ -92,7 +92,7 @@ def test_every_source_of_sparsity_has_options(type_in, tmp_path):
     m, t = config.model, config.train
     assert (t.weight_decay, t.decay_groups, m.context_length, m.n_kv_heads, m.n_experts, m.experts_per_token,
             m.gates) == (.5, 'all', 64, 2, 8, 2, 'renormalised')
-    assert len(SPARSITY_OPTIONS) == len(options.split()) / 2
+    assert len(_SPARSITY) == len(options.split()) / 2
     for option, value in (('--experts-per-token', '9'), ('--gates', 'open'), ('--kv-heads', '3'),
                           ('--decays', 'some')):
         code, text, errors = type_in(f'train {tmp_path} --scale laptop --experts 8 {option} {value} --show')
@@ -186,14 +186,14 @@ def test_errors_of_ours_get_one_line_too(type_in, monkeypatch):
 
 
 def test_settings():
-    assert [setting(f'a.b={v}')[1] for v in ('3', '1e-3', 'true', 'null', 'None', 'text', '"3"',
+    assert [_setting(f'a.b={v}')[1] for v in ('3', '1e-3', 'true', 'null', 'None', 'text', '"3"',
                                              'a=b')] == [3, 1e-3, True, None, None, 'text', '3', 'a=b']
 
 
 def test_a_terminal_that_lacks_letters_kills_no_command(tmp_path):
     code = ('from sparsecod.cli import main; import sparsecod.cli as cli\n'
             'def show(args): print("λ = 0.1, η/3, …"); raise ValueError("é")\n'
-            'cli._do_report = show\nraise SystemExit(main(["report"]))')
+            'cli._COMMANDS["report"] = (show, *cli._COMMANDS["report"][1:])\nraise SystemExit(main(["report"]))')
     for encoding in ('ascii', 'cp1252', 'cp437', 'utf-8'):
         done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True,
                               env=os.environ | dict(PYTHONIOENCODING=encoding))
@@ -216,8 +216,8 @@ def test_a_launcher_starts_no_command_but_train(line, type_in, monkeypatch):
     (FileNotFoundError('what was said'), 'what was said'),
     (ValueError('field=1 is wrong'), 'field=1 is wrong')])
 def test_errors_of_the_system_name_the_file(error, says):
-    from sparsecod.cli import failure
-    assert failure(error) == (2, says)
+    from sparsecod.cli import _failure
+    assert _failure(error) == (2, says)
 
 
 # ---- commands
@@ -636,11 +636,11 @@ def test_a_label_that_was_changed_is_named(trained, type_in, tmp_path):
 
 
 def test_wide_models_get_more_sequences_for_short_ones(checkpoint, type_in, tmp_path):
-    from sparsecod.cli import Subject, _score_settings
+    from sparsecod.cli import _Subject, _score_settings
     from sparsecod.core import ModelConfig
     class Args: sequences = fit = jacobian_probes = seed = None; length = 128
     class Wide: config = ModelConfig(d_model=4096, n_heads=32, context_length=512)
-    assert _score_settings(Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
+    assert _score_settings(_Subject(Wide, None, None, False, None, 256, None, {}), Args)[0].n_fit == 128
 
 
 def test_export_and_back(trained, type_in, tmp_path):
@@ -731,7 +731,7 @@ def test_the_main_job_sets_its_runs_beside_the_record(tmp_path, capsys):
     (tmp_path / 'laptop').mkdir()
     for runs in found.values():
         shutil.copy(ROOT / 'results' / 'laptop' / f"{runs[0]['name']}.json", tmp_path / 'laptop')
-    assert _show_main(str(tmp_path), 'laptop') == 0
+    _show_main(str(tmp_path), 'laptop')
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     # a line a number; a seed of the record agrees with it
     assert sum(line.startswith(tuple(found)) for line in lines) == 2 * len(_QUANTITIES)

@@ -75,7 +75,7 @@ def test_nothing_is_left_out_of_the_graph(kind):
 @pytest.mark.parametrize('N', [1, 5, 64, 65, 200])
 @pytest.mark.parametrize('bf16', [False, True])
 def test_loss_in_pieces(N, bf16, monkeypatch):
-    monkeypatch.setattr(compilation, 'LOGITS_IN_CACHE', 64 * 50)
+    monkeypatch.setattr(compilation, '_LOGITS_IN_CACHE', 64 * 50)
     torch.manual_seed(N)
     h, weight, targets = (torch.randn(N, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True),
                           torch.randint(50, (N,)))
@@ -101,7 +101,7 @@ def test_attention_in_blocks_is_attention(T):
 
 def test_optimised_bf16_training_has_the_loss_of_plain_fp32(tmp_path, monkeypatch):
     "The real compiler, once: repeatable and resumable bit for bit, and as good as fp32 within 0.02 nats."
-    if compilation.missing_compiler(): pytest.fail(f'this machine lacks {compilation.missing_compiler()}')
+    if missing := compilation.missing_compiler(torch.device('cpu')): pytest.fail(f'this machine lacks {missing}')
     corpus = Corpus.from_texts([f'{i} is followed by {i + 1}, and {i + 1} by {i + 2}.' for i in range(300)])
     config = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=32, n_heads=2, context_length=32)
     plan = TrainConfig(steps=300, tokens_per_step=512, log_every=25, checkpoint_every=120, precision='bf16',
@@ -125,14 +125,14 @@ def times(monkeypatch, seconds: dict):
     def pass_seconds(loss, model, windows, bf16, watch):
         asked.append((isinstance(loss, CompiledLoss), bf16))
         return seconds[asked[-1]]
-    monkeypatch.setattr(compilation, 'pass_seconds', pass_seconds)
+    monkeypatch.setattr(compilation, '_pass_seconds', pass_seconds)
     return asked
 
 
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path))
-    monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda device: None)
     return Transformer(ModelConfig(**SMALL)), torch.randint(97, (3, 13))
 
 
@@ -166,7 +166,7 @@ def test_short_runs_are_not_compiled(trial, monkeypatch):
 
 
 def test_without_a_compiler(trial, monkeypatch):
-    monkeypatch.setattr(compilation, 'missing_compiler', lambda: 'a C++ compiler')
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda device: 'a C++ compiler')
     times(monkeypatch, SECONDS)
     found = choose_execution(*trial, 1000, 'auto', 'auto')
     assert found[:2] == ('fp32', False) and 'a C++ compiler' in found.why
@@ -177,7 +177,7 @@ def test_a_compiler_that_fails_costs_its_speed_only(trial, monkeypatch):
     def pass_seconds(loss, model, windows, bf16, watch):
         if isinstance(loss, CompiledLoss): raise RuntimeError('internal compiler error')
         return SECONDS[False, bf16]
-    monkeypatch.setattr(compilation, 'pass_seconds', pass_seconds)
+    monkeypatch.setattr(compilation, '_pass_seconds', pass_seconds)
     found = choose_execution(*trial, 1000, 'auto', 'auto')
     assert found[:2] == ('fp32', False) and 'internal compiler error' in found.why
 
@@ -193,7 +193,7 @@ def test_a_damaged_trial_is_made_again(trial, monkeypatch, tmp_path):
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch, traced):
     monkeypatch.setenv('SPARSECOD_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(compilation, '_WORTH_A_TRIAL', 0)
-    monkeypatch.setattr(compilation, 'missing_compiler', lambda: None)
+    monkeypatch.setattr(compilation, 'missing_compiler', lambda device: None)
     corpus = Corpus.from_texts([f'{i} and {i + 1}' for i in range(300)])
     config, plan = (ModelConfig(**SMALL | dict(vocab_size=corpus.vocab_size)),
                     TrainConfig(steps=8, tokens_per_step=48, checkpoint_every=3))
@@ -250,7 +250,7 @@ def test_a_compiled_run_needs_its_compiler_to_go_on(tmp_path, monkeypatch, trace
         steps=8, tokens_per_step=48, checkpoint_every=3, precision='fp32', compile='on')
     train(config, plan, corpus, tmp_path, progress=False)
     for name in ('result.json', 'model/model.safetensors'): (tmp_path / name).unlink()
-    monkeypatch.setattr('sparsecod.train.missing_compiler', lambda: 'a C++ compiler')
+    monkeypatch.setattr('sparsecod.train.missing_compiler', lambda device: 'a C++ compiler')
     with pytest.raises(ValueError, match='C\\+\\+ compiler'):
         train(config, plan, corpus, tmp_path, progress=False)
     assert list((tmp_path / 'checkpoints').iterdir())
@@ -327,7 +327,7 @@ def test_a_trial_with_a_failure_is_made_again(trial, monkeypatch):
         asked.append(loss)
         if isinstance(loss, compilation.CompiledLoss): raise RuntimeError('no such compiler')
         return 1.
-    monkeypatch.setattr(compilation, 'pass_seconds', seconds)
+    monkeypatch.setattr(compilation, '_pass_seconds', seconds)
     found = [choose_execution(*trial, 1000, 'fp32', 'auto') for _ in range(2)]
     assert not any(f.compiled for f in found) and sum(isinstance(loss, compilation.CompiledLoss)
                                                       for loss in asked) == 2, found

@@ -165,7 +165,7 @@ def test_stdlib_inside_a_virtual_environment(tmp_path):
     python = next(p for p in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if p.exists())
     found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"],
                            capture_output=True, text=True, check=True, encoding="utf-8")
-    assert [Path(found.stdout.strip())] == data.python_folders("stdlib")
+    assert [Path(found.stdout.strip())] == data._python_folders("stdlib")
 
 
 def test_stdlib_is_built_and_found_again(cache):
@@ -250,7 +250,7 @@ def test_unusable_documents_are_counted(tmp_path, cache, texts):
     (folder / "ignored.bin").write_bytes(b"not of a text suffix")
     (folder / ".hidden.txt").write_text("hidden", encoding="utf-8")
     corpus = make(folder, cache)
-    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data.PROBLEMS)}
+    counted = {reason: corpus.stats[reason] for reason in ("duplicates", *data._PROBLEMS)}
     assert counted == {"duplicates": 1, "empty": 2, "binary": 1, "not_utf8": 2, "malformed": 3,
                        "unreadable": 0}
     assert all_texts(corpus) == sorted([*texts, "a row of its own"])
@@ -262,7 +262,7 @@ def test_unreadable_file_is_counted(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(data, "open", refuse, raising=False)
-    assert [item.problem for item in data.read_file(tmp_path / "a.txt", "text", 100)] == ["unreadable"]
+    assert [item.problem for item in data._read_file(tmp_path / "a.txt", "text", 100)] == ["unreadable"]
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
@@ -397,7 +397,6 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer='.*' must be 'bpe', a folder with a tokenizer.json"):
         load_tokenizer(str(tmp_path))
-    monkeypatch.setattr(data, "_hub_file", lambda name, filename: None)
 
     class Unreachable:
         @staticmethod
@@ -530,7 +529,7 @@ def test_fingerprint_follows_content_tokenizer_and_split(tmp_path, cache, texts)
 def test_found_without_reading(tmp_path, cache, texts, monkeypatch):
     source = write_folder(tmp_path / "texts", texts)
     base = make(source, cache)
-    monkeypatch.setattr(data, "read_file", lambda *args: pytest.fail("the source was read again"))
+    monkeypatch.setattr(data, "_read_file", lambda *args: pytest.fail("the source was read again"))
     assert make(source, cache).fingerprint == base.fingerprint
 
 
@@ -640,7 +639,7 @@ def test_statistics_are_those_of_the_own_source(tmp_path, cache, texts):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + extra), encoding="utf-8")
         for _ in range(2):  # built, then found
             made[name] = make(tmp_path / f"{name}.jsonl", cache)
-            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data.PROBLEMS)
+            counts = {reason: made[name].stats[reason] for reason in ("duplicates", *data._PROBLEMS)
                       if made[name].stats[reason]}
             assert counts == {"clean": {}, "broken": {"malformed": 2}, "twice": {"duplicates": 7},
                               "empty": {"empty": 1}}[name]
@@ -812,12 +811,12 @@ def start(code, source, cache, **options):
 def test_two_processes_build_once(tmp_path, cache, texts):
     source = write_folder(tmp_path / "texts", texts)
     slow_build = """
-build = data.build
+build = data._build
 def slow(*args):
     print("built", flush=True)
     time.sleep(1.5)
     return build(*args)
-data.build = slow
+data._build = slow
 """
     processes = [start(slow_build, source, cache) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]

@@ -115,7 +115,7 @@ def documented(root: Path, module: str, name: str, text: str) -> str:
 BARE = '```python\ndef {}(\n    *args, **kwargs\n):\n```'
 
 @pytest.mark.parametrize('module, name, arguments',
-                         [('bench', 'Cost', ['parameters: int', 'tokens: int', 'basis: str']),
+                         [('bench', '_Cost', ['parameters: int', 'tokens: int', 'basis: str']),
                           ('widgets', '_Panel', []), ('cloze', 'Gap', [])])
 def test_a_signature_names_its_arguments(root, module, name, arguments):
     text = documented(root, module, name, BARE.format(name))

@@ -7,10 +7,10 @@ import pytest
 
 from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, flops_per_token
-from sparsecod.resources import (CARDS, Machine, Speed, recorded_speeds, scoring_flops, shape,
+from sparsecod.resources import (CARDS, Machine, _Speed, _recorded_speeds, scoring_flops, _shape,
                                  _speed_of, study_needs, training_flops)
 from sparsecod.studies import SCALES, STUDIES, by_variant, read_records, vary
-from sparsecod.train import activation_bytes, memory_bytes, saved_bytes
+from sparsecod.train import _activation_bytes, memory_bytes, _saved_bytes
 
 TINY = SCALES['tiny']
 RESULTS = Path(__file__).resolve().parents[1] / 'results' / 'laptop'
@@ -21,17 +21,17 @@ RESULTS = Path(__file__).resolve().parents[1] / 'results' / 'laptop'
                           (dict(n_experts=4), True)])
 def test_saved_bytes_are_those_of_a_real_pass(changes, bf16):
     config = ModelConfig(vocab_size=97, n_layers=2, d_model=16, n_heads=2, context_length=12, **changes)
-    assert saved_bytes(config, 3, bf16) == saved_bytes(config, 3, bf16, fake=False) > 0
+    assert _saved_bytes(config, 3, bf16) == _saved_bytes(config, 3, bf16, fake=False) > 0
 
 
 def test_memory_follows_the_sizes():
     deep, wide = vary(TINY, {'model.n_layers': 12}), vary(TINY, {'train.tokens_per_step': 2048})
-    assert (activation_bytes(wide) > 3 * activation_bytes(TINY)
-            and activation_bytes(wide, gpus=4) == activation_bytes(TINY))
+    assert (_activation_bytes(wide) > 3 * _activation_bytes(TINY)
+            and _activation_bytes(wide, gpus=4) == _activation_bytes(TINY))
     big = SCALES['paper']
     one, eight = memory_bytes(big, 1), memory_bytes(big, 8)
     total = sum(p.numel() for p in Transformer(TINY.model).parameters())
-    assert memory_bytes(TINY)['single'] - activation_bytes(TINY) == 16 * total
+    assert memory_bytes(TINY)['single'] - _activation_bytes(TINY) == 16 * total
     assert eight['fsdp'] < eight['single'] < eight['ddp'] and eight['single'] == one['single']
     assert memory_bytes(deep)['single'] > memory_bytes(TINY)['single']
 
@@ -41,7 +41,7 @@ def test_speed_of_a_card_and_of_a_stated_number():
     assert half[:2] == (2 * CARDS['A100'].bf16, 2 * CARDS['A100'].fp32)
     stated = _speed_of(vary(TINY, {'model.n_layers': 3}), TINY, Machine(tokens_per_second=1000), {})
     assert stated.training == 1000 * flops_per_token(TINY.model)
-    known = {shape(TINY): Speed(1, 2, 'x')}
+    known = {_shape(TINY): _Speed(1, 2, 'x')}
     assert _speed_of(TINY, TINY, Machine(), known) == (1, 2, 'x')
 
 
@@ -51,8 +51,8 @@ def test_hours_of_recorded_studies():
     for name in ('depth', 'decay', 'moe', 'ladder'):
         runs = [r for rs in by_variant(STUDIES[name], records).values() for r in rs]
         configs = {r['name']: type(TINY).from_dict(r['config']) for r in runs}
-        first = recorded_speeds([r for r in runs if r['seed'] == 0])
-        told = sum(training_flops(c) / first[shape(c)].training + scoring_flops(c) / first[shape(c)].scoring
+        first = _recorded_speeds([r for r in runs if r['seed'] == 0])
+        told = sum(training_flops(c) / first[_shape(c)].training + scoring_flops(c) / first[_shape(c)].scoring
                    for c in configs.values())
         true = sum(r['seconds']['train'] + r['seconds']['score'] for r in runs)
         assert .75 < told / true < 1.25, name

@@ -27,10 +27,9 @@ from sparsecod.cli import main
 from sparsecod.core import ModelConfig, Transformer, block_loss
 from sparsecod.integrity import Damaged, check_seal, seal, stamp
 from sparsecod.train import (StreamWatch, TrainConfig, accumulate_gradients, channel_variance, checkpoints,
-                             choose_strategy,
-                             decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder,
+                             _choose_strategy, decay_product, evaluate, find_world, learning_rate, load_result, _lock_folder,
                              _make_label, make_optimizer,
-                             parameter_groups, read_log, _run_id, sequences_per_step, summarize_watch, train)
+                             parameter_groups, _read_log, _run_id, sequences_per_step, summarize_watch, train)
 
 V = 64
 MODEL = ModelConfig(vocab_size=V, n_layers=2, d_model=16, n_heads=2, context_length=16)
@@ -235,7 +234,7 @@ def test_watch_reports_the_variance_of_every_layer():
     model, windows, watch = Transformer(MODEL), ToyCorpus().batch(0, 8, 16, 0), StreamWatch(MODEL)
     watch.see_embedding(model.embed(windows[:, :-1]))
     model(windows[:, :-1], targets=windows[:, 1:], watch=watch)
-    summary = summarize_watch(watch, find_world())
+    summary = summarize_watch(watch)
     assert [len(v) for v in summary.values()] == [3, 3, 3, 2, 2]
     with torch.no_grad(): streams = [model.run(model.embed(windows[:, :-1]), stop=l) for l in range(3)]
     for l, h in enumerate(streams):
@@ -411,7 +410,7 @@ def test_a_process_that_was_ended_continues_from_the_last_checkpoint(name, left,
 def test_a_torn_log_line_is_dropped(whole, tmp_path):
     quiet(tmp_path, ToyCorpus(13, lambda: signal.raise_signal(signal.SIGTERM)))
     with open(tmp_path / 'log.jsonl', 'a', encoding="utf-8") as log: log.write('{"step": 15, "loss": 3.')
-    assert read_log(tmp_path)[-1]['step'] == 12
+    assert _read_log(tmp_path)[-1]['step'] == 12
     assert same_run(quiet(tmp_path), whole)
 
 
@@ -698,7 +697,7 @@ def test_every_strategy_computes_the_same(way, name, divided, by_one):
     assert len(both.log) == 15 and both.model.config == one.model.config
     for key in ('loss', 'grad_norm', *(['auxiliary'] if name == 'mixture' else [])):
         for a, b in zip(both.log, one.log): assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a['step'])
-    for a, b in zip(both.log, read_log(divided / f'ddp {name}')):
+    for a, b in zip(both.log, _read_log(divided / f'ddp {name}')):
         assert a['variance_mean'] == pytest.approx(b['variance_mean'], abs=1e-5)
     for p, q in zip(both.model.parameters(), one.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
 
@@ -766,7 +765,7 @@ def test_a_gpu_gets_the_first_way_that_fits(monkeypatch):
     needs = dict(single=100, ddp=80, fsdp=50)
     def chosen(n, gigabytes, **changes):
         room['bytes'] = gigabytes / .9 + 1e-6
-        return choose_strategy(MODEL, CONFIG.replace(**changes),
+        return _choose_strategy(MODEL, CONFIG.replace(**changes),
                                SimpleNamespace(num_processes=n, device=torch.device('cuda')))
     assert chosen(1, 100) == ('single', False) and chosen(1, 60) == ('single', True)
     assert [chosen(8, n) for n in (80, 79, 49, 39, 1)] == [('ddp', False), ('fsdp', False), ('ddp', True),

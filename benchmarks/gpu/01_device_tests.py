@@ -23,13 +23,13 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsecod.compilation import CompiledLoss, use_compiler_cache
+from sparsecod.compilation import CompiledLoss, plain_execution, use_compiler_cache
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.moe import experts_compiled, experts_loop, route, run_experts
 from sparsecod.scores import ScoreConfig, needed_bytes, score_model
-from sparsecod.train import (StreamWatch, TrainConfig, decide_execution, find_world, make_optimizer,
-                             start_run, step_windows, train, training_step)
+from sparsecod.train import (StreamWatch, TrainConfig, find_world, make_optimizer,
+                             start_run, _step_windows, train, training_step)
 
 DEVICE, GPU = torch.device(a.device), a.device == 'cuda'
 KINDS = dict(dense={}, shared_heads=dict(n_kv_heads=2), mixture=dict(n_experts=4),
@@ -218,12 +218,12 @@ def waiting_for_batches() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = start_run(base.model.replace(vocab_size=corpus.vocab_size, n_layers=4),
                         base.train.replace(compile='off'), corpus, Path(folder), find_world())
-        decide_execution(run, trial=False)
+        run.execution = plain_execution(run.config.precision, run.world.device)
         wait = torch.cuda.synchronize if GPU else lambda: None
         took = dict(batch=[], step=[])
         for run.step in range(6):
             start = time.perf_counter()
-            step_windows(run), wait()
+            _step_windows(run), wait()
             middle = time.perf_counter()
             training_step(run), wait()
             took['batch'].append(middle - start), took['step'].append(time.perf_counter() - middle)
