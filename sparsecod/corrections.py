@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['row', 'ratio', 'combine', 'corrections_table', 'AffineBlock', 'affine_ratios', 'states', 'differences',
-           'causal_from_states', 'mean_score', 'rounding', 'decaying', 'decay_rows', 'context_rows', 'mean_with_sink',
-           'gate_rows', 'choices', 'ordered', 'closing_table', 'corrections']
+           'causal_from_states', 'mean_score', 'rounding', 'decaying', 'mean_with_sink', 'choices', 'ordered',
+           'closing_table', 'corrections']
 
 # %% ../nbs/beyond/02_corrections.ipynb #8ecc5c58
 import copy
@@ -197,7 +197,7 @@ def _per_seed(study: str, records: list[dict], read: dict[str, str], metric: str
     return [{name: v[seed] for name, v in found.items()} for seed in shared]
 
 # %% ../nbs/beyond/02_corrections.ipynb #5ab87799
-def decay_rows(records: list[dict]) -> list[dict]:
+def _decay_rows(records: list[dict]) -> list[dict]:
     "Trap 6 on the records of the study of weight decay, at the published lambda."
     labels, rows = dict(published='λ=0.1, all', ours='λ=0.1'), []
     for metric, name in dict(final_variance='final variance', perplexity='perplexity',
@@ -221,7 +221,7 @@ def _balance_by_block(model: Transformer, windows: Tensor) -> Tensor:  # fp64, (
     return torch.stack(found)
 
 # %% ../nbs/beyond/02_corrections.ipynb #8df50149
-def context_rows(records: list[dict], short: int = 32, long: int = 512) -> list[dict]:
+def _context_rows(records: list[dict], short: int = 32, long: int = 512) -> list[dict]:
     "Traps 8 and 9 on the records of the context study, at a short and a long context."
     labels = dict(short=f'T={short}', long=f'T={long}', short_fixed=f'T={short}, sequences fixed',
                   long_fixed=f'T={long}, sequences fixed')
@@ -263,7 +263,7 @@ def _with_gates(model: Transformer, gates: str) -> Transformer:
     return changed
 
 # %% ../nbs/beyond/02_corrections.ipynb #45c45d39
-def gate_rows(records: list[dict]) -> list[dict]:
+def _gate_rows(records: list[dict]) -> list[dict]:
     "Trap 10 on the records of the study of mixtures of experts."
     labels = dict(dense='dense', published='gates as published', ours='gates renormalised')
     rows = []

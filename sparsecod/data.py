@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EOS', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'ALIASES', 'Tokenizer', 'train_bpe', 'load_tokenizer', 'cut', 'row_items',
-           'content_id', 'matching_files', 'split_number', 'DataConfig', 'open_source', 'expand_alias',
-           'unique_documents', 'encode_documents', 'gather_windows', 'order_key', 'shuffled', 'count_tokens',
-           'unigram_loss', 'Corpus', 'cache_folder', 'prepare']
+           'content_id', 'matching_files', 'DataConfig', 'open_source', 'expand_alias', 'unique_documents',
+           'encode_documents', 'order_key', 'shuffled', 'count_tokens', 'unigram_loss', 'Corpus', 'cache_folder',
+           'prepare']
 
 # %% ../nbs/build/04_data.ipynb #1fc4332d
 import gc
@@ -330,7 +330,7 @@ def _hf_rows(source: str, subset: str | None, split: str) -> Iterator[tuple]:
         gc.collect()
 
 # %% ../nbs/build/04_data.ipynb #9ebd73bd
-def split_number(content: bytes, seed: int = 0) -> float:
+def _split_number(content: bytes, seed: int = 0) -> float:
     "A number in [0, 1) that looks random and depends only on the content and the seed."
     salted = hashlib.blake2b(b"%d:" % seed + content, digest_size=8).digest()
     return int.from_bytes(salted, "little") / 2**64
@@ -413,7 +413,7 @@ def unique_documents(items: Iterable[_Document], config: DataConfig, stats: Coun
         elif content in seen: stats["duplicates"] += 1
         else:
             seen.add(content)
-            side = "val" if split_number(content, config.seed) < config.val_share else "train"
+            side = "val" if _split_number(content, config.seed) < config.val_share else "train"
             yield item._replace(content=content, side=side, consumed=consumed)
             consumed, n_documents = 0, n_documents + 1
             if n_documents == config.max_documents: return
@@ -506,7 +506,7 @@ def _check_sides(stats: Counter, left_out: dict, config: DataConfig) -> None:
                      f"max_tokens={config.max_tokens}")
 
 # %% ../nbs/build/04_data.ipynb #5458e1ee
-def gather_windows(tokens: np.ndarray, indices, T: int) -> Tensor:
+def _gather_windows(tokens: np.ndarray, indices, T: int) -> Tensor:
     "Windows number `indices`, (B,), of a strip of tokens; int64, (B, T+1)."
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)        # (B,)
     n = max(0, len(tokens) - 1) // T
@@ -608,7 +608,7 @@ class Corpus:
 
     def windows(self, split: str, indices, T: int) -> Tensor:  # (B, T+1)
         "Windows by number: window i covers tokens i*T to i*T + T."
-        return gather_windows(self.tokens(split), indices, T)
+        return _gather_windows(self.tokens(split), indices, T)
 
     def batch(self, step: int, n_sequences: int, T: int, seed: int = 0) -> Tensor:  # (B, T+1)
         "The training windows of one step: a function of the arguments and of nothing else."

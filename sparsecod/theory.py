@@ -7,7 +7,7 @@ __all__ = ['CLOSED_FORMS', 'masked_std', 'update_variance', 'gate_moments', 'by_
            'random_stack', 'simulate_stream', 'mean_interval', 'stream_variance', 'relative_update', 'gate_gain',
            'expected_jacobian_deviation', 'simulate_jacobian', 'weighted_variance', 'attention_averaging',
            'variance_budget', 'own_update_variance', 'measure_averaging', 'predict_variance', 'gaussian_dependence',
-           'mask_weight_dependence', 'coherence', 'masked_power', 'masked_updates']
+           'mask_weight_dependence', 'masked_power', 'masked_updates']
 
 # %% ../nbs/build/09_theory.ipynb #91840dd8
 import copy
@@ -301,14 +301,14 @@ def mask_weight_dependence(weight: Tensor, mask: Tensor) -> dict[str, float]:
     return dict(density=density, energy=energy, ratio=energy / density)
 
 # %% ../nbs/build/09_theory.ipynb #f5f3cf9b
-def coherence(weight: Tensor, x: Tensor) -> float:
+def _coherence(weight: Tensor, x: Tensor) -> float:
     """Power of a matrix's output, for inputs (..., in), relative to the sum of the powers of its terms: 1
     for random weights, at most the number of inputs."""
     return ((x @ weight.T).square().sum() / (x.square() @ weight.square().T).sum()).item()
 
 def masked_power(weight: Tensor, x: Tensor, p: float) -> float:
     "Expected power of a randomly masked matrix's output, for fixed weights, relative to that without a mask."
-    return p ** 2 + p * (1 - p) / coherence(weight, x)
+    return p ** 2 + p * (1 - p) / _coherence(weight, x)
 
 # %% ../nbs/build/09_theory.ipynb #c86e76c9
 @torch.no_grad()

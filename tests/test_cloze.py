@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from sparsecod.cloze import (
     _CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, _encode_pairs,
     evaluate_tasks, _find_gaps,
-    held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, right_answers,
+    _held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, right_answers,
     _score_texts, without_context, _write_task)
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
@@ -48,15 +48,15 @@ def small_model(corpus, T: int = 96, **changes) -> Transformer:
 # ---- questions
 
 def test_documents_are_the_whole_validation_split(corpus):
-    texts, stories = held_out_texts(corpus), {story(i) for i in range(24)}
+    texts, stories = _held_out_texts(corpus), {story(i) for i in range(24)}
     assert (len(texts) == corpus.stats['val_documents'] > 2 and set(texts) < stories
             and len(set(texts)) == len(texts))
     # a document that is cut is left out
-    assert held_out_texts(corpus, max_tokens=len(corpus.val) - 1) == texts[:-1]
+    assert _held_out_texts(corpus, max_tokens=len(corpus.val) - 1) == texts[:-1]
 
 
 def test_questions_are_cut_from_held_out_documents_only(corpus, questions):
-    held_out = held_out_texts(corpus)
+    held_out = _held_out_texts(corpus)
     training = corpus.tokenizer.decode(corpus.train)
     assert len(questions) == 60
     for q in questions:
@@ -94,8 +94,8 @@ def test_the_right_choice_can_be_anywhere(corpus):
     expected = len(many) / 4
     # chi-squared, 3 degrees of freedom, 1 in 1000
     assert len(many) > 150 and ((counts - expected) ** 2 / expected).sum() < 16.3
-    longest = max(sum(q.context + q.choices[q.answer] in text for q in many[:len(held_out_texts(corpus))])
-                  for text in held_out_texts(corpus))
+    longest = max(sum(q.context + q.choices[q.answer] in text for q in many[:len(_held_out_texts(corpus))])
+                  for text in _held_out_texts(corpus))
     assert longest == 1                                                             # documents take turns
 
 
@@ -176,7 +176,7 @@ def test_equal_logits_count_tokens(corpus, questions):
 def test_who_knows_the_text_is_always_right(corpus, questions):
     "A reader who remembers which token follows which 20 tokens in the held-out documents."
     known = {}
-    for text in held_out_texts(corpus):
+    for text in _held_out_texts(corpus):
         ids = corpus.tokenizer.encode(text)
         for i in range(20, len(ids)): known.setdefault(tuple(ids[i - 20:i]), set()).add(ids[i])
     def read(tokens, picked, targets):

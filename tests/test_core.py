@@ -7,7 +7,7 @@ from sparsecod.configuration import Config, _is_kind
 from sparsecod.core import (NORMS, PRESETS, ModelConfig, Placement, Stack, Transformer, flops_per_token,
                             next_tokens, param_counts, preset)
 from sparsecod.data import DataConfig
-from sparsecod.exchange import stock_family
+from sparsecod.exchange import _stock_family
 from sparsecod.layers import rope_angles
 from sparsecod.scores import ScoreConfig, score_model
 from sparsecod.studies import SCALES, RunConfig, vary
@@ -41,7 +41,7 @@ def test_a_placement_of_norms_is_one_entry_of_the_table(monkeypatch):
     a = norm(block.attention(h, rope))
     torch.testing.assert_close(block(h, rope).stream, h + a + norm(block.feed_forward(h + a)))
     assert sum(p.numel() for p in model.parameters()) == param_counts(model.config)['total']
-    for use in (stream_variance, expected_jacobian_deviation, stock_family,
+    for use in (stream_variance, expected_jacobian_deviation, _stock_family,
                 lambda config: rescale(model, 2.)):
         with pytest.raises(ValueError, match="norm='branch_ln'.*pre_ln"): use(model.config)
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.corrections import (_JUDGED_BY, _TRAPS, AffineBlock, affine_ratios, _auxiliary_weights,
                                    _branch_variances, causal_from_states, choices, _chosen_scores,
-                                   closing_table, combine, context_rows, corrections, corrections_table,
-                                   decay_rows, decaying, _full_block_runs, gate_rows,
+                                   closing_table, combine, _context_rows, corrections, corrections_table,
+                                   _decay_rows, decaying, _full_block_runs, _gate_rows,
                                    _last_variances, mean_score, mean_with_sink, ordered, _padded_loss,
                                    _permutation_score, ratio, rounding, row,
                                    _seen_and_unseen, states, _with_block, _with_embeddings_scaled, _with_gates)
@@ -371,7 +371,7 @@ def test_the_record_keeps_the_known_answers(record):
 
 def test_every_trap_is_in_the_closing_table(record, root):
     records = load_results(root / 'results', 'laptop')
-    rows = record['rows'] + decay_rows(records) + context_rows(records) + gate_rows(records)
+    rows = record['rows'] + _decay_rows(records) + _context_rows(records) + _gate_rows(records)
     assert sorted(c['trap'] for c in ordered(rows)) == list(_TRAPS)
     assert {c['n'] for c in ordered(rows)} == {3}
 

@@ -27,7 +27,7 @@ import sparsecod.studies as studies
 from sparsecod.adapters import adapt
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.data import train_bpe
-from sparsecod.measures import at_length, compare_with_theory
+from sparsecod.measures import _at_length, compare_with_theory
 from sparsecod.parts import Parts
 from sparsecod.scores import (SCORES_SCHEMA, AffineFit, ScoreConfig, choose_pairs, fit_blocks,
                               jacobian_deviation, jacobian_estimate, _jacobian_products, n_probes,
@@ -1256,8 +1256,8 @@ def test_a_device_without_fp64_gives_the_same_sparsity_and_measures(model, exper
     moved, tokens = on_a_device_without_fp64(model), windows(3)
     assert measure_sparsity(moved, tokens[:, :-1].as_subclass(NoFp64))['scalars'] == pytest.approx(
         measure_sparsity(model, tokens[:, :-1])['scalars'], rel=1e-5)
-    for name, s in at_length(model, tokens).items():
-        assert at_length(moved,
+    for name, s in _at_length(model, tokens).items():
+        assert _at_length(moved,
                          tokens.as_subclass(NoFp64))[name]['value'] == pytest.approx(s['value'], rel=1e-5)
     want, got = (compare_with_theory(model, tokens[:, :-1]),
                  compare_with_theory(moved, tokens[:, :-1].as_subclass(NoFp64)))

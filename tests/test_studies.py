@@ -20,8 +20,8 @@ import sparsecod.studies as module
 from sparsecod.configuration import Config
 from sparsecod.core import ModelConfig, param_counts
 from sparsecod.integrity import Damaged, stamp
-from sparsecod.claims import (CLAIMS, REGISTERED, _CHECKS, _complete_seeds, _correct, correlations, _needed,
-                              judge, ledger, ledger_markdown, ledger_table, rank_correlation,
+from sparsecod.claims import (CLAIMS, _REGISTERED, _CHECKS, _complete_seeds, _correct, correlations, _needed,
+                              judge, ledger, ledger_markdown, ledger_table, _rank_correlation,
                               _statistic_text, verdict_counts)
 from sparsecod.integrity import check_stamp, read_json
 from sparsecod.studies import (_DEPTHS, _MEASURES, PUBLISHED_DECAY, SCALES, STUDIES, _Progress, RunConfig,
@@ -733,9 +733,9 @@ def test_variances_are_averaged_by_ratio():
 def test_statistics_are_those_of_scipy_and_numpy():
     rng = np.random.default_rng(0)
     for y in (rng.normal(size=9), rng.integers(0, 3, 9).astype(float)):
-        assert rank_correlation(y.tolist()) == pytest.approx(stats.spearmanr(np.arange(9), y).statistic)
-    assert (rank_correlation([1., 1., 1.]) is None and rank_correlation([1.]) is None
-            and rank_correlation([1., math.nan]) is None)
+        assert _rank_correlation(y.tolist()) == pytest.approx(stats.spearmanr(np.arange(9), y).statistic)
+    assert (_rank_correlation([1., 1., 1.]) is None and _rank_correlation([1.]) is None
+            and _rank_correlation([1., math.nan]) is None)
 
 
 @pytest.mark.parametrize('values, side, bound, verdict', [
@@ -818,7 +818,7 @@ def test_registered_endpoints_stay_as_they_were(root):
     facts = lambda c: dict(id=c.id, study=c.study, metric=c.metric, statement=c.statement, rule=c.rule,
                            side=c.side, bound=c.bound,
                            needs=list(c.needs) if c.needs else None)
-    assert (REGISTERED == {kept['scale']: kept['commit']}
+    assert (_REGISTERED == {kept['scale']: kept['commit']}
             and [facts(c) for c in CLAIMS if c.primary] == kept['endpoints'])
     assert len({c['study'] for c in kept['endpoints']}) == len(kept['endpoints'])  # one a study
 

@@ -8,7 +8,7 @@ import torch
 from sparsecod.core import NORMS, ModelConfig, Transformer, initial_update_variance
 from sparsecod.layers import Attention, rope_angles
 from sparsecod.theory import (
-    CLOSED_FORMS, _SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, coherence,
+    CLOSED_FORMS, _SUBLAYER_KINDS, apply_masks, attention_averaging, by_layer, _coherence,
     expected_jacobian_deviation, gate_gain, gate_moments, gaussian_dependence, magnitude_mask,
     mask_weight_dependence, masked_power, masked_std, masked_updates, mean_interval, measure_averaging,
     own_update_variance, predict_variance, random_stack, relative_update, simulate_jacobian,
@@ -248,7 +248,7 @@ def test_power_behind_a_random_mask():
                           for _ in range(1000)]) / (x @ W.T).square().sum()
     mean, half = mean_interval(powers, level=0.9999)
     assert abs(masked_power(W, x, 0.3) - mean) < half < 0.02
-    assert coherence(torch.ones(3, 48), torch.ones(2, 48)) == pytest.approx(48)   # all terms agree
+    assert _coherence(torch.ones(3, 48), torch.ones(2, 48)) == pytest.approx(48)   # all terms agree
     assert masked_power(torch.ones(3, 48), torch.ones(2, 48), 0.5) == pytest.approx(0.25 + 0.25 / 48)
 
 

@@ -20,13 +20,13 @@ os.environ['ACCELERATE_USE_CPU'] = 'true'
 from sparsecod import bench, resources, surgery
 from sparsecod import widgets as wd
 from sparsecod.adapters import open_model
-from sparsecod.bench import BENCH, STORIES, Training, read_config, read_number, run_cost, variants
+from sparsecod.bench import BENCH, STORIES, Training, read_config, _read_number, run_cost, variants
 from sparsecod.core import BlockOutput, ModelConfig, Transformer, flops_per_token
 from sparsecod.data import Corpus
 from sparsecod.ngrams import MARGIN
 from sparsecod.scores import fit_blocks, linear_losses, skip_effects, swap_losses, trace
 from sparsecod.studies import read_record, vary
-from sparsecod.surgery import MODES, Plan, Surgery, skip_costs, write
+from sparsecod.surgery import MODES, Plan, Surgery, _skip_costs, write
 from sparsecod.train import train
 
 TINY = vary(BENCH, {'model.n_layers': 2, 'model.d_model': 16, 'model.n_heads': 2, 'model.context_length': 16,
@@ -79,13 +79,13 @@ def done(thread):
                                           ('1,234.5', 1234.5),
                                           ('0,100', .1), ('12 000', 12000), ('10_000', 10000), (' 7 ', 7),
                                           ('\u22122', -2), ('1,25', 1.25), ('-0,5', -.5)])
-def test_numbers_as_people_type_them(text, number): assert read_number(text) == number
+def test_numbers_as_people_type_them(text, number): assert _read_number(text) == number
 
 
 @pytest.mark.parametrize('text', ['', '  ', 'many', 'inf', '-inf', 'nan', '1e999', '1,2,3', '1.2.3', '1,00,0',
                                   '--1', '5%'])
 def test_what_is_no_number(text):
-    with pytest.raises(ValueError, match='finite number'): read_number(text)
+    with pytest.raises(ValueError, match='finite number'): _read_number(text)
 
 
 def test_a_field_is_named():
@@ -336,7 +336,7 @@ def test_losses_are_those_of_the_scores(kind):
     with torch.no_grad(): t, maps = trace(m, WINDOWS), fit_blocks(m, FIT)
     skipped, linear, swapped = (skip_effects(m, t)[1].mean(-1), linear_losses(m, t, maps).mean(-1),
                                 swap_losses(m, t).mean(-1))
-    L, costs = len(m.blocks), list(skip_costs(s))
+    L, costs = len(m.blocks), list(_skip_costs(s))
     assert s.loss() == pytest.approx(t.loss.mean().item(), abs=1e-5)
     for i in range(1, L + 1):
         assert s.loss(plan.skip(i)) == pytest.approx(skipped[i - 1].item(), abs=1e-5)
@@ -345,7 +345,7 @@ def test_losses_are_those_of_the_scores(kind):
         assert s.loss(plan.set(i, 'linear')) == pytest.approx(linear[i - 1].item(), abs=1e-4)
         for j in range(i + 1, L + 1):
             assert s.loss(plan.swap(i, j)) == pytest.approx(swapped[i - 1, j - 1].item(), abs=1e-5)
-    assert list(skip_costs(s, L)) == costs[-1:]
+    assert list(_skip_costs(s, L)) == costs[-1:]
     assert skipped.max() - skipped.min() > 1e-3, 'the model is too dull for this test'
 
 
