@@ -25,6 +25,7 @@ from torch.nn import functional
 import sparsecod.scores as scores
 from sparsecod.core import BlockOutput, ModelConfig, Transformer
 from sparsecod.integrity import stamp, write_text
+from sparsecod.studies import hardware
 
 SIZES = dict(layers=16, d_model=256, heads=4, vocab=1024, context=128, sequences=3, fit=32, jacobians=3,
              probes=32, memory_mb=80, threads=1)
@@ -235,13 +236,8 @@ def commit():
 
 
 def processor():
-    "The name of the processor, and on x86 its family and model: one name stands for many."
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in lines)}
-    if 'model name' not in found: return platform.processor() or platform.machine()
-    kind = [f'{key.split()[-1]} {found[key]}' for key in ('cpu family', 'model') if key in found]
-    return ', '.join([found['model name'], *kind])
+    "The name of the processor, as in records of runs."
+    return hardware(torch.device('cpu'))
 
 
 def show(results, a):

@@ -208,11 +208,13 @@ def scale_config(scale: str | RunConfig) -> RunConfig:
 
 # %% ../nbs/tools/05_studies.ipynb #58db64be
 def hardware(device: torch.device) -> str:
-    "What the run was computed on."
+    "What the run was computed on; on x86 with family and model, for one name stands for many processors."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: name = re.search(r'^model name\s*:(.*)', Path('/proc/cpuinfo').read_text(encoding='utf-8'), re.M)
-    except OSError: name = None
-    return name[1].strip() if name else platform.processor() or platform.machine()
+    try: text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError: text = ''
+    found = dict(re.findall(r'^(model name|cpu family|model)\s*: *(.+)', text, re.M))
+    if 'model name' not in found: return platform.processor() or platform.machine()
+    return ', '.join([found.pop('model name'), *(f'{key.split()[-1]} {value}' for key, value in found.items())])
 
 def n_cores() -> int:
     "Cores that this process may use."
