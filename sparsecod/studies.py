@@ -214,7 +214,8 @@ def hardware(device: torch.device) -> str:
     except OSError: text = ''
     found = dict(re.findall(r'^(model name|cpu family|model)\s*: *(.+)', text, re.M))
     if 'model name' not in found: return platform.processor() or platform.machine()
-    return ', '.join([found.pop('model name'), *(f'{key.split()[-1]} {value}' for key, value in found.items())])
+    name = found.pop('model name')
+    return ', '.join([name, *(f'{key.split()[-1]} {value}' for key, value in found.items())])
 
 def n_cores() -> int:
     "Cores that this process may use."
