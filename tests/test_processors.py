@@ -116,7 +116,7 @@ BARE = '```python\ndef {}(\n    *args, **kwargs\n):\n```'
 
 @pytest.mark.parametrize('module, name, arguments',
                          [('bench', '_Cost', ['parameters: int', 'tokens: int', 'basis: str']),
-                          ('widgets', '_Panel', []), ('cloze', 'Gap', [])])
+                          ('widgets', '_Panel', []), ('cloze', '_Gap', [])])
 def test_a_signature_names_its_arguments(root, module, name, arguments):
     text = documented(root, module, name, BARE.format(name))
     assert 'kwargs' not in text and f'def {name}(' in text and all(f'\n    {a},' in text for a in arguments)
