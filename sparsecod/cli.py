@@ -702,7 +702,7 @@ def _show_results(folder: str, scale: str, study: str | None, out: str | None = 
     for name in names:
         file = path.with_name(f'{path.stem}-{name}{path.suffix}') if written else path
         written.append(report.write_report(figures.label_variants(name, records), file,
-                                           claims.ledger(records, name), studies.STUDIES[name].question,
+                                           claims.ledger(records, name), studies.study_named(name).question,
                                            figures.DEPTH if name == 'depth' else 'variant'))
     for file in written: print(f'report: {file}', file=sys.stderr if markdown else sys.stdout)
     if not damaged: return None

@@ -222,15 +222,17 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def code_state() -> dict:
-    "Commit of the code, and whether the package differs from it; both None outside git."
+    "Commit of the code, and whether the package differs from it; None each where git does not say."
     def git(*arguments):
         command = ['git', '-C', str(Path(sparsecod.__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, encoding='utf-8',
                               check=True).stdout.strip()
-    try:
+    found = dict(commit=None, dirty=None)
+    with suppress(OSError, subprocess.SubprocessError):
         git('ls-files', '--error-unmatch', '__init__.py')
-        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
-    except (OSError, subprocess.SubprocessError): return dict(commit=None, dirty=None)
+        found['commit'] = git('rev-parse', 'HEAD')
+        found['dirty'] = bool(git('status', '--porcelain', '--', '.'))
+    return found
 
 def versions() -> dict[str, str]:
     "Versions of the libraries that can change a result."

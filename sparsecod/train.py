@@ -202,16 +202,18 @@ def find_world() -> PartialState:
     launched = int(os.environ.get('WORLD_SIZE') or 1)
     # processes cannot share Apple's GPU
     gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
+    problem = 'MASTER_ADDR is not set' if launched > 1 and not os.environ.get('MASTER_ADDR') else None
     try:
-        if launched > 1 and not os.environ.get('MASTER_ADDR'): raise RuntimeError('MASTER_ADDR is not set')
-        world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
-        if launched == world.num_processes: return world
-        raise RuntimeError(f'this process is one of {world.num_processes}')
+        if not problem:
+            world = PartialState(cpu=is_set('ACCELERATE_USE_CPU') or launched > 1 and not gpus)
+            if launched == world.num_processes: return world
+            problem = f'this process is one of {world.num_processes}'
     except (ValueError, RuntimeError) as error:
         if launched == 1: raise
-        raise RuntimeError(f'WORLD_SIZE={launched}, but processes do not find each other ({error}); start '
-                           'all of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in '
-                           'one process') from error
+        problem = error
+    raise RuntimeError(f'WORLD_SIZE={launched}, but processes do not find each other ({problem}); start all '
+                       'of them with torchrun or accelerate launch, or unset WORLD_SIZE to train in one '
+                       'process')
 
 # %% ../nbs/build/05_train.ipynb #0017b9bf
 def summarize_watch(watch: StreamWatch) -> dict[str, list[float]]:
@@ -593,7 +595,9 @@ def _choose_checkpoint(run: Run, records: dict[int, dict]) -> tuple[Path | None,
         whole = () if any(path.glob(_SHARES)) else ('model.safetensors', 'optimizer.safetensors')
         try:
             _check_folder(path, step, run.label, (*whole, state.name))
-            check_identity(state, read_object(state), dict(step=step))
+            found = read_object(state)
+            check_identity(state, found, dict(step=step))
+            if not {'seconds', 'mark'} <= found.keys(): raise Damaged(f'{state} holds no state of a run')
         except Damaged as error:
             warnings.warn(f'checkpoint {path.name} is damaged or of another run ({error}); trying the one '
                           f'before it', stacklevel=2)

@@ -791,6 +791,9 @@ def test_all_studies_by_one_command_that_goes_on_where_it_stopped_and_their_repo
         f'report --results {tmp_path} --scale tiny --markdown --out {tmp_path}/mine.html')
     assert (code == 0 and text.startswith('| verdict |')
             and tmp_path / 'mine.html' in {path for _, path in written})
+    for name in ('main', 'pilots'):
+        code, text, errors = type_in(f'report --results {tmp_path} --scale tiny --study {name}')
+        assert code == 0, errors
     code, text, errors = type_in(f'study depth --scale tiny --out {tmp_path}')
     assert code == 0 and errors == '' and 'L=3' in text and 'one seed' in text
 

@@ -1134,3 +1134,14 @@ def test_costs_without_block_1_are_means_of_the_others():
         costs = r['scores']['arrays']['skip_loss_increase']
         whole = (costs[0] + (len(costs) - 1) * cost('skip', r)['value']) / len(costs)
         assert whole == pytest.approx(read_metric(r, 'skip_loss_increase')['value'], rel=1e-4)
+
+
+def test_a_commit_is_kept_where_git_cannot_say_whether_the_tree_is_clean(monkeypatch):
+    import subprocess
+    asked = subprocess.run
+    def slow(command, **options):
+        if 'status' in command: raise subprocess.TimeoutExpired(command, 20)
+        return asked(command, **options)
+    known = module.code_state()
+    monkeypatch.setattr(subprocess, 'run', slow)
+    assert module.code_state() == known | dict(dirty=None)

@@ -839,10 +839,11 @@ def test_a_checkpoint_of_another_run_is_named_and_passed_over(other, field, whol
 
 
 def reseal(checkpoint, **changes):
-    "Change a checkpoint's state or identity, with checksums that are right again."
+    "Change a checkpoint's state or identity, None: leave it out, with checksums that are right again."
     identity = check_seal(checkpoint)
     state = json.loads((checkpoint / 'state.json').read_text(encoding='utf-8'))
     for name, value in changes.items(): (state if name in state else identity)[name] = value
+    state = {name: value for name, value in state.items() if value is not None}
     (checkpoint / 'state.json').write_text(json.dumps(state), encoding='utf-8')
     seal(checkpoint, identity)
 
@@ -858,7 +859,7 @@ def as_folder(path):
     lambda c: as_folder(c / 'state.json'), lambda c: as_folder(c / 'manifest.json'),
     lambda c: (shutil.rmtree(c), c.write_text('a file', encoding='utf-8')),
     lambda c: reseal(c, step=999), lambda c: reseal(c, format=99), lambda c: reseal(c, train=[]),
-    lambda c: reseal(c, corpus='b'),
+    lambda c: reseal(c, corpus='b'), lambda c: reseal(c, seconds=None), lambda c: reseal(c, mark=None),
     lambda c: shutil.copytree(c, c.with_name('step-00000025'))])
 def test_a_checkpoint_that_no_run_has_written_is_passed_over(harm, whole, stopped):
     harm(checkpoints(stopped)[-1])
@@ -1078,6 +1079,14 @@ def test_a_process_that_finds_no_others_says_so(more, tmp_path, monkeypatch):
     for name, value in (dict(WORLD_SIZE='2') | more).items(): monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match='WORLD_SIZE=2.*torchrun'): quiet(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_were_not_started_by_a_launcher_say_what_would_do(tmp_path, monkeypatch):
+    "Something else, such as MPI, made a world of two, and WORLD_SIZE does not say so."
+    import sparsecod.train as module
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    monkeypatch.setattr(module, 'PartialState', lambda **options: SimpleNamespace(num_processes=2))
+    with pytest.raises(RuntimeError, match='WORLD_SIZE=1.*one of 2.*torchrun'): quiet(tmp_path)
 
 
 def test_zero_is_the_same_number_as_a_fraction(tmp_path):
