@@ -109,6 +109,8 @@ _WORTH_A_TRIAL = 120.0  # seconds of plain steps from which on a trial is made
 def missing_compiler(device: torch.device) -> str | None:
     "What PyTorch's compiler needs for a CPU and this machine lacks; None if it can compile."
     if device.type != 'cpu': return None
+    if ' ' in torch.__file__ and sys.platform != 'win32':  # PyTorch's call of the compiler breaks there
+        return f'a PyTorch whose path has no blanks (it is in {Path(torch.__file__).parent})'
     if sys.platform == 'win32': return None if shutil.which('cl') else 'the compiler cl of Visual Studio'
     names = [os.environ.get('CXX'), 'g++', 'clang++', 'c++']
     return None if any(shutil.which(n) for n in names if n) else 'a C++ compiler (g++ or clang++)'

@@ -99,6 +99,16 @@ def test_attention_in_blocks_is_attention(T):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_a_path_with_blanks_is_said_before_the_compiler_breaks_on_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, '__file__', '/home/ada lovelace/torch/__init__.py')
+    assert 'ada lovelace' in compilation.missing_compiler(torch.device('cpu'))
+    corpus = Corpus.from_texts([f'word {i} of a few' for i in range(200)])
+    config = ModelConfig(vocab_size=corpus.vocab_size, n_layers=1, d_model=16, n_heads=1, context_length=16)
+    with pytest.raises(ValueError, match="compile='on' needs .*ada lovelace.*compile='off'"):
+        train(config, TrainConfig(steps=2, tokens_per_step=64, compile='on'), corpus, tmp_path / 'run')
+    assert train(config, TrainConfig(steps=2, tokens_per_step=64), corpus, tmp_path / 'auto').status == 'finished'
+
+
 def test_optimised_bf16_training_has_the_loss_of_plain_fp32(tmp_path, monkeypatch):
     "The real compiler, once: repeatable and resumable bit for bit, and as good as fp32 within 0.02 nats."
     if missing := compilation.missing_compiler(torch.device('cpu')): pytest.fail(f'this machine lacks {missing}')
