@@ -28,7 +28,7 @@ PYTHON_CHECK = import sys; found = sys.version.split()[0]; \
 
 # Notebooks run in parallel, one core each.
 ONE_CORE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-READ_BACK := nbs/index.ipynb $(wildcard nbs/reproduce/*.ipynb nbs/beyond/*.ipynb nbs/reference/*.ipynb)
+READ_BACK := nbs/index.ipynb nbs/build/02_moe.ipynb nbs/tools/02_compilation.ipynb $(wildcard nbs/reproduce/*.ipynb nbs/beyond/*.ipynb nbs/reference/*.ipynb)
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce lint chapters test test-all chromium docs docs-check docs-look preview readme export clean-notebooks dist clean
