@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['row', 'ratio', 'combine', 'corrections_table', 'AffineBlock', 'affine_ratios', 'states', 'differences',
-           'causal_from_states', 'mean_score', 'rounding', 'decaying', 'mean_with_sink', 'choices', 'ordered',
-           'closing_table', 'corrections']
+           'causal_from_states', 'mean_score', 'rounding', 'decaying', 'auxiliary_weights', 'mean_with_sink', 'choices',
+           'ordered', 'corrections']
 
 # %% ../nbs/beyond/02_corrections.ipynb #8ecc5c58
 import copy
@@ -33,7 +33,7 @@ _TRAPS = {1: 'affine map applied transposed', 2: 'affine map fitted where it is 
 
 def row(trap: int, quantity: str, as_published: float, ours: float, note: str = '',
         detail: dict = {}) -> dict:
-    """One quantity, with a trap of _TRAPS and without it; a note for readers, and more numbers for pictures.
+    """One quantity, with a trap (1 to 13) and without it; a note for readers, and more numbers for pictures.
     Ready for JSON."""
     if trap not in _TRAPS: raise ValueError(f'trap={trap!r} must be one of 1 to {len(_TRAPS)}')
     return dict(trap=trap, quantity=quantity, as_published=float(as_published), ours=float(ours), note=note,
@@ -207,7 +207,7 @@ def _decay_rows(records: list[dict]) -> list[dict]:
     return rows
 
 # %% ../nbs/beyond/02_corrections.ipynb #b388fa48
-def _auxiliary_weights(L: int, compounded: bool = False) -> Tensor:  # fp64, (L,)
+def auxiliary_weights(L: int, compounded: bool = False) -> Tensor:  # fp64, (L,)
     "Share of w that each block gets in the auxiliary loss."
     return (float(L) ** -torch.arange(1, L + 1, dtype=torch.float64) if compounded
             else torch.full((L,), 1 / L, dtype=torch.float64))
@@ -328,7 +328,7 @@ def ordered(rows: list[dict]) -> list[dict]:
     main = [c for c in combine(rows) if _JUDGED_BY[c['trap']] == c['quantity']]
     return sorted(main, key=lambda c: -abs(math.log(c['ratio'][0])) if c['ratio'][0] > 0 else 1.0)
 
-def closing_table(rows: list[dict]) -> str:
+def _closing_table(rows: list[dict]) -> str:
     "How much each trap matters, in Markdown."
     cells = [[c['trap'], _TRAPS[c['trap']], c['quantity'], span(*c['as_published']), span(*c['ours']),
               _ratio_text(c['ratio'])] for c in ordered(rows)]
@@ -423,7 +423,7 @@ def _mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dic
     rows = []
     for gates, model in mixtures.items():
         L, balance = len(model.blocks), _balance_by_block(model, windows)                   # (L,)
-        sums = [(_auxiliary_weights(L, c) * balance).sum() for c in (True, False)]
+        sums = [(auxiliary_weights(L, c) * balance).sum() for c in (True, False)]
         rows.append(row(7, f'weighted sum of balancing losses, {gates.replace("_", "-")} gates', *sums,
                         'in units of w', dict(balance=balance)))
         changed = {other: _branch_variances(_with_gates(model, other), windows)
@@ -442,7 +442,7 @@ def _mixture_rows(mixtures: dict[str, Transformer], windows: Tensor) -> list[dic
 def _closed_rows(model: Transformer, loss: float, T: int) -> list[dict]:
     "Traps 7, 12 and 13, as far as a formula answers them."
     L = len(model.blocks)
-    even, compounded = (_auxiliary_weights(L, c) for c in (False, True))
+    even, compounded = (auxiliary_weights(L, c) for c in (False, True))
     return [row(7, f'weight of block 2 of {L}', compounded[1], even[1], 'in units of w'),
             row(7, f'weight of block {L} of {L}', compounded[-1], even[-1], 'in units of w'),
             row(12, f'block evaluations, L = {L}', _full_block_runs(L), block_runs(L), 'a sequence'),

@@ -177,7 +177,7 @@ def _simulate_all() -> dict:
                                      for p in _DENSITIES for step in _SCALED])
 
 def stored_points(start: str | Path = '.') -> dict:
-    "The dots as _simulate_all made them."
+    "Simulated variances and Jacobians, the dots of variance_explorer, from their file."
     return read_json(results_folder(start).parent / 'nbs' / 'tools' / '08_explorers.json')
 
 # %% ../nbs/tools/08_explorers.ipynb #03167e85
@@ -243,7 +243,7 @@ def variance_explorer(simulated: dict | None = None, L: int = 32, p: float = 0.5
                       norm: str = 'pre_ln', name: str = 'sce-variance') -> Explorer:
     """Variance of the stream and deviation of the Jacobians through depth, with controls that stand at
     first at depth L, density p (a multiple of 0.05), this step of the initial scale (0..14) and norm; dots
-    are from _simulate_all."""
+    are those of stored_points."""
     _known(L=(L, range(2, _DEEPEST + 1)), p=(p, [k / 20 for k in range(1, 21)]), step=(step, _STEPS),
            norm=(norm, CLOSED_FORMS))
     made = dict(function='variance_explorer', L=L, p=p, step=step, norm=norm, name=name)

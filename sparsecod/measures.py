@@ -34,7 +34,7 @@ def _at_length(model: Transformer, windows: Tensor, batch_tokens: int = 2 ** 13)
             | dict(final_variance_median=median_estimate(variance)))
 
 def measure_lengths(model: Transformer, corpus, lengths: tuple, n_tokens: int, seed: int) -> dict[str, dict]:
-    """Loss and final-layer variance, from _at_length, by context length, on about n_tokens held-out tokens
+    """Loss and final-layer variance by context length, on about n_tokens held-out tokens
     each, and the number of windows."""
     found = {}
     for T in lengths:

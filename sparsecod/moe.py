@@ -73,7 +73,7 @@ def _expert_rows(ends: Tensor) -> list[slice]:
     ends = ends.tolist()
     return [slice(*pair) for pair in zip([0, *ends], ends)]
 
-@torch.library.custom_op('sparsecod::_expert_products', mutates_args=())
+@torch.library.custom_op('sparsecod::expert_products', mutates_args=())
 def _expert_products(rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:  # (M, B)
     """Rows, (M, A), sorted by expert, times the matrix, (A, B), of their expert, as one operation for a
     compiler; ends, (E,), has the last row of each expert."""
@@ -86,7 +86,7 @@ def _expert_products(rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:  # 
         else: out[part] = (rows[wide] @ weight)[part.start - wide.start:part.stop - wide.start]
     return out
 
-@torch.library.custom_op('sparsecod::_expert_derivatives', mutates_args=())
+@torch.library.custom_op('sparsecod::expert_derivatives', mutates_args=())
 def _expert_derivatives(rows: Tensor, ends: Tensor, slope: Tensor) -> Tensor:  # (E, A, B)
     "The derivatives by the matrices of all experts, from those by the products, (M, B)."
     M, out = len(rows), rows.new_empty(len(ends), rows.shape[1], slope.shape[1])

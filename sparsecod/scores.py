@@ -7,9 +7,9 @@ __all__ = ['PAIRS', 'Keep', 'SCORES_SCHEMA', 'FORMAT', 'ScoreConfig', 'to_fp64',
            'token_variances', 'jacobian_deviation', 'skip_effects', 'update_sizes', 'relative', 'causal_ratio',
            'swap_losses', 'choose_pairs', 'AffineFit', 'fit_blocks', 'linear_losses', 'measure_batch', 'Costs',
            'block_runs', 'n_probes', 'pair_mean', 'intervention_scores', 'stream_scores', 'scoring_model', 'untouched',
-           'to_lists', 'attention_numbers', 'work_bytes', 'needed_bytes', 'plan_memory', 'planned_work', 'measure',
-           'measured_costs', 'expected_seconds', 'text_config', 'score_model', 'check_sequences', 'check_windows',
-           'check_held_out', 'with_true_names', 'scores_frame', 'jacobian_estimate']
+           'to_lists', 'attention_numbers', 'work_bytes', 'needed_bytes', 'MemoryPlan', 'plan_memory', 'planned_work',
+           'measure', 'measured_costs', 'expected_seconds', 'text_config', 'score_model', 'check_sequences',
+           'check_windows', 'check_held_out', 'with_true_names', 'scores_frame', 'jacobian_estimate']
 
 # %% ../nbs/build/07_scores.ipynb #3c5c7ea9
 import copy
@@ -594,19 +594,19 @@ def needed_bytes(model: Transformer, B: int, N: int, T: int, as_published: bool 
     return _fixed_bytes(model, N, T, as_published) + max(batch, jacobian, summary)
 
 # %% ../nbs/build/07_scores.ipynb #a513eb8e
-class _MemoryPlan(NamedTuple):
+class MemoryPlan(NamedTuple):
     "How much to do at once."
     sequences: int  # B
     copies: int     # of a sequence, for Jacobians
 
 def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory: int | None = None,
-                as_published: bool = False) -> _MemoryPlan:
+                as_published: bool = False) -> MemoryPlan:
     """The most that fits into `memory` bytes beyond the model, up to `config.batch_size` sequences and 32
     copies; None: that many sequences."""
     most = max(1, min(32, 4096 // T))
     if next(model.parameters()).device.type == 'cpu':
         most = max(1, min(most, 512 // T))  # small enough for its caches
-    if memory is None: return _MemoryPlan(config.batch_size, most)
+    if memory is None: return MemoryPlan(config.batch_size, most)
     probes, n = n_probes(config, model.config.d_model), min(config.n_jacobian, N)
     need = lambda B: needed_bytes(model, B, N, T, as_published, config.n_bootstrap, n, probes)
     if need(1) > memory:
@@ -615,13 +615,13 @@ def plan_memory(model: Transformer, N: int, T: int, config: ScoreConfig, memory:
     B = max(B for B in range(1, config.batch_size + 1) if need(B) <= memory)
     copies = (memory - _fixed_bytes(model, N, T, as_published)
               - _jacobian_bytes(model, T, n, probes)) // work_bytes(model, T)
-    return _MemoryPlan(B, max(1, min(most, copies)))
+    return MemoryPlan(B, max(1, min(most, copies)))
 
 # %% ../nbs/build/07_scores.ipynb #a1836cff
 _MEASUREMENT = 3   # version of what the pieces of work measure
 
 def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                     plan: _MemoryPlan, as_published: bool, swapped: Tensor) -> dict:
+                     plan: MemoryPlan, as_published: bool, swapped: Tensor) -> dict:
     "What a measurement depends on, for JSON."
     settings = {name: value for name, value in config.to_dict().items()
                 if name not in ('threshold', 'n_bootstrap', 'batch_size')}
@@ -636,7 +636,7 @@ def _measurement_key(model: Transformer, windows: Tensor, fit_windows: Tensor, c
 
 # %% ../nbs/build/07_scores.ipynb #a09a8b78
 def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-                 plan: _MemoryPlan, as_published: bool = False, swapped: Tensor | None = None,
+                 plan: MemoryPlan, as_published: bool = False, swapped: Tensor | None = None,
                  c: Costs | None = None) -> dict[str, float]:
     "Costs of all parts of a measurement by name, in order; c=None: from the sizes of the model."
     L, D = len(model.blocks), model.config.d_model
@@ -653,7 +653,7 @@ def planned_work(model: Transformer, windows: Tensor, fit_windows: Tensor, confi
 # gets a part by its name, or makes it
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
-def _measured_maps(model: Transformer, windows: Tensor, plan: _MemoryPlan, keep: Keep, name: str) -> list:
+def _measured_maps(model: Transformer, windows: Tensor, plan: MemoryPlan, keep: Keep, name: str) -> list:
     "Affine maps of all blocks as from `fit_blocks`, from disk if they are there."
     def make():
         A, b, rank = zip(*fit_blocks(model, windows, plan.sequences))
@@ -661,7 +661,7 @@ def _measured_maps(model: Transformer, windows: Tensor, plan: _MemoryPlan, keep:
     found = keep(name, make)
     return list(zip(found['A'], found['b'], found['rank'].tolist()))
 
-def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: _MemoryPlan,
+def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig, plan: MemoryPlan,
                         keep: Keep) -> list[dict]:
     """Jacobian deviations of all blocks on a few sequences (n, T + 1), as from `_join_jacobians`; from disk
     where they are there."""
@@ -678,7 +678,7 @@ def _measured_jacobians(model: Transformer, windows: Tensor, config: ScoreConfig
 
 # %% ../nbs/build/07_scores.ipynb #28ce8601
 def measure(model: Transformer, windows: Tensor, fit_windows: Tensor, config: ScoreConfig,
-            progress: bool = False, plan: _MemoryPlan | None = None, parts: Parts = Parts(),
+            progress: bool = False, plan: MemoryPlan | None = None, parts: Parts = Parts(),
             as_published: bool = False,
             swapped: Tensor | None = None) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """All measurements on all sequences (N, T + 1), with affine maps fitted on others (M, T + 1): those of

@@ -7,9 +7,9 @@ __all__ = ['SCALES', 'ALWAYS', 'STUDIES', 'MAIN', 'PUBLISHED_DECAY', 'SIZES', 'L
            'run_name', 'scale_config', 'hardware', 'n_cores', 'code_state', 'versions', 'provenance', 'shortened',
            'score_windows', 'held_out', 'check_text', 'training_bytes', 'check_folder', 'check_file', 'make_record',
            'write_record', 'check_record', 'read_record', 'fit_vocabulary', 'label_folder', 'read_run',
-           'check_training', 'run', 'seed_list', 'Study', 'add_study', 'equivalent_decay', 'study_named', 'RunsFailed',
-           'run_study', 'variant_key', 'variant_keys', 'by_variant', 'one_corpus', 'read_records', 'load_results',
-           'read_metric', 'passed', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
+           'check_training', 'run', 'seed_list', 'Study', 'add_study', 'study_named', 'RunsFailed', 'run_study',
+           'variant_key', 'variant_keys', 'by_variant', 'one_corpus', 'read_records', 'load_results', 'read_metric',
+           'passed', 't_interval', 'logarithmic', 'over_seeds', 'summarise']
 
 # %% ../nbs/tools/05_studies.ipynb #0e76a0d1
 import errno
@@ -711,7 +711,7 @@ MAIN = Study('main', 'Does a deeper model use each of its blocks less, once it i
 # of the published weight-decay study
 PUBLISHED_DECAY = TrainConfig(steps=9537, lr=1e-3, warmup_steps=1000, weight_decay=1.0)
 
-def equivalent_decay(train: TrainConfig, published: float) -> float:
+def _equivalent_decay(train: TrainConfig, published: float) -> float:
     "Translate a published weight decay."
     ratio = decay_product(PUBLISHED_DECAY) / decay_product(train.replace(weight_decay=1.0))
     return float(f'{published * ratio:.4g}')
@@ -732,14 +732,14 @@ def _source_setting(base: RunConfig) -> dict:  # changes by path
     # which came after those runs
     measures = tuple(name for name in _MEASURES if base.scale != 'laptop' or name != 'null')
     budget = _BUDGETS.get(base.scale, {}) | {'measures': measures, 'lengths': _study_lengths(base)}
-    return budget | {'train.weight_decay': equivalent_decay(vary(base, budget).train, 0.1)}
+    return budget | {'train.weight_decay': _equivalent_decay(vary(base, budget).train, 0.1)}
 
 # %% ../nbs/tools/05_studies.ipynb #bcb70c43
 @add_study('decay', 'What does weight decay change, and does it matter which weights decay?', _source_setting)
 def _decay_variants(base: RunConfig) -> dict[str, dict]:  # labels name the published lambda
     """No decay, then the published ones on matrices, then on all parameters; at `desk` and `gpu`, no decay
     and 0.1 on three groups of parameters."""
-    on = lambda published, groups: {'train.weight_decay': equivalent_decay(base.train, published),
+    on = lambda published, groups: {'train.weight_decay': _equivalent_decay(base.train, published),
                                     'train.decay_groups': groups}
     if base.scale in ('desk', 'gpu'):
         return {'λ=0': {'train.weight_decay': 0}, 'λ=0.1': on(0.1, 'matrices'), 'λ=0.1, all': on(0.1, 'all'),
@@ -797,7 +797,7 @@ def _moe_variants(base: RunConfig) -> dict[str, dict]:
            _source_setting)
 def _remedy_variants(base: RunConfig) -> dict[str, dict]:
     "Three placements of norms, without and with sparsity."
-    sparse = {'train.weight_decay': equivalent_decay(base.train, .3),
+    sparse = {'train.weight_decay': _equivalent_decay(base.train, .3),
               'model.n_kv_heads': base.model.n_heads // 2}
     norms = {'pre-LN': 'pre_ln', 'LayerNorm Scaling': 'layernorm_scaling', 'Peri-LN': 'peri_ln'}
     plain = {label: {'model.norm': norm} for label, norm in norms.items()}
@@ -809,7 +809,7 @@ def _remedy_variants(base: RunConfig) -> dict[str, dict]:
 def _ladder_variants(base: RunConfig) -> dict[str, dict]:  # labels in brackets are overshoots
     "Half the depth, the full depth, and then one source of sparsity after the other."
     L, H, T = base.model.n_layers, base.model.n_heads, base.model.context_length
-    decay = lambda p: {'train.weight_decay': equivalent_decay(base.train, p)}
+    decay = lambda p: {'train.weight_decay': _equivalent_decay(base.train, p)}
     longer = _length_changes(base, 4 * T)
     shared = longer | decay(.3) | {'model.n_kv_heads': H // 2}
     return {f'L={L // 2}': {'model.n_layers': L // 2}, f'L={L}': {},
@@ -822,7 +822,7 @@ def _budget_setting(base: RunConfig) -> dict:
     "As for the single sources, with the scale's own budget of tokens."
     return _source_setting(base) | {
         'train.steps': base.train.steps, 'train.tokens_per_step': base.train.tokens_per_step,
-        'train.weight_decay': equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
+        'train.weight_decay': _equivalent_decay(base.train, 0.1), 'train.decay_groups': 'matrices'}
 
 @add_study('budget', 'Do the findings about the sources outlive three times the training?', _budget_setting)
 def _budget_variants(base: RunConfig) -> dict[str, dict]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOSED_FORMS', 'masked_std', 'update_variance', 'gate_moments', 'by_layer', 'magnitude_mask', 'apply_masks',
-           'random_stack', 'simulate_stream', 'mean_interval', 'stream_variance', 'relative_update', 'gate_gain',
-           'expected_jacobian_deviation', 'simulate_jacobian', 'weighted_variance', 'attention_averaging',
+           'random_stack', 'simulate_stream', 'mean_interval', 'block_updates', 'stream_variance', 'relative_update',
+           'gate_gain', 'expected_jacobian_deviation', 'simulate_jacobian', 'weighted_variance', 'attention_averaging',
            'variance_budget', 'own_update_variance', 'measure_averaging', 'predict_variance', 'gaussian_dependence',
            'mask_weight_dependence', 'masked_power', 'masked_updates']
 
@@ -146,7 +146,7 @@ def mean_interval(samples: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]
     return samples.mean(0), student_t.ppf((1 + level) / 2, n - 1) * samples.std(0) / n ** 0.5
 
 # %% ../nbs/build/09_theory.ipynb #8eb1c689
-def _block_updates(config: ModelConfig, p=1.0, rescale: float = 0.0,
+def block_updates(config: ModelConfig, p=1.0, rescale: float = 0.0,
         sublayers: str = 'block') -> list[tuple[float, float]]:
     """Variances of the first and the second update of blocks 1..L; arguments as in update_variance and
     by_layer."""
@@ -156,9 +156,9 @@ def _block_updates(config: ModelConfig, p=1.0, rescale: float = 0.0,
 def stream_variance(config: ModelConfig, p=1.0, v0: float | None = None, rescale: float = 0.0,
         sublayers: str = 'block') -> list[float]:  # L + 1 numbers
     """Expected variance of the stream h_0 .. h_L, for sequences of one token, from that of the embedding,
-    v0, by default init_std squared. Other arguments as in _block_updates."""
+    v0, by default init_std squared. Other arguments as in block_updates."""
     v = [config.init_std ** 2 if v0 is None else v0]
-    for a, f in _block_updates(config, p, rescale, sublayers): v.append(v[-1] + a + f)
+    for a, f in block_updates(config, p, rescale, sublayers): v.append(v[-1] + a + f)
     return v
 
 # %% ../nbs/build/09_theory.ipynb #729fdd1a
@@ -183,7 +183,7 @@ def expected_jacobian_deviation(config: ModelConfig, p=1.0, v0: float | None = N
     v = stream_variance(config, p, v0, rescale, sublayers)
     kept = (D - 2 + 1 / N + (1 - 1 / N) / D) / D * ((D - 1) / D if norms.after else 1)   # by the projections
     result = []
-    for l, (a, f) in enumerate(_block_updates(config, p, rescale, sublayers), 1):
+    for l, (a, f) in enumerate(block_updates(config, p, rescale, sublayers), 1):
         std = masked_std(config.init_std, by_layer(p, config.n_layers)[l - 1][1], rescale)
         s2 = D * std ** 2 / (l if norms.scaled else 1)
         first = kept * a / (D * v[l - 1])

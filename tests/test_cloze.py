@@ -11,10 +11,10 @@ import torch
 from scipy.stats import binomtest
 
 from sparsecod.cloze import (
-    _CONTEXT, Question, accuracy, answer_scores, batches, continuation_scores, _continue_text, _encode_pairs,
+    _CONTEXT, Question, accuracy, answer_scores, batches, _continuation_scores, _continue_text, _encode_pairs,
     evaluate_tasks, _find_gaps,
     _held_out_texts, _lm_eval_model, make_questions, measure_cloze, pieces, _read_off, reading, right_answers,
-    _score_texts, without_context, _write_task)
+    _score_texts, _without_context, _write_task)
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, prepare
 from sparsecod.studies import SCALES
@@ -140,7 +140,7 @@ def test_scores_equal_the_slow_way(corpus, questions, T, changes):
     assert 61 < max(lengths) < 256
     slow = [[one_by_one(model, corpus.tokenizer, q, choice) for choice in q.choices] for q in questions[:8]]
     assert np.allclose(answer_scores(model, corpus.tokenizer, questions[:8]), slow, rtol=1e-4, atol=1e-3)
-    alone = without_context(questions[:8])
+    alone = _without_context(questions[:8])
     slow = [[one_by_one(model, corpus.tokenizer, q, choice) for choice in q.choices] for q in alone]
     assert np.allclose(answer_scores(model, corpus.tokenizer, alone), slow, rtol=1e-4, atol=1e-3)
 
@@ -185,7 +185,7 @@ def test_who_knows_the_text_is_always_right(corpus, questions):
             m = next(seen)
             for y in known.get(tuple(tokens[row, max(0, t - 19):t + 1].tolist()), ()): logits[m, y] = 30.
         return _read_off(logits, targets)
-    found = continuation_scores(read,
+    found = _continuation_scores(read,
                                 _encode_pairs(corpus.tokenizer, [(q.context, choice) for q in questions
                                                                 for choice in q.choices]), T=512)
     scores = found[:, 0].view(-1, 4)
@@ -265,7 +265,7 @@ def test_measurement_for_the_record(corpus):
     assert json.loads(json.dumps(found)) == found and found == measure_cloze(model, corpus, 10 ** 5, seed=3)
     questions = make_questions(corpus, 10 ** 5, seed=3)
     scores = answer_scores(model, corpus.tokenizer, questions)
-    gain = scores - answer_scores(model, corpus.tokenizer, without_context(questions))
+    gain = scores - answer_scores(model, corpus.tokenizer, _without_context(questions))
     assert (found['n_questions'] == len(questions) < found['settings']['n_questions']
             and found['chance'] == .25 and found['settings']['seed'] == 3)
     for name, value in dict(accuracy=accuracy(scores, questions),
@@ -283,7 +283,7 @@ def test_lm_eval_agrees_question_by_question(corpus, questions):
     found = evaluate_tasks(model, corpus.tokenizer, ['cloze'], questions, samples=True)
     theirs = sorted(found['samples']['cloze'], key=lambda sample: sample['doc_id'])
     scores = answer_scores(model, corpus.tokenizer, questions)
-    gain = scores - answer_scores(model, corpus.tokenizer, without_context(questions))
+    gain = scores - answer_scores(model, corpus.tokenizer, _without_context(questions))
     ours = dict(acc=right_answers(scores, questions), acc_norm=right_answers(scores, questions, True),
                 acc_mutual_info=right_answers(gain, questions))
     rows = {row['metric']: row for row in found['results']}

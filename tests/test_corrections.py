@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from sparsecod.core import ModelConfig, Transformer
-from sparsecod.corrections import (_JUDGED_BY, _TRAPS, AffineBlock, affine_ratios, _auxiliary_weights,
+from sparsecod.corrections import (_JUDGED_BY, _TRAPS, AffineBlock, affine_ratios, auxiliary_weights,
                                    _branch_variances, causal_from_states, choices, _chosen_scores,
-                                   closing_table, combine, _context_rows, corrections, corrections_table,
+                                   _closing_table, combine, _context_rows, corrections, corrections_table,
                                    _decay_rows, decaying, _full_block_runs, _gate_rows,
                                    _last_variances, mean_score, mean_with_sink, ordered, _padded_loss,
                                    _permutation_score, ratio, rounding, row,
@@ -105,7 +105,7 @@ def test_the_largest_effect_comes_first_in_either_direction():
     rows = [row(13, 'loss', .99, 1), row(11, 'loss', .1, 1), row(5, 'causal score', 3, 1),
             row(1, _JUDGED_BY[1], -1, 1), row(3, 'another quantity', 99, 1)]
     assert [c['trap'] for c in ordered(rows)] == [11, 5, 13, 1]
-    assert closing_table(rows).count('\n') == 1 + 4
+    assert _closing_table(rows).count('\n') == 1 + 4
 
 
 def test_tables_choose_traps():
@@ -257,8 +257,8 @@ def test_compounded_weights_are_what_a_weight_divided_in_a_loop_gives(blocks):
     for _ in range(blocks):
         weight = weight / blocks
         expected.append(weight)
-    assert _auxiliary_weights(blocks, compounded=True).tolist() == pytest.approx(expected)
-    assert _auxiliary_weights(blocks).sum().item() == pytest.approx(1)
+    assert auxiliary_weights(blocks, compounded=True).tolist() == pytest.approx(expected)
+    assert auxiliary_weights(blocks).sum().item() == pytest.approx(1)
 
 
 # ---- 9 and 10

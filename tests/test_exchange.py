@@ -18,7 +18,7 @@ from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus, Tokenizer, load_tokenizer, train_bpe
 from sparsecod.exchange import (export_folder, export_model, from_hf, _half_split, _interleave, model_card,
                                 _need_transformers, _public_name,
-                                push_folder, _run_facts, _stock_family, to_hf, to_hf_tokenizer)
+                                push_folder, run_facts, _stock_family, to_hf, to_hf_tokenizer)
 from sparsecod.integrity import Damaged
 from sparsecod.moe import GATES
 from sparsecod.train import TrainConfig, train
@@ -422,7 +422,7 @@ def head_and_body(card, tmp_path):
 
 
 def test_card_carries_what_is_known(tmp_path):
-    data, body = head_and_body(model_card(ModelConfig(vocab_size=V), _run_facts(record=RECORD), 'transformers',
+    data, body = head_and_body(model_card(ModelConfig(vocab_size=V), run_facts(record=RECORD), 'transformers',
                                           'a name', 'apache-2.0'), tmp_path)
     for text in ('a7794e02e12ff3e4', '1,638,400', '9,831,133', 'train.lr | 0.00123', 'data.source | stdlib',
                  '4.251 | 4.188 to 4.317', 'causal score | 0.274 | 0.269 to 0.28',
@@ -436,7 +436,7 @@ def test_card_carries_what_is_known(tmp_path):
 
 
 def test_card_is_honest_about_the_rest(tmp_path):
-    _, body = head_and_body(model_card(ModelConfig(vocab_size=V), _run_facts(record=RECORD)), tmp_path)
+    _, body = head_and_body(model_card(ModelConfig(vocab_size=V), run_facts(record=RECORD)), tmp_path)
     scores, missing = body.split('## Not measured')
     for words in ('permutation score', 'usefulness', 'Jacobian deviation', 'variance of the last stream',
                   'public benchmarks', 'safety'):
@@ -451,12 +451,12 @@ def test_card_is_honest_about_the_rest(tmp_path):
 def test_questions_are_on_the_card(tmp_path):
     cloze = dict(accuracy=dict(value=.291, low=.263, high=.319), n_questions=1000, chance=.25, settings={})
     _, body = head_and_body(model_card(ModelConfig(vocab_size=V),
-                                       _run_facts(record=RECORD | dict(cloze=cloze))), tmp_path)
+                                       run_facts(record=RECORD | dict(cloze=cloze))), tmp_path)
     assert 'cloze | accuracy | 0.291 | 0.263 to 0.319 | 0.25 | 1000' in body
     assert '- accuracy on public benchmarks\n' in body and '- accuracy on cloze' not in body
     asked = [dict(task='piqa', metric='acc', value=.5, stderr=.01, n=100, low=None, high=None, chance=.5)]
     (tmp_path / 'eval.json').write_text(json.dumps(dict(results=asked)), encoding='utf-8')
-    _, body = head_and_body(model_card(ModelConfig(vocab_size=V), _run_facts(tmp_path)), tmp_path)
+    _, body = head_and_body(model_card(ModelConfig(vocab_size=V), run_facts(tmp_path)), tmp_path)
     assert ('piqa | acc | 0.5 | - | 0.5 | 100' in body and 'benchmarks other than those above' in body
             and '- accuracy on cloze' in body)
 
@@ -464,14 +464,14 @@ def test_questions_are_on_the_card(tmp_path):
 def test_uncommitted_code_is_told():
     record = RECORD | dict(provenance=RECORD['provenance'] | dict(trained_dirty=True))
     assert f"{'c' * 40}, with changes that were not committed" in model_card(ModelConfig(vocab_size=V),
-                                                                             _run_facts(record=record)).content
-    assert 'not committed' not in model_card(ModelConfig(vocab_size=V), _run_facts(record=RECORD)).content
+                                                                             run_facts(record=record)).content
+    assert 'not committed' not in model_card(ModelConfig(vocab_size=V), run_facts(record=RECORD)).content
 
 
 def test_scores_alone_say_nothing_about_training(tmp_path):
     "The configuration in a file of scores says what was scored on."
     alone = dict(config=RECORD['config'], corpus='feedbeef', **RECORD['scores'])
-    facts = _run_facts(record=alone)
+    facts = run_facts(record=alone)
     assert facts['scored_on'] == 'feedbeef' and not {'train', 'data', 'corpus', 'tokens'} & set(facts)
     _, body = head_and_body(model_card(ModelConfig(vocab_size=V), facts), tmp_path)
     assert ('not recorded here' in body and 'causal score | 0.274' in body and 'feedbeef' in body
@@ -486,7 +486,7 @@ def test_local_paths_stay_out_of_the_card(tmp_path):
         assert _public_name(name) == name
     record = RECORD | dict(config=RECORD['config'] | dict(data=dict(source=str(tmp_path / 'secret.txt'),
                                                                     tokenizer=str(tmp_path / 'tok'))))
-    assert str(tmp_path) not in model_card(ModelConfig(vocab_size=V), _run_facts(record=record)).content
+    assert str(tmp_path) not in model_card(ModelConfig(vocab_size=V), run_facts(record=record)).content
 
 
 # Trainings
@@ -566,7 +566,7 @@ def test_a_changed_model_claims_nothing(run, tmp_path):
     with torch.no_grad(): model.blocks[1].attention.query.weight[0, 0] += 1e-3
     assert 'not recorded here' in read_card(model, tmp_path / 'after')
     assert 'not recorded here' in read_card(random_model(), tmp_path / 'other')
-    assert '4.251' in model.generate_model_card(facts=_run_facts(record=RECORD)).content
+    assert '4.251' in model.generate_model_card(facts=run_facts(record=RECORD)).content
 
 
 def test_export_folder_for_sparsecod(run, corpus, tmp_path):
@@ -728,7 +728,7 @@ def test_push_of_something_else_is_refused(tmp_path, hub):
 
 
 def test_the_verbs_of_a_transformer_write_the_card(tmp_path, hub):
-    model, facts = random_model(), _run_facts(record=RECORD)
+    model, facts = random_model(), run_facts(record=RECORD)
     model.save_pretrained(tmp_path, model_card_kwargs=dict(facts=facts))
     assert ('4.251' in (tmp_path / 'README.md').read_text(encoding='utf-8')
             and same(Transformer.from_pretrained(tmp_path), model))

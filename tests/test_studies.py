@@ -26,7 +26,7 @@ from sparsecod.claims import (CLAIMS, _REGISTERED, _CHECKS, _complete_seeds, _co
 from sparsecod.integrity import check_stamp, read_json
 from sparsecod.studies import (_DEPTHS, _MEASURES, PUBLISHED_DECAY, SCALES, STUDIES, _Progress, RunConfig,
                                RunsFailed, Study, by_variant, _changed_fields,
-                               identity, load_results, _locate, over_seeds, equivalent_decay, read_metric,
+                               identity, load_results, _locate, over_seeds, _equivalent_decay, read_metric,
                                run, run_name, run_study, _source_setting,
                                scale_config, summarise, t_interval, variant_key, vary, _work_folder,
                                write_record)
@@ -937,9 +937,9 @@ def test_summaries():
 def test_equivalent_decay_has_the_published_product():
     train = SCALES['laptop'].train
     for published in (.01, .1, 3):
-        mine = train.replace(weight_decay=equivalent_decay(train, published))
+        mine = train.replace(weight_decay=_equivalent_decay(train, published))
         assert decay_product(mine) == pytest.approx(published * decay_product(PUBLISHED_DECAY), rel=1e-3)
-    assert equivalent_decay(PUBLISHED_DECAY, .1) == pytest.approx(.1) and equivalent_decay(train, 0) == 0
+    assert _equivalent_decay(PUBLISHED_DECAY, .1) == pytest.approx(.1) and _equivalent_decay(train, 0) == 0
 
 
 @pytest.mark.parametrize('scale', SCALES)
