@@ -7,7 +7,6 @@ __all__ = ['GATES', 'Routing', 'route', 'experts_loop', 'experts_grouped', 'expe
            'balance_loss', 'router_z_loss', 'MixtureOfExperts', 'moe_params']
 
 # %% ../nbs/build/02_moe.ipynb #e8483055
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,89 +64,96 @@ def experts_grouped(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down:
     return outputs.view(len(x), k, -1).sum(1)                                         # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #a0f9c30f
-# rows: a CPU's library builds a kernel for each number of rows it meets, and keeps about a thousand
-_TILE = 64
+_TILE = 32  # rows
 
-def _expert_rows(ends: Tensor) -> list[slice]:
-    "The rows of each expert, from the last row of each, (E,)."
-    ends = ends.tolist()
-    return [slice(*pair) for pair in zip([0, *ends], ends)]
+def _expert_places(experts: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where assignments, (M,), go among P places of which each of E experts has whole tiles: the place
+    of each, (M,), the assignment at each place, (P,), M where there is none, and the end of each expert,
+    (E,)."""
+    order, ends = experts.argsort(stable=True), _expert_ends(experts, E)              # (M,), (E,)
+    counts = ends.diff(prepend=ends.new_zeros(1))                                     # (E,)
+    tiled = (counts + _TILE - 1) // _TILE * _TILE                                     # (E,)
+    tiled_ends = tiled.cumsum(0).int()                                                # (E,)
+    shift = (tiled_ends - tiled) - (ends - counts)  # (E,) of an expert's first row
+    sorted_places = torch.arange(len(order), device=order.device) + shift[experts[order]]  # (M,)
+    P = (len(order) // _TILE + E) * _TILE                                             # as many as it can take
+    assignments = order.new_full((P,), len(order)).scatter(0, sorted_places, order)
+    return torch.empty_like(order).scatter(0, order, sorted_places), assignments, tiled_ends
 
-@torch.library.custom_op('sparsecod::expert_products', mutates_args=())
-def _expert_products(rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:  # (M, B)
-    """Rows, (M, A), sorted by expert, times the matrix, (A, B), of their expert, as one operation for a
-    compiler; ends, (E,), has the last row of each expert."""
-    M, out = len(rows), rows.new_empty(len(rows), weights.shape[2])
-    # in order: what is written past an end is written again
-    for part, weight in zip(_expert_rows(ends), weights):
-        n = -(-(part.stop - part.start) // _TILE) * _TILE
-        wide = slice(part.start, part.start + n) if part.start + n <= M else slice(max(0, M - n), M)
-        if wide.start == part.start: torch.mm(rows[wide], weight, out=out[wide])
-        else: out[part] = (rows[wide] @ weight)[part.start - wide.start:part.stop - wide.start]
-    return out
+def _rows_or_zeros(x: Tensor, index: Tensor) -> Tensor:
+    "Rows of x, (n, A), at an index; zeros where it is n or more."
+    return torch.where((index < len(x))[:, None], x[index.clamp(max=len(x) - 1)], 0)
 
-@torch.library.custom_op('sparsecod::expert_derivatives', mutates_args=())
-def _expert_derivatives(rows: Tensor, ends: Tensor, slope: Tensor) -> Tensor:  # (E, A, B)
-    "The derivatives by the matrices of all experts, from those by the products, (M, B)."
-    M, out = len(rows), rows.new_empty(len(ends), rows.shape[1], slope.shape[1])
-    for part, weight in zip(_expert_rows(ends), out):
-        middle = part.stop - (part.stop - part.start) % _TILE
-        torch.mm(rows[part.start:middle].t(), slope[part.start:middle], out=weight)
-        start = max(0, min(middle, M - _TILE))                     # of a tile that holds the rest, and zeros
-        rest = slope.new_zeros(min(_TILE, M), slope.shape[1])      # (_TILE, B)
-        rest[middle - start:part.stop - start] = slope[middle:part.stop]
-        if middle < part.stop: weight.addmm_(rows[start:start + _TILE].t(), rest)
-    return out
+class _ToExperts(torch.autograd.Function):
+    "Each token's row, (N, A), at the places of its k assignments, and zeros elsewhere."
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, assignments: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.k = len(places) // len(x)
+        return _rows_or_zeros(x, assignments // ctx.k)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        rows = slope[ctx.saved_tensors[0]]                                            # (N*k, A)
+        return rows.view(-1, ctx.k, rows.shape[1]).sum(1), None, None
+
+class _FromExperts(torch.autograd.Function):
+    "The rows at the places of assignments, in the order of these."
+    @staticmethod
+    def forward(ctx, rows: Tensor, places: Tensor, assignments: Tensor) -> Tensor:
+        ctx.save_for_backward(assignments)
+        return rows[places]
+
+    @staticmethod
+    def backward(ctx, slope: Tensor): return _rows_or_zeros(slope, ctx.saved_tensors[0]), None, None
 
 # %% ../nbs/build/02_moe.ipynb #0eea8bc5
-_expert_products.register_fake(lambda rows, ends, weights: rows.new_empty(len(rows), weights.shape[2]))
-_expert_derivatives.register_fake(
-    lambda rows, ends, slope: rows.new_empty(len(ends), rows.shape[1], slope.shape[1]))
-
-def _products_backward(ctx, slope: Tensor):
-    "The derivatives of `_expert_products`."
-    rows, ends, weights = ctx.saved_tensors
-    slope = slope.contiguous()
-    return _expert_products(slope, ends, weights.mT), None, _expert_derivatives(rows, ends, slope)
-
-_expert_products.register_autograd(_products_backward,
-                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; its derivative puts them back, where that of indexing would add them up one by
-    one."""
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        # x: (M, A); order and back, a permutation and its inverse: (M,)
-        ctx.save_for_backward(back)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx, slope: Tensor): return slope[ctx.saved_tensors[0]], None, None
-
 def _fits_grouped(x: Tensor, gate: Tensor) -> bool:
     "Whether PyTorch has `grouped_mm`, and tokens, (N, D), are of the kind and length that it wants."
     aligned = all(width * x.element_size() % 16 == 0 for width in gate.shape[1:])
     return (aligned and hasattr(functional, 'grouped_mm')
             and (x.device.type == 'cpu' or x.dtype == torch.bfloat16))
 
-def _products_of(x: Tensor, gate: Tensor) -> Callable:
-    """What multiplies the rows of all experts in a compiled step: on a GPU one kernel, which waits for
-    nothing."""
-    if x.device.type == 'cpu' or not _fits_grouped(x, gate): return _expert_products
-    return lambda rows, ends, weights: functional.grouped_mm(rows, weights, offs=ends)
+@torch.library.custom_op('sparsecod::expert_products', mutates_args=())
+def _expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # (P, B)
+    """What `grouped_mm` does, where it does not fit: rows, (P, A), times the matrix, (E, A, B), of their
+    expert; or of (A, P) and (P, B), the product of each expert's stretch, (E, A, B)."""
+    ends = ends.tolist()
+    parts = [slice(*pair) for pair in zip([0, *ends], ends)]
+    if weights.dim() == 3:
+        out = rows.new_empty(len(rows), weights.shape[2])
+        for part, weight in zip(parts, weights): torch.mm(rows[part], weight, out=out[part])
+    else:
+        out = rows.new_empty(len(ends), len(rows), weights.shape[1])
+        for part, product in zip(parts, out): torch.mm(rows[:, part], weights[part], out=product)
+    return out
+
+def _products_like(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    "A tensor of the shape that `_expert_products` returns."
+    shape = (len(ends), len(rows)) if weights.dim() == 2 else rows.shape[:1]
+    return rows.new_empty(*shape, weights.shape[-1])
+
+def _products_backward(ctx, slope: Tensor):
+    "The derivatives of products with (E, A, B)."
+    rows, weights, ends = ctx.saved_tensors
+    slope = slope.contiguous()
+    return _expert_products(slope, weights.mT, ends), _expert_products(rows.t(), slope, ends), None
+
+_expert_products.register_fake(_products_like)
+_expert_products.register_autograd(_products_backward,
+                                   setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def experts_compiled(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     "All experts at once, in operations that a compiler can join; as `experts_loop`."
-    k, experts = routing.experts.shape[1], routing.experts.flatten()                  # (N*k,)
-    order = experts.argsort(stable=True)                                              # (N*k,) by expert
-    back = order.argsort()                                                            # (N*k,)
-    ends = _expert_ends(experts, len(gate))                                            # (E,) last row of each
-    rows = _Reorder.apply(x.repeat_interleave(k, 0), order, back)                      # (N*k, D)
-    products = _products_of(x, gate)
-    g, u = products(rows, ends, torch.cat([gate, up], 2).to(x.dtype)).chunk(2, -1)    # (N*k, F) each
-    outputs = products(functional.silu(g) * u, ends, down.to(x.dtype))                # (N*k, D)
-    outputs = _Reorder.apply(outputs, back, order).view(len(x), k, -1)  # (N, k, D), in the order of tokens
+    k = routing.experts.shape[1]
+    places, assignments, ends = _expert_places(routing.experts.flatten(), len(gate))
+    grouped = lambda rows, weights, ends: functional.grouped_mm(rows, weights, offs=ends)
+    # for a compiler it is of bf16 only
+    products = grouped if _fits_grouped(x, gate) and x.dtype == torch.bfloat16 else _expert_products
+    rows = _ToExperts.apply(x, places, assignments)                                   # (P, D)
+    g, u = products(rows, torch.cat([gate, up], 2).to(x.dtype), ends).chunk(2, -1)    # (P, F) each
+    outputs = products(functional.silu(g) * u, down.to(x.dtype), ends)                # (P, D)
+    outputs = _FromExperts.apply(outputs, places, assignments).view(len(x), k, -1)    # (N, k, D)
     return (routing.gates[:, :, None] * outputs).sum(1).to(x.dtype)                   # (N, D)
 
 # %% ../nbs/build/02_moe.ipynb #fcc0854b

@@ -104,19 +104,21 @@ def test_rows_of_each_expert_end_where_the_counts_say(experts, E):
     assert _expert_ends(experts, E).tolist() == torch.bincount(experts, minlength=E).cumsum(0).tolist()
 
 
-def test_compiled_step_of_a_gpu_equals_the_loop(monkeypatch):
-    "On a GPU a compiled step multiplies with grouped_mm; here the same graph runs on a CPU."
-    monkeypatch.setattr(moe, '_products_of',
-                        lambda x, gate: lambda rows, ends, ws: functional.grouped_mm(rows, ws, offs=ends))
+@pytest.mark.parametrize('fits', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiled_experts_equal_the_loop(monkeypatch, dtype, fits):
+    "With grouped_mm, and as where it is missing; in one graph."
+    monkeypatch.setattr(moe, '_fits_grouped', lambda x, gate: fits)
     torch.manual_seed(0)
-    x, routing = torch.randn(33, 16, dtype=torch.bfloat16), route(torch.randn(33, 4), 2)
+    x, logits = torch.randn(330, 16, dtype=dtype, requires_grad=True), torch.randn(330, 4, requires_grad=True)
     ws = [w.requires_grad_() for w in weights(4, 16, 8)]
     slopes = []
     for run in (experts_loop,
                 torch.compile(experts_compiled, backend='aot_eager', fullgraph=True, dynamic=False)):
-        out = run(x, routing, *ws)
-        slopes.append([out, *torch.autograd.grad(out.float().pow(2).sum(), ws)])
-    for found, wanted in zip(*reversed(slopes)): torch.testing.assert_close(found, wanted, atol=.02, rtol=.05)
+        out = run(x, route(logits, 2), *ws)
+        slopes.append([out, *torch.autograd.grad(out.float().pow(2).sum(), (x, logits, *ws))])
+    close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=.1, rtol=.05)
+    for found, wanted in zip(*reversed(slopes)): torch.testing.assert_close(found, wanted, **close)
 
 
 @pytest.mark.parametrize('dtype, D, fits', [(torch.float32, 16, False), (torch.bfloat16, 16, True),
@@ -126,19 +128,52 @@ def test_a_gpu_gets_grouped_products_in_bf16_only(dtype, D, fits):
                             torch.empty(4, D, 8, device='meta')) is fits
 
 
-@pytest.mark.parametrize('counts', [(0, 1, 63, 64, 65, 200, 0, 7), (3, 0, 2), (0, 0, 130), (128, 64), (1,),
-                                    (64, 0), (5, 70, 60)])
+COUNTS = [(0, 1, 31, 32, 33, 200, 0, 7), (3, 0, 2), (0, 0, 130), (128, 64), (1,), (64, 0), (33, 33, 33)]
+
+
+@pytest.mark.parametrize('counts', COUNTS)
+def test_every_assignment_has_a_place_of_its_own_among_those_of_its_expert(counts):
+    E, M = len(counts), sum(counts)
+    experts = torch.arange(E).repeat_interleave(torch.tensor(counts))[torch.randperm(M)]
+    places, assignments, ends = moe._expert_places(experts, E)
+    assert torch.equal(assignments[places], torch.arange(M))     # so no two share a place
+    assert (assignments == M).sum() == len(assignments) - M      # and the other places are empty
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    assert (starts[experts] <= places).all() and (places < ends[experts]).all()
+    assert not (ends % moe._TILE).any() and ends[-1] <= len(assignments)
+
+
+@pytest.mark.parametrize('counts', COUNTS)
 def test_products_of_all_experts_are_those_of_each(counts):
-    """Whatever the numbers of rows, which are filled up with those of the next expert: values, and
-    derivatives by rows and matrices."""
+    "Values, and derivatives by rows and matrices, also where an expert has no row or rows have no expert."
     torch.manual_seed(0)
-    rows, weights = (torch.randn(sum(counts), 8, requires_grad=True),
-                     torch.randn(len(counts), 8, 6, requires_grad=True))
-    ends = torch.tensor(counts).cumsum(0).int()
-    wanted = torch.cat([part @ weight for part, weight in zip(rows.split(counts), weights)])
-    found = moe._expert_products(rows, ends, weights)
+    M = sum(counts)
+    rows, ws = torch.randn(M + 5, 8, requires_grad=True), torch.randn(len(counts), 8, 6, requires_grad=True)
+    found = moe._expert_products(rows, ws, torch.tensor(counts).cumsum(0).int())[:M]
+    wanted = torch.cat([part @ w for part, w in zip(rows[:M].split(counts), ws)])
     torch.testing.assert_close(found, wanted)
     slope = torch.randn_like(wanted)
-    for a, b in zip(torch.autograd.grad(found, (rows, weights), slope),
-                    torch.autograd.grad(wanted, (rows, weights), slope)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (rows, ws), slope),
+                    torch.autograd.grad(wanted, (rows, ws), slope)):
+        torch.testing.assert_close(a[:M] if len(a) == M + 5 else a, b[:M] if len(b) == M + 5 else b,
+                                   atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_what_lies_past_the_last_expert_does_not_matter(dtype, monkeypatch):
+    "Products leave those rows as they were in memory, where they may be anything."
+    torch.manual_seed(0)
+    grouped, plain = functional.grouped_mm, moe._expert_products
+    def spoil(out, ends):
+        return out if out.dim() == 3 else torch.where((torch.arange(len(out)) < ends[-1])[:, None], out, torch.nan)
+    x, logits, ws = torch.randn(33, 16, dtype=dtype), torch.randn(33, 4), weights(4, 16, 8)
+    results = []
+    for bad in (False, True):
+        if bad:
+            monkeypatch.setattr(functional, 'grouped_mm',
+                                lambda a, ws, offs: spoil(grouped(a, ws, offs=offs), offs))
+            monkeypatch.setattr(moe, '_expert_products', lambda a, ws, ends: spoil(plain(a, ws, ends), ends))
+        leaves = [t.clone().requires_grad_() for t in (x, logits, *ws)]
+        out = experts_compiled(leaves[0], route(leaves[1], 2), *leaves[2:])
+        results.append([out, *torch.autograd.grad(out.float().pow(2).sum(), leaves)])
+    for found, wanted in zip(*results): assert torch.equal(found, wanted)
