@@ -1,6 +1,6 @@
 """What does a compiled training step spend its time on, and what does logging cost it?
 
-    python benchmarks/step_profile.py [--sizes small medium large] [--rounds 7] [--out results/benchmarks/step_profile.json]
+    python benchmarks/step_profile.py [--sizes small medium large mixture] [--rounds 7] [--out results/benchmarks/step_profile.json]
 
 Eager fp32 steps, compiled bf16 steps, and compiled steps without what the log measures take turns; the
 medians of the processor's time count, on one thread. Shares are those of a profile of a few compiled steps.
@@ -21,13 +21,15 @@ from sparsecod.core import ModelConfig
 from sparsecod.integrity import stamp, write_text
 
 WAYS = dict(eager=('fp32', 'eager'), compiled=('bf16', 'compiled'), unlogged=('bf16', 'unlogged'))
-PARTS = {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::bmm': 'attention'}
+PARTS = {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::_grouped_mm': 'products',
+         'aten::bmm': 'attention', 'aten::topk': 'sorting', 'aten::sort': 'sorting'}
+MODELS = SIZES | dict(mixture=SIZES['small'] | dict(n_experts=8, experts_per_token=2))
 
 
 def shares(step, windows, steps: int = 3) -> dict:
     """Shares of the time of a step, by what it is spent on: a loss and an update as a whole, everything
     else by its own time."""
-    spent = dict.fromkeys(('products', 'attention', 'fused', 'loss', 'update', 'rest'), 0.0)
+    spent = dict.fromkeys(('products', 'attention', 'sorting', 'fused', 'loss', 'update', 'rest'), 0.0)
     def add(event, whole=None):
         if event.name.startswith('LinearCrossEntropy'): whole = 'loss'
         elif event.name.startswith(('Optimizer.step', 'aten::_foreach')): whole = 'update'
@@ -58,7 +60,7 @@ def measure(config: ModelConfig, tokens: int, rounds: int) -> dict:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
+    parser.add_argument('--sizes', nargs='+', choices=MODELS, default=list(MODELS))
     parser.add_argument('--rounds', type=int, default=7, help='steps of each kind (default: 7)')
     parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
     parser.add_argument('--out', type=Path, help='write a JSON file')
@@ -68,7 +70,7 @@ if __name__ == '__main__':
     found = {}
     for name in options.sizes:
         with kept_memory():
-            found[name] = measure(ModelConfig(vocab_size=2048, **SIZES[name]), options.tokens, options.rounds)
+            found[name] = measure(ModelConfig(vocab_size=2048, **MODELS[name]), options.tokens, options.rounds)
         print(name, json.dumps({k: v for k, v in found[name].items() if k != 'model'}), flush=True)
         if options.out:
             record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1,
