@@ -9,6 +9,8 @@ import argparse
 import json
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from sparsecod.compilation import kept_memory, use_compiler_cache
 from sparsecod.core import ModelConfig
 from sparsecod.integrity import stamp, write_text
 
+WARM_UP = 8  # rounds that are not counted: the first compiles
 WAYS = dict(eager=('fp32', 'eager'), compiled=('bf16', 'compiled'), unlogged=('bf16', 'unlogged'))
 PARTS = {'aten::mm': 'products', 'aten::addmm': 'products', 'aten::_grouped_mm': 'products',
          'aten::bmm': 'attention', 'aten::topk': 'sorting', 'aten::sort': 'sorting'}
@@ -43,12 +46,20 @@ def shares(step, windows, steps: int = 3) -> dict:
     return {part: t / sum(spent.values()) for part, t in spent.items()}
 
 
-def measure(config: ModelConfig, tokens: int, rounds: int) -> dict:
-    "Seconds of each kind of step, and the shares of a compiled one."
+def measure(name: str, tokens: int, rounds: int) -> dict:
+    "Seconds of each kind of step of a model, and the shares of a compiled one."
+    config = ModelConfig(vocab_size=2048, **MODELS[name])
+    torch.set_num_threads(1)
+    use_compiler_cache()
+    with kept_memory(): return measure_steps(config, tokens, rounds)
+
+
+def measure_steps(config: ModelConfig, tokens: int, rounds: int) -> dict:
+    "As `measure`, in the process that is ready for it."
     windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
     steps = {name: make_step(config, 'ours', *way) for name, way in WAYS.items()}
     seconds = {name: [] for name in WAYS}
-    for r in range(-1, rounds):  # the first is not counted: it compiles
+    for r in range(-WARM_UP, rounds):
         for name, step in steps.items():
             start = time.process_time()
             step(windows)
@@ -65,12 +76,10 @@ if __name__ == '__main__':
     parser.add_argument('--tokens', type=int, default=4096, help='targets a step (default: 4096)')
     parser.add_argument('--out', type=Path, help='write a JSON file')
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    use_compiler_cache()
     found = {}
     for name in options.sizes:
-        with kept_memory():
-            found[name] = measure(ModelConfig(vocab_size=2048, **MODELS[name]), options.tokens, options.rounds)
+        with ProcessPoolExecutor(1, get_context('spawn')) as worker:  # of its own, as a run has
+            found[name] = worker.submit(measure, name, options.tokens, options.rounds).result()
         print(name, json.dumps({k: v for k, v in found[name].items() if k != 'model'}), flush=True)
         if options.out:
             record = dict(sizes=found, rounds=options.rounds, tokens=options.tokens, threads=1,
