@@ -33,32 +33,33 @@ from sparsecod.moe import experts_grouped, experts_loop
 SIZES = dict(layers=8, d_model=64, experts=8, per_token=2, tokens=4096, context=128, repeats=31)
 BARS = dict(eager=1.5, compiled=1.25)  # times the dense step
 CLOCKS = dict(wall=time.perf_counter, processor=time.process_time)
-WARM_UP = 8  # rounds
+WARM_UP = 50  # rounds: later, few numbers of rows are new to a mixture
 
 
 def prepare(config: ModelConfig, tokens: int, way: str, experts):
-    "In a process of its own: a kind of step, and the windows that it reads."
-    global step, windows, memory
+    "In a process of its own: a kind of step, and what draws the windows that it reads."
+    global step, draw, memory
     torch.set_num_threads(1)
     use_compiler_cache()
     memory = ExitStack()
     memory.enter_context(kept_memory())
     if experts: moe.run_experts = experts
     torch.manual_seed(0)
-    windows = torch.randint(config.vocab_size, (tokens // config.context_length, config.context_length + 1))
+    shape = tokens // config.context_length, config.context_length + 1
+    draw = lambda: torch.randint(config.vocab_size, shape)
     step = make_step(config, 'ours', 'fp32' if way == 'eager' else 'bf16', way)
 
 
 def timed() -> dict:
-    "In such a process: seconds of one step, by each clock."
+    "In such a process: seconds of one step, on windows of its own, by each clock."
+    windows = draw()
     start = {clock: now() for clock, now in CLOCKS.items()}
     step(windows)
     return {clock: now() - start[clock] for clock, now in CLOCKS.items()}
 
 
 def alternate(runs: dict, tokens: int, repeats: int) -> dict:
-    """Seconds of each kind of step in each round; the first rounds, in which kernels are made and loaded,
-    are left out."""
+    "Seconds of each kind of step in each round, without the first rounds, in which kernels are made."
     with ExitStack() as stack:
         workers = {name: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'), prepare,
                                                                  (config, tokens, way, experts)))

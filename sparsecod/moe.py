@@ -36,7 +36,7 @@ def route(logits: Tensor, k: int, gates: str = 'published') -> Routing:
 # %% ../nbs/build/02_moe.ipynb #ded8733c
 def experts_loop(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # (N, D)
     """The sum of gated outputs of experts on tokens x, (N, D), one expert after the other: slow, obvious,
-    and the reference for `experts_grouped`. Matrices: gate and up, (E, D, F), and down, (E, F, D)."""
+    and the reference for the others. Matrices: gate and up, (E, D, F), and down, (E, F, D)."""
     out = torch.zeros_like(x)                                                         # (N, D)
     gate, up, down = (w.to(x.dtype) for w in (gate, up, down))
     for e in range(len(gate)):
@@ -116,8 +116,8 @@ def _fits_grouped(x: Tensor, gate: Tensor) -> bool:
 
 @torch.library.custom_op('sparsecod::expert_products', mutates_args=())
 def _expert_products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # (P, B)
-    """What `grouped_mm` does, where it does not fit: rows, (P, A), times the matrix, (E, A, B), of their
-    expert; or of (A, P) and (P, B), the product of each expert's stretch, (E, A, B)."""
+    """What `grouped_mm` does, where a compiler cannot have it: rows, (P, A), times the matrix, (E, A, B), of
+    their expert; or of (A, P) and (P, B), the product of each expert's stretch, (E, A, B)."""
     ends = ends.tolist()
     parts = [slice(*pair) for pair in zip([0, *ends], ends)]
     if weights.dim() == 3:
@@ -164,6 +164,7 @@ def _working_precision(x: Tensor) -> Tensor:
 
 def run_experts(x: Tensor, routing: Routing, *weights: Tensor) -> Tensor:  # (N, D)
     "All experts, by the fastest way that fits; as `experts_loop`."
+    if not len(x): return experts_loop(x, routing, *weights)
     if torch.compiler.is_compiling(): return experts_compiled(x, routing, *weights)
     return (experts_grouped if _fits_grouped(x, weights[0]) else experts_loop)(x, routing, *weights)
 

@@ -73,7 +73,7 @@ class TrainConfig(Config):
     eps: float = 1e-8                      # added to the root of the second running mean
     clip: float = 1.0                      # largest norm of the gradient
     precision: str = 'auto'                # of matrix products: fp32, bf16, or auto, what is fastest
-    compile: str = 'auto'                  # whether to compile the step: on, off, or auto, if that is fastest
+    compile: str = 'auto'                  # on, off, or auto: if fastest; several processes: off
     seed: int = 0                          # of the initial weights, the order of the data, and all randomness
     log_every: int = 10                    # steps between records in the log
     checkpoint_every: int = 200            # steps between checkpoints
@@ -352,8 +352,10 @@ def _decide_execution(run: Run, say: Callable[[str], None]):
         passes = (config.steps - run.step) * config.tokens_per_step // windows[:, 1:].numel()
         run.execution = choose_execution(run.model, windows, passes, config.precision, config.compile,
                                          lambda: StreamWatch(model, device), say)
-    elif run.execution == _UNDECIDED:  # a model that is wrapped for several processes is not compiled
-        run.execution = plain_execution(config.precision, device)
+    elif run.execution == _UNDECIDED:
+        why = 'a model that is wrapped for several processes is not compiled'
+        run.execution = plain_execution(config.precision, device)._replace(why=why)
+        if config.compile == 'on': say(f"compile='on' has no effect: {why}")
     if not (run.execution.compiled and alone): return
     if missing := missing_compiler(device):
         raise ValueError(f'{run.folder} holds a run whose steps were compiled, and this machine lacks '

@@ -177,3 +177,8 @@ def test_what_lies_past_the_last_expert_does_not_matter(dtype, monkeypatch):
         out = experts_compiled(leaves[0], route(leaves[1], 2), *leaves[2:])
         results.append([out, *torch.autograd.grad(out.float().pow(2).sum(), leaves)])
     for found, wanted in zip(*results): assert torch.equal(found, wanted)
+
+
+def test_no_tokens_are_no_error():
+    layer = MixtureOfExperts(16, 8, E=4, k=2)
+    assert layer(torch.zeros(0, 5, 16))[0].shape == (0, 5, 16)
