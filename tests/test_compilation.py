@@ -2,12 +2,14 @@
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
 import sparsecod.compilation as compilation
+import sparsecod.train
 from sparsecod.compilation import CompiledLoss, LinearCrossEntropy, choose_execution, chunk_losses
 from sparsecod.core import ModelConfig, Transformer
 from sparsecod.data import Corpus
@@ -360,3 +362,15 @@ def test_kept_memory_is_not_asked_for_again_and_given_back_at_the_end():
         kept, held = faults(), resident()
     assert kept < usual / 4, (kept, usual)
     assert resident() < held - 2 ** 14                          # pages of 4 KiB: 64 MiB or more went back
+
+
+@pytest.mark.parametrize('compile, lines', [('on', 1), ('auto', 0), ('off', 0)])
+def test_several_processes_say_that_they_are_not_compiled(compile, lines):
+    world = SimpleNamespace(num_processes=2, device=torch.device('cpu'))
+    run = SimpleNamespace(config=TrainConfig(steps=1, tokens_per_step=24, compile=compile, precision='bf16'),
+                          model=Transformer(ModelConfig(**SMALL)), world=world,
+                          execution=sparsecod.train._UNDECIDED)
+    said = []
+    sparsecod.train._decide_execution(run, said.append)
+    assert len(said) == lines and 'processes' in run.execution.why
+    assert run.execution.bf16 and not run.execution.compiled
