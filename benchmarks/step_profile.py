@@ -51,23 +51,19 @@ def measure(name: str, tokens: int, rounds: int) -> dict:
     config = ModelConfig(vocab_size=2048, **MODELS[name])
     torch.set_num_threads(1)
     use_compiler_cache()
-    with kept_memory(): return measure_steps(config, tokens, rounds)
-
-
-def measure_steps(config: ModelConfig, tokens: int, rounds: int) -> dict:
-    "As `measure`, in the process that is ready for it."
     shape = tokens // config.context_length, config.context_length + 1
     steps = {name: make_step(config, 'ours', *way) for name, way in WAYS.items()}
     seconds = {name: [] for name in WAYS}
-    for r in range(-WARM_UP, rounds):
-        for name, step in steps.items():
-            if name == 'eager' and -WARM_UP < r < 0: continue
-            windows = torch.randint(config.vocab_size, shape)
-            start = time.process_time()
-            step(windows)
-            if r >= 0: seconds[name].append(time.process_time() - start)
-    return dict(model=config.to_dict(), seconds={name: statistics.median(s) for name, s in seconds.items()},
-                least={name: min(s) for name, s in seconds.items()}, spent=shares(steps['compiled'], windows))
+    with kept_memory():
+        for r in range(-WARM_UP, rounds):
+            for name, step in steps.items():
+                if name == 'eager' and -WARM_UP < r < 0: continue
+                windows = torch.randint(config.vocab_size, shape)
+                start = time.process_time()
+                step(windows)
+                if r >= 0: seconds[name].append(time.process_time() - start)
+        return dict(model=config.to_dict(), seconds={name: statistics.median(s) for name, s in seconds.items()},
+                    least={name: min(s) for name, s in seconds.items()}, spent=shares(steps['compiled'], windows))
 
 
 if __name__ == '__main__':
